@@ -1,0 +1,150 @@
+"""What a transformers model or configuration says about its cache: layers, heads, RoPE, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from qjl.errors import QJLError
+from qjl.rope import Rope
+
+FULL_ATTENTION = "full_attention"
+_PROBED_POSITIONS = (0, 1, 7, 101)
+_FINGERPRINT_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer's cache: ``kind`` as transformers names it; a window bounds its tokens."""
+
+    index: int
+    kind: str
+    num_key_value_heads: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a ``KVCache`` quantizes it; other layers stay as transformers has them."""
+        return self.kind == FULL_ATTENTION
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The decoder's part of a configuration."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise QJLError(f"{config.model_type} is an encoder-decoder model: only decoder-only models are supported.")
+    return config.get_text_config(decoder=True)
+
+
+def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
+    """Every layer's cache, from the configuration alone.
+
+    Raises:
+        QJLError: if no layer has full attention, so that there is nothing to quantize.
+    """
+    decoder = text_config(config)
+    if getattr(decoder, "num_attention_heads", None) is None:
+        raise QJLError(f"{config.model_type} has no attention layers: there is no key-value cache to quantize.")
+    kinds, settings = get_layer_types_and_kwargs(decoder)
+    shapes = [
+        LayerShape(
+            index,
+            kind,
+            getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
+            getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
+            setting.get("sliding_window"),
+        )
+        for index, (kind, setting, layer) in enumerate(zip(kinds, settings, decoder.per_layer_config, strict=True))
+    ]
+    if not any(shape.is_quantized for shape in shapes):
+        found = ", ".join(sorted(set(kinds)))
+        raise QJLError(f"{config.model_type} has no full-attention layers (only {found}): there is nothing to quantize.")
+    return shapes
+
+
+def find_rope(config: PreTrainedConfig, layer_kind: str = FULL_ATTENTION) -> Rope | None:
+    """The model's own RoPE, read from its code and checked against it; None where no fixed R_n describes it.
+
+    Without it keys are centred after RoPE: still exact in expectation, with larger codes.
+    """
+    decoder = text_config(config)
+    parameters = getattr(decoder, "rope_parameters", None) or {}
+    parameters = parameters.get(layer_kind, parameters)
+    if _grows(parameters) or parameters.get("mrope_section"):
+        return None
+    try:
+        module = importlib.import_module(type(decoder).__module__.replace("configuration_", "modeling_"))
+        embedding = _rotary_embedding(module, decoder)
+        inv_freq, scaling = (
+            _per_kind(embedding, layer_kind, name) for name in ("inv_freq", "attention_scaling")
+        )
+        true = _probe(module, embedding, inv_freq, layer_kind)
+    except (ImportError, AttributeError, TypeError, KeyError, ValueError, RuntimeError, StopIteration):
+        return None  # another design of RoPE, or none: both mean there is no R_n to use
+    for interleaved in (False, True):
+        rope = Rope(inv_freq.float().cpu(), float(scaling), interleaved)
+        if torch.allclose(rope.rotate(*_basis(rope.rotary_dim)), true, atol=1e-3):
+            return rope
+    return None
+
+
+def _grows(parameters: dict[str, Any]) -> bool:
+    """Whether the frequencies change with the length of the sequence."""
+    kind = parameters.get("rope_type")
+    return kind == "dynamic" or (
+        kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")
+    )
+
+
+def _rotary_embedding(module: ModuleType, decoder: PreTrainedConfig) -> Any:
+    prefix = type(decoder).__name__.removesuffix("Config").removesuffix("Text")
+    names = [name for name in vars(module) if name.endswith("RotaryEmbedding") and "Vision" not in name]
+    names.sort(key=lambda name: not name.startswith(prefix))
+    return getattr(module, names[0])(config=decoder)
+
+
+def _per_kind(embedding: Any, layer_kind: str, name: str) -> Any:
+    """Models with several RoPEs prefix their buffers with the layer kind."""
+    own = getattr(embedding, f"{layer_kind}_{name}", None)
+    return own if own is not None else getattr(embedding, name)
+
+
+def _basis(rotary_dim: int) -> tuple[Tensor, Tensor]:
+    """Unit vectors at the probed positions: ``[1, rotary_dim, P, rotary_dim]`` and ``[1, P]``."""
+    positions = torch.tensor([_PROBED_POSITIONS])
+    unit = torch.eye(rotary_dim)[None, :, None, :].expand(1, -1, positions.shape[1], -1)
+    return unit, positions
+
+
+def _probe(module: ModuleType, embedding: Any, inv_freq: Tensor, layer_kind: str) -> Tensor:
+    unit, positions = _basis(2 * inv_freq.shape[0])
+    has_kinds = hasattr(embedding, f"{layer_kind}_inv_freq")
+    arguments = (unit, positions, layer_kind) if has_kinds else (unit, positions)
+    cos, sin = embedding(*arguments)
+    return module.apply_rotary_pos_emb(unit, unit, cos, sin)[1]
+
+
+def fingerprint(model: PreTrainedModel) -> str | None:
+    """A name for these weights: shapes from the configuration and a sample of every parameter, rounded to bfloat16 so
+    that it does not depend on the dtype they were loaded in. None for a model sharded over processes.
+    """
+    digest = hashlib.sha256()
+    shapes = [(shape.kind, shape.num_key_value_heads, shape.head_dim) for shape in layer_shapes(model.config)]
+    digest.update(json.dumps([model.config.model_type, shapes]).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        if hasattr(parameter, "device_mesh"):
+            return None
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)][:_FINGERPRINT_SAMPLES]
+        digest.update(name.encode())
+        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,282 @@
+"""Scalar codebooks, and their arrangement into nibbles.
+
+Every nibble form in the project is the same thing: nibble j of a token selects one of 16 entries, each a
+short vector that is added onto a few coordinates. Four signs, two 2-bit coordinates, a 3-bit coordinate
+beside one bit of another, and one 4-bit coordinate all fit (design: "a key is a row of nibbles").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from torch import Tensor
+
+from qjl.errors import QJLError
+
+NIBBLE = 4
+MAX_BITS = 6
+
+
+@lru_cache(maxsize=None)
+def lloyd_max(bits: int) -> tuple[float, ...]:
+    """Ascending levels of the Lloyd-Max quantizer of N(0, 1) with ``2**bits`` levels."""
+    uniform = (torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits
+    levels = math.sqrt(3) * torch.special.ndtri(uniform)  # the high-rate density, close to the answer
+    for _ in range(3000):
+        mass, first = _cell_moments(_edges(levels))
+        updated = first / mass
+        if torch.allclose(updated, levels, rtol=0, atol=1e-11):
+            break
+        levels = updated
+    return tuple(((levels - levels.flip(0)) / 2).tolist())  # exactly symmetric
+
+
+@lru_cache(maxsize=None)
+def sign_sum(bits: int) -> tuple[float, ...]:
+    """Amplitudes a_1 > a_2 > ... for which the levels sum(+-a_i) have the least distortion on N(0, 1).
+
+    A coordinate whose bits lie in different nibbles can only be decoded as such a sum. Two bits lose nothing
+    against Lloyd-Max; three bits lose 7 % (.0369 against .0345).
+    """
+    halvings = torch.tensor([2.0 ** (bits - 1 - i) for i in range(bits)], dtype=torch.float64)
+    amplitudes = halvings * lloyd_max(bits)[-1] / halvings.sum()
+    signs = _sign_patterns(bits).double()
+    for _ in range(3000):
+        levels, order = (signs @ amplitudes).sort()
+        edges = _edges(levels)
+        mass, first = _cell_moments(edges)
+        patterns = signs[order]
+        gram = patterns.T @ (mass[:, None] * patterns)
+        updated = torch.linalg.solve(gram, patterns.T @ first)
+        if torch.allclose(updated, amplitudes, rtol=0, atol=1e-11):
+            break
+        amplitudes = updated
+    return tuple(amplitudes.tolist())
+
+
+def distortion(levels: Sequence[float]) -> float:
+    """Mean squared error of the nearest-level quantizer on N(0, 1)."""
+    ascending = torch.tensor(sorted(levels), dtype=torch.float64)
+    mass, first = _cell_moments(_edges(ascending))
+    return float(1 - 2 * (ascending * first).sum() + (ascending**2 * mass).sum())
+
+
+def _sign_patterns(bits: int) -> Tensor:
+    labels = torch.arange(2**bits)
+    return ((labels[:, None] >> torch.arange(bits)) & 1) * 2 - 1
+
+
+def _edges(levels: Tensor) -> Tensor:
+    inf = torch.tensor([math.inf], dtype=torch.float64)
+    return torch.cat([-inf, (levels[1:] + levels[:-1]) / 2, inf])
+
+
+def _cell_moments(edges: Tensor) -> tuple[Tensor, Tensor]:
+    cdf = 0.5 * (1 + torch.erf(edges / math.sqrt(2)))
+    pdf = torch.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)
+    return cdf.diff(), -pdf.diff()
+
+
+@dataclass(frozen=True, eq=False)
+class NibbleCode:
+    """How rows of N nibbles decode to R^D, for each head (or one for all: a leading dimension of 1).
+
+    ``coordinates`` int16 [H, N, w]: the coordinates that nibble j adds to.
+    ``entries`` float16 [H, N, 16, w]: what each of its 16 values adds to them.
+    """
+
+    coordinates: Tensor
+    entries: Tensor
+    dim: int
+
+    @property
+    def nibbles(self) -> int:
+        return self.coordinates.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.coordinates, self.entries)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Coordinates in slot order: ``[B, H, R, D] -> [B, H, R, N, w]``."""
+        return x.gather(3, self._slot_index(x)).unflatten(3, self.coordinates.shape[1:])
+
+    def scatter(self, slots: Tensor) -> Tensor:
+        """Slot sums added onto their coordinates: ``[B, H, R, N * w] -> [B, H, R, D]``."""
+        return slots.new_zeros((*slots.shape[:3], self.dim)).scatter_add_(3, self._slot_index(slots), slots)
+
+    def tables(self, query: Tensor) -> Tensor:
+        """Partial scores of every nibble value: ``[B, H, R, D] -> [B, H, R, N, 16]``."""
+        slots = self.gather(query)
+        return (slots[..., None, :] * self.entries.to(query.dtype)[None, :, None]).sum(-1)
+
+    def to(self, device: torch.device) -> NibbleCode:
+        return NibbleCode(self.coordinates.to(device), self.entries.to(device), self.dim)
+
+    def _slot_index(self, x: Tensor) -> Tensor:
+        return self.coordinates.flatten(1).long()[None, :, None].expand(*x.shape[:3], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class ScalarCode:
+    """Encoder of real coordinates, each with its own number of bits, into nibbles; and its ``NibbleCode``.
+
+    ``kinds`` uint8 [H, D]: the row of the scalar quantizer tables that a coordinate uses.
+    ``bit_coordinate``, ``bit_index`` uint8 [H, N, 4]: which bit of which coordinate each nibble bit is.
+    """
+
+    kinds: Tensor
+    bit_coordinate: Tensor
+    bit_index: Tensor
+    decoder: NibbleCode
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.kinds, self.bit_coordinate, self.bit_index, *self.decoder.tensors)
+
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest level of each coordinate of ``z [B, H, T, D]``.
+
+        Returns nibbles ``uint8 [B, H, T, N]`` and the levels chosen ``float32 [B, H, T, D]``.
+        """
+        levels, labels = (table.to(z.device) for table in _scalar_tables())
+        levels = levels[:, : 2 ** self._widest]
+        edges = (levels[:, 1:] + levels[:, :-1]) / 2
+        kinds = self.kinds.long()  # [H, D]
+        cells = torch.zeros(z.shape, dtype=torch.int64, device=z.device)
+        for edge in edges.unbind(1):
+            cells += z > edge[kinds][None, :, None]
+        patterns = labels[kinds[None, :, None], cells]
+        nibbles = torch.zeros((*z.shape[:3], self.decoder.nibbles), dtype=torch.uint8, device=z.device)
+        for place in range(NIBBLE):
+            coordinate = self.bit_coordinate[..., place].long()[None, :, None]
+            bit = patterns.gather(3, coordinate.expand(*z.shape[:3], -1)) >> self.bit_index[None, :, None, :, place]
+            nibbles |= (bit & 1) << place
+        return nibbles, levels[kinds[None, :, None], cells]
+
+    def to(self, device: torch.device) -> ScalarCode:
+        tensors = (self.kinds, self.bit_coordinate, self.bit_index)
+        return ScalarCode(*(tensor.to(device) for tensor in tensors), self.decoder.to(device))
+
+    @cached_property
+    def _widest(self) -> int:
+        return int((self.kinds % (MAX_BITS + 1)).max())
+
+
+def scalar_code(widths: Sequence[Sequence[int]]) -> ScalarCode:
+    """The code that spends ``widths[h][i]`` bits (0 to 6) on coordinate i of head h.
+
+    Raises:
+        QJLError: if a width is out of range or a head's bits do not fill whole bytes, equally many per head.
+    """
+    if len({sum(head) for head in widths}) > 1:
+        raise QJLError("all heads of a layer must spend the same number of bits per token.")
+    heads = [_head_code(tuple(int(width) for width in head)) for head in widths]
+    kinds, bits, coordinates, entries = (list(parts) for parts in zip(*heads, strict=True))
+    width = max(head.shape[1] for head in coordinates)
+    padded = [
+        torch.stack([torch.nn.functional.pad(head, (0, width - head.shape[-1])) for head in part])
+        for part in (coordinates, entries)
+    ]
+    slots = torch.stack(bits)
+    return ScalarCode(
+        torch.stack(kinds), slots[..., 0], slots[..., 1], NibbleCode(padded[0], padded[1], dim=len(widths[0]))
+    )
+
+
+@lru_cache(maxsize=4096)
+def _head_code(widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Kinds [D], bit places [N, 4, 2], coordinates [N, w] and entries [N, 16, w] of one head."""
+    if not all(0 <= width <= MAX_BITS for width in widths):
+        raise QJLError(f"a coordinate takes 0 to {MAX_BITS} bits, not {sorted(set(widths))}.")
+    if sum(widths) % (2 * NIBBLE):
+        raise QJLError(f"{sum(widths)} bits per token do not fill whole bytes: use a multiple of 8.")
+    nibbles, split = _arrange(widths)
+    kinds = [width + (MAX_BITS + 1) * (i in split) for i, width in enumerate(widths)]
+    coordinates, entries = _entries(nibbles, widths, split)
+    places = torch.tensor(nibbles, dtype=torch.uint8)
+    return torch.tensor(kinds, dtype=torch.uint8), places, coordinates.short(), entries.half()
+
+
+@lru_cache(maxsize=1)
+def _scalar_tables() -> tuple[Tensor, Tensor]:
+    """Ascending levels and bit patterns of each kind: Lloyd-Max by width, then sums of signs by width.
+
+    float32 and uint8 ``[2 * (MAX_BITS + 1), 2**MAX_BITS]``, levels padded with +inf.
+    """
+    rows = [_levels(width, is_split) for is_split in (False, True) for width in range(MAX_BITS + 1)]
+    levels = torch.full((len(rows), 2**MAX_BITS), math.inf)
+    labels = torch.zeros(levels.shape, dtype=torch.uint8)
+    for row, (ascending, patterns) in enumerate(rows):
+        levels[row, : len(ascending)] = ascending.half().float()
+        labels[row, : len(patterns)] = patterns.to(torch.uint8)
+    return levels, labels
+
+
+def _levels(width: int, is_split: bool) -> tuple[Tensor, Tensor]:
+    """Ascending levels of a coordinate and the bit pattern of each; zero where it has no bits."""
+    if width == 0:
+        return torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    if not is_split:
+        return torch.tensor(lloyd_max(width), dtype=torch.float64), torch.arange(2**width)
+    amplitudes = torch.tensor(sign_sum(width), dtype=torch.float64)
+    return (_sign_patterns(width).double() @ amplitudes).sort()
+
+
+def _arrange(widths: tuple[int, ...]) -> tuple[list[list[tuple[int, int]]], set[int]]:
+    """Fill nibbles with whole coordinates, widest first; the bits left over are spread over what is free.
+
+    Returns the (coordinate, bit) pairs of each nibble and the set of coordinates that were spread.
+    """
+    count = sum(widths) // NIBBLE
+    nibbles: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    spread: list[int] = []
+    for i in sorted((i for i, width in enumerate(widths) if width), key=lambda i: -widths[i]):
+        home = next((nibble for nibble in nibbles if len(nibble) + widths[i] <= NIBBLE), None)
+        if home is None:
+            spread.append(i)
+        else:
+            home.extend((i, bit) for bit in range(widths[i]))
+    free = [nibble for nibble in nibbles for _ in range(NIBBLE - len(nibble))]
+    for nibble, pair in zip(free, [(i, bit) for i in spread for bit in range(widths[i])], strict=True):
+        nibble.append(pair)
+    return nibbles, set(spread)
+
+
+def _entries(
+    nibbles: list[list[tuple[int, int]]], widths: tuple[int, ...], split: set[int]
+) -> tuple[Tensor, Tensor]:
+    parts = [_parts(nibble) for nibble in nibbles]
+    slots = max(len(part) for part in parts)
+    coordinates = torch.zeros(len(nibbles), slots, dtype=torch.int64)
+    entries = torch.zeros(len(nibbles), 16, slots)
+    values = torch.arange(16)
+    for j, part in enumerate(parts):
+        for slot, (i, places) in enumerate(part.items()):
+            coordinates[j, slot] = i
+            bits = {bit: (values >> place) & 1 for place, bit in places}
+            if i in split:
+                amplitudes = sign_sum(widths[i])
+                entries[j, :, slot] = sum((on * 2 - 1) * amplitudes[bit] for bit, on in bits.items())
+            else:
+                pattern = sum(on << bit for bit, on in bits.items())
+                entries[j, :, slot] = torch.tensor(lloyd_max(widths[i]))[pattern]
+    return coordinates, entries
+
+
+def _parts(nibble: list[tuple[int, int]]) -> dict[int, list[tuple[int, int]]]:
+    parts: dict[int, list[tuple[int, int]]] = {}
+    for place, (i, bit) in enumerate(nibble):
+        parts.setdefault(i, []).append((place, bit))
+    return parts
+
+
+def sign_code(m: int) -> NibbleCode:
+    """m signs, four to a nibble: bit 1 is +1, bit 0 is -1."""
+    coordinates = torch.arange(m, dtype=torch.int16).view(1, m // NIBBLE, NIBBLE)
+    entries = _sign_patterns(NIBBLE).half().expand(1, m // NIBBLE, 16, NIBBLE)
+    return NibbleCode(coordinates, entries.contiguous(), dim=m)

@@ -1,0 +1,449 @@
+"""The transformers integration: a quantized cache for ``past_key_values``, and the attention that reads it.
+
+``KVCache.update`` returns handles in place of tensors. The attention registered as ``"qjl"`` reads the packed layer
+behind a handle; any other attention makes the handle decode itself, so its text is the same, only slower.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from qjl import statistics
+from qjl.architecture import FULL_ATTENTION, LayerShape, find_rope, fingerprint, layer_shapes, text_config
+from qjl.attention import Scoring, attend, attend_dense
+from qjl.cache import CacheLayer, LayerSource
+from qjl.errors import QJLError
+from qjl.methods.base import storage_bytes
+from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
+from qjl.wheels import cache_dir
+
+logger = logging.getLogger("qjl")
+ATTENTION = "qjl"
+
+
+class CachedStates(torch.Tensor):
+    """A handle on one layer's keys or values; any torch operation on it sees the decoded tensor."""
+
+    layer: CacheLayer
+    _part: int
+
+    @staticmethod
+    def __new__(cls, layer: CacheLayer, part: int, like: Tensor) -> CachedStates:
+        shape = (like.shape[0], like.shape[1], layer.length, like.shape[3])
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+    def __init__(self, layer: CacheLayer, part: int, like: Tensor) -> None:
+        self.layer = layer
+        self._part = part
+
+    def decoded(self) -> Tensor:
+        """``[B, H, T, D]`` in the model's dtype."""
+        return self.layer.dense()[self._part]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(
+            lambda x: x.decoded() if isinstance(x, CachedStates) else x, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"CachedStates({('keys', 'values')[self._part]} of {self.layer.name}, {self.layer.length} tokens)"
+
+
+class QuantizedLayer(CacheLayerMixin):
+    """A ``qjl.cache.CacheLayer`` as transformers wants a layer."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, core: CacheLayer) -> None:
+        self.core = core
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor:
+        """All keys, decoded: for inspection, not on the way of generation."""
+        return self.core.dense()[0]
+
+    @property
+    def values(self) -> Tensor:
+        return self.core.dense()[1]
+
+    @property
+    def batch_size(self) -> int:
+        return self.core.batch or -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.core.append(key_states, value_states)
+        return CachedStates(self.core, 0, key_states), CachedStates(self.core, 1, value_states)
+
+    def get_seq_length(self) -> int:
+        return self.core.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.core.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.core.reset()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
+        self.core.crop(self.core.length + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.core.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self.core.select(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.core.select(torch.arange(self.core.batch).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        raise QJLError("a quantized cache is not offloaded: it is small enough to stay on its device.")
+
+    prefetch = offload
+
+
+class KVCache(Cache):
+    """A quantized key-value cache for one call of ``generate``, or for a whole conversation.
+
+    >>> cache = qjl.KVCache(model, "b3")
+    >>> model.generate(**inputs, past_key_values=cache)
+
+    With a model, its attention implementation is set to ``"qjl"`` (exactly sdpa for every other cache) and its
+    statistics are shared by all of its caches. With a configuration, load the model with
+    ``attn_implementation="qjl"``; the statistics are this cache's own.
+
+    Args:
+        model: a decoder-only model, or its configuration.
+        preset: a preset's name, a JSON file, or a ``CacheConfig``.
+        share: whether to use, and add to, the statistics and codecs of the model's other caches.
+
+    Raises:
+        QJLError: for an unknown preset, a model without full-attention layers, or a head_dim that does not pack.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        preset: str | Path | CacheConfig = DEFAULT_PRESET,
+        *,
+        share: bool = True,
+    ) -> None:
+        self.config = resolve(preset)
+        config = model if isinstance(model, PreTrainedConfig) else model.config
+        self.shapes = layer_shapes(config)
+        if isinstance(model, PreTrainedModel):
+            _attach(model)
+        if isinstance(model, PreTrainedModel) and share:
+            sources = _Shared.of(model).sources
+        else:
+            sources = [LayerSource(_rope(config, shape.kind)) for shape in self.shapes]
+        layers = DynamicCache(config=text_config(config)).layers
+        for shape in self.shapes:
+            if shape.is_quantized and type(layers[shape.index]) is DynamicLayer:
+                layers[shape.index] = self._quantized_layer(shape, sources[shape.index])
+        super().__init__(layers=layers)
+        self._unsettled: CacheLayer | None = None
+
+    def _quantized_layer(self, shape: LayerShape, source: LayerSource) -> QuantizedLayer:
+        key, value = self.config.for_layer(shape.index)
+        for quantizer in (key, value):
+            quantizer.layout(shape.head_dim)
+        sinks, recent = self.config.sinks, self.config.recent
+        core = CacheLayer(key, value, sinks=sinks, recent=recent, source=source, name=f"layer {shape.index}")
+        return QuantizedLayer(core)
+
+    @property
+    def cores(self) -> list[CacheLayer]:
+        """The quantized layers, without transformers around them."""
+        return [layer.core for layer in self.layers if isinstance(layer, QuantizedLayer)]
+
+    @property
+    def wants_queries(self) -> bool:
+        """Whether statistics are still awaited, which only the ``"qjl"`` attention can collect."""
+        return any(core.wants_queries and core.key.needs_queries for core in self.cores)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.settle()
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        if isinstance(layer, QuantizedLayer):
+            self._unsettled = layer.core
+        return states
+
+    def settle(self) -> None:
+        """Quantize what left the window in the layer updated last, if its attention has not done so."""
+        if self._unsettled is not None:
+            self._unsettled.settle()
+            self._unsettled = None
+
+    def observe_padding(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Left padding and first positions of each row, from a 2D mask ``[B, T]`` and ``position_ids [B, Q]``."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return
+        real = attention_mask.bool()
+        padding = (real.cumsum(1) == 0).sum(1).tolist()
+        origin = [0] * len(padding)
+        if position_ids is not None and position_ids.shape == real.shape:
+            origin = [
+                int(positions[pad]) if pad < len(positions) else 0
+                for positions, pad in zip(position_ids, padding, strict=True)
+            ]
+        for core in self.cores:
+            core.set_padding(padding, origin)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.settle()
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.settle()
+        super().reorder_cache(beam_idx)
+
+    def reset(self) -> None:
+        self._unsettled = None
+        super().reset()
+
+    # Memory, everything counted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tokens (packed, window, sinks, layers that are not quantized) and of the fitted codecs."""
+        return sum(core.nbytes for core in self.cores) + self.codec_nbytes + self._other_nbytes
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """The same with the room that buffers keep for growth."""
+        return sum(core.allocated_nbytes for core in self.cores) + self.codec_nbytes + self._other_nbytes
+
+    @property
+    def codec_nbytes(self) -> int:
+        """Bytes of projections, maps and means: per model, shared by all its caches."""
+        return storage_bytes(tensor for core in self.cores for tensor in core.codec_tensors)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes that transformers' own cache would take for the same tokens."""
+        return sum(_full_nbytes(layer) for layer in self.layers if isinstance(layer, QuantizedLayer)) + self._other_nbytes
+
+    @property
+    def bits(self) -> tuple[float, float]:
+        """True bits per number of quantized keys and values, averaged over the quantized layers."""
+        pairs = [
+            (core.key.bits(shape.head_dim), core.value.bits(shape.head_dim))
+            for core, shape in zip(self.cores, (s for s in self.shapes if s.is_quantized), strict=True)
+        ]
+        return sum(key for key, _ in pairs) / len(pairs), sum(value for _, value in pairs) / len(pairs)
+
+    @property
+    def bits_with_window(self) -> float:
+        """Bits per number with the exact window, the sinks and the codecs counted in."""
+        numbers = sum(
+            _full_nbytes(layer) // layer.dtype.itemsize for layer in self.layers if isinstance(layer, QuantizedLayer)
+        )
+        return 8 * (sum(core.nbytes for core in self.cores) + self.codec_nbytes) / max(numbers, 1)
+
+    @property
+    def _other_nbytes(self) -> int:
+        total = 0
+        for layer in self.layers:
+            if not isinstance(layer, QuantizedLayer) and getattr(layer, "is_initialized", False):
+                states = (getattr(layer, name, None) for name in ("keys", "values"))
+                total += sum(state.nbytes for state in states if isinstance(state, Tensor))
+        return total
+
+    def __repr__(self) -> str:
+        return f"KVCache({self.config.name!r}, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+
+def _full_nbytes(layer: QuantizedLayer) -> int:
+    if not layer.is_initialized:
+        return 0
+    core = layer.core
+    exact = core.segments()[0][-1]
+    per_token = exact.keys.shape[1] * (exact.keys.shape[3] + exact.values.shape[3]) * exact.keys.element_size()
+    return core.batch * core.length * per_token
+
+
+def qjl_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention for ``AttentionInterface``: over packed codes where ``key`` is a handle, sdpa otherwise."""
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    is_special = softcap is not None or sinks is not None
+    if dropout or kwargs.get("position_bias") is not None or not (isinstance(key, CachedStates) or is_special):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    is_causal = kwargs.get("is_causal")
+    if attention_mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    scoring = Scoring(scale, attention_mask, softcap, sinks)
+    if not isinstance(key, CachedStates):
+        return attend_dense(query, key, value, scoring).transpose(1, 2).contiguous(), None
+    layer = key.layer
+    if layer.wants_queries:
+        _observe(layer, query, key.shape[1])
+    out = attend(query, layer, scoring)
+    layer.settle()
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _observe(layer: CacheLayer, query: Tensor, heads: int) -> None:
+    columns = torch.arange(layer.length - query.shape[2], layer.length)
+    real = (columns >= torch.tensor(layer.padding)[:, None]).to(query.device)
+    rows = query * real[:, None, :, None]
+    layer.observe(rows.reshape(query.shape[0], heads, -1, query.shape[3]))
+
+
+AttentionInterface.register(ATTENTION, qjl_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def enable(model: PreTrainedModel, preset: str | Path | CacheConfig = DEFAULT_PRESET) -> PreTrainedModel:
+    """Make plain ``model.generate(...)`` use a fresh quantized cache for each call. Returns the model.
+
+    A cache or a ``cache_implementation`` given to ``generate`` still wins.
+    """
+    config = resolve(preset)
+    KVCache(model, config)  # raises now what would go wrong later
+    disable_generate(model)
+    original = model._prepare_cache_for_generation
+
+    @functools.wraps(original)
+    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False):
+            model_kwargs["past_key_values"] = KVCache(model, config)
+        return result
+
+    model._prepare_cache_for_generation = prepare  # type: ignore[method-assign]
+    return model
+
+
+def disable(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo ``enable`` and what ``KVCache(model)`` set: generate and attention are transformers' own again."""
+    disable_generate(model)
+    shared = _Shared.known.pop(model, None)
+    if shared is not None:
+        shared.detach(model)
+    return model
+
+
+def disable_generate(model: PreTrainedModel) -> None:
+    """Forget the patched ``_prepare_cache_for_generation`` of this instance."""
+    vars(model).pop("_prepare_cache_for_generation", None)
+
+
+class _Shared:
+    """What all caches of one model share: statistics, codecs, hooks, and the attention it had before."""
+
+    known: weakref.WeakKeyDictionary[PreTrainedModel, _Shared] = weakref.WeakKeyDictionary()
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        on_disk = _calibrated_statistics(model)
+        self.sources = [
+            LayerSource(_rope(model.config, shape.kind), functools.partial(_layer_of, on_disk, shape.index))
+            for shape in layer_shapes(model.config)
+        ]
+        self.attention = model.config._attn_implementation
+        self.hooks: list[Any] = []
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> _Shared:
+        if model not in cls.known:
+            cls.known[model] = cls(model)
+        return cls.known[model]
+
+    def detach(self, model: PreTrainedModel) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        if model.config._attn_implementation == ATTENTION:
+            model.set_attn_implementation(self.attention)
+
+
+def _attach(model: PreTrainedModel) -> None:
+    shared = _Shared.of(model)
+    if shared.hooks:
+        return
+    model.set_attn_implementation(ATTENTION)
+    shared.hooks = [
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+        model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+    ]
+
+
+def _before_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+    """Tell the cache its padding; collect statistics under our attention, whatever the model's own."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, KVCache):
+        return
+    cache.settle()
+    inputs = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
+    if inputs is None or inputs.shape[1] > 1 or not cache.get_seq_length():
+        cache.observe_padding(kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    if model.config._attn_implementation != ATTENTION and cache.wants_queries:
+        model._qjl_attention = model.config._attn_implementation  # type: ignore[assignment]
+        model.set_attn_implementation(ATTENTION)
+
+
+def _after_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    before = vars(model).pop("_qjl_attention", None)
+    if before is not None:
+        model.set_attn_implementation(before)
+
+
+def _rope(config: PreTrainedConfig, kind: str) -> Any:
+    return find_rope(config, kind) if kind == FULL_ATTENTION else None
+
+
+def statistics_path(model: PreTrainedModel) -> Path | None:
+    """Where ``qjl calibrate`` keeps this model's statistics; None for a model sharded over processes."""
+    name = fingerprint(model)
+    return None if name is None else cache_dir() / "statistics" / f"{name}.safetensors"
+
+
+def _calibrated_statistics(model: PreTrainedModel) -> statistics.StatisticsFile | None:
+    path = statistics_path(model)
+    return statistics.StatisticsFile(path, path.stem) if path is not None and path.exists() else None
+
+
+def _layer_of(file: statistics.StatisticsFile | None, index: int) -> statistics.LayerStatistics | None:
+    return file.layer(index) if file is not None else None

@@ -1,0 +1,128 @@
+"""What a method is: how to encode tokens, and how to score and mix them without decoding them.
+
+A ``Quantizer`` is a frozen dataclass: the method and its settings, nothing learned. ``fit`` makes the ``Codec``
+of one layer from that layer's shape and statistics.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qjl.errors import QJLError
+from qjl.packed import BLOCK, Blocks, Layout, block_bits
+from qjl.rope import Rope
+from qjl.statistics import LayerStatistics
+
+
+@dataclass(frozen=True, eq=False)
+class LayerContext:
+    """What a codec is fitted to: one layer's keys or values.
+
+    ``statistics`` is None for methods that need none; ``rope`` is None for layers without RoPE.
+    """
+
+    role: str  # "key" or "value"
+    heads: int
+    head_dim: int
+    device: torch.device
+    dtype: torch.dtype
+    statistics: LayerStatistics | None = None
+    rope: Rope | None = None
+
+    def require_statistics(self) -> LayerStatistics:
+        if self.statistics is None:
+            raise QJLError("this method needs statistics: run `qjl calibrate` or give a prompt of 256 tokens.")
+        return self.statistics
+
+
+class Quantizer(ABC):
+    """A method and its settings. Subclasses are frozen dataclasses, one paper per file."""
+
+    method: ClassVar[str]
+    source: ClassVar[str]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether tokens are stored as they come."""
+        return False
+
+    @property
+    def needs_statistics(self) -> bool:
+        return False
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether the statistics must include the queries'."""
+        return False
+
+    @abstractmethod
+    def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
+        """Fields of a block of 64 tokens of one head; ``dtype`` is the model's."""
+
+    @abstractmethod
+    def fit(self, context: LayerContext) -> Codec:
+        """The codec of one layer."""
+
+    def bits(self, head_dim: int) -> float:
+        """True bits per number, every constant included."""
+        return block_bits(self.layout(head_dim)) / (BLOCK * head_dim)
+
+
+class Codec(ABC):
+    """A quantizer fitted to one layer.
+
+    Shapes: ``x [B, H, T, D]`` with T a multiple of 64; ``first [B, T / 64]`` is the RoPE position of the first
+    token of each block; query rows ``[B, H, R, D]`` are all queries that share a KV head.
+    """
+
+    layout: Layout
+
+    @abstractmethod
+    def quantize(self, x: Tensor, first: Tensor) -> Blocks:
+        """Encode whole blocks."""
+
+    @abstractmethod
+    def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
+        """Decode to ``float32 [B, H, T, D]``."""
+
+    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
+        """Estimates of <q, k>: ``float32 [B, H, R, T]``."""
+        return query @ self.dequantize(blocks, first).transpose(2, 3)
+
+    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
+        """Weighted sum of tokens: ``float32 [B, H, R, T] -> [B, H, R, D]``."""
+        return weights @ self.dequantize(blocks, first)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the codec keeps beside the codes; tensors shared between layers count once (``storage_bytes``)."""
+        return ()
+
+
+def block_positions(first: Tensor) -> Tensor:
+    """Position of every token from that of each block's first: ``[B, blocks] -> [B, blocks * 64]``."""
+    return (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)
+
+
+def require_packable(head_dim: int) -> None:
+    """Raises QJLError unless head_dim is a multiple of 8."""
+    if head_dim <= 0 or head_dim % 8:
+        raise QJLError(f"head_dim {head_dim} does not pack into bytes: it must be a multiple of 8.")
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """Raises QJLError if x has a NaN or an infinity."""
+    if not torch.isfinite(x).all():
+        raise QJLError(f"{what} contain NaN or Inf: check the model's weights, its dtype and the prompt.")
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind these tensors."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -1,0 +1,100 @@
+"""Asymmetric uniform quantization of each token in groups of channels: the values of QJL and KIVI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from qjl.errors import QJLError
+from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
+from qjl.packed import BLOCK, Blocks, Field, Layout
+
+
+@dataclass(frozen=True)
+class TokenUniform(Quantizer):
+    """``round((v - min) / step)`` with step = (max - min) / (2^bits - 1) over ``group_size`` channels of a token.
+
+    QJL (arXiv 2406.03482) section 4.2, KIVI (arXiv 2402.02750) equation 2. Stored per group: float16 step and
+    mid-point (not the minimum: a mid-point keeps the codes centred, so that rounding them does not add up), so
+    ``bits + 32 / group_size`` true bits.
+    """
+
+    num_bits: int = 2
+    group_size: int = 32
+
+    method: ClassVar[str] = "uniform"
+    source: ClassVar[str] = "arXiv:2402.02750"
+
+    def __post_init__(self) -> None:
+        if self.num_bits not in (1, 2, 4, 8):
+            raise QJLError(f"values take 1, 2, 4 or 8 bits, not {self.num_bits}.")
+        if self.group_size <= 0:
+            raise QJLError(f"group_size must be positive, not {self.group_size}.")
+
+    def groups(self, head_dim: int) -> int:
+        """Groups per token; a group never spans tokens, so head_dim is cut into equal parts."""
+        size = min(self.group_size, head_dim)
+        while head_dim % size:
+            size -= 1
+        return head_dim // size
+
+    def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
+        require_packable(head_dim)
+        constants = Field((self.groups(head_dim), BLOCK), torch.float16)
+        codes = Field((head_dim * self.num_bits // 8, BLOCK), torch.uint8)
+        return {"codes": codes, "step": constants, "middle": constants}
+
+    def fit(self, context: LayerContext) -> TokenUniformCodec:
+        layout = self.layout(context.head_dim)
+        return TokenUniformCodec(layout, self.num_bits, self.groups(context.head_dim))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenUniformCodec(Codec):
+    layout: Layout
+    num_bits: int
+    groups: int
+
+    def quantize(self, x: Tensor, first: Tensor) -> Blocks:
+        grouped = x.float().unflatten(3, (self.groups, -1))  # [B, H, T, G, D / G]
+        low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+        step = ((high - low) / self._top).half()
+        middle = ((high + low) / 2).half()
+        safe = torch.where(step > 0, step, 1).float()
+        codes = ((grouped - middle.float()) / safe + self._top / 2).round().clamp(0, self._top)
+        return {
+            "codes": self._pack(codes.to(torch.uint8).flatten(3)),
+            "step": _token_minor(step.squeeze(-1)),
+            "middle": _token_minor(middle.squeeze(-1)),
+        }
+
+    def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
+        codes = self._unpack(blocks["codes"]).float().unflatten(3, (self.groups, -1))
+        step, middle = (_token_major(blocks[name]).float()[..., None] for name in ("step", "middle"))
+        return ((codes - self._top / 2) * step + middle).flatten(3)
+
+    @property
+    def _top(self) -> int:
+        return 2**self.num_bits - 1
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        parts = codes.unflatten(3, (-1, 8 // self.num_bits))
+        shifts = torch.arange(0, 8, self.num_bits, dtype=torch.uint8, device=codes.device)
+        return _token_minor((parts << shifts).sum(-1, dtype=torch.uint8))
+
+    def _unpack(self, codes: Tensor) -> Tensor:
+        shifts = torch.arange(0, 8, self.num_bits, dtype=torch.uint8, device=codes.device)
+        return ((_token_major(codes)[..., None] >> shifts) & self._top).flatten(3)
+
+
+def _token_minor(x: Tensor) -> Tensor:
+    """``[B, H, T, C] -> [B, H, T / 64, C, 64]``."""
+    return x.unflatten(2, (-1, BLOCK)).transpose(3, 4).contiguous()
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """``[B, H, blocks, C, 64] -> [B, H, T, C]``."""
+    return x.transpose(3, 4).flatten(2, 3)

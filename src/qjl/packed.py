@@ -1,0 +1,169 @@
+"""Bundles of packed tensors along the token axis, in blocks of 64 tokens.
+
+Every field is stored as ``[B, H, blocks, *shape]``; a field with a value per token has 64 as its last
+dimension (token-minor), which is what a CPU scan wants, a coalesced load on a GPU, and a page in vLLM.
+Rows of a batch may hold different numbers of tokens, and a block may be partly filled after a crop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a packed block: its shape within the block and its dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this field in one block of one head."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Layout = Mapping[str, Field]
+Blocks = dict[str, Tensor]  # one tensor [B, H, blocks, *shape] per field
+Rows = Tensor | slice
+
+
+def block_bits(layout: Layout) -> int:
+    """Bits that one full block of 64 tokens of one head occupies."""
+    return 8 * sum(field.nbytes for field in layout.values())
+
+
+class Packed:
+    """Growing storage for the packed blocks of one layer.
+
+    Storage is preallocated and grows by a quarter, so appending is amortised O(new tokens) and never
+    copies more than it must. ``tokens`` counts the stored tokens of each row.
+    """
+
+    def __init__(self, layout: Layout, batch: int, heads: int, device: torch.device) -> None:
+        self.layout = dict(layout)
+        self.heads = heads
+        self.device = device
+        self._storage = {
+            name: torch.empty((batch, heads, 0, *field.shape), dtype=field.dtype, device=device)
+            for name, field in self.layout.items()
+        }
+        self._fill = torch.zeros((batch, 0), dtype=torch.int64)
+        self._counts = [0] * batch
+
+    @property
+    def batch(self) -> int:
+        return len(self._counts)
+
+    @property
+    def capacity(self) -> int:
+        """Blocks per row that are allocated."""
+        return self._fill.shape[1]
+
+    @property
+    def block_counts(self) -> list[int]:
+        """Blocks in use, per row."""
+        return list(self._counts)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in use in the longest row."""
+        return max(self._counts, default=0)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Stored tokens, per row."""
+        return self._fill.sum(dim=1).tolist()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every row holds the same number of blocks and all of them are full."""
+        return bool((self._fill[:, : self.blocks] == BLOCK).all())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks in use."""
+        return sum(self._counts) * self.heads * sum(field.nbytes for field in self.layout.values())
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the whole storage, room for growth included."""
+        return sum(tensor.nbytes for tensor in self._storage.values())
+
+    def view(self) -> Blocks:
+        """The blocks in use, ``[B, H, blocks, *shape]`` per field, without a copy."""
+        return {name: tensor[:, :, : self.blocks] for name, tensor in self._storage.items()}
+
+    def slot_mask(self) -> Tensor:
+        """Which slots hold a token, ``bool [B, blocks * 64]``."""
+        fill = self._fill[:, : self.blocks, None]
+        return (torch.arange(BLOCK) < fill).flatten(1).to(self.device)
+
+    def slot_tokens(self) -> Tensor:
+        """Index of the token in each slot within its row, ``int64 [B, blocks * 64]``."""
+        return (self.first_tokens()[..., None] + torch.arange(BLOCK, device=self.device)).flatten(1)
+
+    def first_tokens(self) -> Tensor:
+        """Index of the first token of each block within its row, ``int64 [B, blocks]``."""
+        fill = self._fill[:, : self.blocks]
+        return (fill.cumsum(1) - fill).to(self.device)
+
+    def reserve(self, blocks: int) -> None:
+        """Make room for ``blocks`` blocks per row."""
+        if blocks <= self.capacity:
+            return
+        capacity = max(blocks, self.capacity + max(2, self.capacity // 4)) if self.capacity else blocks
+        for name, tensor in self._storage.items():
+            # zeros: slots that shorter rows leave open are masked, and must stay finite
+            grown = tensor.new_zeros((self.batch, self.heads, capacity, *self.layout[name].shape))
+            grown[:, :, : self.blocks] = tensor[:, :, : self.blocks]
+            self._storage[name] = grown
+        fill = self._fill.new_zeros((self.batch, capacity))
+        fill[:, : self.capacity] = self._fill
+        self._fill = fill
+
+    def append(self, blocks: Blocks, rows: Sequence[int] | None = None) -> None:
+        """Append full blocks ``[len(rows), H, n, *shape]``; the rows must hold equally many blocks."""
+        chosen = list(range(self.batch)) if rows is None else list(rows)
+        start = self._counts[chosen[0]]
+        stop = start + next(iter(blocks.values())).shape[2]
+        self.reserve(stop)
+        where: Rows = slice(None) if rows is None else torch.tensor(chosen, device=self.device)
+        for name, tensor in blocks.items():
+            self._storage[name][where, :, start:stop] = tensor
+        self._fill[chosen, start:stop] = BLOCK
+        for row in chosen:
+            self._counts[row] = stop
+
+    def crop(self, tokens: Sequence[int]) -> None:
+        """Keep the first ``tokens[row]`` tokens of each row; kept codes are not touched."""
+        for row, keep in enumerate(tokens):
+            first = 0
+            for block in range(self._counts[row]):
+                fill = int(self._fill[row, block])
+                self._fill[row, block] = min(fill, max(0, keep - first))
+                first += fill
+            self._counts[row] = int((self._fill[row] > 0).sum())
+
+    def select(self, indices: Tensor) -> None:
+        """Keep (or repeat, or reorder) the rows ``indices [B']``."""
+        on_device = indices.to(self.device)
+        used = self.blocks
+        self._storage = {
+            name: tensor[:, :, :used].index_select(0, on_device) for name, tensor in self._storage.items()
+        }
+        on_host = indices.cpu()
+        self._fill = self._fill[:, :used].index_select(0, on_host)
+        self._counts = [self._counts[row] for row in on_host.tolist()]
+
+
+def blocks_of_tokens(x: Tensor) -> Tensor:
+    """``[B, H, T, D]`` with T a multiple of 64, viewed as ``[B, H, T / 64, 64, D]``."""
+    return x.unflatten(2, (x.shape[2] // BLOCK, BLOCK))

@@ -1,0 +1,212 @@
+"""Cache configurations, and the named ones.
+
+A preset is a ``CacheConfig`` with a name. Presets are also read from JSON files, so that a new combination needs no
+code: ``{"key": {"method": "balanced", "num_bits": 3}, "value": {"method": "uniform"}, "recent": 64}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qjl.errors import QJLError
+from qjl.methods import METHODS
+from qjl.methods.balanced import Balanced
+from qjl.methods.base import Quantizer
+from qjl.methods.identity import Identity
+from qjl.methods.qjl import QJL
+from qjl.methods.uniform import TokenUniform
+
+
+@dataclass(frozen=True)
+class LayerOverride:
+    """Other quantizers for layers ``first <= index < stop``; None keeps the configuration's own."""
+
+    first: int
+    stop: int
+    key: Quantizer | None = None
+    value: Quantizer | None = None
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What a quantized cache does with its tokens.
+
+    - ``key``, ``value``: the quantizers; ``overrides`` changes them for ranges of layers, later ones first.
+    - ``sinks``: first tokens of each sequence, kept exact.
+    - ``recent``: last tokens, kept exact; between ``recent`` and ``recent + 63`` are, since tokens are quantized in
+      blocks of 64.
+    """
+
+    key: Quantizer
+    value: Quantizer
+    sinks: int = 4
+    recent: int = 32
+    overrides: tuple[LayerOverride, ...] = ()
+    name: str = "custom"
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.recent < 0:
+            raise QJLError("sinks and recent count tokens: they cannot be negative.")
+
+    def for_layer(self, index: int) -> tuple[Quantizer, Quantizer]:
+        """Key and value quantizer of layer ``index``."""
+        key, value = self.key, self.value
+        for override in self.overrides:
+            if override.first <= index < override.stop:
+                key, value = override.key or key, override.value or value
+        return key, value
+
+    def bits(self, head_dim: int, num_layers: int | None = None) -> tuple[float, float]:
+        """True bits per key and value number of quantized tokens, averaged over the layers."""
+        layers = [self.for_layer(index) for index in range(num_layers or 1)]
+        keys = sum(key.bits(head_dim) for key, _ in layers) / len(layers)
+        return keys, sum(value.bits(head_dim) for _, value in layers) / len(layers)
+
+    def with_seed(self, seed: int) -> CacheConfig:
+        """The same configuration with another projection seed in every quantizer that has one."""
+        overrides = tuple(
+            dataclasses.replace(one, key=_seeded(one.key, seed), value=_seeded(one.value, seed))
+            for one in self.overrides
+        )
+        key, value = _seeded(self.key, seed), _seeded(self.value, seed)
+        return dataclasses.replace(self, key=key, value=value, overrides=overrides)
+
+
+def _seeded(quantizer: Any, seed: int) -> Any:
+    return dataclasses.replace(quantizer, seed=seed) if hasattr(quantizer, "seed") else quantizer
+
+
+def _two_bit_values() -> Balanced:
+    return Balanced(2, metric=False)
+
+
+_QJL_PAPER_FIRST_LAYERS = LayerOverride(0, 15, key=QJL(4, outliers=8, outlier_ratio=1))
+
+PRESETS: dict[str, CacheConfig] = {
+    preset.name: preset
+    for preset in (
+        CacheConfig(Identity(), Identity(), name="full", summary="full precision through the same path"),
+        CacheConfig(
+            QJL(2, outliers=8, outlier_ratio=2),
+            TokenUniform(2, 32),
+            sinks=0,
+            recent=64,
+            overrides=(_QJL_PAPER_FIRST_LAYERS,),
+            name="qjl-paper",
+            summary="QJL as published: 2d signs (4d in the first 15 layers), 8 outlier channels, 2-bit values",
+        ),
+        CacheConfig(
+            Balanced(1, "signs"), _two_bit_values(), name="qjl-1", summary="d signs per key, centred and balanced"
+        ),
+        CacheConfig(
+            Balanced(2, "signs"), _two_bit_values(), name="qjl-2", summary="2d signs per key, centred and balanced"
+        ),
+        CacheConfig(
+            Balanced(2, basis="klt"), _two_bit_values(), name="b2", summary="2-bit keys and values: the smallest"
+        ),
+        CacheConfig(
+            Balanced(3, basis="klt"), _two_bit_values(), name="b3", summary="3-bit keys, 2-bit values: the default"
+        ),
+        CacheConfig(
+            Balanced(4, basis="klt"),
+            Balanced(4, metric=False),
+            name="b4",
+            summary="4-bit keys and values: next to full precision",
+        ),
+    )
+}
+DEFAULT_PRESET = "b3"
+
+
+def resolve(preset: str | Path | CacheConfig) -> CacheConfig:
+    """A configuration from a preset's name, a JSON file, or a configuration itself.
+
+    Raises:
+        QJLError: for an unknown name, a missing or malformed file, or a field that no method has.
+    """
+    if isinstance(preset, CacheConfig):
+        return preset
+    if isinstance(preset, str) and preset in PRESETS:
+        return PRESETS[preset]
+    path = Path(preset)
+    if path.suffix == ".json":
+        return from_dict(_read_json(path), name=path.stem)
+    raise QJLError(f"unknown preset {str(preset)!r}: choose one of {', '.join(PRESETS)}, or give a .json file.")
+
+
+def from_dict(fields: Any, name: str = "custom") -> CacheConfig:
+    """The inverse of ``to_dict``."""
+    if not isinstance(fields, dict) or not {"key", "value"} <= set(fields):
+        raise QJLError(f"preset {name!r} needs the fields key and value, each with a method.")
+    known = {field.name for field in dataclasses.fields(CacheConfig)}
+    _reject_unknown(set(fields) - known, known, f"preset {name!r}")
+    fields = {"name": name} | fields
+    fields["key"], fields["value"] = _quantizer(fields["key"], name), _quantizer(fields["value"], name)
+    fields["overrides"] = tuple(_override(one, name) for one in fields.get("overrides", ()))
+    return _build(CacheConfig, fields, name)
+
+
+def to_dict(config: CacheConfig) -> dict[str, Any]:
+    """Plain numbers and strings, for JSON."""
+    return {
+        "name": config.name,
+        "summary": config.summary,
+        "key": _quantizer_fields(config.key),
+        "value": _quantizer_fields(config.value),
+        "sinks": config.sinks,
+        "recent": config.recent,
+        "overrides": [
+            {"first": one.first, "stop": one.stop}
+            | {role: _quantizer_fields(getattr(one, role)) for role in ("key", "value") if getattr(one, role)}
+            for one in config.overrides
+        ],
+    }
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QJLError(f"preset file {path} does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise QJLError(f"preset file {path} is not readable JSON: {error}.") from error
+
+
+def _quantizer_fields(quantizer: Quantizer) -> dict[str, Any]:
+    return {"method": quantizer.method} | dataclasses.asdict(quantizer)  # type: ignore[call-overload]
+
+
+def _quantizer(fields: Any, name: str) -> Quantizer:
+    if not isinstance(fields, dict) or fields.get("method") not in METHODS:
+        raise QJLError(f"preset {name!r} needs a method for keys and values, one of {', '.join(METHODS)}.")
+    method = METHODS[fields["method"]]
+    settings = {field: value for field, value in fields.items() if field != "method"}
+    known = {field.name for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    _reject_unknown(set(settings) - known, known, f"method {method.method!r} in preset {name!r}")
+    return _build(method, settings, name)
+
+
+def _override(fields: Any, name: str) -> LayerOverride:
+    if not isinstance(fields, dict):
+        raise QJLError(f"each override in preset {name!r} needs the fields first and stop.")
+    known = {field.name for field in dataclasses.fields(LayerOverride)}
+    _reject_unknown(set(fields) - known, known, f"an override in preset {name!r}")
+    roles = {role: _quantizer(fields[role], name) for role in ("key", "value") if role in fields}
+    return _build(LayerOverride, fields | roles, name)
+
+
+def _reject_unknown(unknown: set[str], known: set[str], where: str) -> None:
+    if unknown:
+        raise QJLError(f"{where} has no field {sorted(unknown)[0]!r}: it takes {', '.join(sorted(known))}.")
+
+
+def _build(cls: Any, fields: dict[str, Any], name: str) -> Any:
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise QJLError(f"preset {name!r} has a missing field or a value of the wrong type: {error}.") from error

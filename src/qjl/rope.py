@@ -1,0 +1,60 @@
+"""Rotary position embedding as a linear map R_n of a key or query at position n."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """R_n rotates pair f of the first ``2 F`` coordinates by ``n * inv_freq[f]`` and scales it.
+
+    ``inv_freq`` float32 [F]. ``interleaved``: pair f is (2f, 2f+1), otherwise (f, f + F). ``scaling`` is the
+    attention factor of yarn-like variants. Coordinates past ``2 F`` are left alone (partial rotary).
+    """
+
+    inv_freq: Tensor
+    scaling: float = 1.0
+    interleaved: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        return 2 * self.inv_freq.shape[0]
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """R_n x for ``x [B, H, T, D]`` and ``positions [B, T]``."""
+        return self._apply(x, self.angles(positions)[:, None], self.scaling)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """R_n^-1 x, the same shapes."""
+        return self._apply(x, -self.angles(positions)[:, None], 1 / self.scaling)
+
+    def angles(self, positions: Tensor) -> Tensor:
+        """``[...] -> float32 [..., F]``."""
+        return positions[..., None].float() * self.inv_freq.to(positions.device)
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """First and second coordinates of all pairs, ``[..., F]`` each, and the unrotated rest."""
+        rotary, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        if self.interleaved:
+            return rotary[..., 0::2], rotary[..., 1::2], rest
+        half = self.rotary_dim // 2
+        return rotary[..., :half], rotary[..., half:], rest
+
+    def join(self, first: Tensor, second: Tensor, rest: Tensor) -> Tensor:
+        """Inverse of ``split``."""
+        if self.interleaved:
+            return torch.cat([torch.stack([first, second], dim=-1).flatten(-2), rest], dim=-1)
+        return torch.cat([first, second, rest], dim=-1)
+
+    def to(self, device: torch.device) -> Rope:
+        return Rope(self.inv_freq.to(device), self.scaling, self.interleaved)
+
+    def _apply(self, x: Tensor, angles: Tensor, scaling: float) -> Tensor:
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        first, second, rest = self.split(x)
+        rotated_first = first * cos - second * sin
+        return self.join(rotated_first, second * cos + first * sin, rest.expand(*rotated_first.shape[:-1], -1))
