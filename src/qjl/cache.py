@@ -240,6 +240,12 @@ class CacheLayer:
             self._pack(rows, blocks, codecs)
         self._window.drop_first(min(self._window_starts()) - self._window_column)
 
+    @property
+    def tokens_until_due(self) -> int:
+        """How many tokens may be appended at once with the result of one by one: until a block is quantized."""
+        rows = zip(self.padding, self.packed_tokens, strict=True)
+        return min((BLOCK + self.sinks + self.recent + pad + packed - self.length for pad, packed in rows), default=1)
+
     def crop(self, length: int) -> None:
         """Keep the first ``length`` columns; kept tokens are not touched."""
         if length >= self.length or self._window is None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,26 +32,50 @@ from qjl.wheels import cache_dir
 
 logger = logging.getLogger("qjl")
 ATTENTION = "qjl"
+_REPLACED = "_qjl_replaced_attention"  # set on a model whose attention is ours: what it was before
+_INTERRUPTED = "_qjl_interrupted_attention"  # set on a model during a forward pass that collects queries
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _without_autograd(function: _Function) -> _Function:
+    """Its tensors are ordinary ones, also under ``inference_mode``: later calls outside of it may write to them."""
+    return cast(_Function, torch.inference_mode(False)(torch.no_grad()(function)))
+
+
+class _Decoding:
+    """Keys and values of a layer as of now, decoded at most once."""
+
+    def __init__(self, core: CacheLayer) -> None:
+        self.core = core
+
+    @functools.cached_property
+    def states(self) -> tuple[Tensor, Tensor]:
+        return self.core.dense()
 
 
 class CachedStates(torch.Tensor):
     """A handle on one layer's keys or values; any torch operation on it sees the decoded tensor."""
 
-    layer: CacheLayer
+    layer: QuantizedLayer
+    _decoding: _Decoding
     _part: int
 
     @staticmethod
-    def __new__(cls, layer: CacheLayer, part: int, like: Tensor) -> CachedStates:
-        shape = (like.shape[0], like.shape[1], layer.length, like.shape[3])
+    def __new__(
+        cls, layer: QuantizedLayer, decoding: _Decoding, part: int, like: Tensor
+    ) -> CachedStates:
+        shape = (like.shape[0], like.shape[1], layer.core.length, like.shape[3])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
-    def __init__(self, layer: CacheLayer, part: int, like: Tensor) -> None:
+    def __init__(self, layer: QuantizedLayer, decoding: _Decoding, part: int, like: Tensor) -> None:
         self.layer = layer
+        self._decoding = decoding
         self._part = part
 
+    @_without_autograd
     def decoded(self) -> Tensor:
         """``[B, H, T, D]`` in the model's dtype."""
-        return self.layer.dense()[self._part]
+        return self._decoding.states[self._part]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,7 +85,8 @@ class CachedStates(torch.Tensor):
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"CachedStates({('keys', 'values')[self._part]} of {self.layer.name}, {self.layer.length} tokens)"
+        part = ("keys", "values")[self._part]
+        return f"CachedStates({part} of {self.layer.core.name}, {self.shape[2]} tokens)"
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -73,6 +99,7 @@ class QuantizedLayer(CacheLayerMixin):
     def __init__(self, core: CacheLayer) -> None:
         self.core = core
         self.is_initialized = False
+        self.knows_padding = False
 
     @property
     def keys(self) -> Tensor:
@@ -91,11 +118,30 @@ class QuantizedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    @_without_autograd
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.core.append(key_states, value_states)
-        return CachedStates(self.core, 0, key_states), CachedStates(self.core, 1, value_states)
+        self.core.append(key_states.detach(), value_states.detach())
+        decoding = _Decoding(self.core)
+        return CachedStates(self, decoding, 0, key_states), CachedStates(self, decoding, 1, value_states)
+
+    @_without_autograd
+    def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
+        """Attention of the tokens updated last, after which what left the window is quantized."""
+        core = self.core
+        if core.wants_queries:
+            core.observe(_real_rows(query, core))
+        out = attend(query, core, scoring)
+        core.settle()
+        return out
+
+    def observe_mask(self, mask: Tensor, position_ids: Tensor | None) -> None:
+        """Left padding from the boolean mask of a forward pass, for a cache that no hook tells it to."""
+        seen = mask[:, 0, -1].expand(self.core.batch, -1)
+        self.core.set_padding(*_padding(seen, position_ids, self.core.length - mask.shape[2], self.core))
 
     def get_seq_length(self) -> int:
         return self.core.length
@@ -109,21 +155,23 @@ class QuantizedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.core.reset()
         self.is_initialized = False
+        self.knows_padding = False
 
+    @_without_autograd
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
         self.core.crop(self.core.length + tokens_to_remove)
 
+    @_without_autograd
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.core.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.core.select(rows)
+        self.reorder_cache(torch.arange(self.core.batch)[indices.cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.core.select(torch.arange(self.core.batch).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self.core.batch).repeat_interleave(repeats))
 
     def offload(self) -> None:
         raise QJLError("a quantized cache is not offloaded: it is small enough to stay on its device.")

@@ -1,0 +1,1 @@
+"""Evaluations, all of them through the packed codes: every measured token is decoded over the quantized cache."""

@@ -1,0 +1,138 @@
+"""What the test rooms share: poisoned memory, keys as models make them, and what an error message must be."""
+
+import os
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from qjl.cache import CacheLayer
+from qjl.errors import QJLError
+from qjl.rope import Rope
+from qjl.statistics import QueryMoment, measure
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+settings.register_profile(
+    "default", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("thorough", settings.get_profile("default"), derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory from ``torch.empty`` holds NaN (or the largest integer), so that reading it before writing shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """One layer's tensors after RoPE: keys and values ``[B, H, T, D]``, queries ``[B, H * group, T, D]``."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor
+    rope: Rope
+
+    def grouped_queries(self):
+        """``[B, H, group * T, D]``: all queries of a KV head."""
+        return self.queries.reshape(*self.keys.shape[:2], -1, self.keys.shape[3])
+
+
+class Model:
+    """Makes tokens as language models do: keys and queries with a mean before RoPE and uneven directions."""
+
+    def __init__(self, heads=2, head_dim=64, group=2, seed=0):
+        self.heads, self.head_dim, self.group = heads, head_dim, group
+        self._generator = torch.Generator().manual_seed(seed)
+        self.rope = Rope(10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
+        self._key_root, self._query_root = self._root(heads), self._root(heads * group)
+        self._key_mean = 3 * self._normal(heads, 1, head_dim)
+        self._query_mean = self._normal(heads * group, 1, head_dim)
+        self._value_mean = 0.5 * self._normal(heads, 1, head_dim)
+
+    def tokens(self, positions):
+        """Fresh tokens at ``positions [B, T]``."""
+        batch, length = positions.shape
+        keys = self._normal(batch, self.heads, length, self.head_dim) @ self._key_root + self._key_mean
+        queries = self._normal(batch, self.heads * self.group, length, self.head_dim) @ self._query_root
+        values = self._normal(batch, self.heads, length, self.head_dim) + self._value_mean
+        rotate = self.rope.rotate
+        return Tokens(rotate(keys, positions), values, rotate(queries + self._query_mean, positions), self.rope)
+
+    def first_tokens(self, length, batch=1):
+        return self.tokens(torch.arange(length).expand(batch, -1))
+
+    @lru_cache(maxsize=1)  # noqa: B019
+    def statistics(self):
+        """Of 600 tokens of its own."""
+        tokens = Model(self.heads, self.head_dim, self.group, seed=0).first_tokens(600)
+        positions = torch.arange(600)[None]
+        moment = QueryMoment()
+        moment.add(tokens.grouped_queries())
+        valid = torch.ones(1, 600, dtype=torch.bool)
+        return measure(tokens.keys, tokens.values, positions, valid, moment.moment, self.rope)
+
+    def _normal(self, *shape):
+        return torch.randn(*shape, generator=self._generator)
+
+    def _root(self, count):
+        directions = torch.linalg.qr(self._normal(count, self.head_dim, self.head_dim)).Q
+        return (1 + torch.arange(self.head_dim))[None, :, None] ** -0.5 * 2 * directions
+
+
+@pytest.fixture(scope="session")
+def model_of():
+    """``model_of(heads, head_dim, group)``: a maker of tokens, the same at each call."""
+    return Model
+
+
+@pytest.fixture(scope="session")
+def run_through():
+    """Put tokens through a layer in steps of the given sizes, as an engine would."""
+
+    def run(layer: CacheLayer, tokens: Tokens, sizes, padding=None):
+        start = 0
+        for size in sizes:
+            step = slice(start, start + size)
+            if start == 0 and padding is not None:
+                layer.set_padding(padding)
+            layer.append(tokens.keys[:, :, step], tokens.values[:, :, step])
+            if layer.wants_queries:
+                queries = tokens.queries[:, :, step].clone()
+                for row, pad in enumerate(layer.padding):
+                    queries[row, :, : max(0, pad - start)] = 0
+                layer.observe(queries.reshape(*tokens.keys.shape[:2], -1, tokens.keys.shape[3]))
+            layer.settle()
+            start += size
+        return layer
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def refuses():
+    """``with refuses("text"):`` expects a QJLError that says so, in one line and one sentence."""
+
+    @contextmanager
+    def expect(match):
+        with pytest.raises(QJLError, match=re.escape(match)) as caught:
+            yield
+        message = str(caught.value)
+        assert "\n" not in message
+        assert message.endswith(".")
+        assert not re.search(r"[.!?] +[A-Z]", message)
+
+    return expect
