@@ -4,7 +4,8 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy comes
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from qjl.errors import QJLError
 from qjl.rope import Rope
 from qjl.statistics import QueryMoment, measure
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # tensors are small here: threads would wait for each other
 settings.register_profile(
     "default", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -55,7 +56,7 @@ class Model:
     """Makes tokens as language models do: keys and queries with a mean before RoPE and uneven directions."""
 
     def __init__(self, heads=2, head_dim=64, group=2, seed=0):
-        self.heads, self.head_dim, self.group = heads, head_dim, group
+        self.heads, self.head_dim, self.group, self.seed = heads, head_dim, group, seed
         self._generator = torch.Generator().manual_seed(seed)
         self.rope = Rope(10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
         self._key_root, self._query_root = self._root(heads), self._root(heads * group)
@@ -75,10 +76,9 @@ class Model:
     def first_tokens(self, length, batch=1):
         return self.tokens(torch.arange(length).expand(batch, -1))
 
-    @lru_cache(maxsize=1)  # noqa: B019
     def statistics(self):
         """Of 600 tokens of its own."""
-        tokens = Model(self.heads, self.head_dim, self.group, seed=0).first_tokens(600)
+        tokens = Model(self.heads, self.head_dim, self.group, self.seed).first_tokens(600)
         positions = torch.arange(600)[None]
         moment = QueryMoment()
         moment.add(tokens.grouped_queries())

@@ -1,5 +1,7 @@
 """The papers in numpy float64, one class per section, written from their formulas and importing nothing of ours."""
 
+from functools import cache
+
 import numpy as np
 
 
@@ -11,7 +13,7 @@ class SignConstant:
     @staticmethod
     def orthogonal(d):
         """1 / (sqrt(d) E|u_1|), the mean by integration over the density (1 - x^2)^((d - 3) / 2) of a coordinate."""
-        x, weight = np.polynomial.legendre.leggauss(4000)
+        x, weight = np.polynomial.legendre.leggauss(400)
         x, weight = (x + 1) / 2, weight / 2  # the positive half
         density = weight * (1 - x * x) ** ((d - 3) / 2)
         return 1 / (np.sqrt(d) * (x * density).sum() / density.sum())
@@ -180,17 +182,17 @@ class TransformCode:
         distortions = TransformCode.distortions(cap)
         widths = np.zeros(len(variances), dtype=int)
         for _ in range(bits):
-            gains = [v * (distortions[w] - distortions[w + 1]) if w < cap else -1 for v, w in zip(variances, widths)]
+            gains = [
+                v * (distortions[w] - distortions[w + 1]) if w < cap else -1
+                for v, w in zip(variances, widths, strict=True)
+            ]
             widths[int(np.argmax(gains))] += 1
         return widths
 
-    _distortions: dict[int, list[float]] = {}
-
-    @classmethod
-    def distortions(cls, cap):
-        if cap not in cls._distortions:
-            cls._distortions[cap] = [1.0, *(LloydMax(bits).distortion for bits in range(1, cap + 1))]
-        return cls._distortions[cap]
+    @staticmethod
+    @cache
+    def distortions(cap):
+        return [1.0, *(LloydMax(bits).distortion for bits in range(1, cap + 1))]
 
 
 class ExactRescale:
@@ -243,7 +245,8 @@ class Rope:
 
 
 class Attention:
-    """Attention Is All You Need (arXiv 1706.03762) equation 1, grouped; soft caps as in Gemma 2, sinks as in gpt-oss."""
+    """Attention Is All You Need (arXiv 1706.03762) equation 1, with grouped heads; soft caps as in Gemma 2, sink logits
+    as in gpt-oss."""
 
     @staticmethod
     def out(query, keys, values, scaling, mask=None, softcap=None, sink_logits=None):

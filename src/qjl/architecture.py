@@ -52,8 +52,11 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
         QJLError: if no layer has full attention, so that there is nothing to quantize.
     """
     decoder = text_config(config)
+    name = config.model_type
     if getattr(decoder, "num_attention_heads", None) is None:
-        raise QJLError(f"{config.model_type} has no attention layers: there is no key-value cache to quantize.")
+        raise QJLError(f"{name} has no attention layers: there is no key-value cache to quantize.")
+    if getattr(decoder, "kv_lora_rank", None) is not None:
+        raise QJLError(f"{name} caches latents in place of keys and values: such a cache cannot be quantized.")
     kinds, settings = get_layer_types_and_kwargs(decoder)
     shapes = [
         LayerShape(
@@ -67,7 +70,7 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
     ]
     if not any(shape.is_quantized for shape in shapes):
         found = ", ".join(sorted(set(kinds)))
-        raise QJLError(f"{config.model_type} has no full-attention layers (only {found}): there is nothing to quantize.")
+        raise QJLError(f"{name} has no full-attention layers (only {found}): there is nothing to quantize.")
     return shapes
 
 
@@ -84,11 +87,9 @@ def find_rope(config: PreTrainedConfig, layer_kind: str = FULL_ATTENTION) -> Rop
     try:
         module = importlib.import_module(type(decoder).__module__.replace("configuration_", "modeling_"))
         embedding = _rotary_embedding(module, decoder)
-        inv_freq, scaling = (
-            _per_kind(embedding, layer_kind, name) for name in ("inv_freq", "attention_scaling")
-        )
+        inv_freq, scaling = (_per_kind(embedding, layer_kind, name) for name in ("inv_freq", "attention_scaling"))
         true = _probe(module, embedding, inv_freq, layer_kind)
-    except (ImportError, AttributeError, TypeError, KeyError, ValueError, RuntimeError, StopIteration):
+    except (ImportError, AttributeError, TypeError, LookupError, ValueError, RuntimeError):
         return None  # another design of RoPE, or none: both mean there is no R_n to use
     for interleaved in (False, True):
         rope = Rope(inv_freq.float().cpu(), float(scaling), interleaved)
@@ -100,9 +101,7 @@ def find_rope(config: PreTrainedConfig, layer_kind: str = FULL_ATTENTION) -> Rop
 def _grows(parameters: dict[str, Any]) -> bool:
     """Whether the frequencies change with the length of the sequence."""
     kind = parameters.get("rope_type")
-    return kind == "dynamic" or (
-        kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")
-    )
+    return kind == "dynamic" or (kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor"))
 
 
 def _rotary_embedding(module: ModuleType, decoder: PreTrainedConfig) -> Any:
@@ -134,14 +133,15 @@ def _probe(module: ModuleType, embedding: Any, inv_freq: Tensor, layer_kind: str
 
 
 def fingerprint(model: PreTrainedModel) -> str | None:
-    """A name for these weights: shapes from the configuration and a sample of every parameter, rounded to bfloat16 so
-    that it does not depend on the dtype they were loaded in. None for a model sharded over processes.
+    """A name for these weights: shapes from the configuration and a sample of every parameter, in
+    bfloat16, so that it does not depend on the dtype they were loaded in. None for a model that is not
+    all here: sharded over processes, or offloaded.
     """
     digest = hashlib.sha256()
     shapes = [(shape.kind, shape.num_key_value_heads, shape.head_dim) for shape in layer_shapes(model.config)]
     digest.update(json.dumps([model.config.model_type, shapes]).encode())
     for name, parameter in sorted(model.named_parameters()):
-        if hasattr(parameter, "device_mesh"):
+        if hasattr(parameter, "device_mesh") or parameter.is_meta:
             return None
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)][:_FINGERPRINT_SAMPLES]

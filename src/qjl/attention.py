@@ -38,7 +38,7 @@ def attend(query: Tensor, layer: CacheLayer, scoring: Scoring) -> Tensor:
     Returns ``[B, Hq, Q, Dv]`` in the query's dtype. Hq is a multiple of the layer's KV heads (GQA, MQA).
     """
     exact, packed = layer.segments()
-    plain = packed is None and len(exact) == 1 and exact[0].valid is None
+    plain = packed is None and len(exact) == 1 and exact[0].valid is None and exact[0].columns == 0
     if plain and scoring.softcap is None and scoring.sink_logits is None:
         return _fused(query, exact[0], scoring)
     outputs = [

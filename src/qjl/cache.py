@@ -7,7 +7,6 @@ layer's statistics: not on how the tokens arrived, nor on the padding beside the
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -20,16 +19,22 @@ from qjl.packed import BLOCK, Blocks, Packed
 from qjl.rope import Rope
 from qjl.statistics import MIN_TOKENS, LayerStatistics, QueryMoment, measure
 
-logger = logging.getLogger("qjl")
-
 
 @dataclass(eq=False)
 class LayerSource:
-    """What all caches of a model share for one layer: its RoPE, its statistics on disk, its fitted codecs."""
+    """What all caches of a model share for one layer: its RoPE, its statistics on disk, its fitted codecs.
+
+    ``announce`` hears how many tokens the statistics came from, where they come from a prompt.
+    """
 
     rope: Rope | None = None
     calibrated: Callable[[], LayerStatistics | None] = lambda: None
+    announce: Callable[[int], None] = lambda count: None
     codecs: dict[tuple[Quantizer, Quantizer], tuple[Codec, Codec]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerSource:
+        """A copied cache shares it too."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +193,8 @@ class CacheLayer:
 
     @property
     def wants_queries(self) -> bool:
-        """Whether ``observe`` is needed: the codecs wait for statistics."""
-        return self._codecs() is None
+        """Whether ``observe`` is needed: the key codec waits for statistics of the queries."""
+        return self.key.needs_queries and self._codecs() is None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add fresh tokens ``[B, H, T, D]``.
@@ -215,10 +220,11 @@ class CacheLayer:
 
         To be called before ``settle`` sees the rows; rows that hold packed tokens keep what they had.
         """
-        if self.length and any(self.packed_tokens):
-            return
-        self.padding = list(padding)
-        self.origin = list(origin) if origin is not None else [0] * len(self.padding)
+        origin = [0] * len(padding) if origin is None else origin
+        if not self.batch:
+            self.padding, self.origin = list(padding), list(origin)
+        for row in (row for row, tokens in enumerate(self.packed_tokens) if not tokens):
+            self.padding[row], self.origin[row] = padding[row], origin[row]
 
     def observe(self, query: Tensor) -> None:
         """Count query rows ``[B, H, R, D]`` into the statistics, while they are awaited; padding rows are zero."""
@@ -289,7 +295,7 @@ class CacheLayer:
         """All keys and values decoded to the model's dtype, ``[B, H, length, D]`` by column; padding is zero."""
         exact, packed = self.segments()
         only = exact[0]
-        if packed is None and len(exact) == 1 and only.valid is None:
+        if packed is None and len(exact) == 1 and only.valid is None and only.columns == 0:
             return only.keys, only.values
         out = tuple(
             tensor.new_zeros((*tensor.shape[:2], self.length, tensor.shape[3])) for tensor in (only.keys, only.values)
@@ -362,7 +368,7 @@ class CacheLayer:
         if self.length - min(self.padding) < MIN_TOKENS:
             return None
         statistics = self.measure()
-        logger.info("%s: statistics taken from the first prompt, %d tokens", self.name, statistics.count)
+        self.source.announce(statistics.count)
         self._queries = QueryMoment()
         return self._fit(statistics)
 
@@ -493,7 +499,9 @@ class CacheLayer:
         for quantizer, tensor in ((self.key, keys), (self.value, values)):
             quantizer.layout(tensor.shape[3])
         if self._window is not None and (
-            keys.shape[:2] != self._window.keys.shape[:2] or keys.shape[3] != self._window.keys.shape[3]
+            keys.shape[:2] != self._window.keys.shape[:2]
+            or keys.shape[3] != self._window.keys.shape[3]
+            or values.shape[3] != self._window.values.shape[3]
         ):
             raise QJLError(
                 f"{self.name} holds {list(self._window.keys.shape)} and cannot append {list(keys.shape)}: batch, heads "

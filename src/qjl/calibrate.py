@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import statistics
 from qjl.errors import QJLError
-from qjl.hf import KVCache, statistics_path
+from qjl.hf import KVCache, forget_statistics, statistics_path
 from qjl.methods.balanced import Balanced
 from qjl.presets import CacheConfig
 from qjl.statistics import MIN_TOKENS, LayerStatistics
@@ -18,11 +18,11 @@ ROWS, ROW_TOKENS = 4, 1024
 _KEEP_ALL_EXACT = CacheConfig(Balanced(), Balanced(2, metric=False), recent=1 << 30, name="calibration")
 
 
+@torch.no_grad()
 def measure(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int, LayerStatistics]:
     """Statistics of every quantized layer from ``input_ids [B, T]``, in one forward pass."""
     cache = KVCache(model, _KEEP_ALL_EXACT, share=False)
-    with torch.inference_mode():
-        model(input_ids=input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    model(input_ids=input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
     quantized = [shape.index for shape in cache.shapes if shape.is_quantized]
     return {index: core.measure() for index, core in zip(quantized, cache.cores, strict=True)}
 
@@ -30,14 +30,15 @@ def measure(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int, LayerS
 def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Path:
     """Measure a model on a text and save its statistics under its fingerprint; returns the file.
 
-    Caches that existed before keep the codecs they were fitted with; ``qjl.disable(model)`` forgets them.
+    Caches made from now on use them; caches that exist keep the codecs they were fitted with.
 
     Raises:
-        QJLError: if the text is shorter than 256 tokens, the model is sharded, or the cache folder is not writable.
+        QJLError: if the text is shorter than 256 tokens, the model is sharded, or the cache folder is not
+            writable.
     """
     path = statistics_path(model)
     if path is None:
-        raise QJLError("statistics of a model sharded over processes cannot be saved: calibrate it on one process.")
+        raise QJLError("statistics of a model sharded over processes or offloaded cannot be saved.")
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", ROW_TOKENS)
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, : ROWS * ROW_TOKENS]
     row = min(ROW_TOKENS, context, len(tokens))
@@ -45,4 +46,5 @@ def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
         raise QJLError(f"calibration needs a text of at least {MIN_TOKENS} tokens, this one has {row}.")
     rows = tokens[: len(tokens) // row * row].view(-1, row)
     statistics.save(path, measure(model, rows), path.stem)
+    forget_statistics(model)
     return path

@@ -1,7 +1,7 @@
 """The transformers integration: a quantized cache for ``past_key_values``, and the attention that reads it.
 
-``KVCache.update`` returns handles in place of tensors. The attention registered as ``"qjl"`` reads the packed layer
-behind a handle; any other attention makes the handle decode itself, so its text is the same, only slower.
+``KVCache.update`` returns handles in place of tensors. The attention registered as ``"qjl"`` reads the packed
+layer behind a handle; any other attention makes the handle decode itself: the same text, only slower.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers import AttentionInterface, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qjl import statistics
-from qjl.architecture import FULL_ATTENTION, LayerShape, find_rope, fingerprint, layer_shapes, text_config
+from qjl.architecture import LayerShape, find_rope, fingerprint, layer_shapes, text_config
 from qjl.attention import Scoring, attend, attend_dense
 from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
@@ -38,8 +38,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _without_autograd(function: _Function) -> _Function:
-    """Its tensors are ordinary ones, also under ``inference_mode``: later calls outside of it may write to them."""
-    return cast(_Function, torch.inference_mode(False)(torch.no_grad()(function)))
+    """Its tensors are ordinary ones, also under ``inference_mode``: later calls may write to them outside."""
+    guarded = torch.inference_mode(False)(torch.no_grad()(function))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        needs_guard = torch.is_inference_mode_enabled() or torch.is_grad_enabled()
+        return (guarded if needs_guard else function)(*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 class _Decoding:
@@ -61,9 +68,7 @@ class CachedStates(torch.Tensor):
     _part: int
 
     @staticmethod
-    def __new__(
-        cls, layer: QuantizedLayer, decoding: _Decoding, part: int, like: Tensor
-    ) -> CachedStates:
+    def __new__(cls, layer: QuantizedLayer, decoding: _Decoding, part: int, like: Tensor) -> CachedStates:
         shape = (like.shape[0], like.shape[1], layer.core.length, like.shape[3])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
@@ -78,10 +83,10 @@ class CachedStates(torch.Tensor):
         return self._decoding.states[self._part]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(
-            lambda x: x.decoded() if isinstance(x, CachedStates) else x, (args, kwargs or {})
-        )
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(lambda x: x.decoded() if isinstance(x, CachedStates) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -102,12 +107,12 @@ class QuantizedLayer(CacheLayerMixin):
         self.knows_padding = False
 
     @property
-    def keys(self) -> Tensor:
+    def keys(self) -> Tensor:  # type: ignore[override]
         """All keys, decoded: for inspection, not on the way of generation."""
         return self.core.dense()[0]
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor:  # type: ignore[override]
         return self.core.dense()[1]
 
     @property
@@ -115,13 +120,11 @@ class QuantizedLayer(CacheLayerMixin):
         return self.core.batch or -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.dtype, self.device, self.heads = key_states.dtype, key_states.device, key_states.shape[1]
         self.is_initialized = True
 
     @_without_autograd
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.core.append(key_states.detach(), value_states.detach())
@@ -133,7 +136,7 @@ class QuantizedLayer(CacheLayerMixin):
         """Attention of the tokens updated last, after which what left the window is quantized."""
         core = self.core
         if core.wants_queries:
-            core.observe(_real_rows(query, core))
+            core.observe(_real_rows(query, self.heads, core))
         out = attend(query, core, scoring)
         core.settle()
         return out
@@ -185,9 +188,9 @@ class KVCache(Cache):
     >>> cache = qjl.KVCache(model, "b3")
     >>> model.generate(**inputs, past_key_values=cache)
 
-    With a model, its attention implementation is set to ``"qjl"`` (exactly sdpa for every other cache) and its
-    statistics are shared by all of its caches. With a configuration, load the model with
-    ``attn_implementation="qjl"``; the statistics are this cache's own.
+    With a model, its attention implementation is set to ``"qjl"`` (exactly sdpa for every other cache) and
+    its statistics are shared by all of its caches. With a configuration, load the model with
+    ``attn_implementation="qjl"``; the statistics are this cache's own. No gradient flows through a cache.
 
     Args:
         model: a decoder-only model, or its configuration.
@@ -195,7 +198,8 @@ class KVCache(Cache):
         share: whether to use, and add to, the statistics and codecs of the model's other caches.
 
     Raises:
-        QJLError: for an unknown preset, a model without full-attention layers, or a head_dim that does not pack.
+        QJLError: for an unknown preset, a model whose cache cannot be quantized or whose queries cannot be
+            seen, or a head_dim that does not pack.
     """
 
     def __init__(
@@ -206,20 +210,19 @@ class KVCache(Cache):
         share: bool = True,
     ) -> None:
         self.config = resolve(preset)
-        config = model if isinstance(model, PreTrainedConfig) else model.config
+        config = _configuration(model)
         self.shapes = layer_shapes(config)
-        if isinstance(model, PreTrainedModel):
-            _attach(model)
-        if isinstance(model, PreTrainedModel) and share:
-            sources = _Shared.of(model).sources
-        else:
-            sources = [LayerSource(_rope(config, shape.kind)) for shape in self.shapes]
+        is_shared = isinstance(model, PreTrainedModel) and share
+        sources = _shared_sources(model) if is_shared else _sources(config)  # type: ignore[arg-type]
         layers = DynamicCache(config=text_config(config)).layers
         for shape in self.shapes:
-            if shape.is_quantized and type(layers[shape.index]) is DynamicLayer:
+            if shape.is_quantized:
                 layers[shape.index] = self._quantized_layer(shape, sources[shape.index])
         super().__init__(layers=layers)
         self._unsettled: CacheLayer | None = None
+        if isinstance(model, PreTrainedModel):
+            self._require_queries(model)
+            _attach(model)
 
     def _quantized_layer(self, shape: LayerShape, source: LayerSource) -> QuantizedLayer:
         key, value = self.config.for_layer(shape.index)
@@ -229,15 +232,28 @@ class KVCache(Cache):
         core = CacheLayer(key, value, sinks=sinks, recent=recent, source=source, name=f"layer {shape.index}")
         return QuantizedLayer(core)
 
+    def _require_queries(self, model: PreTrainedModel) -> None:
+        if can_set_attention(model):
+            return
+        if any(core.key.needs_queries for core in self.cores):
+            raise QJLError(
+                f"{model.config.model_type} does not use transformers' attention interface, so its queries "
+                "cannot be seen: choose a preset whose keys need none, such as qjl-paper."
+            )
+
+    @property
+    def quantized_layers(self) -> list[QuantizedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+
     @property
     def cores(self) -> list[CacheLayer]:
         """The quantized layers, without transformers around them."""
-        return [layer.core for layer in self.layers if isinstance(layer, QuantizedLayer)]
+        return [layer.core for layer in self.quantized_layers]
 
     @property
     def wants_queries(self) -> bool:
         """Whether statistics are still awaited, which only the ``"qjl"`` attention can collect."""
-        return any(core.wants_queries and core.key.needs_queries for core in self.cores)
+        return any(core.wants_queries for core in self.cores)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -249,6 +265,7 @@ class KVCache(Cache):
             self._unsettled = layer.core
         return states
 
+    @_without_autograd
     def settle(self) -> None:
         """Quantize what left the window in the layer updated last, if its attention has not done so."""
         if self._unsettled is not None:
@@ -256,27 +273,15 @@ class KVCache(Cache):
             self._unsettled = None
 
     def observe_padding(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Left padding and first positions of each row, from a 2D mask ``[B, T]`` and ``position_ids [B, Q]``."""
+        """Learn the left padding before a forward pass with this mask ``[B, T]`` and positions ``[B, Q]``."""
+        for layer in self.quantized_layers:
+            layer.knows_padding = True
         if attention_mask is None or attention_mask.dim() != 2:
             return
-        real = attention_mask.bool()
-        padding = (real.cumsum(1) == 0).sum(1).tolist()
-        origin = [0] * len(padding)
-        if position_ids is not None and position_ids.shape == real.shape:
-            origin = [
-                int(positions[pad]) if pad < len(positions) else 0
-                for positions, pad in zip(position_ids, padding, strict=True)
-            ]
+        core = self.cores[0]
+        padding, origin = _padding(attention_mask.bool(), position_ids, core.length, core)
         for core in self.cores:
             core.set_padding(padding, origin)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        self.settle()
-        super().crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.settle()
-        super().reorder_cache(beam_idx)
 
     def reset(self) -> None:
         self._unsettled = None
@@ -286,7 +291,7 @@ class KVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tokens (packed, window, sinks, layers that are not quantized) and of the fitted codecs."""
+        """Bytes of all tokens (packed, window, sinks, layers that are not quantized) and of fitted codecs."""
         return sum(core.nbytes for core in self.cores) + self.codec_nbytes + self._other_nbytes
 
     @property
@@ -302,7 +307,7 @@ class KVCache(Cache):
     @property
     def full_nbytes(self) -> int:
         """Bytes that transformers' own cache would take for the same tokens."""
-        return sum(_full_nbytes(layer) for layer in self.layers if isinstance(layer, QuantizedLayer)) + self._other_nbytes
+        return sum(_full_nbytes(layer) for layer in self.quantized_layers) + self._other_nbytes
 
     @property
     def bits(self) -> tuple[float, float]:
@@ -316,9 +321,8 @@ class KVCache(Cache):
     @property
     def bits_with_window(self) -> float:
         """Bits per number with the exact window, the sinks and the codecs counted in."""
-        numbers = sum(
-            _full_nbytes(layer) // layer.dtype.itemsize for layer in self.layers if isinstance(layer, QuantizedLayer)
-        )
+        layers = [layer for layer in self.quantized_layers if layer.is_initialized]
+        numbers = sum(_full_nbytes(layer) // layer.dtype.itemsize for layer in layers)
         return 8 * (sum(core.nbytes for core in self.cores) + self.codec_nbytes) / max(numbers, 1)
 
     @property
@@ -334,13 +338,38 @@ class KVCache(Cache):
         return f"KVCache({self.config.name!r}, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
 
 
+def _configuration(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfig:
+    if isinstance(model, PreTrainedConfig):
+        return model
+    if isinstance(model, PreTrainedModel):
+        return model.config
+    kind = type(model).__name__
+    raise QJLError(f"{kind} is no transformers model and no configuration: give the model inside a wrapper.")
+
+
 def _full_nbytes(layer: QuantizedLayer) -> int:
     if not layer.is_initialized:
         return 0
-    core = layer.core
-    exact = core.segments()[0][-1]
-    per_token = exact.keys.shape[1] * (exact.keys.shape[3] + exact.values.shape[3]) * exact.keys.element_size()
-    return core.batch * core.length * per_token
+    window = layer.core.segments()[0][-1]
+    numbers_per_token = window.keys.shape[1] * (window.keys.shape[3] + window.values.shape[3])
+    return layer.core.batch * layer.core.length * numbers_per_token * layer.dtype.itemsize
+
+
+def _padding(real: Tensor, position_ids: Tensor | None, past: int, core: CacheLayer) -> tuple[list[int], list[int]]:
+    """Left padding of each row and the RoPE position of its first real token.
+
+    ``real`` bool [B, past + Q] are the tokens that count; without ``position_ids [B or 1, Q]`` models number
+    the columns. Rows that began in the past keep the origin they have in ``core``.
+    """
+    padding = (real.cumsum(1) == 0).sum(1)
+    origin = padding
+    if position_ids is not None and position_ids.dim() == 2:
+        first = (padding - past).clamp(0, position_ids.shape[1] - 1)
+        origin = position_ids.expand(real.shape[0], -1).gather(1, first[:, None].to(position_ids.device))[:, 0]
+    before = core.origin if past else [0] * real.shape[0]
+    rows = zip(padding.tolist(), origin.tolist(), before, strict=True)
+    pairs = [(pad, now if pad >= past else then) for pad, now, then in rows]
+    return [pad for pad, _ in pairs], [position for _, position in pairs]
 
 
 def qjl_attention(
@@ -355,29 +384,41 @@ def qjl_attention(
 ) -> tuple[Tensor, None]:
     """Attention for ``AttentionInterface``: over packed codes where ``key`` is a handle, sdpa otherwise."""
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    is_special = softcap is not None or sinks is not None
-    if dropout or kwargs.get("position_bias") is not None or not (isinstance(key, CachedStates) or is_special):
+    is_special = isinstance(key, CachedStates) or softcap is not None or sinks is not None
+    if dropout or kwargs.get("position_bias") is not None or not is_special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    is_causal = kwargs.get("is_causal")
-    if attention_mask is None and not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    if kwargs.get("output_attentions"):
+        _warn_of_missing_weights()
+    if attention_mask is None and not _is_causal(module, kwargs):
         attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    scoring = Scoring(scale, attention_mask, softcap, sinks)
+    scoring = Scoring(scaling or query.shape[-1] ** -0.5, attention_mask, softcap, sinks)
     if not isinstance(key, CachedStates):
         return attend_dense(query, key, value, scoring).transpose(1, 2).contiguous(), None
-    layer = key.layer
-    if layer.wants_queries:
-        _observe(layer, query, key.shape[1])
-    out = attend(query, layer, scoring)
-    layer.settle()
-    return out.transpose(1, 2).contiguous(), None
+    if not key.layer.knows_padding and _tells_padding(attention_mask):
+        key.layer.observe_mask(attention_mask, kwargs.get("position_ids"))
+    return key.layer.attend(query, scoring).transpose(1, 2).contiguous(), None
 
 
-def _observe(layer: CacheLayer, query: Tensor, heads: int) -> None:
-    columns = torch.arange(layer.length - query.shape[2], layer.length)
-    real = (columns >= torch.tensor(layer.padding)[:, None]).to(query.device)
+@functools.lru_cache(maxsize=1)
+def _warn_of_missing_weights() -> None:
+    logger.warning("attention over packed codes has no weights to return: set the attention to eager for them")
+
+
+def _is_causal(module: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    is_causal = kwargs.get("is_causal")
+    return getattr(module, "is_causal", True) if is_causal is None else is_causal
+
+
+def _tells_padding(mask: Tensor | None) -> TypeGuard[Tensor]:
+    return mask is not None and mask.dtype == torch.bool and mask.shape[2] > 1
+
+
+def _real_rows(query: Tensor, heads: int, core: CacheLayer) -> Tensor:
+    """``query [B, Hq, Q, D]`` as rows of each KV head ``[B, H, R, D]``, those of padding set to zero."""
+    columns = torch.arange(core.length - query.shape[2], core.length)
+    real = (columns >= torch.tensor(core.padding)[:, None]).to(query.device)
     rows = query * real[:, None, :, None]
-    layer.observe(rows.reshape(query.shape[0], heads, -1, query.shape[3]))
+    return rows.reshape(query.shape[0], heads, -1, query.shape[3])
 
 
 AttentionInterface.register(ATTENTION, qjl_attention)
@@ -391,71 +432,115 @@ def enable(model: PreTrainedModel, preset: str | Path | CacheConfig = DEFAULT_PR
     """
     config = resolve(preset)
     KVCache(model, config)  # raises now what would go wrong later
-    disable_generate(model)
-    original = model._prepare_cache_for_generation
-
-    @functools.wraps(original)
-    def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        result = original(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
-        if type(cache) is DynamicCache and not getattr(cache, "_is_user_defined", False):
-            model_kwargs["past_key_values"] = KVCache(model, config)
-        return result
-
-    model._prepare_cache_for_generation = prepare  # type: ignore[method-assign]
+    vars(model)["_prepare_cache_for_generation"] = functools.partial(_prepare_fresh_cache, model, config)
     return model
+
+
+def _prepare_fresh_cache(
+    model: PreTrainedModel,
+    config: CacheConfig,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    prepare = type(model)._prepare_cache_for_generation  # type: ignore[attr-defined]
+    prepare(model, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    is_chosen = generation_config.cache_implementation or getattr(cache, "_is_user_defined", False)
+    if type(cache) is not DynamicCache or is_chosen:
+        return
+    model_kwargs["past_key_values"] = KVCache(model, config)
+    if generation_config.is_assistant:
+        model_kwargs["past_key_values"].activate_past_recording()
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
     """Undo ``enable`` and what ``KVCache(model)`` set: generate and attention are transformers' own again."""
-    disable_generate(model)
-    shared = _Shared.known.pop(model, None)
-    if shared is not None:
-        shared.detach(model)
+    vars(model).pop("_prepare_cache_for_generation", None)
+    forget_statistics(model)
+    _detach(model)
     return model
 
 
-def disable_generate(model: PreTrainedModel) -> None:
-    """Forget the patched ``_prepare_cache_for_generation`` of this instance."""
-    vars(model).pop("_prepare_cache_for_generation", None)
+_sources_of: weakref.WeakKeyDictionary[PreTrainedModel, list[LayerSource]] = weakref.WeakKeyDictionary()
 
 
-class _Shared:
-    """What all caches of one model share: statistics, codecs, hooks, and the attention it had before."""
+def _shared_sources(model: PreTrainedModel) -> list[LayerSource]:
+    """What all caches of one model share: statistics on disk and fitted codecs."""
+    if model not in _sources_of:
+        _sources_of[model] = _sources(model.config, _calibrated_statistics(model))
+    return _sources_of[model]
 
-    known: weakref.WeakKeyDictionary[PreTrainedModel, _Shared] = weakref.WeakKeyDictionary()
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        on_disk = _calibrated_statistics(model)
-        self.sources = [
-            LayerSource(_rope(model.config, shape.kind), functools.partial(_layer_of, on_disk, shape.index))
-            for shape in layer_shapes(model.config)
-        ]
-        self.attention = model.config._attn_implementation
-        self.hooks: list[Any] = []
+def forget_statistics(model: PreTrainedModel) -> None:
+    """New caches of this model read its statistics again; caches that exist keep theirs."""
+    _sources_of.pop(model, None)
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> _Shared:
-        if model not in cls.known:
-            cls.known[model] = cls(model)
-        return cls.known[model]
 
-    def detach(self, model: PreTrainedModel) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        if model.config._attn_implementation == ATTENTION:
-            model.set_attn_implementation(self.attention)
+def _sources(config: PreTrainedConfig, on_disk: statistics.StatisticsFile | None = None) -> list[LayerSource]:
+    announce = _Announcement(config.model_type)
+    return [
+        LayerSource(
+            find_rope(config, shape.kind) if shape.is_quantized else None,
+            functools.partial(_layer_of, on_disk, shape.index),
+            announce,
+        )
+        for shape in layer_shapes(config)
+    ]
+
+
+def _layer_of(file: statistics.StatisticsFile | None, index: int) -> statistics.LayerStatistics | None:
+    return file.layer(index) if file is not None else None
+
+
+class _Announcement:
+    """Says where a model's statistics came from, once for all of its layers."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_made = False
+
+    def __call__(self, tokens: int) -> None:
+        if not self.is_made:
+            self.is_made = True
+            logger.info("%s: statistics taken from the first prompt, %d tokens", self.name, tokens)
+
+
+def can_set_attention(model: PreTrainedModel) -> bool:
+    """Whether the model's layers call the attention that its configuration names."""
+    return attention_of(model) == ATTENTION or model._can_set_attn_implementation()
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """Attention implementation of the decoder."""
+    return text_config(model.config)._attn_implementation
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the decoder's attention; encoders of images or sound keep theirs."""
+    decoder, parts = text_config(model.config), model.config.sub_configs
+    own = [part for part in parts if getattr(model.config, part, None) is decoder]
+    model.set_attn_implementation(dict.fromkeys(own or [""], name))
 
 
 def _attach(model: PreTrainedModel) -> None:
-    shared = _Shared.of(model)
-    if shared.hooks:
+    if _REPLACED in vars(model):
         return
-    model.set_attn_implementation(ATTENTION)
-    shared.hooks = [
-        model.register_forward_pre_hook(_before_forward, with_kwargs=True),
-        model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
-    ]
+    vars(model)[_REPLACED] = attention_of(model)
+    if can_set_attention(model):
+        _set_attention(model, ATTENTION)
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+
+
+def _detach(model: PreTrainedModel) -> None:
+    before = vars(model).pop(_REPLACED, None)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number in [number for number, hook in hooks.items() if hook in (_before_forward, _after_forward)]:
+            del hooks[number]
+    if before is not None and attention_of(model) == ATTENTION:
+        _set_attention(model, before)
 
 
 def _before_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
@@ -467,19 +552,18 @@ def _before_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -
     inputs = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
     if inputs is None or inputs.shape[1] > 1 or not cache.get_seq_length():
         cache.observe_padding(kwargs.get("attention_mask"), kwargs.get("position_ids"))
-    if model.config._attn_implementation != ATTENTION and cache.wants_queries:
-        model._qjl_attention = model.config._attn_implementation  # type: ignore[assignment]
-        model.set_attn_implementation(ATTENTION)
+    if attention_of(model) != ATTENTION and cache.wants_queries:
+        vars(model)[_INTERRUPTED] = attention_of(model)
+        _set_attention(model, ATTENTION)
 
 
 def _after_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    before = vars(model).pop("_qjl_attention", None)
+    before = vars(model).pop(_INTERRUPTED, None)
     if before is not None:
-        model.set_attn_implementation(before)
-
-
-def _rope(config: PreTrainedConfig, kind: str) -> Any:
-    return find_rope(config, kind) if kind == FULL_ATTENTION else None
+        _set_attention(model, before)
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, KVCache) and output is not None:
+        cache.settle()
 
 
 def statistics_path(model: PreTrainedModel) -> Path | None:
@@ -491,7 +575,3 @@ def statistics_path(model: PreTrainedModel) -> Path | None:
 def _calibrated_statistics(model: PreTrainedModel) -> statistics.StatisticsFile | None:
     path = statistics_path(model)
     return statistics.StatisticsFile(path, path.stem) if path is not None and path.exists() else None
-
-
-def _layer_of(file: statistics.StatisticsFile | None, index: int) -> statistics.LayerStatistics | None:
-    return file.layer(index) if file is not None else None

@@ -82,7 +82,7 @@ def _seeded(quantizer: Any, seed: int) -> Any:
 
 
 def _two_bit_values() -> Balanced:
-    return Balanced(2, metric=False)
+    return Balanced(2, "pairs", metric=False)
 
 
 _QJL_PAPER_FIRST_LAYERS = LayerOverride(0, 15, key=QJL(4, outliers=8, outlier_ratio=1))

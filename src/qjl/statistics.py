@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,11 +142,13 @@ def save(path: Path, layers: Mapping[int, LayerStatistics], fingerprint: str) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, metadata)
         partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
+    except (SafetensorError, OSError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        reason = getattr(error, "strerror", None) or error
         raise QJLError(
-            f"statistics cannot be written to {path} ({error.strerror or error}): free some space or set QJL_CACHE "
-            "to a writable folder."
+            f"statistics cannot be written to {path} ({reason}): free some space or set QJL_CACHE to a "
+            "writable folder."
         ) from error
 
 

@@ -5,7 +5,7 @@ A prefill attends exactly and never reads a code, so the prefix is prefilled and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,24 @@ def full_logits(model: PreTrainedModel, input_ids: Tensor, prefix: int) -> Tenso
     return torch.cat(rows)
 
 
-@torch.inference_mode()
+def decode(model: PreTrainedModel, cache: KVCache, input_ids: Tensor, prefix: int) -> Iterator[tuple[int, Tensor]]:
+    """Prefill ``input_ids [B, :prefix]`` into the cache and decode the rest but the last token, teacher-forced.
+
+    Yields (index of the first token, float32 logits ``[B, n, V]`` after it and the n - 1 behind it). Tokens between two
+    quantizations see the same codes, so they go through the model together: the numbers are those of one at a time.
+    """
+    with torch.inference_mode():
+        model(input_ids=input_ids[:, :prefix].to(model.device), past_key_values=cache, logits_to_keep=1)
+        cache.settle()
+        first, stop = prefix, input_ids.shape[1] - 1
+        while first < stop:
+            last = min(first + min(core.tokens_until_due for core in cache.cores), stop)
+            logits = model(input_ids=input_ids[:, first:last].to(model.device), past_key_values=cache).logits
+            cache.settle()
+            yield first, logits.float().cpu()
+            first = last
+
+
 def compare(
     model: PreTrainedModel,
     cache: KVCache,
@@ -47,22 +64,12 @@ def compare(
     reference: Tensor,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Agreement:
-    """Prefill ``input_ids [B, :prefix]`` into the cache, then decode the rest teacher-forced.
-
-    ``reference`` are the ``full_logits`` of the same tokens; the last token is only ever a target. Tokens between two
-    quantizations see the same codes, so they go through the model together: the numbers are those of one at a time.
-    """
-    model(input_ids=input_ids[:, :prefix].to(model.device), past_key_values=cache, logits_to_keep=1)
-    cache.settle()
-    parts, done = [], 0
-    while done < reference.shape[1]:
-        count = min(min(core.tokens_until_due for core in cache.cores), reference.shape[1] - done)
-        first = prefix + done
-        logits = model(input_ids=input_ids[:, first : first + count].to(model.device), past_key_values=cache).logits
-        cache.settle()
+    """How decoding over the cache agrees with ``reference``, the ``full_logits`` of the same tokens and prefix."""
+    parts = []
+    for first, logits in decode(model, cache, input_ids, prefix):
+        count = logits.shape[1]
         targets = input_ids[:, first + 1 : first + count + 1]
-        parts.append(_agreement(logits.float().cpu(), reference[:, done : done + count], targets))
-        done += count
+        parts.append(_agreement(logits, reference[:, first - prefix : first - prefix + count], targets))
         on_tokens(count)
     return Agreement(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
 

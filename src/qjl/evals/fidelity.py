@@ -2,7 +2,7 @@
 
 Protocol: ``prefix`` tokens exact, then ``decode`` tokens teacher-forced over the quantized cache with a recent window of
 ``recent`` exact tokens. Statistics come from one prefix only, another one for each seed, and serve all chunks: as they
-would in use. A seed also sets the projections and the retrieval task.
+would in use. A seed also sets the projections and the retrieval task, whose prompt is prefilled afresh.
 """
 
 from __future__ import annotations

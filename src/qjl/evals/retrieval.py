@@ -1,4 +1,8 @@
-"""Retrieval: codes told in a prompt of real text, asked for over the quantized cache."""
+"""Retrieval: codes told in a prompt of real text, asked for over the quantized cache.
+
+The prompt tells 30 codes, "The code for X is dddd."; the same sentences follow in another order. They are decoded
+teacher-forced, and a code is retrieved if every token of it is the model's first choice.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qjl.evals.decoding import decode
 from qjl.hf import KVCache
 
 PAIRS = 30
@@ -23,57 +28,39 @@ _WORDS = (
 
 @dataclass(frozen=True, eq=False)
 class RetrievalTask:
-    """``prompt [1, T]``, one question per row ``[PAIRS, Q]``, and the answers' tokens ``[PAIRS, A]``."""
+    """``input_ids [1, T]``, of which ``prefix`` tell the codes; ``answers``: (first, stop) of each code asked for."""
 
-    prompt: Tensor
-    questions: Tensor
-    answers: Tensor
+    input_ids: Tensor
+    prefix: int
+    answers: tuple[tuple[int, int], ...]
 
 
 def make_task(tokenizer: PreTrainedTokenizerBase, filler: Tensor, seed: int) -> RetrievalTask:
-    """30 pairs "the code for X is dddd" inside ``filler`` (token ids of real text, at least 384).
-
-    Words and codes are drawn so that all questions, and all answers, have equally many tokens.
-    """
+    """30 pairs of words and codes inside ``filler``, token ids of real text (at least 384)."""
     draw = random.Random(seed)
-    words = _of_equal_length(tokenizer, [f"The code for {word} is" for word in sorted(set(_WORDS))])
-    chosen = draw.sample(words, PAIRS)
-    codes = [f" {draw.randrange(1000, 10000)}" for _ in chosen]
-    told = "".join(f"\n{question}{code}." for question, code in zip(chosen, codes, strict=True))
-    prompt = [
-        *filler[:FILLER_BEFORE].tolist(),
-        *_tokens(tokenizer, told),
-        *filler[FILLER_BEFORE : FILLER_BEFORE + FILLER_AFTER].tolist(),
-    ]
-    questions = [_tokens(tokenizer, f"\n{question}") for question in chosen]
-    answers = [_tokens(tokenizer, code) for code in codes]
-    length = min(len(answer) for answer in answers)
-    return RetrievalTask(
-        torch.tensor([prompt]), torch.tensor(questions), torch.tensor([answer[:length] for answer in answers])
-    )
+    pairs = [(word, draw.randrange(1000, 10000)) for word in draw.sample(sorted(set(_WORDS)), PAIRS)]
+    tokens = filler[:FILLER_BEFORE].tolist()
+    for word, code in pairs:
+        tokens += _tokens(tokenizer, f"\nThe code for {word} is") + _tokens(tokenizer, f" {code}.")
+    tokens += filler[FILLER_BEFORE : FILLER_BEFORE + FILLER_AFTER].tolist()
+    prefix, answers = len(tokens), []
+    for word, code in draw.sample(pairs, PAIRS):
+        tokens += _tokens(tokenizer, f"\nThe code for {word} is")
+        answer = _tokens(tokenizer, f" {code}")
+        answers.append((len(tokens), len(tokens) + len(answer)))
+        tokens += _tokens(tokenizer, f" {code}.")
+    return RetrievalTask(torch.tensor([tokens]), prefix, tuple(answers))
 
 
-@torch.inference_mode()
 def retrieved(model: PreTrainedModel, cache: KVCache, task: RetrievalTask) -> float:
-    """Share of codes given back exactly, all questions asked side by side over one prompt's cache."""
-    device = model.device
-    model(input_ids=task.prompt.to(device), past_key_values=cache, logits_to_keep=1)
-    cache.settle()
-    cache.batch_repeat_interleave(len(task.questions))
-    tokens, given = task.questions.to(device), []
-    for _ in range(task.answers.shape[1]):
-        logits = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        tokens = logits.argmax(-1, keepdim=True)
-        given.append(tokens.cpu())
-    return float((torch.cat(given, dim=1) == task.answers).all(1).float().mean())
+    """Share of the codes given back."""
+    choices = torch.cat([logits.argmax(-1) for _, logits in decode(model, cache, task.input_ids, task.prefix)], dim=1)[0]
+    right = [
+        bool((choices[first - 1 - task.prefix : stop - 1 - task.prefix] == task.input_ids[0, first:stop]).all())
+        for first, stop in task.answers
+    ]
+    return sum(right) / len(right)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _of_equal_length(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> list[str]:
-    """The questions of the commonest length in tokens."""
-    lengths = [len(_tokens(tokenizer, f"\n{question}")) for question in questions]
-    commonest = max(set(lengths), key=lengths.count)
-    return [question for question, length in zip(questions, lengths, strict=True) if length == commonest]

@@ -25,10 +25,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from qjl.codebook import MAX_BITS, NIBBLE, NibbleCode, ScalarCode, distortion, lloyd_max, scalar_code, sign_code
+from qjl.codebook import (
+    MAX_BITS,
+    NIBBLE,
+    Encoder,
+    PairCode,
+    ScalarCode,
+    SignCode,
+    distortion,
+    lloyd_max,
+    pair_code,
+    scalar_code,
+    sign_code,
+)
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext, Quantizer, require_packable
-from qjl.methods.nibble import LogScale, Mean, NibbleCodec, nibble_layout, pack_signs, unbiased_scale
+from qjl.methods.nibble import LogScale, Mean, NibbleCodec, nibble_layout, unbiased_scale
 from qjl.packed import Layout
 from qjl.sketch import Sketch, haar_rotation
 
@@ -39,7 +51,8 @@ RIDGE = 0.02  # of the mean eigenvalue, added to both covariances (accuracy.md)
 class Balanced(Quantizer):
     """Keys or values centred, mapped, coded with ``num_bits`` per coordinate, 8-bit exact rescale per token.
 
-    - ``code``: ``levels`` (Lloyd-Max) or ``signs`` (of an orthogonal sketch with m = num_bits * d).
+    - ``code``: ``levels`` (Lloyd-Max), ``pairs`` (a 16-point vector quantizer of two coordinates, 2 bits) or ``signs``
+      (of an orthogonal sketch with m = num_bits * d).
     - ``metric``: whether to balance with the queries; values have none, and only rotate.
     - ``basis``: ``haar`` or ``klt`` (module docstring); ``klt`` needs the metric and levels.
 
@@ -47,7 +60,7 @@ class Balanced(Quantizer):
     """
 
     num_bits: float = 3
-    code: Literal["levels", "signs"] = "levels"
+    code: Literal["levels", "pairs", "signs"] = "levels"
     metric: bool = True
     basis: Literal["haar", "klt"] = "haar"
     centre: bool = True
@@ -57,8 +70,10 @@ class Balanced(Quantizer):
     source: ClassVar[str] = "this project"
 
     def __post_init__(self) -> None:
-        if self.code not in ("levels", "signs") or self.basis not in ("haar", "klt"):
-            raise QJLError("balanced codes take code levels or signs and basis haar or klt.")
+        if self.code not in ("levels", "pairs", "signs") or self.basis not in ("haar", "klt"):
+            raise QJLError("balanced takes code levels, pairs or signs, and basis haar or klt.")
+        if self.code == "pairs" and self.num_bits != 2:
+            raise QJLError(f"code pairs spends 2 bits per coordinate, not {self.num_bits}.")
         if not 0 < self.num_bits <= MAX_BITS:
             raise QJLError(f"num_bits must lie between 0 and {MAX_BITS}, not {self.num_bits}.")
         if self.basis == "klt" and not (self.metric and self.code == "levels"):
@@ -108,18 +123,20 @@ class Balanced(Quantizer):
         self, context: LayerContext, bits: int, mean: Mean | None, rms: Tensor | None
     ) -> BalancedCodec:
         code, key_map = self._isotropic(context, bits)
-        query_map = key_map if self.code == "levels" else key_map / key_map.shape[0]
+        query_map = key_map / key_map.shape[0] if self.code == "signs" else key_map
         unit = torch.ones(context.heads) if rms is None else rms
         scale = LogScale(unit.to(context.device))
         heads = (context.heads, -1, -1)
         return BalancedCodec(key_map.expand(heads), query_map.expand(heads), code, scale, mean)
 
-    def _isotropic(self, context: LayerContext, bits: int) -> tuple[ScalarCode | NibbleCode, Tensor]:
+    def _isotropic(self, context: LayerContext, bits: int) -> tuple[Encoder, Tensor]:
         """A code with equal bits per coordinate and the map ``[D', D]`` before it, both shared by all layers."""
         if self.code == "signs":
             return _signs(bits, context.device), _sketch(bits, context.head_dim, self.seed, context.device)
-        widths = _equal_widths(bits, context.head_dim)
-        return _levels(widths, context.device), _rotation(context.head_dim, self.seed, context.device)
+        rotation = _rotation(context.head_dim, self.seed, context.device)
+        if self.code == "pairs":
+            return _pairs(context.head_dim, context.device), rotation
+        return _levels(_equal_widths(bits, context.head_dim), context.device), rotation
 
 
 class BalancedCodec(NibbleCodec):
@@ -133,27 +150,23 @@ class BalancedCodec(NibbleCodec):
         self,
         key_map: Tensor,
         query_map: Tensor,
-        code: ScalarCode | NibbleCode,
+        encoder: Encoder,
         scale: LogScale,
         mean: Mean | None,
         weights: Tensor | None = None,
     ) -> None:
-        decoder = code.decoder if isinstance(code, ScalarCode) else code
-        super().__init__(query_map, decoder, scale, mean)
+        super().__init__(query_map, encoder.decoder, scale, mean)
         self.key_map = key_map
-        self.encoder = code
+        self.encoder = encoder
         self.weights = weights
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        encoder = self.encoder.tensors if isinstance(self.encoder, ScalarCode) else ()
         weights = () if self.weights is None else (self.weights,)
-        return (*super().tensors, self.key_map, *encoder, *weights)
+        return (*super().tensors, self.key_map, *self.encoder.tensors, *weights)
 
     def encode(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         y = residual @ self.key_map.float().transpose(1, 2)
-        if isinstance(self.encoder, NibbleCode):
-            return pack_signs(y), unbiased_scale(y, torch.where(y >= 0, 1.0, -1.0))
         weights = torch.ones_like(y[:1, :, :1]) if self.weights is None else self.weights[None, :, None]
         active = (weights > 0).float()
         gain = ((y * y * active).sum(-1, keepdim=True) / active.sum(-1, keepdim=True)).sqrt()
@@ -173,7 +186,7 @@ def _mean(context: LayerContext) -> Mean:
 def _codec(
     context: LayerContext,
     key_map: Tensor,
-    code: ScalarCode | NibbleCode,
+    code: Encoder,
     mean: Mean | None,
     weights: Tensor | None = None,
 ) -> BalancedCodec:
@@ -226,7 +239,12 @@ def _levels(widths: tuple[int, ...], device: torch.device) -> ScalarCode:
 
 
 @lru_cache(maxsize=64)
-def _signs(m: int, device: torch.device) -> NibbleCode:
+def _pairs(head_dim: int, device: torch.device) -> PairCode:
+    return pair_code(head_dim).to(device)
+
+
+@lru_cache(maxsize=64)
+def _signs(m: int, device: torch.device) -> SignCode:
     return sign_code(m).to(device)
 
 

@@ -193,9 +193,3 @@ def unbiased_scale(y: Tensor, decoded: Tensor) -> Tensor:
     squared = (y * y).sum(-1)
     aligned = (y * decoded).sum(-1)
     return torch.where(aligned > 0, squared / aligned.clamp(min=1e-30), torch.zeros_like(squared))
-
-
-def pack_signs(y: Tensor) -> Tensor:
-    """Signs as nibbles, first sign lowest: ``[B, H, T, m] -> uint8 [B, H, T, m / 4]``; zero counts as +1."""
-    bits = (y >= 0).to(torch.uint8).unflatten(-1, (-1, 4))
-    return (bits << torch.arange(4, dtype=torch.uint8, device=y.device)).sum(-1, dtype=torch.uint8)

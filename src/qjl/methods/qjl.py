@@ -17,7 +17,7 @@ from qjl import ops
 from qjl.codebook import NIBBLE, sign_code
 from qjl.errors import QJLError
 from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
-from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout, pack_signs
+from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 from qjl.sketch import Sketch, SketchKind
 
@@ -45,7 +45,7 @@ class QJL(Quantizer):
     source: ClassVar[str] = "arXiv:2406.03482"
 
     def __post_init__(self) -> None:
-        if self.outliers < 0 or BLOCK % self.group_size:
+        if self.outliers < 0 or self.group_size <= 0 or BLOCK % self.group_size:
             raise QJLError("QJL needs outliers >= 0 and a group_size that divides 64.")
         if self.outliers and self.outlier_ratio > self.sketch_ratio:
             raise QJLError("the outlier sketch takes the first rows of S, so outlier_ratio <= sketch_ratio.")
@@ -85,12 +85,13 @@ class SignCodec(NibbleCodec):
 
     def __init__(self, sketch: Sketch, matrix: Tensor, heads: int) -> None:
         query_map = matrix.expand(heads, -1, -1)
-        super().__init__(query_map, sign_code(sketch.m).to(matrix.device), HalfScale(), None)
+        self._code = sign_code(sketch.m).to(matrix.device)
+        super().__init__(query_map, self._code.decoder, HalfScale(), None)
         self._matrix = matrix
         self._sign_scale = sketch.sign_scale
 
     def encode(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return pack_signs(residual @ self._matrix.T), residual.norm(dim=-1) * self._sign_scale
+        return self._code.encode(residual @ self._matrix.T)[0], residual.norm(dim=-1) * self._sign_scale
 
 
 class OutlierCodec(Codec):
@@ -107,6 +108,7 @@ class OutlierCodec(Codec):
         self._scale = sketch.sign_scale
         rows = quantizer.outlier_rows(sketch.d)
         self._outlier_matrix = matrix[:rows]
+        self._code, self._outlier_code = (sign_code(m).to(matrix.device) for m in (sketch.m, rows))
         self._outlier_scale = Sketch(rows, sketch.d, sketch.kind).sign_scale
 
     @property
@@ -120,9 +122,9 @@ class OutlierCodec(Codec):
         mask = self._outlier_mask(index)
         inlier, outlier = x * ~mask, x * mask
         return {
-            "codes": ops.pack(pack_signs(inlier @ self._matrix.T)),
+            "codes": ops.pack(self._code.encode(inlier @ self._matrix.T)[0]),
             "scale": _norms(inlier),
-            "outlier_codes": ops.pack(pack_signs(outlier @ self._outlier_matrix.T)),
+            "outlier_codes": ops.pack(self._outlier_code.encode(outlier @ self._outlier_matrix.T)[0]),
             "outlier_scale": _norms(outlier),
             "outlier_index": index.to(torch.uint8).unflatten(2, (-1, BLOCK // self.quantizer.group_size)),
         }
@@ -154,6 +156,7 @@ def _norms(x: Tensor) -> Tensor:
 
 
 def _signs(codes: Tensor) -> Tensor:
+    """Packed signs as ``float32 [B, H, T, m]``."""
     nibbles = ops.unpack(codes)
     bits = (nibbles[..., None] >> torch.arange(4, dtype=torch.uint8, device=codes.device)) & 1
     return bits.flatten(3).float() * 2 - 1

@@ -1,0 +1,61 @@
+"""The ``qjl`` command: one file per group of commands. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+import qjl
+from qjl.cli import demonstrating, measuring, planning, writing
+from qjl.cli.common import EXAMPLES, Commands
+
+app = typer.Typer(
+    cls=Commands,
+    help="A key-value cache in 2 to 4 true bits per number, on real language models.",
+    epilog=EXAMPLES.format("qjl demo"),
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluations = typer.Typer(
+    cls=Commands,
+    help="Measure a preset on a model.",
+    epilog=EXAMPLES.format("qjl eval fidelity --preset b3 --preset b2"),
+    no_args_is_help=True,
+)
+
+app.command("demo", epilog=EXAMPLES.format("qjl demo --preset b2"))(demonstrating.demo)
+app.command("generate", epilog=EXAMPLES.format('qjl generate "The moon is" --max-new-tokens 40'))(writing.generate)
+app.command("chat", epilog=EXAMPLES.format("qjl chat --preset b3"))(writing.chat)
+app.command("presets", epilog=EXAMPLES.format("qjl presets --head-dim 64"))(planning.presets)
+app.command("plan", epilog=EXAMPLES.format("qjl plan smollm2 --memory 2G --context 8192"))(planning.plan)
+app.command("calibrate", epilog=EXAMPLES.format("qjl calibrate smollm2 --data my-text.txt"))(measuring.calibrate)
+evaluations.command("fidelity", epilog=EXAMPLES.format("qjl eval fidelity --preset b3 --chunks 2 --seeds 1"))(
+    measuring.fidelity
+)
+app.add_typer(evaluations, name="eval")
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"qjl {qjl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Entry point of the ``qjl`` command."""
+    app()

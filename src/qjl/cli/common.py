@@ -1,0 +1,131 @@
+"""What all commands share: options, errors, and where output goes.
+
+Results go to stdout; progress, notes and errors to stderr. Progress is shown to a terminal only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from qjl.errors import QJLError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qjl.generation import Generation
+
+EXAMPLES = "Example: [cyan]{}[/cyan]"
+DEFAULT_PRESET = "b3"  # as in qjl.presets, which takes seconds to import
+EMBEDDED = "smollm2"  # as in qjl.models
+
+out = Console(highlight=False)
+notes = Console(stderr=True, highlight=False)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2, a folder, a .gguf file, or a name on the hub.")
+]
+ModelArgument = Annotated[str, typer.Argument(help="smollm2, a folder, a .gguf file, or a name on the hub.")]
+PresetOption = Annotated[str, typer.Option("--preset", "-p", help="One of `qjl presets`, or a .json file.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, or cuda for a GPU.")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="A UTF-8 text file; Paul Graham's essays if not given.")
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+SeedOption = Annotated[int, typer.Option(help="Of the random choice of tokens.")]
+
+
+class Commands(TyperGroup):
+    """Ends a command that the user can put right with one sentence and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QJLError as error:
+            notes.print(sentence(error), markup=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+def sentence(error: QJLError) -> str:
+    """The message, from its capital letter to its full stop."""
+    message = str(error).rstrip(".")
+    return f"Error: {message}."
+
+
+def print_json(fields: dict[str, Any]) -> None:
+    """One object on one line."""
+    typer.echo(json.dumps(fields, ensure_ascii=False))
+
+
+def load(
+    name: str, device: str, dtype: Any, *, json_output: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, with progress for a terminal."""
+    from qjl import models
+
+    return models.load(name, device=device, dtype=dtype, progress=notes.is_terminal and not json_output)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner beside ``what``."""
+    if not notes.is_terminal:
+        yield
+        return
+    with notes.status(what):
+        yield
+
+
+@contextmanager
+def progress(what: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar up to ``total``; yields the function that moves it on."""
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=notes, transient=True, disable=quiet or not notes.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def results_table(name: str, *numbers: str) -> Table:
+    """A table with a column of names and columns of numbers."""
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, caption_justify="left")
+    table.add_column(name)
+    for number in numbers:
+        table.add_column(number, justify="right")
+    return table
+
+
+def read_data(data: Path | None) -> str:
+    """The text of a file, or else the essays."""
+    from qjl import texts
+
+    return texts.essays() if data is None else texts.read_text(data)
+
+
+def megabytes(nbytes: int) -> str:
+    """In millions of bytes, which is how models and memory are compared here."""
+    return f"{nbytes / 1e6:.1f} MB"
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.1f}x"
+
+
+def speed(generation: Generation) -> str:
+    """Tokens per second of decoding."""
+    rate = generation.tokens_per_second
+    return "-" if rate is None else f"{rate:.1f}"

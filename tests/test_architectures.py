@@ -1,0 +1,181 @@
+"""One cache for many families: every kind of attention, head and number format that transformers has."""
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+import qjl
+from models_for_tests import (
+    FAMILIES,
+    agreement,
+    build,
+    config_of,
+    difference,
+    exact,
+    generate,
+    left_padded,
+    packed_bytes,
+    prompt,
+    read,
+    tiny,
+)
+
+ATTENTIONS = ("qjl", "sdpa", "eager")
+NOISE = 1e-2  # of the logits: a few codes at an edge; quantization itself is ten times as much
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("QJL_CACHE", str(tmp_path))
+
+
+def model_with(family, attention):
+    model = tiny(family)
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip(f"{family} has no sdpa")
+    return model
+
+
+def cache_under(attention, model, preset):
+    """A cache of a model whose own attention is ``attention``."""
+    cache = qjl.KVCache(model, preset)
+    model.set_attn_implementation(attention)
+    return cache
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_equals_the_dynamic_cache(family, attention):
+    model, ids, sizes = model_with(family, attention), prompt(214), (150, 60)
+    model.set_attn_implementation("eager" if attention == "qjl" else attention)
+    reference = exact(model, ids, sizes)
+    cache = cache_under(attention, model, "full")
+    torch.testing.assert_close(read(model, ids, cache, sizes), reference, atol=2e-5, rtol=1e-4)
+    assert cache.cores[-1].packed_tokens == [128]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3n", "phi", "gpt-oss", "cohere", "qwen3-next"])
+def test_attentions_agree_on_a_quantized_cache(family):
+    ids, results = prompt(290), {}
+    for attention in ("qjl", "eager"):
+        model = tiny(family)
+        cache = cache_under(attention, model, "b3")
+        results[attention] = read(model, ids, cache), packed_bytes(cache)
+        assert model.config._attn_implementation == attention
+    ours, theirs = results["qjl"], results["eager"]
+    assert difference(ours[0], theirs[0]) < NOISE
+    assert agreement(ours[1], theirs[1]) > 0.999
+    assert difference(ours[0], exact(tiny(family), ids)) > 1e-4, "nothing was quantized"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "glm", "gpt2", "qwen3-next"])
+def test_a_padded_row_is_the_row_alone(family):
+    model, rows = tiny(family), [prompt(300), prompt(180, seed=1)]
+    alone = [generate_logits(model, {"input_ids": row}) for row in rows]
+    tokens, logits, cache = generate_logits(model, left_padded(rows))
+    for row, (its_tokens, its_logits, its_cache) in enumerate(alone):
+        assert tokens[row].equal(its_tokens[0])
+        assert difference(logits[row], its_logits[0]) < NOISE
+        assert agreement(packed_bytes(cache, row=row), packed_bytes(its_cache)) > 0.999
+
+
+def generate_logits(model, inputs):
+    cache = qjl.KVCache(model)
+    result = model.generate(
+        **inputs,
+        past_key_values=cache,
+        do_sample=False,
+        max_new_tokens=6,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return result.sequences[:, -6:], torch.stack(result.logits, dim=1), cache
+
+
+@pytest.mark.parametrize(
+    ("preset", "kv_heads"),
+    [(preset, 2) for preset in qjl.PRESETS] + [(preset, heads) for preset in ("qjl-2", "b3") for heads in (1, 4)],
+)
+def test_attentions_read_the_same_codes(preset, kv_heads):
+    """Directly, and decoded for transformers' own attention; one, two and four queries per key."""
+    model, ids = tiny(kv_heads=kv_heads, head_dim=64), prompt(290)
+    read(model, ids, qjl.KVCache(model, preset))
+    results = {}
+    for attention in ATTENTIONS:
+        cache = cache_under(attention, model, preset)
+        results[attention] = generate(model, ids, past_key_values=cache), packed_bytes(cache)
+    for attention in ("sdpa", "eager"):
+        assert results[attention][0].equal(results["qjl"][0])
+        assert agreement(results[attention][1], results["qjl"][1]) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, torch.bfloat16), (64, torch.float16)] + [(head_dim, torch.float32) for head_dim in (80, 96, 128, 256)],
+    ids=str,
+)
+def test_head_sizes_and_dtypes(head_dim, dtype):
+    model, ids = tiny(head_dim=head_dim, dtype=dtype), prompt(280)
+    reference = exact(model, ids, (270,))
+    rounding = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    assert difference(read(model, ids, qjl.KVCache(model, "full"), (270,)), reference) < rounding
+    cache = qjl.KVCache(model, "b4")
+    logits = read(model, ids, cache, (270,))
+    assert logits.dtype == dtype
+    assert difference(logits.float(), reference.float()) < 0.06 + rounding
+    assert cache.bits == (pytest.approx(4 + 8 / head_dim), pytest.approx(4 + 8 / head_dim))
+
+
+def test_a_window_of_attention_stays_transformers_own():
+    model, ids = tiny("gemma2"), prompt(300)
+    cache = qjl.KVCache(model)
+    read(model, ids, cache)
+    sliding, full = cache.layers
+    assert type(sliding) is transformers.cache_utils.DynamicSlidingWindowLayer
+    assert sliding.keys.shape[2] < 128
+    assert full.core.packed_tokens == [256]
+    assert cache.is_sliding == [True, False]
+
+
+def test_linear_attention_stays_transformers_own():
+    model = tiny("qwen3-next")
+    cache = qjl.KVCache(model)
+    reference = DynamicCache(config=model.config)
+    assert [type(layer) for layer in cache.layers] == [type(reference.layers[0]), qjl.hf.QuantizedLayer]
+
+
+def test_assisted_decoding_rolls_sliding_windows_back():
+    model, ids = tiny("gemma2"), prompt(300)
+    expected = generate(model, ids, past_key_values=qjl.KVCache(model, "full"))
+    cache = qjl.KVCache(model, "full")
+    assert generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=4).equal(expected)
+
+
+@pytest.mark.parametrize(("family", "message"), [("bloom", "attention interface"), ("gptj", "attention interface")])
+def test_models_that_hide_their_queries(family, message, refuses):
+    sizes = {"vocab_size": 128, "hidden_size": 128, "n_embd": 128, "n_layer": 2, "n_head": 4}
+    sizes = sizes | ({"rotary_dim": 16} if family == "gptj" else {})
+    model, ids = build(transformers.AutoConfig.for_model(family, **sizes)), prompt(214)
+    with refuses(message):
+        qjl.KVCache(model, "b3")
+    assert model.config._attn_implementation != "qjl"
+    reference, cache = exact(model, ids, (200,)), qjl.KVCache(model, "full")
+    torch.testing.assert_close(read(model, ids, cache, (200,)), reference, atol=2e-5, rtol=1e-4)
+
+
+def test_encoders_beside_the_decoder_keep_their_attention():
+    config = transformers.Qwen2VLConfig(
+        text_config=config_of("qwen2", head_dim=32, rope_parameters=None).to_dict()
+        | {"hidden_size": 128, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
+        vision_config={"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 128},
+    )
+    model = transformers.Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    ids = prompt(290)
+    reference = exact(model, ids)
+    cache = qjl.KVCache(model, "b4")
+    assert model.config.text_config._attn_implementation == "qjl"
+    assert model.config.vision_config._attn_implementation == "eager"
+    assert difference(read(model, ids, cache), reference) < 0.1
+    qjl.disable(model)
+    assert model.config.text_config._attn_implementation == "eager"

@@ -1,0 +1,183 @@
+"""Levels of scalar codes, and how coordinates of any width fill nibbles."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracles
+from qjl import ops
+from qjl.codebook import distortion, lloyd_max, pair_code, plane_points, scalar_code, sign_code, sign_sum
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6])
+def test_lloyd_max_levels_match_the_oracle(bits):
+    np.testing.assert_allclose(lloyd_max(bits), oracles.LloydMax(bits).levels, atol=5e-5)
+
+
+@pytest.mark.parametrize(("bits", "published"), [(1, 0.363), (2, 0.1175), (3, 0.0345), (4, 0.0095)])
+def test_distortions_are_the_published_ones(bits, published):
+    assert distortion(lloyd_max(bits)) == pytest.approx(published, abs=5e-4 if bits < 4 else 5e-5)
+    assert distortion(lloyd_max(bits)) == pytest.approx(
+        oracles.gaussian_distortion(np.array(lloyd_max(bits))), rel=1e-4
+    )
+
+
+def test_known_levels_of_one_and_two_bits():
+    assert lloyd_max(1) == pytest.approx((-0.7979, 0.7979), abs=1e-4)
+    assert lloyd_max(2) == pytest.approx((-1.5104, -0.4528, 0.4528, 1.5104), abs=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6])
+def test_levels_ascend_and_are_exactly_symmetric(bits):
+    levels = np.array(lloyd_max(bits))
+    assert (np.diff(levels) > 0).all()
+    assert (levels == -levels[::-1]).all()
+
+
+def _sums(amplitudes):
+    return np.sort([np.dot(signs, amplitudes) for signs in itertools.product((-1, 1), repeat=len(amplitudes))])
+
+
+def test_two_bits_are_a_sum_of_two_signs_without_loss():
+    assert sign_sum(2) == pytest.approx((0.9816, 0.5288), abs=1e-4)
+    np.testing.assert_allclose(_sums(sign_sum(2)), lloyd_max(2), atol=1e-6)
+
+
+def test_three_bits_as_a_sum_of_signs_lose_seven_percent():
+    assert oracles.gaussian_distortion(_sums(sign_sum(3))) == pytest.approx(0.0369, abs=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_nearby_amplitudes_are_better(bits):
+    best = np.array(sign_sum(bits))
+    reached = oracles.gaussian_distortion(_sums(best))
+    for change in np.vstack([np.eye(bits), -np.eye(bits)]) * 0.02:
+        assert oracles.gaussian_distortion(_sums(best + change)) > reached
+
+
+@st.composite
+def packable_widths(draw):
+    """Widths of 0 to 6 bits that fill bytes; the last coordinates take what is missing."""
+    widths = draw(st.lists(st.integers(0, 6), min_size=8, max_size=40))
+    missing = -sum(widths) % 8
+    return [*widths, *[1] * missing] if any(widths) else [*widths, *[1] * 8]
+
+
+@settings(max_examples=150)
+@given(widths=packable_widths(), seed=st.integers(0, 999))
+def test_any_widths_encode_to_the_nearest_level_and_decode_to_it(widths, seed):
+    code = scalar_code([widths])
+    z = torch.randn(1, 1, 64, len(widths), generator=torch.Generator().manual_seed(seed))
+    nibbles, chosen = code.encode(z)
+    assert nibbles.shape == (1, 1, 64, sum(widths) // 4)
+    assert nibbles.max() < 16
+    decoded = code.decoder.scatter(ops.expand(code.decoder.entries, ops.pack(nibbles)))
+    torch.testing.assert_close(decoded, chosen, atol=2e-3, rtol=1e-3)
+    split = code.kinds[0] > 6
+    for i, width in enumerate(widths):
+        levels = np.zeros(1) if not width else _sums(sign_sum(width)) if split[i] else np.array(lloyd_max(width))
+        z_i = z[0, 0, :, i].double().numpy()
+        clear = oracles.edge_margin(z_i, levels) > 2e-3
+        np.testing.assert_allclose(chosen[0, 0, :, i].numpy()[clear], oracles.nearest(z_i, levels)[clear], atol=2e-3)
+
+
+@pytest.mark.parametrize(("width", "dim"), [(1, 64), (2, 64), (4, 80), (3, 64), (6, 128), (5, 72)])
+def test_equal_widths_waste_no_bit(width, dim):
+    code = scalar_code([[width] * dim])
+    used = {
+        (i, bit)
+        for i, bit in zip(code.bit_coordinate.flatten().tolist(), code.bit_index.flatten().tolist(), strict=True)
+    }
+    assert used == set(itertools.product(range(dim), range(width)))
+
+
+def test_whole_coordinates_are_coded_by_lloyd_max_and_only_leftovers_as_sums():
+    assert (scalar_code([[2] * 64]).kinds == 2).all()
+    assert int((scalar_code([[3] * 64]).kinds > 6).sum()) == 16
+
+
+def test_heads_may_spend_their_bits_differently():
+    code = scalar_code([[4, 4, 0, 0, 0, 0, 0, 0], [1] * 8])
+    z = torch.linspace(-3, 3, 64).view(1, 1, 64, 1).expand(1, 2, 64, 8)
+    nibbles, chosen = code.encode(z)
+    assert torch.equal(chosen[0, 0, :, 2:], torch.zeros(64, 6))
+    assert chosen[0, 0, :, 0].unique().numel() == 16
+    assert chosen[0, 1].abs().unique().numel() == 1
+    decoded = code.decoder.scatter(ops.expand(code.decoder.entries, ops.pack(nibbles)))
+    torch.testing.assert_close(decoded, chosen, atol=2e-3, rtol=1e-3)
+
+
+def test_tables_hold_the_score_of_every_nibble(generator):
+    code = scalar_code([[3, 1, 4, 2, 5, 1, 0, 0]]).decoder
+    query = torch.randn(2, 1, 3, 8, generator=generator)
+    tables = code.tables(query)
+    for nibble in range(16):
+        slots = code.entries[:, :, nibble].float()[None, :, None].expand(2, 1, 3, -1, -1).flatten(3)
+        alone = code.gather(query).flatten(3) * slots
+        torch.testing.assert_close(tables[..., nibble], alone.unflatten(3, code.coordinates.shape[1:]).sum(-1))
+
+
+def test_a_sign_code_decodes_four_signs_per_nibble_lowest_first():
+    code = sign_code(8).decoder
+    nibbles = torch.tensor([0b0001, 0b1110], dtype=torch.uint8).expand(1, 1, 64, 2)
+    decoded = code.scatter(ops.expand(code.entries, ops.pack(nibbles)))
+    assert decoded[0, 0, 0].tolist() == [1, -1, -1, -1, -1, 1, 1, 1]
+
+
+def test_a_sign_code_takes_zero_for_a_plus():
+    nibbles, signs = sign_code(4).encode(torch.tensor([0.0, -0.0, -1e-9, 3.0]).expand(1, 1, 64, 4))
+    assert signs[0, 0, 0].tolist() == [1, 1, -1, 1]
+    assert (nibbles == 0b1011).all()
+
+
+def test_points_of_the_plane_are_the_means_of_their_cells():
+    points = np.array(plane_points())
+    assert points.shape == (16, 2)
+    sample = np.random.default_rng(0).normal(size=(400_000, 2))
+    distances = (points**2).sum(-1) - 2 * sample @ points.T
+    nearest = distances.argmin(-1)
+    for i, point in enumerate(points):
+        cell = sample[nearest == i]
+        np.testing.assert_allclose(cell.mean(0), point, atol=5 * cell.std() / np.sqrt(len(cell)))
+
+
+def test_pairs_lose_eight_percent_less_than_two_scalar_codes():
+    sample = np.random.default_rng(1).normal(size=(400_000, 2))
+    points = np.array(plane_points())
+    error = (sample**2).sum(-1) + ((points**2).sum(-1) - 2 * sample @ points.T).min(-1)
+    spread = error.std() / 2 / np.sqrt(len(error))
+    assert error.mean() / 2 == pytest.approx(0.1077, abs=4 * spread)
+    assert error.mean() / 2 < 0.93 * distortion(lloyd_max(2))
+
+
+def test_a_pair_code_decodes_to_the_points_it_chose(generator):
+    code = pair_code(12)
+    z = torch.randn(2, 1, 64, 12, generator=generator)
+    nibbles, chosen = code.encode(z)
+    decoded = code.decoder.scatter(ops.expand(code.decoder.entries, ops.pack(nibbles)))
+    torch.testing.assert_close(decoded, chosen)
+    assert set(chosen[0, 0, :, :2].flatten().tolist()) <= set(torch.tensor(plane_points()).half().flatten().tolist())
+
+
+def test_pairs_that_do_not_fill_bytes_are_refused(refuses):
+    with refuses("6 coordinates in pairs do not fill whole bytes"):
+        pair_code(6)
+
+
+def test_widths_out_of_range_are_refused(refuses):
+    with refuses("a coordinate takes 0 to 6 bits"):
+        scalar_code([[7, 1]])
+
+
+def test_bits_that_do_not_fill_bytes_are_refused(refuses):
+    with refuses("12 bits per token do not fill whole bytes"):
+        scalar_code([[4, 4, 4]])
+
+
+def test_heads_with_unequal_totals_are_refused(refuses):
+    with refuses("all heads of a layer must spend the same number of bits"):
+        scalar_code([[4, 4], [4, 4, 4, 4]])

@@ -1,0 +1,669 @@
+"""The cache in transformers: every way to generate, what it costs in memory, and what users may do around it."""
+
+import copy
+import logging
+import pickle
+import threading
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+import qjl
+from models_for_tests import (
+    agreement,
+    config_of,
+    difference,
+    exact,
+    generate,
+    left_padded,
+    packed_bytes,
+    prompt,
+    read,
+    tiny,
+)
+from qjl.cache import CacheLayer
+from qjl.hf import ATTENTION
+from qjl.methods.balanced import Balanced
+from qjl.packed import BLOCK
+
+NOISE = 1e-2  # of the logits: a few codes at an edge; quantization itself is ten times as much
+TINY_HEADS, TINY_DIM = 2, 32
+KEEP_ALL = qjl.CacheConfig(Balanced(), Balanced(2, metric=False), recent=400)
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("QJL_CACHE", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A model whose codecs for b3 come from one prompt."""
+    model = tiny()
+    read(model, prompt(300, seed=7), qjl.KVCache(model, "b3"), sizes=(300,))
+    return model
+
+
+@pytest.fixture
+def model(fitted):
+    """The same for all tests, under our attention and with transformers' generate."""
+    yield fitted
+    fitted.set_attn_implementation(ATTENTION)
+    vars(fitted).pop("_prepare_cache_for_generation", None)
+
+
+def generated(model, ids, **settings):
+    """What plain ``generate`` returns, cache included."""
+    return model.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, **settings)
+
+
+# Ways to generate
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "several beams": {"num_beams": 4, "num_return_sequences": 2},
+    "chunked prefill": {"prefill_chunk_size": 70},
+    "prompt lookup": {"prompt_lookup_num_tokens": 5},
+    "assisted": {"assistant_model": 1},
+}
+
+
+@pytest.mark.parametrize("attention", [ATTENTION, "sdpa"])
+@pytest.mark.parametrize("mode", MODES)
+def test_full_generates_like_the_dynamic_cache(model, mode, attention):
+    """45 tokens, over the edge of a block."""
+    settings, ids, texts = dict(MODES[mode]), prompt(200), []
+    if "assistant_model" in settings:
+        settings["assistant_model"] = tiny(layers=1)
+    model.set_attn_implementation(attention)
+    for cache in (DynamicCache(config=model.config), qjl.KVCache(model, "full")):
+        torch.manual_seed(0)
+        texts.append(generate(model, ids, tokens=45, past_key_values=cache, **settings))
+    assert texts[1].equal(texts[0])
+    assert min(cache.cores[0].packed_tokens) >= 192
+    assert not cache.is_compileable
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_quantized_cache_generates_in_every_mode(model, mode):
+    settings = dict(MODES[mode])
+    if "assistant_model" in settings:
+        settings["assistant_model"] = qjl.enable(tiny(layers=1), "full")
+    cache = qjl.KVCache(model, "b3")
+    new = generate(model, prompt(200), tokens=45, past_key_values=cache, **settings)
+    assert new.shape[1] == 45
+    assert cache.get_seq_length() in (244, 245)
+    assert min(cache.cores[0].packed_tokens) >= 192
+    assert all(torch.isfinite(tensor).all() for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+def test_an_enabled_model_assists():
+    """Its drafts are rolled back, in sliding windows too."""
+    assistant, model, ids = tiny("gemma2"), tiny("gemma2", layers=2, seed=1), prompt(200)
+    expected = generate(model, ids, tokens=30)
+    assert generate(model, ids, tokens=30, assistant_model=qjl.enable(assistant, "full")).equal(expected)
+
+
+def test_a_conversation_continues_on_one_cache(model):
+    ours, reference = qjl.KVCache(model, "full"), DynamicCache(config=model.config)
+    text = prompt(120)
+    for turn in range(3):
+        text = torch.cat([text, prompt(90, seed=turn)], dim=1)
+        answers = [generate(model, text, past_key_values=cache) for cache in (ours, reference)]
+        assert answers[0].equal(answers[1])
+        text = torch.cat([text, answers[0]], dim=1)
+    assert ours.get_seq_length() == reference.get_seq_length() == text.shape[1] - 1
+
+
+def test_what_is_packed_stays_as_it_is(model):
+    cache, text = qjl.KVCache(model, "b3"), prompt(200)
+    generate(model, text, past_key_values=cache)
+    before = packed_bytes(cache)
+    generate(model, torch.cat([text, prompt(90)], dim=1), past_key_values=cache)
+    assert cache.cores[0].packed_tokens == [256]
+    after = [tensor[:, : old.shape[1]] for tensor, old in zip(packed_bytes(cache), before, strict=True)]
+    assert all(map(torch.equal, after, before))
+
+
+@pytest.mark.parametrize("sizes", [(100, 100, 90), (1, 279, 10), (290,)], ids=str)
+def test_codes_do_not_depend_on_how_tokens_arrive(model, sizes):
+    caches = [qjl.KVCache(model, "b3") for _ in range(2)]
+    read(model, prompt(300), caches[0], sizes=(300,))
+    read(model, prompt(300), caches[1], sizes)
+    assert agreement(packed_bytes(caches[1], layer=0), packed_bytes(caches[0], layer=0)) > 0.999
+
+
+# Batches
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 70}], ids=["one prefill", "chunks"])
+@pytest.mark.parametrize("lengths", [(300, 150), (5, 300), (220, 290, 221)], ids=str)
+def test_a_padded_row_is_the_row_alone(model, lengths, settings):
+    """With chunks of 70, the first chunks of the shorter rows are nothing but padding."""
+    rows = [prompt(length, seed=length) for length in lengths]
+    batch = left_padded(rows)
+    cache = qjl.KVCache(model, "b3")
+    mask = batch["attention_mask"]
+    together = generate(model, batch["input_ids"], attention_mask=mask, past_key_values=cache, **settings)
+    assert cache.cores[0].padding == [max(lengths) - length for length in lengths]
+    for index, row in enumerate(rows):
+        alone = qjl.KVCache(model, "b3")
+        assert together[index].equal(generate(model, row, past_key_values=alone, **settings)[0])
+        assert cache.cores[0].packed_tokens[index] == alone.cores[0].packed_tokens[0]
+        if alone.cores[0].packed:
+            assert agreement(packed_bytes(cache, row=index), packed_bytes(alone)) > 0.999
+
+
+def test_padding_is_known_without_hooks():
+    """From the mask that our attention sees: a cache of a configuration has no model to watch."""
+    rows = [prompt(300), prompt(270, seed=1)]
+    unwatched, watched = tiny(attention=ATTENTION), tiny(attention=ATTENTION)
+    caches = [qjl.KVCache(unwatched.config), qjl.KVCache(watched)]
+    texts = [
+        model.generate(**left_padded(rows), past_key_values=cache, max_new_tokens=4)
+        for model, cache in zip((unwatched, watched), caches, strict=True)
+    ]
+    assert not unwatched._forward_pre_hooks
+    assert texts[0].equal(texts[1])
+    assert caches[0].cores[1].padding == [0, 30]
+    for row in range(2):
+        assert agreement(packed_bytes(caches[0], row=row), packed_bytes(caches[1], row=row)) == 1
+
+
+@pytest.mark.parametrize(
+    ("positions", "origin"), [(None, [0, 30]), (torch.arange(100, 160), [100, 130])], ids=["columns", "given"]
+)
+def test_positions_of_the_first_real_tokens(model, positions, origin):
+    """Without position_ids a model numbers columns, padding included."""
+    cache = qjl.KVCache(model, "b3")
+    batch = left_padded([prompt(60), prompt(30, seed=1)])
+    ids = positions if positions is None else positions[None]
+    for step in (slice(0, 20), slice(20, 60)):
+        mask = batch["attention_mask"][:, : step.stop]
+        step_ids = None if ids is None else ids[:, step]
+        inputs = {"input_ids": batch["input_ids"][:, step], "attention_mask": mask, "position_ids": step_ids}
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+    assert cache.cores[0].padding == [0, 30]
+    assert cache.cores[0].origin == origin
+
+
+def test_rows_are_selected_and_repeated(model):
+    rows = [prompt(200, seed=seed) for seed in range(3)]
+    cache = qjl.KVCache(model, "b3")
+    read(model, torch.cat(rows), cache, sizes=(200,))
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 4
+    next_tokens = prompt(3, seed=9)
+    logits = read(model, next_tokens.expand(4, -1), cache, sizes=(2,))
+    for index, row in enumerate((2, 2, 0, 0)):
+        alone = qjl.KVCache(model, "b3")
+        read(model, rows[row], alone, sizes=(200,))
+        assert difference(logits[index], read(model, next_tokens, alone, sizes=(2,))[0]) < NOISE
+
+
+# Going back
+
+
+@pytest.mark.parametrize("removed", [5, 60, 150, 197, 200])
+def test_crop_and_read_again(model, removed):
+    """Within the window, into packed blocks, into the sinks, and everything."""
+    ids = prompt(200)
+    cache = qjl.KVCache(model, "full")
+    logits = read(model, ids, cache, sizes=(200,))
+    cache.crop(-removed)
+    assert cache.get_seq_length() == 200 - removed
+    again = read(model, ids[:, 200 - removed :], cache, sizes=(removed,))
+    torch.testing.assert_close(again, logits[:, 200 - removed :], atol=2e-5, rtol=1e-4)
+    assert cache.cores[0].packed_tokens[0] + cache.cores[0].sinks <= 200 - 32
+
+
+def test_crop_leaves_packed_codes_alone(model):
+    cache = qjl.KVCache(model, "b3")
+    read(model, prompt(200), cache, sizes=(200,))
+    before = cache.layers[1].keys[:, :, :100].clone()
+    cache.crop(-90)
+    assert cache.cores[1].packed_tokens == [106]
+    read(model, prompt(40, seed=3), cache, sizes=(30,))
+    torch.testing.assert_close(cache.layers[1].keys[:, :, :100], before)
+
+
+def test_crop_of_nothing_is_nothing(model):
+    cache = qjl.KVCache(model, "b3")
+    read(model, prompt(200), cache, sizes=(200,))
+    before = cache.nbytes, packed_bytes(cache)
+    cache.crop(0)
+    assert (cache.get_seq_length(), cache.nbytes) == (200, before[0])
+    assert all(map(torch.equal, packed_bytes(cache), before[1]))
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+
+
+def test_a_reset_cache_is_a_fresh_one(model):
+    caches = [qjl.KVCache(model, "b3") for _ in range(2)]
+    read(model, prompt(210, seed=5).expand(2, -1), caches[0], sizes=(210,))
+    caches[0].reset()
+    assert (caches[0].get_seq_length(), caches[0].nbytes) == (0, caches[0].codec_nbytes)
+    assert read(model, prompt(), caches[0]).equal(read(model, prompt(), caches[1]))
+
+
+def test_a_copied_cache_goes_its_own_way(model):
+    """Prefix caching: one prompt, many continuations."""
+    prefix, ids = qjl.KVCache(model, "b3"), prompt(200)
+    read(model, ids, prefix, sizes=(200,))
+    branch = copy.deepcopy(prefix)
+    read(model, prompt(100, seed=8), branch, sizes=(100,))
+    assert branch.cores[0].source is prefix.cores[0].source
+    assert prefix.get_seq_length() == 200
+    expected = qjl.KVCache(model, "b3")
+    read(model, ids, expected, sizes=(200,))
+    more = prompt(100, seed=9)
+    assert read(model, more, prefix, sizes=(90,)).equal(read(model, more, expected, sizes=(90,)))
+
+
+# Statistics
+
+
+def test_tokens_are_exact_until_the_statistics_are_there():
+    model, ids = tiny(), prompt(300)
+    cache, reference = qjl.KVCache(model, "b3"), exact(model, ids, sizes=(240,))
+    logits = read(model, ids[:, :255], cache, sizes=(240,))
+    torch.testing.assert_close(logits, reference[:, :255], atol=2e-5, rtol=1e-4)
+    assert cache.wants_queries
+    assert not any(cache.cores[0].packed_tokens)
+    logits = read(model, ids[:, 255:], cache, sizes=(1,))
+    assert cache.cores[0].packed_tokens == [256]
+    assert difference(logits[:, 1:], reference[:, 256:]) > 1e-3
+
+
+@pytest.mark.parametrize("attention", [ATTENTION, "sdpa"])
+def test_statistics_serve_all_caches_and_are_told_once(attention, caplog):
+    model = tiny(layers=3)
+    qjl.KVCache(model)
+    model.set_attn_implementation(attention)
+    with caplog.at_level(logging.INFO, logger="qjl"):
+        for length in (300, 120, 300):
+            cache = qjl.KVCache(model)
+            generate(model, prompt(length), past_key_values=cache, tokens=2)
+            assert min(cache.cores[0].packed_tokens) >= 64, "a short prompt is packed with known statistics"
+        generate(model, prompt(300), past_key_values=qjl.KVCache(model, "qjl-2"), tokens=2)
+    messages = [record.getMessage() for record in caplog.records if record.name == "qjl"]
+    assert messages == ["llama: statistics taken from the first prompt, 296 tokens"]
+
+
+def test_padding_does_not_count():
+    """Statistics of a padded batch are those of its rows together."""
+    rows = [prompt(300), prompt(200, seed=1)]
+    batch = left_padded(rows) | {
+        "position_ids": left_padded([torch.arange(row.shape[1])[None] for row in rows])["input_ids"]
+    }
+    *alone, together = [
+        first_layer_statistics(inputs) for inputs in ({"input_ids": rows[0]}, {"input_ids": rows[1]}, batch)
+    ]
+    sinks = 4
+    assert together.count == 500 - 2 * sinks
+    for name, weights in {"query_moment": (300, 200), "key_mean": (300 - sinks, 200 - sinks)}.items():
+        pooled = sum(weight * getattr(row, name) for weight, row in zip(weights, alone, strict=True)) / sum(weights)
+        torch.testing.assert_close(getattr(together, name), pooled, atol=1e-5, rtol=1e-4)
+
+
+def first_layer_statistics(inputs):
+    model = tiny()
+    cache = qjl.KVCache(model, KEEP_ALL)
+    with torch.no_grad():
+        model(**inputs, past_key_values=cache)
+    return cache.cores[0].measure()
+
+
+def test_caches_of_one_model_share_codecs(model):
+    caches = [qjl.KVCache(model), qjl.KVCache(model), qjl.KVCache(model, share=False)]
+    for cache in caches:
+        read(model, prompt(270), cache, sizes=(270,))
+    maps = [cache.cores[0].codec_tensors[0].data_ptr() for cache in caches]
+    assert maps[0] == maps[1] != maps[2]
+
+
+@pytest.mark.parametrize("preset", list(qjl.PRESETS))
+def test_a_monotonous_prompt_does_no_harm(preset):
+    """Statistics of one token repeated: no direction varies, and real text follows."""
+    model = tiny()
+    cache = qjl.KVCache(model, preset)
+    text = torch.cat([torch.full((1, 300), 5), prompt(150)], dim=1)
+    logits = read(model, text, cache, sizes=(300, 140))
+    assert torch.isfinite(logits).all()
+    assert cache.cores[1].packed_tokens[0] >= 384
+    assert difference(logits, exact(model, text, sizes=(300, 140))) < 1
+
+
+def test_not_a_number_is_refused(refuses):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight[0, 0] = torch.nan
+    with refuses("keys of layer 0 contain NaN"):
+        read(model, prompt(), qjl.KVCache(model))
+
+
+# Memory
+
+
+def numbers_held(core: CacheLayer):
+    """Tokens that a layer keeps exactly."""
+    return core.exact_nbytes // (2 * TINY_HEADS * TINY_DIM * 4)
+
+
+@pytest.mark.parametrize("attention", [ATTENTION, "sdpa", "eager"])
+def test_a_prefill_keeps_one_layer_exact_at_most(attention):
+    """The first prompt, which gives the statistics, and one after it."""
+    model = tiny(layers=4)
+    qjl.KVCache(model)
+    model.set_attn_implementation(attention)
+    for _ in range(2):
+        cache, held = qjl.KVCache(model), []
+        watch = model.model.layers[-1].mlp.register_forward_pre_hook(
+            lambda *_, cores=cache.cores, held=held: held.extend(numbers_held(core) for core in cores)
+        )
+        read(model, prompt(300), cache, sizes=(300,))
+        watch.remove()
+        most = cache.config.sinks + cache.config.recent + BLOCK - 1
+        assert max(held[:-1]) <= most
+        assert max(numbers_held(core) for core in cache.cores) <= most
+
+
+def test_every_byte_is_counted(model):
+    cache = qjl.KVCache(model, "b3")
+    read(model, prompt(300), cache)
+    packed = [tensor for core in cache.cores for side in core.packed for tensor in side._storage.values()]
+    windows = [tensor for core in cache.cores for tensor in (core._window._keys, core._window._values, *core._sinks)]
+    codecs = [tensor for core in cache.cores for tensor in core.codec_tensors]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in codecs}
+    assert cache.codec_nbytes == sum(storage.nbytes() for storage in storages.values()) > 0
+    held = sum(tensor.untyped_storage().nbytes() for tensor in packed + windows)
+    assert cache.allocated_nbytes == held + cache.codec_nbytes
+
+    tokens = cache.cores[0].packed_tokens[0]
+    assert tokens == 256
+    numbers = 2 * TINY_HEADS * TINY_DIM  # layers x heads x head_dim
+    packed_nbytes = tokens * numbers * sum(cache.bits) / 8
+    exact_nbytes = 2 * (300 - tokens) * numbers * 4
+    assert cache.nbytes == packed_nbytes + exact_nbytes + cache.codec_nbytes
+    assert cache.full_nbytes == 2 * 300 * numbers * 4
+    assert cache.bits_with_window == pytest.approx(8 * cache.nbytes / (2 * 300 * numbers))
+
+
+def test_layers_that_are_not_quantized_are_counted_too():
+    model = tiny("gemma2")
+    cache = qjl.KVCache(model, "full")
+    read(model, prompt(300), cache)
+    numbers = 2 * TINY_HEADS * TINY_DIM * 4
+    assert cache.nbytes == (300 + 127) * numbers + cache.codec_nbytes
+    assert cache.full_nbytes == (300 + 127) * numbers
+
+
+def test_the_window_is_not_copied_at_every_token(model):
+    cache, places = qjl.KVCache(model, "b3"), set()
+    read(model, prompt(200), cache, sizes=(200,))
+    for token in prompt(128).split(1, dim=1):
+        read(model, token, cache, sizes=(1,))
+        places.add(cache.cores[0].segments()[0][-1].keys.data_ptr())
+    assert len(places) <= 4
+    assert numbers_held(cache.cores[0]) < 4 + 32 + BLOCK
+
+
+def test_a_layer_is_decoded_once_for_each_step(model, monkeypatch):
+    cache, decoded = qjl.KVCache(model, "b3"), []
+    model.set_attn_implementation("eager")
+    dense = CacheLayer.dense
+    monkeypatch.setattr(CacheLayer, "dense", lambda core: decoded.append(core.name) or dense(core))
+    read(model, prompt(203), cache, sizes=(200,))
+    assert decoded == ["layer 0", "layer 1"] * 4
+
+
+def test_no_gradient_is_kept(model):
+    cache, ids = qjl.KVCache(model, "b3"), prompt(220)
+    with_gradient = model(ids, past_key_values=cache).logits
+    assert not cache.layers[0].keys.requires_grad
+    assert with_gradient.equal(read(model, ids, qjl.KVCache(model, "b3"), sizes=(220,)))
+
+
+def test_inference_mode_does_not_stick():
+    """A prompt read under inference_mode, and generate after it, which writes to the same buffers."""
+    model, ids = tiny(), prompt(300)
+    cache = qjl.KVCache(model, "b3")
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    for more in (5, 70):
+        ids = torch.cat([ids, prompt(more)], dim=1)
+        generate(model, ids, past_key_values=cache, tokens=1)
+    assert cache.cores[0].packed_tokens == [320]
+    model(prompt(3), past_key_values=cache).logits.sum().backward()
+
+
+# Around the model
+
+
+def test_enable_gives_each_call_a_fresh_cache(model):
+    assert qjl.enable(model, "full") is model
+    plain = generate(model, prompt(), past_key_values=DynamicCache(config=model.config), tokens=3)
+    results = [generated(model, prompt()) for _ in range(2)]
+    caches = [result.past_key_values for result in results]
+    assert [type(cache) for cache in caches] == [qjl.KVCache] * 2
+    assert caches[0] is not caches[1]
+    assert caches[1].get_seq_length() == 302
+    assert results[1].sequences[:, 300:].equal(plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"cache_implementation": "static"}, StaticCache),
+        ({"cache_implementation": "dynamic"}, DynamicCache),
+        ({"use_cache": False}, type(None)),
+        ({"prefill_chunk_size": 70}, qjl.KVCache),
+        ({"num_beams": 2}, qjl.KVCache),
+    ],
+    ids=str,
+)
+def test_what_the_user_asks_for_wins(model, settings, kind):
+    expected = generated(model, prompt(150), **settings)
+    result = generated(qjl.enable(model, "full"), prompt(150), **settings)
+    assert type(result.past_key_values) is kind
+    assert result.sequences.equal(expected.sequences)
+
+
+@pytest.mark.parametrize("make", [lambda model: DynamicCache(), lambda model: qjl.KVCache(model, "full")])
+def test_a_given_cache_wins(model, make):
+    qjl.enable(model, "b3")
+    cache = make(model)
+    assert generated(model, prompt(), past_key_values=cache).past_key_values is cache
+
+
+def test_disable_undoes_everything():
+    model = tiny(attention="eager")
+    untouched = set(vars(model))
+    qjl.enable(model, "b3")
+    qjl.enable(model, "full")
+    assert model.config._attn_implementation == ATTENTION
+    assert generated(model, prompt()).past_key_values.config.name == "full"
+    assert len(model._forward_pre_hooks) == 1
+    assert qjl.disable(model) is model
+    assert model.config._attn_implementation == "eager"
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    assert set(vars(model)) == untouched
+    assert type(generated(model, prompt()).past_key_values) is DynamicCache
+    qjl.disable(model)
+
+
+def test_disable_leaves_a_later_choice_of_attention_alone():
+    model = qjl.enable(tiny(attention="eager"), "full")
+    model.set_attn_implementation("sdpa")
+    assert qjl.disable(model).config._attn_implementation == "sdpa"
+
+
+def test_disable_leaves_the_attention_a_model_was_loaded_with():
+    model = tiny(attention=ATTENTION)
+    assert qjl.disable(qjl.enable(model)).config._attn_implementation == ATTENTION
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_enabled_model_is_its_own(duplicate):
+    model = qjl.enable(tiny(attention="eager"), "full")
+    twin = duplicate(model)
+    with torch.no_grad():
+        twin.lm_head.weight.neg_()
+    assert type(generated(twin, prompt(120)).past_key_values) is qjl.KVCache
+    assert not generated(twin, prompt(120)).sequences.equal(generated(model, prompt(120)).sequences)
+    qjl.disable(twin)
+    assert twin.config._attn_implementation == "eager"
+    assert type(generated(twin, prompt(120)).past_key_values) is DynamicCache
+    assert type(generated(model, prompt(120)).past_key_values) is qjl.KVCache
+
+
+def test_nothing_of_ours_is_saved_with_a_model(tmp_path):
+    qjl.enable(tiny(), "full").save_pretrained(tmp_path)
+    assert "qjl" not in (tmp_path / "config.json").read_text()
+    assert "qjl" not in (tmp_path / "generation_config.json").read_text()
+
+
+def test_other_caches_are_served_as_by_sdpa(model):
+    ids = prompt(150)
+    ours = exact(model, ids, sizes=(100, 40))
+    model.set_attn_implementation("sdpa")
+    assert ours.equal(exact(model, ids, sizes=(100, 40)))
+
+
+def test_two_models_in_two_threads():
+    models = [tiny(seed=seed) for seed in (1, 2)]
+    expected = [generate(model, prompt(), past_key_values=qjl.KVCache(model, share=False)) for model in models]
+    results = {}
+
+    def work(index):
+        model = models[index]
+        results[index] = [generate(model, prompt(), past_key_values=qjl.KVCache(model)) for _ in range(2)]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(text.equal(expected[index]) for index in range(2) for text in results[index])
+
+
+def test_dropout_acts_on_what_is_decoded():
+    model, ids = tiny(attention_dropout=0.5), prompt(230)
+    cache = qjl.KVCache(model, "full")
+    read(model, ids[:, :220], cache, sizes=(220,))
+    branch = copy.deepcopy(cache)
+    evaluated = read(model, ids[:, 220:], cache, sizes=(5,))
+    model.train()
+    assert difference(read(model, ids[:, 220:], branch, sizes=(5,)), evaluated) > 0.05
+    assert branch.get_seq_length() == 230
+
+
+def test_attention_weights_come_from_eager_only(model, caplog):
+    for attention, count in ((ATTENTION, 0), ("eager", 2)):
+        model.set_attn_implementation(attention)
+        cache = qjl.KVCache(model, "b3")
+        result = generated(model, prompt(150), past_key_values=cache, output_attentions=True)
+        weights = result.attentions[1]
+        assert len(weights) == count
+    assert weights[0].shape == (1, 4, 1, 151)
+    told = [record for record in caplog.records if record.name == "qjl" and "eager" in record.getMessage()]
+    assert len(told) == 1
+
+
+def test_a_configuration_is_enough():
+    """With a model loaded under our attention; nothing is attached to it, and nothing is shared."""
+    model = tiny(attention=ATTENTION)
+    texts = []
+    for cache in (qjl.KVCache(model.config), qjl.KVCache(model.config, "b3")):
+        texts.append(generate(model, prompt(), past_key_values=cache))
+        assert cache.cores[0].packed_tokens == [256]
+    assert not model._forward_pre_hooks
+    assert texts[0].equal(texts[1])
+    assert texts[0].equal(generate(model, prompt(), past_key_values=qjl.KVCache(model)))
+
+
+def test_a_configuration_needs_our_attention_for_queries(refuses):
+    model = tiny()
+    generate(model, prompt(), past_key_values=qjl.KVCache(model.config, "qjl-paper"))
+    with refuses("the statistics need the queries of the first prompt"):
+        generate(model, prompt(), past_key_values=qjl.KVCache(model.config, "b3"))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "is_rotary"),
+    [
+        ("qwen2", {}, [True, True]),
+        ("smollm3", {"attention_bias": True}, [True, False]),
+        ("gpt2", {}, [False, False]),
+    ],
+)
+def test_the_mean_is_taken_before_rope_where_there_is_one(family, settings, is_rotary):
+    """Keys with a large bias; the second layer of this SmolLM3 has no RoPE, GPT-2 has none at all."""
+    model = tiny(family, **settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("k_proj.bias", "c_attn.bias")):
+                parameter.normal_(std=3)
+    cache = qjl.KVCache(model, KEEP_ALL)
+    read(model, prompt(), cache, sizes=(300,))
+    assert [core.measure().is_rotary for core in cache.cores] == is_rotary
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.MambaConfig(), "mamba has no attention layers"),
+        (transformers.T5Config(), "t5 is an encoder-decoder model"),
+        (transformers.BartConfig(), "bart is an encoder-decoder model"),
+        (transformers.DeepseekV3Config(), "deepseek_v3 caches latents"),
+        (config_of("llama", head_dim=20), "head_dim 20 does not pack"),
+        (config_of("mistral", sliding_window=64), "mistral has no full-attention layers (only sliding_attention)"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value.model_type,
+)
+def test_what_cannot_be_quantized_is_refused_at_once(config, message, refuses):
+    with refuses(message):
+        qjl.KVCache(config)
+
+
+def test_a_refused_model_is_left_as_it_was(refuses):
+    model = tiny(head_dim=20)
+    with refuses("head_dim 20"):
+        qjl.enable(model)
+    with refuses("unknown preset 'b9'"):
+        qjl.enable(model, "b9")
+    assert model.config._attn_implementation == "sdpa"
+    assert not model._forward_pre_hooks
+    assert type(generated(model, prompt(20)).past_key_values) is DynamicCache
+
+
+@pytest.mark.parametrize("use", [qjl.KVCache, qjl.enable])
+def test_a_wrapper_is_refused(use, model, refuses):
+    with refuses("Sequential is no transformers model"):
+        use(torch.nn.Sequential(model))
+
+
+def test_offloading_is_refused(model, refuses):
+    with refuses("not offloaded"):
+        qjl.KVCache(model).layers[0].offload()
+
+
+def test_handles_look_like_tensors(model):
+    cache = qjl.KVCache(model, "b3")
+    read(model, prompt(200), cache, sizes=(200,))
+    fresh = torch.randn(1, TINY_HEADS, 1, TINY_DIM)
+    keys, values = cache.update(fresh, fresh, 0)
+    assert keys.shape == values.shape == (1, TINY_HEADS, 201, TINY_DIM)
+    assert keys.dtype == torch.float32
+    assert "keys of layer 0, 201 tokens" in repr(keys)
+    assert (keys * 1)[:, :, -1].equal(fresh[:, :, 0])
+    assert (keys + values).equal(cache.layers[0].keys + cache.layers[0].values)

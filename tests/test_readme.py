@@ -1,0 +1,110 @@
+"""What the README and the docs show is run, and what they say is in the results is there."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from models_for_tests import prompt, tiny
+from qjl import cli, models, presets, texts, wheels
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALLER = {
+    "demo": "--prompt-tokens 400 --max-new-tokens 3",
+    "generate": "--max-new-tokens 3",
+    "chat": "--max-new-tokens 3",
+    "eval": "--prefix 256 --decode 70 --chunks 1 --seeds 1",
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def shell_lines(program):
+    lines = "".join(blocks(ROOT / "README.md", "bash")).splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.startswith(program)]
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    """A cache folder with the user's models and texts, and none of its statistics."""
+    models.fetch(progress=False)
+    texts.essays()
+    for name in ("models", "texts"):
+        (tmp_path / name).symlink_to(wheels.cache_dir() / name)
+    monkeypatch.setenv("QJL_CACHE", str(tmp_path))
+
+
+def test_make_knows_the_two_commands():
+    lines = shell_lines("make")
+    assert lines == ["make demo", "make test"]
+    for line in lines:
+        subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("line", shell_lines("qjl"))
+def test_shell_lines_run(line, cache_folder):
+    arguments = shlex.split(line)[1:]
+    result = CliRunner().invoke(cli.app, [*arguments, *SMALLER.get(arguments[0], "").split()], input="Hello\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout
+
+
+@pytest.mark.model
+def test_python_of_the_readme_runs(cache_folder, capsys):
+    names = {}
+    for block in blocks(ROOT / "README.md", "python"):
+        exec(block, names)
+    assert names["cache"].get_seq_length() > 20
+    assert "moon" in capsys.readouterr().out
+
+
+def test_the_preset_of_the_readme_is_one():
+    (block,) = blocks(ROOT / "README.md", "json")
+    assert presets.from_dict(json.loads(block)).value.num_bits == 4
+
+
+def test_the_readme_names_every_preset():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"`{name}`" in text for name in presets.PRESETS)
+
+
+def test_the_method_of_the_docs_works(monkeypatch, tmp_path):
+    monkeypatch.setenv("QJL_CACHE", str(tmp_path))
+    names = {"model": tiny(), "__name__": "absmax"}
+    monkeypatch.setitem(sys.modules, "absmax", type(sys)("absmax"))
+    for block in blocks(ROOT / "docs/adding-a-method.md", "python"):
+        exec(block, names)
+    model, cache, ids = names["model"], names["cache"], prompt(300)
+    with torch.no_grad():
+        truth = model(input_ids=ids).logits[:, -1]
+        model(input_ids=ids[:, :-1], past_key_values=cache)
+        torch.testing.assert_close(
+            model(input_ids=ids[:, -1:], past_key_values=cache).logits[:, -1], truth, atol=0.1, rtol=0
+        )
+    assert cache.bits == (8.5, 8.5)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_the_results_are_the_measured_ones():
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "scripts/picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    rows, readme = picture.read(), (ROOT / "README.md").read_text()
+    assert picture.filled(readme, rows) == readme
+    assert picture.PICTURE.read_text() == picture.picture(rows)
