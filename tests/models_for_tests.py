@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 VOCABULARY = 128
 WINDOW = 128  # of the layers with a sliding window
+PADDING = 9  # a token like any other: the one of a tokenizer embeds to zero, which hides where padding counts
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
 
 
@@ -109,7 +110,9 @@ def left_padded(rows):
     """One batch of prompts ``[1, T]`` of different lengths, as arguments of a model."""
     longest = max(row.shape[1] for row in rows)
     pads = [longest - row.shape[1] for row in rows]
-    ids = torch.cat([torch.nn.functional.pad(row, (pad, 0)) for row, pad in zip(rows, pads, strict=True)])
+    ids = torch.cat(
+        [torch.nn.functional.pad(row, (pad, 0), value=PADDING) for row, pad in zip(rows, pads, strict=True)]
+    )
     mask = torch.arange(longest) >= torch.tensor(pads)[:, None]
     return {"input_ids": ids, "attention_mask": mask.long()}
 

@@ -194,7 +194,7 @@ def test_generate_streams_what_json_tells(checkpoint):
     streamed = succeed("generate", TEXT, *options)
     (told,) = lines_of_json(succeed("generate", TEXT, *options, "--json"))
     assert streamed.stdout == told["text"] + "\n"
-    assert "smaller than bfloat16" in streamed.stderr
+    assert " MB, in bfloat16 " in streamed.stderr
     assert (told["prompt_tokens"], told["new_tokens"], told["preset"]) == (len(TEXT), 12, "b3")
     assert told["tokens_per_second"] > 0
 
@@ -232,7 +232,7 @@ def test_chat_keeps_one_cache(checkpoint):
     result = succeed(
         "chat", "--model", checkpoint, "--max-new-tokens", "5", stdin=f"{TEXT}\n\nAnd then?\n/exit\nnever\n"
     )
-    tokens = [int(count) for count in re.findall(r"^(\d+) tokens in .* smaller than", result.stdout, re.M)]
+    tokens = [int(count) for count in re.findall(r"^(\d+) tokens in .* MB, in bfloat16 ", result.stdout, re.M)]
     first = len(f"[user] {TEXT.strip()}") + 1 + len("[assistant] ") + 5
     assert tokens[0] == first
     assert tokens[1] == first + 1 + len("[user] And then?") + 1 + len("[assistant] ") + 5
@@ -241,7 +241,7 @@ def test_chat_keeps_one_cache(checkpoint):
 def test_chat_says_that_the_context_is_full_and_starts_over(checkpoint):
     result = succeed("chat", "--model", checkpoint, "--max-new-tokens", "2", stdin=f"{'x' * 4000}\n/new\nhello\n")
     assert "the conversation has 4020 tokens and the model's context is 3072" in result.stderr
-    assert result.stdout.count("smaller than bfloat16") == 1
+    assert result.stdout.count(" MB, in bfloat16 ") == 1
 
 
 def test_a_turn_feeds_only_what_is_new(checkpoint):

@@ -397,13 +397,22 @@ def test_every_byte_is_counted(model):
     assert cache.bits_with_window == pytest.approx(8 * cache.nbytes / (2 * 300 * numbers))
 
 
-def test_layers_that_are_not_quantized_are_counted_too():
+def test_sliding_windows_are_counted_too():
     model = tiny("gemma2")
     cache = qjl.KVCache(model, "full")
     read(model, prompt(300), cache)
     numbers = 2 * TINY_HEADS * TINY_DIM * 4
     assert cache.nbytes == (300 + 127) * numbers + cache.codec_nbytes
     assert cache.full_nbytes == (300 + 127) * numbers
+
+
+def test_states_of_linear_attention_are_counted_too():
+    model = tiny("qwen3-next")
+    cache = qjl.KVCache(model, "full")
+    read(model, prompt(300), cache)
+    linear = cache.layers[0]
+    states = linear.conv_states[0].nbytes + linear.recurrent_states[0].nbytes
+    assert cache.nbytes == 300 * 2 * TINY_HEADS * TINY_DIM * 4 + states + cache.codec_nbytes
 
 
 def test_the_window_is_not_copied_at_every_token(model):
@@ -425,11 +434,12 @@ def test_a_layer_is_decoded_once_for_each_step(model, monkeypatch):
     assert decoded == ["layer 0", "layer 1"] * 4
 
 
-def test_no_gradient_is_kept(model):
-    cache, ids = qjl.KVCache(model, "b3"), prompt(220)
+@pytest.mark.parametrize("length", [50, 220])
+def test_no_gradient_is_kept(model, length):
+    cache, ids = qjl.KVCache(model, "b3"), prompt(length)
     with_gradient = model(ids, past_key_values=cache).logits
-    assert not cache.layers[0].keys.requires_grad
-    assert with_gradient.equal(read(model, ids, qjl.KVCache(model, "b3"), sizes=(220,)))
+    assert not any(segment.keys.requires_grad for segment in cache.cores[0].segments()[0])
+    assert with_gradient.equal(read(model, ids, qjl.KVCache(model, "b3"), sizes=(length,)))
 
 
 def test_inference_mode_does_not_stick():

@@ -7,6 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "qjl"
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("demo",),
     ("evals", "report", "bench", "conversation", "plan"),

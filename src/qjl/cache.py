@@ -240,7 +240,10 @@ class CacheLayer:
         if self._packed is None:
             batch, heads, _, _ = self._window.keys.shape
             device = self._window.keys.device
-            self._packed = (Packed(codecs[0].layout, batch, heads, device), Packed(codecs[1].layout, batch, heads, device))
+            self._packed = (
+                Packed(codecs[0].layout, batch, heads, device),
+                Packed(codecs[1].layout, batch, heads, device),
+            )
         for rows, blocks in self._due():
             self._set_sinks_apart(rows)
             self._pack(rows, blocks, codecs)
@@ -438,7 +441,9 @@ class CacheLayer:
         origin = torch.tensor([self.origin[row] for row in rows], device=self._window.keys.device)
         first = origin[:, None] + token + torch.arange(blocks, device=origin.device) * BLOCK
         encoded = []
-        for codec, tensor, what in zip(codecs, (self._window.keys, self._window.values), ("keys", "values"), strict=True):
+        for codec, tensor, what in zip(
+            codecs, (self._window.keys, self._window.values), ("keys", "values"), strict=True
+        ):
             tokens = tensor[:, :, columns] if everyone else tensor[list(rows), :, columns]
             require_finite(tokens, f"{what} of {self.name}")
             encoded.append(codec.quantize(tokens, first))
@@ -512,9 +517,7 @@ class CacheLayer:
             require_finite(values, f"values of {self.name}")
 
 
-def _place(
-    out: tuple[Tensor, ...], tokens: tuple[Tensor, Tensor], columns: Tensor | int, valid: Tensor | None
-) -> None:
+def _place(out: tuple[Tensor, ...], tokens: tuple[Tensor, Tensor], columns: Tensor | int, valid: Tensor | None) -> None:
     """Write tokens to their columns."""
     for target, source in zip(out, tokens, strict=True):
         source = source.to(target.dtype)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from qjl.errors import QJLError
 
 NIBBLE = 4
 MAX_BITS = 6
+REFINEMENTS = 6
 
 
 @lru_cache(maxsize=None)
@@ -134,6 +136,8 @@ class ScalarCode:
     bit_index: Tensor
     decoder: NibbleCode
 
+    depends_on_gain: ClassVar[bool] = True
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.kinds, self.bit_coordinate, self.bit_index, *self.decoder.tensors)
@@ -143,28 +147,39 @@ class ScalarCode:
 
         Returns nibbles ``uint8 [B, H, T, N]`` and the levels chosen ``float32 [B, H, T, D]``.
         """
-        levels, labels = (table.to(z.device) for table in _scalar_tables())
-        levels = levels[:, : 2 ** self._widest]
-        edges = (levels[:, 1:] + levels[:, :-1]) / 2
-        kinds = self.kinds.long()  # [H, D]
-        cells = torch.zeros(z.shape, dtype=torch.int64, device=z.device)
-        for edge in edges.unbind(1):
-            cells += z > edge[kinds][None, :, None]
-        patterns = labels[kinds[None, :, None], cells]
+        cells = self._cells(z)
+        kinds = self.kinds.long()[None, :, None]
+        patterns = _scalar_tables()[1].to(z.device)[kinds, cells]
         nibbles = torch.zeros((*z.shape[:3], self.decoder.nibbles), dtype=torch.uint8, device=z.device)
         for place in range(NIBBLE):
             coordinate = self.bit_coordinate[..., place].long()[None, :, None]
             bit = patterns.gather(3, coordinate.expand(*z.shape[:3], -1)) >> self.bit_index[None, :, None, :, place]
             nibbles |= (bit & 1) << place
-        return nibbles, levels[kinds[None, :, None], cells]
+        return nibbles, self._levels_of(cells)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """The nearest levels alone."""
+        return self._levels_of(self._cells(z))
+
+    def _cells(self, z: Tensor) -> Tensor:
+        """Index of the nearest level of each coordinate, ``int64 [B, H, T, D]``."""
+        edges = (self._levels[..., 1:] + self._levels[..., :-1]) / 2
+        edges = edges.expand(z.shape[0], z.shape[1], -1, -1).contiguous()
+        return torch.searchsorted(edges, z.transpose(2, 3).contiguous()).transpose(2, 3)
+
+    def _levels_of(self, cells: Tensor) -> Tensor:
+        levels = self._levels.expand(*cells.shape[:2], -1, -1)
+        return levels.gather(3, cells.transpose(2, 3)).transpose(2, 3)
+
+    @property
+    def _levels(self) -> Tensor:
+        """Ascending levels of each coordinate, ``[H, D, widest]``."""
+        widest = int((self.kinds % (MAX_BITS + 1)).max())
+        return _scalar_tables()[0].to(self.kinds.device)[self.kinds.long(), : 2**widest]
 
     def to(self, device: torch.device) -> ScalarCode:
         tensors = (self.kinds, self.bit_coordinate, self.bit_index)
         return ScalarCode(*(tensor.to(device) for tensor in tensors), self.decoder.to(device))
-
-    @cached_property
-    def _widest(self) -> int:
-        return int((self.kinds % (MAX_BITS + 1)).max())
 
 
 def scalar_code(widths: Sequence[Sequence[int]]) -> ScalarCode:
@@ -247,9 +262,7 @@ def _arrange(widths: tuple[int, ...]) -> tuple[list[list[tuple[int, int]]], set[
     return nibbles, set(spread)
 
 
-def _entries(
-    nibbles: list[list[tuple[int, int]]], widths: tuple[int, ...], split: set[int]
-) -> tuple[Tensor, Tensor]:
+def _entries(nibbles: list[list[tuple[int, int]]], widths: tuple[int, ...], split: set[int]) -> tuple[Tensor, Tensor]:
     parts = [_parts(nibble) for nibble in nibbles]
     slots = max(len(part) for part in parts)
     coordinates = torch.zeros(len(nibbles), slots, dtype=torch.int64)
@@ -277,22 +290,54 @@ def _parts(nibble: list[tuple[int, int]]) -> dict[int, list[tuple[int, int]]]:
 
 @dataclass(frozen=True, eq=False)
 class SignCode:
-    """Encoder of signs, four to a nibble: bit 1 is +1 (zero too), bit 0 is -1."""
+    """Encoder of signs, four to a nibble: bit 1 is +1 (zero too), bit 0 is -1.
+
+    With the Gram matrix of a sketch of several orthogonal blocks, ``gram = S S^T [m, m]`` of unit rows, the signs are
+    refined: those of each block in turn become the best ones beside the other blocks' (``refined``).
+    """
 
     decoder: NibbleCode
+    gram: Tensor | None = None
+    block: int = 0
+
+    depends_on_gain: ClassVar[bool] = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.decoder.tensors
+        return self.decoder.tensors if self.gram is None else (*self.decoder.tensors, self.gram)
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Nibbles ``uint8 [B, H, T, m / 4]`` and signs ``float32`` of ``z [B, H, T, m]``."""
-        bits = (z >= 0).to(torch.uint8).unflatten(-1, (-1, NIBBLE))
-        nibbles = (bits << torch.arange(NIBBLE, dtype=torch.uint8, device=z.device)).sum(-1, dtype=torch.uint8)
-        return nibbles, bits.flatten(-2).float() * 2 - 1
+        signs = self.nearest(z)
+        bits = (signs > 0).to(torch.uint8).unflatten(-1, (-1, NIBBLE))
+        places = torch.arange(NIBBLE, dtype=torch.uint8, device=z.device)
+        return (bits << places).sum(-1, dtype=torch.uint8), signs
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """The signs alone."""
+        signs = torch.where(z >= 0, 1.0, -1.0)
+        return signs if self.gram is None else self.refined(z, signs)
+
+    def refined(self, z: Tensor, signs: Tensor) -> Tensor:
+        """Alternating minimisation of ``||y - c S^T s||`` over c and the signs of one block at a time.
+
+        With ``z = S y``, and since the rows within a block are orthogonal, the minimum over block b is
+        ``s_b = sign(z_b / c - sum_(a != b) G_ba s_a)``. The error of a Gaussian y at m = 2d falls from .280 to .117.
+        """
+        assert self.gram is not None
+        signs = signs.clone()
+        for _ in range(REFINEMENTS):
+            decoded = signs @ self.gram
+            c = (z * signs).sum(-1, keepdim=True) / (decoded * signs).sum(-1, keepdim=True)
+            target = z / c.clamp(min=torch.finfo(z.dtype).tiny)
+            for first in range(0, z.shape[-1], self.block):
+                own = slice(first, first + self.block)
+                others = signs @ self.gram[:, own] - signs[..., own]
+                signs[..., own] = torch.where(target[..., own] >= others, 1.0, -1.0)
+        return signs
 
     def to(self, device: torch.device) -> SignCode:
-        return SignCode(self.decoder.to(device))
+        return SignCode(self.decoder.to(device), None if self.gram is None else self.gram.to(device), self.block)
 
 
 def sign_code(m: int) -> SignCode:
@@ -300,6 +345,13 @@ def sign_code(m: int) -> SignCode:
     coordinates = torch.arange(m, dtype=torch.int16).view(1, m // NIBBLE, NIBBLE)
     entries = _sign_patterns(NIBBLE).half().expand(1, m // NIBBLE, 16, NIBBLE)
     return SignCode(NibbleCode(coordinates, entries.contiguous(), dim=m))
+
+
+def refined_sign_code(matrix: Tensor) -> SignCode:
+    """The code of the signs of a sketch ``[m, d]`` of orthogonal blocks; refined where there is more than one."""
+    m, d = matrix.shape
+    plain = sign_code(m)
+    return plain if m <= d else SignCode(plain.decoder, matrix @ matrix.T / d, d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,17 +363,29 @@ class PairCode:
 
     decoder: NibbleCode
 
+    depends_on_gain: ClassVar[bool] = True
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.decoder.tensors
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest points: nibbles ``uint8 [B, H, T, D / 2]`` and points ``float32 [B, H, T, D]``."""
-        points = self.decoder.entries[0, 0].float()
-        pairs = z.unflatten(-1, (-1, 2))
+        nibbles = self._nearest_points(z)
+        return nibbles.to(torch.uint8), self._points[nibbles].flatten(-2)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """The nearest points alone."""
+        return self._points[self._nearest_points(z)].flatten(-2)
+
+    @property
+    def _points(self) -> Tensor:
+        return self.decoder.entries[0, 0].float()
+
+    def _nearest_points(self, z: Tensor) -> Tensor:
+        points = self._points
         # |p|^2 - 2 z.p orders the points as |z - p|^2 does
-        nibbles = (points.square().sum(-1) - 2 * pairs @ points.T).argmin(-1)
-        return nibbles.to(torch.uint8), points[nibbles].flatten(-2)
+        return (points.square().sum(-1) - 2 * z.unflatten(-1, (-1, 2)) @ points.T).argmin(-1)
 
     def to(self, device: torch.device) -> PairCode:
         return PairCode(self.decoder.to(device))

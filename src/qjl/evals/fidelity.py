@@ -132,18 +132,20 @@ def _summary(
     }
 
 
-def _chunks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, protocol: Protocol
-) -> Tensor:
+def _chunks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, protocol: Protocol) -> Tensor:
     """Stretches of text spread evenly over it: ``int64 [chunks, prefix + decode + 1]``."""
     length = protocol.prefix + protocol.decode + 1
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is not None and length - 1 > context:
-        raise QJLError(f"{length - 1} tokens are longer than the model's context of {context}: shorten prefix or decode.")
+        raise QJLError(
+            f"{length - 1} tokens are longer than the model's context of {context}: shorten prefix or decode."
+        )
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     needed = max(length + protocol.chunks - 1, FILLER_BEFORE + FILLER_AFTER + 1)
     if len(tokens) < needed:
-        raise QJLError(f"the text has {len(tokens)} tokens and {needed} are needed: give a longer one or shorten the run.")
+        raise QJLError(
+            f"the text has {len(tokens)} tokens and {needed} are needed: give a longer one or shorten the run."
+        )
     starts = torch.linspace(0, len(tokens) - length, protocol.chunks).long()
     return torch.stack([tokens[start : start + length] for start in starts])
 

@@ -20,6 +20,7 @@ from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 from qjl.rope import Rope
 
 EXPAND_FROM_ROWS = 32  # with this many query rows per KV head, decoding a tile beats looking up tables
+TILE_TOKENS = 64 * BLOCK  # encoded at once, so that a long prompt takes little room
 STEPS_PER_OCTAVE = 12
 ZERO_CODE = 0
 UNIT_CODE = 128
@@ -139,8 +140,14 @@ class NibbleCodec(Codec):
         """Nibbles ``uint8 [B, H, T, N]`` and scales ``float [B, H, T]`` of centred tokens."""
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
-        x = x.float()
-        residual = x - self.mean.at(block_positions(first)) if self.mean else x
+        parts = [
+            self._quantize_tile(*tile)
+            for tile in zip(x.split(TILE_TOKENS, 2), first.split(TILE_TOKENS // BLOCK, 1), strict=True)
+        ]
+        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
+
+    def _quantize_tile(self, x: Tensor, first: Tensor) -> Blocks:
+        residual = x.float() - self.mean.at(block_positions(first)) if self.mean else x.float()
         nibbles, scale = self.encode(residual)
         return {
             "codes": ops.pack(nibbles),
