@@ -67,9 +67,7 @@ def gguf_weights(model):
 
 def rope_factors(config):
     """How much slower each rotary frequency turns than its default, as llama.cpp writes it."""
-    default = LlamaForCausalLM(
-        LlamaConfig(**{**config.to_dict(), "rope_parameters": {"rope_type": "default"}})
-    )
+    default = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "rope_parameters": {"rope_type": "default"}}))
     return default.model.rotary_emb.inv_freq / LlamaForCausalLM(config).model.rotary_emb.inv_freq
 
 
@@ -202,9 +200,7 @@ def test_a_truncated_gguf_says_so_and_leaves_nothing(tiny, cache, share):
 
 def test_a_gguf_without_all_weights_says_so(tmp_path, source):
     broken = write_gguf(tmp_path / "broken.gguf", source, omit=["blk.1.attn_v.weight"])
-    with pytest.raises(
-        QJLError, match=r"misshapen weights: 1, the first model\.layers\.1\.self_attn\.v_proj"
-    ):
+    with pytest.raises(QJLError, match=r"misshapen weights: 1, the first model\.layers\.1\.self_attn\.v_proj"):
         models.load(str(broken))
 
 

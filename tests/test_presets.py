@@ -138,7 +138,6 @@ def test_a_file_with_a_wrong_field_is_refused(fields, message, tmp_path, refuses
         resolve(path)
 
 
-@pytest.mark.xfail(strict=True, reason="presets do not check the types of numbers, nor that overrides is a list")
 @pytest.mark.parametrize(
     "fields",
     [

@@ -41,17 +41,23 @@ def attend(query: Tensor, layer: CacheLayer, scoring: Scoring) -> Tensor:
     plain = packed is None and len(exact) == 1 and exact[0].valid is None and exact[0].columns == 0
     if plain and scoring.softcap is None and scoring.sink_logits is None:
         return _fused(query, exact[0], scoring)
-    outputs = [
-        _attend_rows(query[:, :, start:stop], exact, packed, _rows(scoring, start, stop, query.shape[2], layer.length))
-        for start, stop in _query_tiles(query, layer.length)
-    ]
-    return torch.cat(outputs, dim=2).to(query.dtype)
+    return _tiled(query, exact, packed, scoring, layer.length)
 
 
 def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
     """The same over plain ``keys, values [B, H, T, D]``, for layers that are not quantized."""
-    scoring = _rows(scoring, 0, query.shape[2], query.shape[2], keys.shape[2])
-    return _attend_rows(query, [ExactSegment(keys, values, 0, None)], None, scoring).to(query.dtype)
+    return _tiled(query, [ExactSegment(keys, values, 0, None)], None, scoring, keys.shape[2])
+
+
+def _tiled(
+    query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring, columns: int
+) -> Tensor:
+    tokens = query.shape[2]
+    outputs = [
+        _attend_rows(query[:, :, start:stop], exact, packed, _rows(scoring, start, stop, tokens, columns))
+        for start, stop in _query_tiles(query, columns)
+    ]
+    return torch.cat(outputs, dim=2).to(query.dtype)
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

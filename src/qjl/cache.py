@@ -7,7 +7,7 @@ layer's statistics: not on how the tokens arrived, nor on the padding beside the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +30,7 @@ class LayerSource:
     rope: Rope | None = None
     calibrated: Callable[[], LayerStatistics | None] = lambda: None
     announce: Callable[[int], None] = lambda count: None
-    codecs: dict[tuple[Quantizer, Quantizer], tuple[Codec, Codec]] = field(default_factory=dict)
+    codecs: dict[tuple[Hashable, ...], tuple[Codec, Codec]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerSource:
         """A copied cache shares it too."""
@@ -220,6 +220,8 @@ class CacheLayer:
 
         To be called before ``settle`` sees the rows; rows that hold packed tokens keep what they had.
         """
+        if self.batch and len(padding) != self.batch:
+            raise QJLError(f"{self.name} holds {self.batch} rows, and {len(padding)} paddings were given.")
         origin = [0] * len(padding) if origin is None else origin
         if not self.batch:
             self.padding, self.origin = list(padding), list(origin)
@@ -337,8 +339,10 @@ class CacheLayer:
     # Codecs and statistics
 
     def _codecs(self) -> tuple[Codec, Codec] | None:
-        fitted = self.source.codecs.get((self.key, self.value))
-        if fitted is not None or self._window is None:
+        if self._window is None:
+            return None
+        fitted = self.source.codecs.get(self._codec_key)
+        if fitted is not None:
             return fitted
         if not (self.key.needs_statistics or self.value.needs_statistics):
             return self._fit(None)
@@ -375,6 +379,12 @@ class CacheLayer:
         self._queries = QueryMoment()
         return self._fit(statistics)
 
+    @property
+    def _codec_key(self) -> tuple[Hashable, ...]:
+        """A model may be moved to another device or dtype between two caches."""
+        assert self._window is not None
+        return self.key, self.value, self._window.keys.device, self._window.keys.dtype
+
     def _fit(self, statistics: LayerStatistics | None) -> tuple[Codec, Codec]:
         assert self._window is not None
         fitted = []
@@ -386,7 +396,7 @@ class CacheLayer:
             rope = self.source.rope.to(tensor.device) if self.source.rope else None
             context = LayerContext(role, heads, head_dim, tensor.device, tensor.dtype, statistics, rope)
             fitted.append(quantizer.fit(context))
-        self.source.codecs[self.key, self.value] = (fitted[0], fitted[1])
+        self.source.codecs[self._codec_key] = (fitted[0], fitted[1])
         return fitted[0], fitted[1]
 
     # Rows and columns
@@ -432,7 +442,8 @@ class CacheLayer:
             self._sunk[row] = self.sinks
 
     def _pack(self, rows: Sequence[int], blocks: int, codecs: tuple[Codec, Codec]) -> None:
-        assert self._window is not None and self._packed is not None
+        assert self._window is not None
+        assert self._packed is not None
         row = rows[0]
         token = self.sinks + self.packed_tokens[row]  # within the row
         start = self.padding[row] + token - self._window_column

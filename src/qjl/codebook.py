@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ MAX_BITS = 6
 REFINEMENTS = 6
 
 
-@lru_cache(maxsize=None)
+@cache
 def lloyd_max(bits: int) -> tuple[float, ...]:
     """Ascending levels of the Lloyd-Max quantizer of N(0, 1) with ``2**bits`` levels."""
     uniform = (torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits
@@ -37,7 +37,7 @@ def lloyd_max(bits: int) -> tuple[float, ...]:
     return tuple(((levels - levels.flip(0)) / 2).tolist())  # exactly symmetric
 
 
-@lru_cache(maxsize=None)
+@cache
 def sign_sum(bits: int) -> tuple[float, ...]:
     """Amplitudes a_1 > a_2 > ... for which the levels sum(+-a_i) have the least distortion on N(0, 1).
 
@@ -47,14 +47,14 @@ def sign_sum(bits: int) -> tuple[float, ...]:
     halvings = torch.tensor([2.0 ** (bits - 1 - i) for i in range(bits)], dtype=torch.float64)
     amplitudes = halvings * lloyd_max(bits)[-1] / halvings.sum()
     signs = _sign_patterns(bits).double()
-    for _ in range(3000):
+    for _ in range(400):
         levels, order = (signs @ amplitudes).sort()
         edges = _edges(levels)
         mass, first = _cell_moments(edges)
         patterns = signs[order]
         gram = patterns.T @ (mass[:, None] * patterns)
         updated = torch.linalg.solve(gram, patterns.T @ first)
-        if torch.allclose(updated, amplitudes, rtol=0, atol=1e-11):
+        if torch.allclose(updated, amplitudes, rtol=0, atol=1e-9):
             break
         amplitudes = updated
     return tuple(amplitudes.tolist())
@@ -128,7 +128,7 @@ class ScalarCode:
     """Encoder of real coordinates, each with its own number of bits, into nibbles; and its ``NibbleCode``.
 
     ``kinds`` uint8 [H, D]: the row of the scalar quantizer tables that a coordinate uses.
-    ``bit_coordinate``, ``bit_index`` uint8 [H, N, 4]: which bit of which coordinate each nibble bit is.
+    ``bit_coordinate``, ``bit_index`` int16 [H, N, 4]: which bit of which coordinate each nibble bit is.
     """
 
     kinds: Tensor
@@ -153,7 +153,9 @@ class ScalarCode:
         nibbles = torch.zeros((*z.shape[:3], self.decoder.nibbles), dtype=torch.uint8, device=z.device)
         for place in range(NIBBLE):
             coordinate = self.bit_coordinate[..., place].long()[None, :, None]
-            bit = patterns.gather(3, coordinate.expand(*z.shape[:3], -1)) >> self.bit_index[None, :, None, :, place]
+            bit = patterns.gather(3, coordinate.expand(*z.shape[:3], -1)) >> self.bit_index[None, :, None, :, place].to(
+                torch.uint8
+            )
             nibbles |= (bit & 1) << place
         return nibbles, self._levels_of(cells)
 
@@ -178,8 +180,9 @@ class ScalarCode:
         return _scalar_tables()[0].to(self.kinds.device)[self.kinds.long(), : 2**widest]
 
     def to(self, device: torch.device) -> ScalarCode:
-        tensors = (self.kinds, self.bit_coordinate, self.bit_index)
-        return ScalarCode(*(tensor.to(device) for tensor in tensors), self.decoder.to(device))
+        return ScalarCode(
+            self.kinds.to(device), self.bit_coordinate.to(device), self.bit_index.to(device), self.decoder.to(device)
+        )
 
 
 def scalar_code(widths: Sequence[Sequence[int]]) -> ScalarCode:
@@ -213,7 +216,7 @@ def _head_code(widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     nibbles, split = _arrange(widths)
     kinds = [width + (MAX_BITS + 1) * (i in split) for i, width in enumerate(widths)]
     coordinates, entries = _entries(nibbles, widths, split)
-    places = torch.tensor(nibbles, dtype=torch.uint8)
+    places = torch.tensor(nibbles, dtype=torch.int16)
     return torch.tensor(kinds, dtype=torch.uint8), places, coordinates.short(), entries.half()
 
 

@@ -147,7 +147,9 @@ def from_dict(fields: Any, name: str = "custom") -> CacheConfig:
     _reject_unknown(set(fields) - known, known, f"preset {name!r}")
     fields = {"name": name} | fields
     fields["key"], fields["value"] = _quantizer(fields["key"], name), _quantizer(fields["value"], name)
-    fields["overrides"] = tuple(_override(one, name) for one in fields.get("overrides", ()))
+    if not isinstance(fields.get("overrides", []), list):
+        raise _wrong_type(name, f"overrides = {fields['overrides']!r}")
+    fields["overrides"] = tuple(_override(one, name) for one in fields.get("overrides", []))
     return _build(CacheConfig, fields, name)
 
 
@@ -182,6 +184,8 @@ def _quantizer_fields(quantizer: Quantizer) -> dict[str, Any]:
 
 
 def _quantizer(fields: Any, name: str) -> Quantizer:
+    if isinstance(fields, dict) and not isinstance(fields.get("method", ""), str):
+        raise _wrong_type(name, f"method = {fields['method']!r}")
     if not isinstance(fields, dict) or fields.get("method") not in METHODS:
         raise QJLError(f"preset {name!r} needs a method for keys and values, one of {', '.join(METHODS)}.")
     method = METHODS[fields["method"]]
@@ -206,7 +210,19 @@ def _reject_unknown(unknown: set[str], known: set[str], where: str) -> None:
 
 
 def _build(cls: Any, fields: dict[str, Any], name: str) -> Any:
+    types = {field.name: _PLAIN_TYPES.get(field.type) for field in dataclasses.fields(cls)}
+    for field, value in fields.items():
+        expected = types[field]
+        if expected and (not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected)):
+            raise _wrong_type(name, f"{field} = {value!r}")
     try:
         return cls(**fields)
     except TypeError as error:
-        raise QJLError(f"preset {name!r} has a missing field or a value of the wrong type: {error}.") from error
+        raise QJLError(f"preset {name!r} misses a field: {error}.") from error
+
+
+_PLAIN_TYPES: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+def _wrong_type(name: str, what: str) -> QJLError:
+    return QJLError(f"preset {name!r} has a value of the wrong type: {what}.")

@@ -1,6 +1,6 @@
 """Teacher-forced decoding: the next-token distributions that a quantized cache really gives.
 
-A prefill attends exactly and never reads a code, so the prefix is prefilled and every later token is decoded over codes.
+A prefill attends exactly and never reads a code: the prefix is prefilled, every later token decoded over codes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Agreement:
 
 @torch.inference_mode()
 def full_logits(model: PreTrainedModel, input_ids: Tensor, prefix: int) -> Tensor:
-    """Full-precision logits after each of the tokens from ``prefix`` on but the last: float32 ``[B, T - prefix - 1, V]``."""
+    """Full-precision logits after each token from ``prefix`` on but the last: float32 ``[B, T - prefix - 1, V]``."""
     rows = []
     for row in input_ids[:, :-1]:
         output = model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=row.numel() - prefix)

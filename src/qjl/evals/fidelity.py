@@ -1,8 +1,8 @@
 """Fidelity of a quantized cache to full precision: KL, perplexity, top-1, retrieval, and its true bits.
 
-Protocol: ``prefix`` tokens exact, then ``decode`` tokens teacher-forced over the quantized cache with a recent window of
-``recent`` exact tokens. Statistics come from one prefix only, another one for each seed, and serve all chunks: as they
-would in use. A seed also sets the projections and the retrieval task, whose prompt is prefilled afresh.
+Protocol: ``prefix`` tokens exact, then ``decode`` tokens teacher-forced over the quantized cache with a window of
+``recent`` exact tokens. Statistics come from one prefix only, another one for each seed, and serve all chunks: as
+they would in use. A seed also sets the projections and the retrieval task, whose prompt is prefilled afresh.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def measure(
     """One JSON-ready object per preset, as soon as it is measured.
 
     ``kl`` in nats per token with its standard error over chunks and seeds, ``ppl`` over the decoded tokens,
-    ``dppl_percent`` against full precision, ``top1`` agreement, ``retrieval`` and ``retrieval_full`` shares of 30 codes,
-    bits per number without and with the exact window and the codecs.
+    ``dppl_percent`` against full precision, ``top1`` agreement, ``retrieval`` and ``retrieval_full`` shares of 30
+    codes, bits per number without and with the exact window and the codecs.
 
     Raises:
         QJLError: if the text is too short, or the chunk does not fit the model's context.

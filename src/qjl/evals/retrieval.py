@@ -18,12 +18,16 @@ from qjl.hf import KVCache
 
 PAIRS = 30
 FILLER_BEFORE, FILLER_AFTER = 256, 128
+# fmt: off
 _WORDS = (
-    "apple river stone cloud tiger music paper light green ocean bread chair table horse glass smoke night heart "
-    "money house water train plant metal earth dance story world voice crown field storm sugar table beach brain "
-    "clock dream fruit grass honey ivory juice knife lemon mouse nurse olive piano queen radio snake tower uncle "
-    "wheel youth zebra angel blood candy devil eagle flame ghost hotel island jewel lunch maple novel opera pearl"
-).split()
+    "angel", "apple", "beach", "blood", "brain", "bread", "candy", "chair", "clock", "cloud", "crown", "dance",
+    "devil", "dream", "eagle", "earth", "field", "flame", "fruit", "ghost", "glass", "grass", "green", "heart",
+    "honey", "horse", "hotel", "house", "island", "ivory", "jewel", "juice", "knife", "lemon", "light", "lunch",
+    "maple", "metal", "money", "mouse", "music", "night", "novel", "nurse", "ocean", "olive", "opera", "paper",
+    "pearl", "piano", "plant", "queen", "radio", "river", "smoke", "snake", "stone", "storm", "story", "sugar",
+    "table", "tiger", "tower", "train", "uncle", "voice", "water", "wheel", "world", "youth", "zebra",
+)
+# fmt: on
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class RetrievalTask:
 def make_task(tokenizer: PreTrainedTokenizerBase, filler: Tensor, seed: int) -> RetrievalTask:
     """30 pairs of words and codes inside ``filler``, token ids of real text (at least 384)."""
     draw = random.Random(seed)
-    pairs = [(word, draw.randrange(1000, 10000)) for word in draw.sample(sorted(set(_WORDS)), PAIRS)]
+    pairs = [(word, draw.randrange(1000, 10000)) for word in draw.sample(_WORDS, PAIRS)]
     tokens = filler[:FILLER_BEFORE].tolist()
     for word, code in pairs:
         tokens += _tokens(tokenizer, f"\nThe code for {word} is") + _tokens(tokenizer, f" {code}.")

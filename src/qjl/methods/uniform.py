@@ -61,8 +61,7 @@ class TokenUniformCodec(Codec):
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
         grouped = x.float().unflatten(3, (self.groups, -1))  # [B, H, T, G, D / G]
         low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-        step = ((high - low) / self._top).half()
-        middle = ((high + low) / 2).half()
+        step, middle = _half((high - low) / self._top), _half((high + low) / 2)
         safe = torch.where(step > 0, step, 1).float()
         codes = ((grouped - middle.float()) / safe + self._top / 2).round().clamp(0, self._top)
         return {
@@ -88,6 +87,11 @@ class TokenUniformCodec(Codec):
     def _unpack(self, codes: Tensor) -> Tensor:
         shifts = torch.arange(0, 8, self.num_bits, dtype=torch.uint8, device=codes.device)
         return ((_token_major(codes)[..., None] >> shifts) & self._top).flatten(3)
+
+
+def _half(x: Tensor) -> Tensor:
+    largest = torch.finfo(torch.float16).max
+    return x.clamp(-largest, largest).half()
 
 
 def _token_minor(x: Tensor) -> Tensor:
