@@ -204,6 +204,48 @@ class ExactRescale:
         return np.where(aligned > 0, (y * y).sum(-1) / np.where(aligned > 0, aligned, 1), 0)
 
 
+class GainSearch:
+    """Of the codes of gain * z, the one at the least angle to z where errors count ``root``."""
+
+    def __init__(self, gains, root):
+        self.gains, self.root = np.array(gains), root
+
+    def judge(self, z, decoded, nearest, clear, atol):
+        """Whether ``decoded [T, D]`` is the code of some gain, ``bool [T]``, and how much cosine it gives away.
+
+        ``clear(gain * z)`` tells the coordinates that lie off the edges between codes.
+        """
+        codes = [(gain * z, nearest(gain * z)) for gain in self.gains]
+        matches = [((np.abs(code - decoded) < atol) | ~clear(x)).all(-1) for x, code in codes]
+        best = np.max([self._cosine(z, code) for _, code in codes], axis=0)
+        return np.any(matches, axis=0), best - self._cosine(z, decoded)
+
+    def _cosine(self, z, code):
+        z, code = z * self.root, code * self.root
+        return (z * code).sum(-1) / np.linalg.norm(code, axis=-1) / np.linalg.norm(z, axis=-1)
+
+
+class RefinedSigns:
+    """min over c and s of ||y - c S^T s||, alternating over c and the signs of one orthogonal block of S."""
+
+    def __init__(self, matrix, rounds):
+        self.unit = matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
+        self.rounds = rounds
+
+    def encode(self, sketched):
+        """``sketched`` is S y, ``[T, m]``; signs bool ``[T, m]``."""
+        m, d = self.unit.shape
+        y = sketched @ np.linalg.pinv(self.unit).T
+        signs = np.where(sketched >= 0, 1.0, -1.0)
+        for _ in range(self.rounds):
+            decoded = signs @ self.unit
+            c = (y * decoded).sum(-1, keepdims=True) / (decoded**2).sum(-1, keepdims=True)
+            for block in (slice(first, first + d) for first in range(0, m, d)):
+                rest = y / c - (signs @ self.unit - signs[:, block] @ self.unit[block])
+                signs[:, block] = np.where(rest @ self.unit[block].T >= 0, 1.0, -1.0)
+        return signs > 0
+
+
 class LogScale:
     """A scale in 8 bits: twelve steps per octave around a unit at code 128; code 0 is zero."""
 

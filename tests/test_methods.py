@@ -9,9 +9,9 @@ import torch
 
 import oracles
 from qjl import ops
-from qjl.codebook import lloyd_max, plane_points, sign_sum
+from qjl.codebook import REFINEMENTS, lloyd_max, plane_points, sign_sum
 from qjl.methods import METHODS
-from qjl.methods.balanced import RIDGE, Balanced, water_fill
+from qjl.methods.balanced import GAINS, RIDGE, SHIFTS, Balanced, water_fill
 from qjl.methods.base import LayerContext, require_finite, storage_bytes
 from qjl.methods.identity import Identity
 from qjl.methods.nibble import EXPAND_FROM_ROWS, LogScale, Mean
@@ -203,6 +203,15 @@ def _levels_of(encoder, head, i):
     return np.sort(signs @ np.array(sign_sum(width - 7)))
 
 
+def _per_coordinate(function, x, levels):
+    return np.stack([function(x[:, i], levels[i]) for i in range(x.shape[1])], -1)
+
+
+def _distances(x, points):
+    """Squared distance of each pair of coordinates to each point of the plane, ``[T, D / 2, 16]``."""
+    return ((x.reshape(len(x), -1, 1, 2) - points) ** 2).sum(-1)
+
+
 def _centred(case, role, head, row, centre=True):
     """Tokens without the mean that the statistics say, in float64."""
     x = _float64(case.x[row, head])
@@ -226,12 +235,17 @@ def test_balanced_codes_are_the_nearest_levels_and_their_scale_is_exact(role, qu
             y = _centred(case, role, head, row, quantizer.centre) @ _float64(codec.key_map[head]).T
             weights = np.ones(head_dim) if codec.weights is None else _float64(codec.weights[head])
             z = y / np.sqrt((y[:, weights > 0] ** 2).mean(-1, keepdims=True))
-            chosen = np.empty_like(z)
-            for i in range(head_dim):
-                levels = _levels_of(codec.encoder, head, i)
-                chosen[:, i] = oracles.nearest(z[:, i], levels)
-                clear = oracles.edge_margin(z[:, i], levels) > 1e-3
-                np.testing.assert_allclose(decoded[row, head, clear, i], chosen[clear, i], atol=4e-3)
+            levels = [_levels_of(codec.encoder, head, i) for i in range(head_dim)]
+            search = oracles.GainSearch(GAINS, np.sqrt(weights))
+            found, loss = search.judge(
+                z,
+                decoded[row, head],
+                lambda x, levels=levels: _per_coordinate(oracles.nearest, x, levels),
+                lambda x, levels=levels: _per_coordinate(oracles.edge_margin, x, levels) > 1e-3,
+                atol=4e-3,
+            )
+            assert found.all()
+            assert loss.max() < 5e-4
             root = np.sqrt(weights)
             scale = oracles.ExactRescale.scale(y * root, decoded[row, head] * root)
             levels = oracles.LogScale.levels(scale, float(codec.scale.unit[head]))
@@ -247,8 +261,13 @@ def test_balanced_signs_are_those_of_the_mapped_tokens(role, quantizer, head_dim
     for row in range(2):
         for head in range(2):
             y = _centred(case, role, head, row) @ _float64(case.codec.key_map[head]).T
-            clear = np.abs(y) > 2e-3 * np.abs(y).mean()
-            assert (stored[row, head] == (y >= 0))[clear].all()
+            if y.shape[1] > head_dim:
+                matrix = Sketch(y.shape[1], head_dim, "orthogonal", quantizer.seed).matrix
+                expected = oracles.RefinedSigns(_float64(matrix), REFINEMENTS).encode(y)
+                assert (stored[row, head] == expected).mean() > 0.99
+            else:
+                clear = np.abs(y) > 2e-3 * np.abs(y).mean()
+                assert (stored[row, head] == (y >= 0))[clear].all()
             scale = oracles.ExactRescale.scale(y, 2.0 * stored[row, head] - 1)
             levels = oracles.LogScale.levels(scale, float(case.codec.scale.unit[head]))
             assert np.abs(scales[row, head] - levels).max() < 0.51
@@ -266,12 +285,18 @@ def test_balanced_pairs_are_the_nearest_points_of_the_plane(role, quantizer, hea
         for head in range(2):
             y = _centred(case, role, head, row) @ _float64(codec.key_map[head]).T
             z = y / np.sqrt((y**2).mean(-1, keepdims=True))
-            pairs = z.reshape(*z.shape[:-1], -1, 1, 2)
-            distances = ((pairs - points) ** 2).sum(-1)
-            first, second = np.sort(distances, axis=-1)[..., :2].transpose(2, 0, 1)
-            chosen = points[distances.argmin(-1)]
-            clear = second - first > 1e-2
-            np.testing.assert_allclose(decoded[row, head].reshape(chosen.shape)[clear], chosen[clear], atol=2e-3)
+            search = oracles.GainSearch(GAINS, np.ones(head_dim))
+            found, loss = search.judge(
+                z,
+                decoded[row, head],
+                lambda x: points[_distances(x, points).argmin(-1)].reshape(x.shape),
+                lambda x: np.repeat(
+                    np.diff(np.sort(_distances(x, points), axis=-1)[..., :2])[..., 0] > 1e-2, 2, axis=-1
+                ),
+                atol=2e-3,
+            )
+            assert found.all()
+            assert loss.max() < 5e-4
             scale = oracles.ExactRescale.scale(y, decoded[row, head])
             levels = oracles.LogScale.levels(scale, float(codec.scale.unit[head]))
             assert np.abs(scales[row, head] - levels).max() < 0.55
@@ -286,7 +311,15 @@ def _decoded_codes(case):
 def _moments(case, head):
     ridge = max(RIDGE, 0.05 * case.x.shape[3] / case.statistics.count)
     moments = (case.statistics.key_covariance, case.statistics.query_moment)
-    return [oracles.BalancedMetric.regularised(_float64(moment[head]), ridge) for moment in moments]
+    return [
+        oracles.BalancedMetric.regularised(_over_positions(case, _float64(moment[head])), ridge) for moment in moments
+    ]
+
+
+def _over_positions(case, moment):
+    identity, rope = np.eye(len(moment)), oracles.Rope(case.rope.inv_freq.numpy())
+    turns = [rope.rotate(identity, np.full(len(moment), shift)) for shift in SHIFTS]
+    return np.mean([turn.T @ moment @ turn for turn in turns], axis=0)
 
 
 @every_head_dim

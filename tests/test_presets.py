@@ -122,7 +122,7 @@ def test_a_configuration_cannot_be_changed(name):
         (PLAIN | {"sinks": "four"}, "a value of the wrong type"),
         (PLAIN | {"sinks": -1}, "cannot be negative"),
         (PLAIN | {"recent": -1}, "cannot be negative"),
-        (PLAIN | {"overrides": [{"first": 1}]}, "has a missing field"),
+        (PLAIN | {"overrides": [{"first": 1}]}, "misses a field"),
         (PLAIN | {"overrides": [3]}, "needs the fields first and stop"),
         (
             PLAIN | {"overrides": [{"first": 0, "stop": 1, "last": 2}]},
