@@ -264,7 +264,7 @@ def test_balanced_signs_are_those_of_the_mapped_tokens(role, quantizer, head_dim
             if y.shape[1] > head_dim:
                 matrix = Sketch(y.shape[1], head_dim, "orthogonal", quantizer.seed).matrix
                 expected = oracles.RefinedSigns(_float64(matrix), REFINEMENTS).encode(y)
-                assert (stored[row, head] == expected).mean() > 0.99
+                assert (stored[row, head] == expected).mean() > 0.98
             else:
                 clear = np.abs(y) > 2e-3 * np.abs(y).mean()
                 assert (stored[row, head] == (y >= 0))[clear].all()
@@ -446,7 +446,7 @@ def test_balanced_estimates_are_exact_along_the_token_itself(role, quantizer, he
         weights = np.ones(y.shape[1]) if case.codec.weights is None else _float64(case.codec.weights[head])
         ratio = (y * y_hat * weights).sum(-1) / (y * y * weights).sum(-1)
         assert np.abs(ratio - 1).max() < 0.04
-        assert abs(ratio.mean() - 1) < 0.005
+        assert abs(ratio.mean() - 1) < 0.01
 
 
 @every_head_dim

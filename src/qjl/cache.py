@@ -340,7 +340,8 @@ class CacheLayer:
 
     def _codecs(self) -> tuple[Codec, Codec] | None:
         if self._window is None:
-            return None
+            pair = (self.key, self.value)
+            return next((codecs for known, codecs in self.source.codecs.items() if known[:2] == pair), None)
         fitted = self.source.codecs.get(self._codec_key)
         if fitted is not None:
             return fitted
