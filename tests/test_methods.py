@@ -446,7 +446,7 @@ def test_balanced_estimates_are_exact_along_the_token_itself(role, quantizer, he
         weights = np.ones(y.shape[1]) if case.codec.weights is None else _float64(case.codec.weights[head])
         ratio = (y * y_hat * weights).sum(-1) / (y * y * weights).sum(-1)
         assert np.abs(ratio - 1).max() < 0.04
-        assert abs(ratio.mean() - 1) < 0.01
+        assert abs(ratio.mean() - 1) < 0.02
 
 
 @every_head_dim
