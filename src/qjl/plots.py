@@ -68,9 +68,30 @@ def frontier(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         for family in families:
             _draw_family(axes, family)
         _Names(axes, families).draw()
-        content = io.BytesIO()
-        metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
-        figure.savefig(content, format=suffix[1:], dpi=_DPI, transparent=True, metadata=metadata)
+        return _content(figure, suffix)
+
+
+def benchmark(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+    """Rows of `qjl bench decode`: time against context with the power it grows by, and the roofline.
+
+    Raises:
+        QJLError: if there is no row.
+    """
+    if not rows:
+        raise QJLError("there is nothing to draw: measure at least one case.")
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure((12.0, 5.0), dpi=_DPI, layout="constrained")
+        growth, roofline = figure.subplots(1, 2)
+        curves = _curves(rows)
+        _draw_growth(growth, curves, rows[0])
+        _draw_roofline(roofline, curves, rows)
+        return _content(figure, suffix)
+
+
+def _content(figure: Figure, suffix: str) -> bytes:
+    content = io.BytesIO()
+    metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
+    figure.savefig(content, format=suffix[1:], dpi=_DPI, transparent=True, metadata=metadata)
     return content.getvalue()
 
 
@@ -234,3 +255,87 @@ def _overlap(box: _Box, others: np.ndarray) -> float:
     """Area that a box has in common with the others, ``[n, 4]``."""
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
     return float(sides.clip(min=0).prod(1).sum())
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """One way of attending, at growing contexts: tokens, milliseconds, and bytes that it reads."""
+
+    name: str
+    tokens: list[int]
+    ms: list[float]
+    nbytes: list[float]
+    color: str
+    marker: str
+
+    @property
+    def label(self) -> str:
+        """With the power of the context that the time grows by."""
+        if len(set(self.tokens)) < 2:
+            return self.name
+        power, _ = np.polyfit(np.log(self.tokens), np.log(self.ms), 1)
+        return f"{self.name}, n^{power:.2f}"
+
+
+_FULL_BYTES = {"torch_fp32": 4, "torch_bf16": 2, "fp16_avx2": 2}  # per number
+
+
+def _curves(rows: Sequence[Row]) -> list[_Curve]:
+    """The presets, and what they are compared with, each context once."""
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    tones = [_OURS, *_TONES]
+    curves = []
+    for index, preset in enumerate(presets):
+        chosen = sorted((row for row in rows if row["preset"] == preset), key=lambda row: row["tokens"])
+        nbytes = [float(row["bytes"]) for row in chosen]
+        tokens, ms = [row["tokens"] for row in chosen], [row["ms"] for row in chosen]
+        curves.append(_Curve(preset, tokens, ms, nbytes, tones[index % len(tones)], "o"))
+    for index, (name, size) in enumerate(_FULL_BYTES.items()):
+        by_tokens = {row["tokens"]: row for row in rows if row[f"ms_{name}"] is not None}
+        if by_tokens:
+            tokens, chosen = sorted(by_tokens), [by_tokens[count] for count in sorted(by_tokens)]
+            nbytes = [2.0 * size * row["kv_heads"] * row["tokens"] * row["head_dim"] for row in chosen]
+            ms = [row[f"ms_{name}"] for row in chosen]
+            curves.append(_Curve(name.replace("_", " "), tokens, ms, nbytes, _TONES[-1 - index], _MARKERS[index]))
+    return curves
+
+
+def _draw_growth(axes: Axes, curves: Sequence[_Curve], row: Row) -> None:
+    for curve in curves:
+        axes.plot(curve.tokens, curve.ms, color=curve.color, marker=curve.marker, label=curve.label, markersize=5)
+    _make_logarithmic(axes, "tokens in the cache", "ms per layer and token")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+    axes.xaxis.set_major_locator(FixedLocator(sorted({count for curve in curves for count in curve.tokens})))
+    shape = f"{row['kv_heads']} x {row['group']} heads of {row['head_dim']}, {row['threads']} thread(s)"
+    axes.set_title(f"One token's attention, {shape}\n{row['machine']}", loc="left", fontsize=10)
+
+
+def _draw_roofline(axes: Axes, curves: Sequence[_Curve], rows: Sequence[Row]) -> None:
+    """What each reaches at its longest context, beside what memory and arithmetic allow."""
+    bandwidth, peak = max(row["bandwidth_gbs"] for row in rows), max(row["peak_gflops"] for row in rows)
+    per_token = rows[0]["operations"] / rows[0]["tokens"]
+    points = [(curve, per_token * curve.tokens[-1]) for curve in curves]
+    intensities = [operations / curve.nbytes[-1] for curve, operations in points]
+    x = np.geomspace(min(intensities) / 2, max(*intensities, peak / bandwidth) * 2, 200)
+    axes.plot(x, bandwidth * x, color=_INK, linewidth=1.2, label="memory")
+    axes.axhline(peak, color=_INK, linewidth=1.2, linestyle="dotted", label="arithmetic, which look-ups do without")
+    for (curve, operations), intensity in zip(points, intensities, strict=True):
+        reached = operations / curve.ms[-1] / 1e6
+        axes.plot([intensity], [reached], color=curve.color, marker=curve.marker, label=curve.name, linestyle="none")
+    _make_logarithmic(axes, "operations of exact attention per byte read", "billions of them per second")
+    limits = f"memory {bandwidth:.1f} GB/s, float32 arithmetic {peak:.0f} GFLOP/s"
+    axes.set_title(f"Roofline at {max(curves[0].tokens)} tokens\n{limits}", loc="left", fontsize=10)
+
+
+def _make_logarithmic(axes: Axes, x: str, y: str) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.xaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(which="both", color=_GRID, labelcolor=_INK)
+    axes.grid(which="major", color=_GRID, alpha=0.3, linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)

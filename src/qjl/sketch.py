@@ -78,7 +78,7 @@ def mean_abs_coordinate(d: int) -> float:
 @lru_cache(maxsize=64)
 def haar_rotation(d: int, seed: int = 0, device: torch.device = CPU) -> Tensor:
     """A Haar-random orthogonal matrix, ``float32 [d, d]``, one for all layers."""
-    return _haar(d, torch.Generator().manual_seed(seed)).float().to(device)
+    return _haar(d, torch.Generator().manual_seed(seed)).float().contiguous().to(device)
 
 
 @lru_cache(maxsize=64)
@@ -89,7 +89,9 @@ def _matrix(sketch: Sketch) -> Tensor:
     if sketch.kind == "orthogonal":
         blocks = [_haar(sketch.d, generator) for _ in range(-(-sketch.m // sketch.d))]
         return (torch.cat(blocks)[: sketch.m] * math.sqrt(sketch.d)).float()
-    return _hadamard_sketch(sketch.m, sketch.d, generator)
+    flips, order, size = hadamard_draws(sketch)
+    rows = hadamard(size)[order.long(), : sketch.d]
+    return rows * flips.repeat_interleave(size, 0)[: sketch.m]
 
 
 def _haar(d: int, generator: torch.Generator) -> Tensor:
@@ -98,15 +100,20 @@ def _haar(d: int, generator: torch.Generator) -> Tensor:
     return q * r.diagonal().sign()  # without the signs of R, Q is not Haar-distributed
 
 
-def _hadamard_sketch(m: int, d: int, generator: torch.Generator) -> Tensor:
-    size = 1 << (d - 1).bit_length()
-    transform = hadamard(size)[:, :d]
-    blocks = []
-    for _ in range(-(-m // size)):
-        flips = torch.randint(0, 2, (d,), generator=generator) * 2 - 1
-        order = torch.randperm(size, generator=generator)
-        blocks.append(transform[order] * flips)
-    return torch.cat(blocks)[:m].float()
+@lru_cache(maxsize=64)
+def hadamard_draws(sketch: Sketch) -> tuple[Tensor, Tensor, int]:
+    """What is random in a ``hadamard`` sketch.
+
+    The signs before the transform of each copy, ``float32 [copies, d]``; the rows chosen of each, ``int32 [m]``; and
+    the size of the transform.
+    """
+    generator = torch.Generator().manual_seed(sketch.seed)
+    size = 1 << (sketch.d - 1).bit_length()
+    flips, order = [], []
+    for _ in range(-(-sketch.m // size)):
+        flips.append(torch.randint(0, 2, (sketch.d,), generator=generator) * 2 - 1)
+        order.append(torch.randperm(size, generator=generator))
+    return torch.stack(flips).float(), torch.cat(order)[: sketch.m].int(), size
 
 
 def hadamard(size: int) -> Tensor:

@@ -13,7 +13,7 @@ w     bits        trellis  Lloyd-Max
 4     1           .3248    .3634
 ====  ==========  =======  =========
 
-The points in ``trellis.json`` come from ``train``; ``scripts/train_trellis.py`` makes them again.
+The points in ``trellis.json``, multiples of 1/32 that kernels sum as 8-bit integers, come from ``train``; ``scripts/train_trellis.py`` makes them again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from qjl.codebook import NIBBLE, Encoder, NibbleCode, joined_code, scalar_code
 from qjl.errors import QJLError
+from qjl.ops.recipe import Part, TrellisPart
 
 POINTS = 2**NIBBLE
 WIDTHS = (1, 2, 4)
@@ -48,6 +49,10 @@ class TrellisCode:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.own, self.next, *self.decoder.tensors)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (TrellisPart(self.decoder.dim, self.own.contiguous(), self.next.contiguous()),)
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Nibbles ``uint8 [B, H, T, D / w]`` and what they decode to, ``float32 [B, H, T, D]``."""

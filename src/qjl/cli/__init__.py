@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qjl
-from qjl.cli import demonstrating, measuring, planning, writing
+from qjl.cli import benching, demonstrating, measuring, planning, writing
 from qjl.cli.common import EXAMPLES, Commands
 
 ENVIRONMENT = {
@@ -34,6 +34,13 @@ evaluations = typer.Typer(
     no_args_is_help=True,
 )
 
+benchmarks = typer.Typer(
+    cls=Commands,
+    help="Time this machine: correctness first, then everything compared in turn.",
+    epilog=EXAMPLES.format("qjl bench decode --preset b3 --tokens 32768 --head-dim 128 --json"),
+    no_args_is_help=True,
+)
+
 app.command("demo", epilog=EXAMPLES.format("qjl demo --preset b2"))(demonstrating.demo)
 app.command("generate", epilog=EXAMPLES.format('qjl generate "The moon is" --max-new-tokens 40'))(writing.generate)
 app.command("chat", epilog=EXAMPLES.format("qjl chat --preset b3"))(writing.chat)
@@ -47,6 +54,12 @@ evaluations.command("frontier", epilog=EXAMPLES.format("qjl eval frontier --bits
     measuring.frontier
 )
 app.add_typer(evaluations, name="eval")
+benchmarks.command("decode", epilog=EXAMPLES.format("qjl bench decode --sweep --plot decode.svg"))(benching.decode)
+benchmarks.command("kernels", epilog=EXAMPLES.format("qjl bench kernels --signs 256"))(benching.kernels)
+benchmarks.command("generate", epilog=EXAMPLES.format("qjl bench generate --tokens 8192 --against dynamic"))(
+    benching.generate
+)
+app.add_typer(benchmarks, name="bench")
 
 
 def _show_version(is_asked: bool) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
+from qjl.ops.forms import NibbleForm
 from qjl.packed import BLOCK, Blocks, Layout, block_bits
 from qjl.rope import Rope
 from qjl.statistics import LayerStatistics
@@ -132,6 +133,11 @@ class Codec(ABC):
     def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
         """Weighted sum of tokens: ``float32 [B, H, R, T] -> [B, H, R, D]``."""
         return weights @ self.dequantize(blocks, first)
+
+    @property
+    def form(self) -> NibbleForm | None:
+        """How the fused decode step reads the blocks; None where they are no nibble codes."""
+        return None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -8,16 +8,17 @@ middle meets the sum of the turned query's channels. Values are the mirror image
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 from qjl import ops
-from qjl.codebook import NIBBLE, NibbleCode
+from qjl.codebook import uniform_code
 from qjl.methods.base import Codec, require_packable
 from qjl.methods.bits import pack_tokens, token_minor, uniform_grid
 from qjl.methods.nibble import EXPAND_FROM_ROWS, TILE_TOKENS
+from qjl.ops.forms import NibbleForm
 from qjl.packed import BLOCK, Blocks, Field, Layout
 from qjl.sketch import hadamard
 
@@ -49,6 +50,18 @@ class RotatedGridCodec(Codec):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.rotation, *self.code.tensors)
+
+    @cached_property
+    def form(self) -> NibbleForm:  # type: ignore[override]
+        return NibbleForm(
+            map=self.rotation.transpose(1, 2),
+            coordinates=self.code.coordinates,
+            entries=self.code.entries,
+            code_dim=self.rotation.shape[-1],
+            scale="step",
+            middle="middle",
+            groups=self.groups,
+        )
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
         parts = [self._quantize_tile(tile) for tile in x.split(TILE_TOKENS, 2)]
@@ -121,19 +134,3 @@ def block_size(head_dim: int) -> int:
 def block_hadamard(head_dim: int, size: int, device: torch.device) -> Tensor:
     """Orthonormal Walsh-Hadamard matrices of a size that divides head_dim, along the diagonal."""
     return torch.block_diag(*[hadamard(size) * size**-0.5] * (head_dim // size)).to(device)
-
-
-@lru_cache(maxsize=64)
-def uniform_code(dim: int, num_bits: int) -> NibbleCode:
-    """How nibbles of codes decode to ``code - (2**num_bits - 1) / 2``, the levels of a grid of step 1 around 0.
-
-    Codes of 2, 3 or 4 bits lie side by side, and a level is the sum of its bits, +-2^(bit - 1) each: three bits may
-    lie in two nibbles. (Single bits are a ``sign_code``.)
-    """
-    stream = torch.arange(dim * num_bits).view(-1, NIBBLE)  # [N, 4]
-    owners, places = stream // num_bits, stream % num_bits
-    coordinates = owners[:, [0, -1]] if num_bits < NIBBLE else owners[:, :1]  # [N, w]
-    signs = ((torch.arange(16)[:, None] >> torch.arange(NIBBLE)) & 1) - 0.5
-    bits = signs * 2.0 ** places[:, None]  # [N, 16, 4]
-    entries = bits @ (owners[:, :, None] == coordinates[:, None]).float()
-    return NibbleCode(coordinates.short()[None], entries.half()[None], dim)

@@ -3,12 +3,15 @@ rescaled so that the estimate is exact along the stored vector. The parts and th
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from qjl.codebook import Encoder
 from qjl.methods.base import LayerContext
 from qjl.methods.nibble import LogScale, Mean, NibbleCodec, unbiased_scale
+from qjl.ops.recipe import DenseMap, Recipe
 
 
 class MappedCodec(NibbleCodec):
@@ -38,6 +41,17 @@ class MappedCodec(NibbleCodec):
     def tensors(self) -> tuple[Tensor, ...]:
         weights = () if self.weights is None else (self.weights,)
         return (*super().tensors, self.key_map, *self.encoder.tensors, *weights)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe(
+            DenseMap.of(self.key_map),
+            self.encoder.parts,
+            mean=None if self.mean is None else self.mean.vector.float().contiguous(),
+            gains=self.gains if self.encoder.depends_on_gain else (1.0,),
+            weights=None if self.weights is None else self.weights.contiguous(),
+            units=self.scale.unit.float().contiguous(),
+        )
 
     def encode(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         y = residual @ self.key_map.float().transpose(1, 2)

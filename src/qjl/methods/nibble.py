@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from qjl import ops
 from qjl.codebook import NibbleCode
 from qjl.methods.base import Codec, LayerContext, block_positions
 from qjl.methods.bits import as_half
+from qjl.ops import forms
+from qjl.ops.recipe import Recipe, Turn
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 from qjl.rope import Rope
 
@@ -98,6 +101,21 @@ class Mean:
             return mean
         return self.rope.rotate(mean.expand(positions.shape[0], -1, positions.shape[1], -1), positions)
 
+    def turn(self, positions: Tensor) -> Turn | None:
+        """What takes mu to ``R_n mu``."""
+        if self.rope is None:
+            return None
+        angles = self.rope.angles(positions).transpose(1, 2).contiguous()
+        return Turn(angles.cos() * self.rope.scaling, angles.sin() * self.rope.scaling, self.rope.interleaved)
+
+    def turned(self) -> forms.Turn | None:
+        """How the fused decode step turns mu."""
+        if self.rope is None:
+            return None
+        coordinates = torch.arange(self.vector.shape[1], dtype=torch.int32)
+        first, second, _ = self.rope.split(coordinates)
+        return forms.Turn(self.rope.inv_freq, first, second, self.rope.scaling)
+
     def score(self, query: Tensor, first: Tensor) -> Tensor:
         """``<q, R_n mu>`` for whole blocks: ``[B, H, R, D], [B, blocks] -> [B, H, R, blocks * 64]``.
 
@@ -144,6 +162,24 @@ class NibbleCodec(Codec):
     def layout(self) -> Layout:  # type: ignore[override]
         return nibble_layout(self.code.nibbles, self.scale.FIELD)
 
+    @property
+    def recipe(self) -> Recipe | None:
+        """What ``encode`` does as plain arrays, for backends that do it at once; None where they cannot."""
+        return None
+
+    @cached_property
+    def form(self) -> forms.NibbleForm:  # type: ignore[override]
+        return forms.NibbleForm(
+            map=self.query_map,
+            coordinates=self.code.coordinates,
+            entries=self.code.entries,
+            code_dim=self.code.dim,
+            scale="scale",
+            unit=self.scale.unit if isinstance(self.scale, LogScale) else None,
+            mean=self.mean.vector if self.mean else None,
+            turn=self.mean.turned() if self.mean else None,
+        )
+
     @abstractmethod
     def encode(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Nibbles ``uint8 [B, H, T, N]`` and scales ``float [B, H, T]`` of centred tokens."""
@@ -156,6 +192,10 @@ class NibbleCodec(Codec):
         return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
 
     def _quantize_tile(self, x: Tensor, first: Tensor) -> Blocks:
+        if self.recipe is not None and ops.offers("encode", x):
+            turn = self.mean.turn(block_positions(first)) if self.mean else None
+            codes, scale = ops.encode(x, self.recipe, turn)
+            return {"codes": codes, "scale": scale}
         residual = x.float() - self.mean.at(block_positions(first)) if self.mean else x.float()
         nibbles, scale = self.encode(residual)
         return {

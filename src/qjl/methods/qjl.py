@@ -8,6 +8,7 @@ A token k is stored as ``sign(S k)`` and ``||k||``; a query is projected but not
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,8 +20,9 @@ from qjl.errors import QJLError
 from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import as_half, unpack_tokens
 from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout
+from qjl.ops.recipe import DenseMap, Recipe, SketchMap
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
-from qjl.sketch import Sketch, SketchKind
+from qjl.sketch import Sketch, SketchKind, hadamard_draws
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,15 @@ class SignCodec(NibbleCodec):
         query_map = matrix.expand(heads, -1, -1)
         self._code = sign_code(sketch.m).to(matrix.device)
         super().__init__(query_map, self._code.decoder, HalfScale(), None)
+        self._sketch = sketch
         self._matrix = matrix
         self._sign_scale = sketch.sign_scale
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        fast = self._sketch.kind == "hadamard"
+        transform = SketchMap(*hadamard_draws(self._sketch)) if fast else DenseMap.of(self.query_map)
+        return Recipe(transform, self._code.parts, norm_factor=self._sign_scale)
 
     def encode(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         return self._code.encode(residual @ self._matrix.T)[0], residual.norm(dim=-1) * self._sign_scale

@@ -8,17 +8,15 @@ With o = (x - c) / ||x - c|| and o_bar the grid point at the least angle to it a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qjl.codebook import NIBBLE, NibbleCode, sign_code
+from qjl.codebook import NIBBLE, NibbleCode, uniform_code
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext, Quantizer, require_packable
 from qjl.methods.bits import repack, top_code
-from qjl.methods.grid import uniform_code
 from qjl.methods.nibble import HalfScale, Mean, NibbleCodec, nibble_layout, unbiased_scale
 from qjl.packed import Layout
 from qjl.sketch import haar_rotation
@@ -61,7 +59,7 @@ class RaBitQ(Quantizer):
         self.layout(context.head_dim)
         centroid = Mean.of(context) if self.centre else None
         rotation = haar_rotation(context.head_dim, self.seed, context.device)
-        code = _grid(context.head_dim, self.num_bits, context.device)
+        code = uniform_code(context.head_dim, self.num_bits).to(context.device)
         return RaBitQCodec(self.num_bits, rotation.expand(context.heads, -1, -1), code, centroid)
 
 
@@ -95,12 +93,3 @@ def nearest_grid_codes(y: Tensor, num_bits: int) -> Tensor:
     above = torch.zeros_like(magnitude).scatter_add_(-1, coordinate, taken.float())  # of |y|: 0 to 2**(bits - 1) - 1
     middle = 2 ** (num_bits - 1)
     return torch.where(y >= 0, middle + above, middle - 1 - above).to(torch.uint8)
-
-
-@lru_cache(maxsize=64)
-def _grid(head_dim: int, num_bits: int, device: torch.device) -> NibbleCode:
-    """How nibbles decode to ``codes - (2**num_bits - 1) / 2``."""
-    if num_bits > 1:
-        return uniform_code(head_dim, num_bits).to(device)
-    signs = sign_code(head_dim).decoder
-    return NibbleCode(signs.coordinates, signs.entries / 2, head_dim).to(device)

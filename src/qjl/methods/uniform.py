@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from qjl.codebook import NIBBLE, uniform_code
 from qjl.errors import QJLError
 from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import pack_tokens, token_major, token_minor, top_code, uniform_grid, unpack_tokens
+from qjl.ops.forms import NibbleForm
 from qjl.packed import BLOCK, Blocks, Field, Layout
 
 
@@ -58,6 +61,24 @@ class TokenUniformCodec(Codec):
     layout: Layout
     num_bits: int
     groups: int
+
+    @cached_property
+    def form(self) -> NibbleForm | None:  # type: ignore[override]
+        if self.num_bits > NIBBLE:
+            return None
+        dim = self.layout["codes"].shape[0] * 8 // self.num_bits
+        if dim // self.groups * self.num_bits % 8:
+            return None
+        code = uniform_code(dim // self.groups, self.num_bits)
+        return NibbleForm(
+            map=None,
+            coordinates=code.coordinates,
+            entries=code.entries,
+            code_dim=dim,
+            scale="step",
+            middle="middle",
+            groups=self.groups,
+        )
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
         grouped = x.float().unflatten(3, (self.groups, -1))  # [B, H, T, G, D / G]

@@ -10,57 +10,121 @@ token, w coordinates per nibble, 64 tokens per block.
   ``out[r, t] = sum_j tables[r, j, nibble_j(t)]``.
 - ``expand(entries, codes)``: ``float32 [H, N, 16, w], codes -> float32 [B, H, T, N * w]``,
   ``out[t, j] = entries[j, nibble_j(t)]``; the transient tile that serves many queries, or values, at once.
+- ``attend(query, packed, exact, queries, scaling, softcap)``: ``float32 [B, H, R, D]``, ``PackedTokens``, some
+  ``ExactTokens`` (``qjl.ops.forms``) to ``(out [B, H, R, D], log-sum-exp [B, H, R])``: softmax-weighted values under
+  scores ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
+- ``encode(tokens, recipe, turn)``: ``[B, H, T, D]`` of any float type to packed codes and scales, ``uint8`` or
+  ``float16 [B, H, T / 64, 64]``, in one pass; ``recipe`` tells all that is done (``qjl.ops.recipe``).
+- ``encode_grid(tokens, recipe)``: the same onto uniform grids: codes, and steps and middles
+  ``float16 [B, H, T / 64, groups, 64]``.
 
-``reference`` (torch) is the living definition of every op.
+``reference`` (torch) is the living definition of every op; ``cpu`` is C++. A backend may lack an op that others
+make up: ``offers`` tells. ``reference`` lacks the encoders, which the codecs of ``qjl.methods`` compose and define.
+``QJL_BACKEND=reference|cpu|auto`` chooses; automatically it is ``cpu`` where that was compiled. Tensors that are not
+on a CPU always meet ``reference``.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
 from types import ModuleType
 
-from qjl.errors import QJLError
-from qjl.ops import reference
+from torch import Tensor
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference}
-_active: ModuleType = reference
+from qjl.errors import QJLError
+from qjl.ops import cpu, reference
+from qjl.ops.cpu import library
+
+AUTOMATIC = "auto"
+VARIABLE = "QJL_BACKEND"
+
+_log = logging.getLogger("qjl")
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_chosen: str | None = None
 
 
 def backends() -> list[str]:
     """Names of the backends that this installation can run."""
-    return sorted(_BACKENDS)
+    return [name for name in _BACKENDS if name != "cpu" or library.is_installed()]
 
 
 def use_backend(name: str) -> None:
-    """Select the backend of all following calls.
+    """Select the backend of all following calls, or the ``auto`` choice.
 
     Raises:
         QJLError: if that backend is not there.
     """
-    global _active
-    if name not in _BACKENDS:
-        raise QJLError(f"backend {name!r} is not available here: choose one of {', '.join(backends())}.")
-    _active = _BACKENDS[name]
+    global _chosen
+    _chosen = _automatic() if name == AUTOMATIC else _checked(name)
 
 
 def active_backend() -> str:
-    return next(name for name, module in _BACKENDS.items() if module is _active)
+    """Name of the backend that tensors on a CPU meet."""
+    if _chosen is None:
+        use_backend(os.environ.get(VARIABLE, AUTOMATIC))
+    assert _chosen is not None
+    return _chosen
+
+
+def offers(op: str, tensor: Tensor) -> bool:
+    """Whether the backend that ``tensor`` meets has this op itself."""
+    return hasattr(_backend(tensor), op)
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    return _BACKENDS[active_backend()] if tensor.device.type == "cpu" else reference
+
+
+def _checked(name: str) -> str:
+    if name not in _BACKENDS:
+        raise QJLError(f"backend {name!r} is not available here: choose one of {', '.join(backends())}.")
+    if name == "cpu":
+        library.load()
+    return name
+
+
+@cache  # so that it is said once
+def _automatic() -> str:
+    if not library.is_installed():
+        _log.warning("qjl was installed without a compiler: its slow reference backend is in use.")
+        return "reference"
+    library.load()
+    _log.info("The cpu backend is in use, with %s instructions.", library.instruction_set())
+    return "cpu"
 
 
 def pack(nibbles):
     """Pack nibbles into blocks of 64 tokens; T must be a multiple of 64 and N even."""
-    return _active.pack(nibbles)
+    return _backend(nibbles).pack(nibbles)
 
 
 def unpack(codes):
     """Nibbles of packed blocks, one per byte."""
-    return _active.unpack(codes)
+    return _backend(codes).unpack(codes)
 
 
 def scan(tables, codes):
     """Sum of table look-ups for every query row and token."""
-    return _active.scan(tables, codes)
+    return _backend(codes).scan(tables, codes)
 
 
 def expand(entries, codes):
     """Codebook entries of every token in slot order."""
-    return _active.expand(entries, codes)
+    return _backend(codes).expand(entries, codes)
+
+
+def encode(tokens, recipe, turn=None):
+    """Codes and scales of tokens, T a multiple of 64; for backends that ``offers`` says have it."""
+    return _backend(tokens).encode(tokens, recipe, turn)
+
+
+def encode_grid(tokens, recipe):
+    """Codes, steps and middles of tokens on uniform grids; for backends that ``offers`` says have it."""
+    return _backend(tokens).encode_grid(tokens, recipe)
+
+
+def attend(query, packed, exact, queries, scaling, softcap):
+    """Attention over packed and exact tokens in one step."""
+    return _backend(query).attend(query, packed, exact, queries, scaling, softcap)

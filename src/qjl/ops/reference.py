@@ -25,8 +25,8 @@ def scan(tables: Tensor, codes: Tensor) -> Tensor:
     flat = tables.permute(0, 1, 3, 4, 2).reshape(batch * heads * nibbles * 16, rows)
     first = torch.arange(batch * heads * nibbles, device=codes.device, dtype=torch.int32) * 16
     index = unpack(codes).int() + first.view(batch, heads, 1, nibbles)
-    sums = F.embedding_bag(index.view(-1, nibbles), flat, mode="sum")
-    return sums.view(batch, heads, -1, rows).transpose(2, 3)
+    sums = F.embedding_bag(index.flatten(0, 2), flat, mode="sum")
+    return sums.view(batch, heads, index.shape[2], rows).transpose(2, 3)
 
 
 def expand(entries: Tensor, codes: Tensor) -> Tensor:

@@ -1,0 +1,161 @@
+// Chooses the instruction set and shares the work of each operation out over threads.
+#ifdef QJL_HAS_AVX2
+#include <cpuid.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace qjl {
+namespace {
+
+// Instruction sets
+
+#ifdef QJL_HAS_AVX2
+bool has_f16c() {  // Clang's __builtin_cpu_supports does not know it
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+std::vector<const Kernels*> runnable() {
+    std::vector<const Kernels*> tables = {&scalar_kernels};
+#ifdef QJL_HAS_AVX2
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
+                          __builtin_cpu_supports("bmi2");
+    if (has_avx2) tables.push_back(&avx2_kernels);
+#endif
+#ifdef QJL_HAS_AVX512
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+    if (has_avx512) tables.push_back(&avx512_kernels);
+#endif
+#ifdef QJL_HAS_NEON
+    tables.push_back(&neon_kernels);
+#endif
+    return tables;
+}
+
+const std::vector<const Kernels*>& supported() {
+    static const std::vector<const Kernels*> tables = runnable();
+    return tables;
+}
+
+std::atomic<const Kernels*> selected{nullptr};
+
+const Kernels& kernels() {
+    const Kernels* table = selected.load(std::memory_order_relaxed);
+    return table ? *table : *supported().back();
+}
+
+// Packed codes
+
+constexpr int64_t PARTS_PER_THREAD = 4;  // so that a thread held up elsewhere leaves its share to the others
+
+template <class Function>
+struct OverBlocks {
+    const Function& function;
+    int64_t blocks, size;
+
+    static void run_part(const void* context, int64_t part, int worker) {
+        const auto& self = *static_cast<const OverBlocks*>(context);
+        const int64_t first = part * self.size;
+        self.function(Range{first, std::min(first + self.size, self.blocks)}, worker);
+    }
+};
+
+// Calls `function(range, worker)` on ranges that make up all blocks.
+template <class Function>
+void over_blocks(const QjlCodes& codes, int64_t threads, const Function& function) {
+    const int64_t blocks = codes.batch * codes.heads * codes.blocks;
+    const int64_t most_parts = threads > 1 ? threads * PARTS_PER_THREAD : 1;
+    const int64_t size = std::max<int64_t>(1, (blocks + most_parts - 1) / most_parts);
+    const OverBlocks<Function> work{function, blocks, size};
+    parallel_for((blocks + size - 1) / size, threads, OverBlocks<Function>::run_part, &work);
+}
+
+template <class Operation>
+void over_blocks(const Operation& operation, void (*kernel)(const Operation&, Range), int64_t threads) {
+    over_blocks(operation.codes, threads, [&](Range range, int) { kernel(operation, range); });
+}
+
+// Encoding: every worker has room of its own
+
+template <class Operation>
+void over_blocks(const Operation& operation, void (*kernel)(const Operation&, Range, float*), int64_t room,
+                 int64_t threads) {
+    over_blocks(operation.codes, threads, [&](Range range, int worker) {
+        kernel(operation, range, operation.room + worker * room);
+    });
+}
+
+// The fused decode step
+
+struct OverItems {
+    const QjlStep& step;
+    void (*kernel)(const QjlStep&, int64_t, int);
+
+    static void run(const void* context, int64_t item, int worker) {
+        const auto& self = *static_cast<const OverItems*>(context);
+        self.kernel(self.step, item, worker);
+    }
+};
+
+}  // namespace
+}  // namespace qjl
+
+using namespace qjl;
+
+const char* qjl_supported() {
+    static const std::string names = [] {
+        std::string joined;
+        for (const Kernels* table : supported()) joined.append(table->name).append(" ");
+        return joined;
+    }();
+    return names.c_str();
+}
+
+const char* qjl_selected() { return kernels().name; }
+
+int qjl_select(const char* name) {
+    for (const Kernels* table : supported()) {
+        if (std::strcmp(table->name, name) == 0) {
+            selected.store(table);
+            return 0;
+        }
+    }
+    return 1;
+}
+
+void qjl_pack(const QjlPack* operation, int64_t threads) { over_blocks(*operation, kernels().pack, threads); }
+void qjl_unpack(const QjlPack* operation, int64_t threads) { over_blocks(*operation, kernels().unpack, threads); }
+void qjl_scan(const QjlScan* operation, int64_t threads) { over_blocks(*operation, kernels().scan, threads); }
+void qjl_expand(const QjlExpand* operation, int64_t threads) { over_blocks(*operation, kernels().expand, threads); }
+
+int64_t qjl_encode_room(const QjlEncode* operation) { return kernels().encode_room(*operation); }
+int64_t qjl_encode_grid_room(const QjlEncodeGrid* operation) { return kernels().encode_grid_room(*operation); }
+
+void qjl_encode(const QjlEncode* operation, int64_t threads) {
+    over_blocks(*operation, kernels().encode, qjl_encode_room(operation), threads);
+}
+
+void qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads) {
+    over_blocks(*operation, kernels().encode_grid, qjl_encode_grid_room(operation), threads);
+}
+
+int64_t qjl_step_workspace(const QjlStep* step, int64_t threads) { return kernels().step_workspace(*step, threads); }
+
+void qjl_step(const QjlStep* step, int64_t threads) {
+    const Kernels& table = kernels();
+    const int64_t pairs = step->batch * step->heads;
+    const OverItems packed{*step, table.step_packed}, finish{*step, table.step_finish};
+    parallel_for(pairs * step->splits, threads, OverItems::run, &packed);
+    if (!step->scores) parallel_for(pairs, threads, OverItems::run, &finish);
+}

@@ -1,0 +1,37 @@
+// The kernels of one instruction set, as a table of functions.
+#pragma once
+
+#include "qjl_cpu.h"
+
+namespace qjl {
+
+constexpr int64_t BLOCK = 64;
+
+struct Range {
+    int64_t first, last;
+};
+
+struct Kernels {
+    const char* name;
+
+    // codes.inl: over a range of the batch * heads * blocks blocks
+    void (*pack)(const QjlPack&, Range);
+    void (*unpack)(const QjlPack&, Range);
+    void (*scan)(const QjlScan&, Range);
+    void (*expand)(const QjlExpand&, Range);
+
+    // step.inl: over one split of the packed tokens of one KV head; then over one KV head
+    int64_t (*step_workspace)(const QjlStep&, int64_t workers);
+    void (*step_packed)(const QjlStep&, int64_t item, int worker);
+    void (*step_finish)(const QjlStep&, int64_t pair, int worker);
+
+    // encode.inl, grid.inl: floats of room for one worker, and the work on a range of the blocks
+    int64_t (*encode_room)(const QjlEncode&);
+    int64_t (*encode_grid_room)(const QjlEncodeGrid&);
+    void (*encode)(const QjlEncode&, Range, float* room);
+    void (*encode_grid)(const QjlEncodeGrid&, Range, float* room);
+};
+
+extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, neon_kernels;
+
+}  // namespace qjl

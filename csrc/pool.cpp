@@ -1,0 +1,103 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <system_error>
+#include <thread>
+
+namespace qjl {
+namespace {
+
+constexpr int SPINS = 300;  // some ten microseconds
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+void wait_while(const std::atomic<uint32_t>& value, uint32_t unwanted) {
+    for (int spin = 0; spin < SPINS && value.load(std::memory_order_acquire) == unwanted; ++spin) pause();
+    value.wait(unwanted, std::memory_order_acquire);
+}
+
+struct alignas(64) Ticket {
+    std::atomic<uint32_t> issued{0};
+};
+
+struct Region {
+    Task task;
+    const void* context;
+    int64_t items;
+    alignas(64) std::atomic<int64_t> next;
+    alignas(64) std::atomic<uint32_t> busy;  // workers that have not finished
+};
+
+std::atomic<bool> taken{false};
+Region region;
+Ticket tickets[MAX_THREADS];
+int64_t started = 1;  // threads, a caller's included
+
+void run_items(int worker) {
+    for (int64_t item; (item = region.next.fetch_add(1, std::memory_order_relaxed)) < region.items;)
+        region.task(region.context, item, worker);
+}
+
+void work(int worker, uint32_t seen) {
+    for (;; ++seen) {
+        wait_while(tickets[worker].issued, seen);
+        run_items(worker);
+        if (region.busy.fetch_sub(1, std::memory_order_acq_rel) == 1) region.busy.notify_one();
+    }
+}
+
+// Threads do not survive a fork: the child starts its own.
+void forget_threads() {
+    started = 1;
+    taken.store(false);
+}
+
+// Makes sure of up to `wanted` threads and returns how many there are.
+int64_t start_threads(int64_t wanted) {
+    [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
+    try {
+        for (; started < wanted; ++started)
+            std::thread(work, static_cast<int>(started), tickets[started].issued.load()).detach();
+    } catch (const std::system_error&) {  // the system gives no more: those there are do the work
+    }
+    return std::min(started, wanted);
+}
+
+void run_here(int64_t items, Task task, const void* context) {
+    for (int64_t item = 0; item < items; ++item) task(context, item, 0);
+}
+
+void run_on_pool(int64_t items, int64_t threads, Task task, const void* context) {
+    const int64_t count = start_threads(threads);
+    region.task = task;
+    region.context = context;
+    region.items = items;
+    region.next.store(0, std::memory_order_relaxed);
+    region.busy.store(static_cast<uint32_t>(count - 1), std::memory_order_relaxed);
+    for (int64_t worker = 1; worker < count; ++worker) {
+        tickets[worker].issued.fetch_add(1, std::memory_order_release);
+        tickets[worker].issued.notify_one();
+    }
+    run_items(0);
+    for (uint32_t busy; (busy = region.busy.load(std::memory_order_acquire)) != 0;) wait_while(region.busy, busy);
+}
+
+}  // namespace
+
+void parallel_for(int64_t items, int64_t threads, Task task, const void* context) {
+    threads = std::min({items, threads, MAX_THREADS});
+    if (threads <= 1 || taken.exchange(true, std::memory_order_acquire)) return run_here(items, task, context);
+    run_on_pool(items, threads, task, context);
+    taken.store(false, std::memory_order_release);
+}
+
+}  // namespace qjl

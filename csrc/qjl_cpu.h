@@ -1,0 +1,131 @@
+// The C interface of the library: what Python calls through ctypes.
+//
+// Arrays are contiguous unless strides are given; strides count elements. `threads` is the most threads to use.
+#pragma once
+
+#include <stdint.h>
+
+#define QJL_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Instruction sets
+
+QJL_EXPORT const char* qjl_supported();  // names that run on this machine, separated by spaces, best last
+QJL_EXPORT const char* qjl_selected();
+QJL_EXPORT int qjl_select(const char* name);  // 0, or 1 where that name does not run here
+
+// Packed codes (codes.inl): pack, unpack, scan, expand as src/qjl/ops/__init__.py tells them
+
+struct QjlCodes {  // uint8 [batch, heads, blocks, bytes, 64], the last two contiguous
+    uint8_t* data;
+    int64_t batch, heads, blocks, bytes;
+    int64_t batch_stride, head_stride, block_stride;
+};
+
+struct QjlPack {
+    QjlCodes codes;
+    uint8_t* nibbles;  // [batch, heads, blocks * 64, bytes * 2]
+};
+
+struct QjlScan {
+    QjlCodes codes;
+    const float* tables;  // [batch, heads, rows, bytes * 2, 16]
+    float* scores;        // [batch, heads, rows, blocks * 64]
+    int64_t rows;
+};
+
+struct QjlExpand {
+    QjlCodes codes;
+    const float* entries;  // [heads, bytes * 2, 16, width], heads `head_stride` apart
+    float* expanded;       // [batch, heads, blocks * 64, bytes * 2 * width]
+    int64_t head_stride, width;
+};
+
+QJL_EXPORT void qjl_pack(const QjlPack* operation, int64_t threads);
+QJL_EXPORT void qjl_unpack(const QjlPack* operation, int64_t threads);
+QJL_EXPORT void qjl_scan(const QjlScan* operation, int64_t threads);
+QJL_EXPORT void qjl_expand(const QjlExpand* operation, int64_t threads);
+
+// Encoding (encode.inl, grid.inl): encode and encode_grid as src/qjl/ops/__init__.py tells them
+
+enum QjlType { QJL_FLOAT32, QJL_BFLOAT16, QJL_FLOAT16 };
+
+struct QjlTokens {  // [batch, heads, blocks * 64, dim], the last dimension contiguous
+    const void* data;
+    int64_t type;  // QjlType
+    int64_t dim;
+    int64_t batch_stride, head_stride, token_stride;
+};
+
+struct QjlMean {
+    const float* vector;      // [heads, dim], or null
+    const float *cos, *sin;   // [batch, pairs, blocks * 64], how each pair of coordinates turns; null without pairs
+    int64_t pairs;
+    int64_t interleaved;      // whether a pair is (2f, 2f + 1) and not (f, f + pairs)
+};
+
+enum QjlMapKind {
+    QJL_DENSE,     // a matrix per head
+    QJL_SKETCH,    // order(H flips x), H of `size` and not normalised, for each copy of the tokens
+    QJL_HADAMARD,  // orthonormal matrices of `size` along the diagonal
+};
+
+struct QjlMap {
+    int64_t kind;  // QjlMapKind
+    int64_t rows;
+    const void* matrix;  // [heads, rows, dim], heads `head_stride` apart: float16 where `is_half`, otherwise float32
+    int64_t is_half, head_stride;
+    const float* flips;    // [copies, dim]
+    const int32_t* order;  // [rows], rows of H
+    int64_t size;
+};
+
+enum QjlPartKind { QJL_LEVELS, QJL_TRELLIS, QJL_SIGNS };
+
+struct QjlPart {   // encodes `dim` coordinates in `nibbles` nibbles
+    int64_t kind;  // QjlPartKind
+    int64_t dim, nibbles;
+    const uint8_t* kinds;                         // levels: [heads, dim], heads `kind_stride` apart
+    const int16_t *bit_coordinate, *bit_index;    // [heads, nibbles, 4], heads `place_stride` apart
+    const float *tree, *levels;                   // [kinds, 256], see levels.inl
+    const uint8_t* patterns;
+    int64_t kind_stride, place_stride;
+    const float *own, *next;                      // trellis: [16, width]
+    int64_t width;
+    const float* gram;                            // signs: [dim, dim], or null where they are not refined
+    int64_t block;
+};
+
+struct QjlEncode {
+    QjlCodes codes;
+    QjlTokens tokens;
+    QjlMean mean;
+    QjlMap map;
+    const QjlPart* parts;
+    int64_t part_count;
+    const float* gains;
+    int64_t gain_count;
+    const float* weights;  // [heads, rows of the map], or null where all count alike
+    const float* units;    // [heads] of exact scales as uint8 logarithms; null for float16 norms times norm_factor
+    float norm_factor;
+    void* scales;          // [batch, heads, blocks, 64]
+    float* room;           // `qjl_encode_room` floats for each of `threads` threads, on a boundary of 64 bytes
+};
+
+struct QjlEncodeGrid {
+    QjlCodes codes;
+    QjlTokens tokens;
+    QjlMap map;
+    int64_t groups, bits;
+    float clip;
+    uint16_t *steps, *middles;  // float16 [batch, heads, blocks, groups, 64]
+    float* room;                // as above
+};
+
+QJL_EXPORT int64_t qjl_encode_room(const QjlEncode* operation);
+QJL_EXPORT int64_t qjl_encode_grid_room(const QjlEncodeGrid* operation);
+QJL_EXPORT void qjl_encode(const QjlEncode* operation, int64_t threads);
+QJL_EXPORT void qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads);
+
+// The fused decode step (step.inl)
+
+#include "step.h"

@@ -1,0 +1,199 @@
+// Tokens as the encoders see them: a block of 64 tokens is rows, one for each coordinate, of 64 floats.
+
+namespace encode {
+
+using codes::load;
+using codes::store;
+
+constexpr int WIDTH = LANES < 4 ? 4 : LANES;         // floats in a vector
+constexpr int TILE = LANES == 1 ? 2 : VECTORS;       // vectors that loops over tokens keep in registers
+constexpr int64_t TILE_TOKENS = TILE * WIDTH;
+
+typedef float Wide __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t WideInts __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t WideShorts __attribute__((vector_size(2 * WIDTH)));
+typedef uint8_t WideBytes __attribute__((vector_size(WIDTH)));
+
+template <class Ints>
+inline Ints filled(int32_t value) {
+    return Ints{} + value;
+}
+
+inline Wide splat(float value) { return value - Wide{}; }  // less zero, which leaves even -0 as it is
+inline Wide wide(const float* from) { return load<Wide>(from); }
+inline Wide square_root(Wide x) {
+    for (int lane = 0; lane < WIDTH; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+    return x;
+}
+
+inline Wide smaller(Wide a, Wide b) { return a < b ? a : b; }
+inline Wide larger(Wide a, Wide b) { return a > b ? a : b; }
+
+inline void zero(float* to, int64_t count) { __builtin_memset(to, 0, count * sizeof(float)); }
+
+// Calls `function(v)` for the first token v of every vector of a row.
+template <class Function>
+inline void over_row(Function function) {
+    for (int v = 0; v < BLOCK; v += WIDTH) function(v);
+}
+
+template <int N>
+struct Constant {
+    static constexpr int VALUE = N;
+};
+
+// Entries of a table whose size is a power of two.
+template <int ENTRIES>
+inline Wide lookup(const float* table, WideInts index) {
+    if constexpr (ENTRIES == 1) {
+        return splat(*table);
+    } else if constexpr (WIDTH == 4) {
+#ifdef __ARM_NEON
+        if constexpr (ENTRIES <= 16) return codes::lookup(codes::load_table(table), bytes_of_entries((uint32x4_t)index));
+#endif
+        return Wide{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+    } else if constexpr (ENTRIES <= WIDTH) {
+        return __builtin_shuffle(wide(table), index);
+    } else if constexpr (ENTRIES == 2 * WIDTH) {
+        return __builtin_shuffle(wide(table), wide(table + WIDTH), index);
+    } else {
+        const Wide lower = lookup<ENTRIES / 2>(table, index), upper = lookup<ENTRIES / 2>(table + ENTRIES / 2, index);
+        return (index & (ENTRIES / 2)) != 0 ? upper : lower;
+    }
+}
+
+// Numbers of 16 bits
+
+struct Half {
+    uint16_t bits;
+};
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+inline Wide widened(const float* from) { return wide(from); }
+
+inline Wide widened(const Bfloat16* from) {
+    return (Wide)(__builtin_convertvector(load<WideShorts>(from), WideInts) << 16);
+}
+
+inline Wide widened(const Half* from) {
+    const WideInts bits = __builtin_convertvector(load<WideShorts>(from), WideInts);
+    const WideInts magnitude = bits & 0x7fff;
+    const WideInts scaled = (WideInts)((Wide)(magnitude << 13) * 0x1p112f);  // subnormal ones come out right too
+    const WideInts endless = (magnitude >= 0x7c00) & 0x7f800000;
+    return (Wide)(scaled | endless | (bits & 0x8000) << 16);
+}
+
+// The bits of the nearest float16, the even one of two; clipped to the largest.
+inline uint16_t rounded_half(float value) {
+    constexpr float LARGEST = 65504.0f, LEAST_NORMAL = 0x1p-14f;
+    const uint16_t sign = value < 0 ? 0x8000 : 0;
+    const float magnitude = value < 0 ? -value : value;
+    if (magnitude >= LARGEST) return sign | 0x7bff;
+    if (magnitude < LEAST_NORMAL) return sign | static_cast<uint16_t>(__builtin_rintf(magnitude * 0x1p24f));
+    uint32_t bits;
+    __builtin_memcpy(&bits, &magnitude, sizeof bits);
+    bits += 0xfff + (bits >> 13 & 1);
+    return sign | static_cast<uint16_t>((bits >> 13) - (112 << 10));
+}
+
+inline float widened(uint16_t half) {
+    const Half padded[WIDTH] = {{half}};
+    return widened(padded)[0];
+}
+
+// Tokens to rows
+
+// The first `count` numbers, and zeros.
+template <class Stored>
+inline Wide first_widened(const Stored* from, int64_t count) {
+    if (count == WIDTH) return widened(from);
+    Stored padded[WIDTH] = {};
+    __builtin_memcpy(padded, from, count * sizeof(Stored));
+    return widened(padded);
+}
+
+inline void widen(const Half* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const int64_t left = count - i < WIDTH ? count - i : WIDTH;
+        const Wide numbers = first_widened(from + i, left);
+        __builtin_memcpy(to + i, &numbers, left * sizeof(float));
+    }
+}
+
+template <class Stored>
+void load_rows(const Stored* tokens, int64_t stride, int64_t dim, float* rows) {
+    for (int t = 0; t < BLOCK; t += WIDTH) {
+        for (int64_t i = 0; i < dim; i += WIDTH) {
+            const int64_t count = dim - i < WIDTH ? dim - i : WIDTH;
+            Wide square[WIDTH];
+            for (int lane = 0; lane < WIDTH; ++lane)
+                square[lane] = first_widened(tokens + (t + lane) * stride + i, count);
+            codes::transpose(square);
+            for (int lane = 0; lane < count; ++lane) store(rows + (i + lane) * BLOCK + t, square[lane]);
+        }
+    }
+}
+
+// Rows to tokens [64, dim], one after the other.
+inline void store_tokens(const float* rows, int64_t dim, float* tokens) {
+    for (int t = 0; t < BLOCK; t += WIDTH) {
+        for (int64_t i = 0; i < dim; i += WIDTH) {
+            const int64_t count = dim - i < WIDTH ? dim - i : WIDTH;
+            Wide square[WIDTH] = {};
+            for (int lane = 0; lane < count; ++lane) square[lane] = wide(rows + (i + lane) * BLOCK + t);
+            codes::transpose(square);
+            for (int lane = 0; lane < WIDTH; ++lane)
+                __builtin_memcpy(tokens + (t + lane) * dim + i, &square[lane], count * sizeof(float));
+        }
+    }
+}
+
+template <class Stored>
+void load_rows(const QjlTokens& tokens, codes::Place at, float* rows) {
+    const int64_t first = at.batch * tokens.batch_stride + at.head * tokens.head_stride;
+    const Stored* block = static_cast<const Stored*>(tokens.data) + first + at.block * BLOCK * tokens.token_stride;
+    load_rows(block, tokens.token_stride, tokens.dim, rows);
+}
+
+inline void load_rows(const QjlTokens& tokens, codes::Place at, float* rows) {
+    switch (tokens.type) {
+        case QJL_FLOAT32: return load_rows<float>(tokens, at, rows);
+        case QJL_BFLOAT16: return load_rows<Bfloat16>(tokens, at, rows);
+        default: return load_rows<Half>(tokens, at, rows);
+    }
+}
+
+// The mean, turned to each token's position
+
+struct Angles {
+    const float *cos, *sin;  // of the first pair at the first token of the block
+    int64_t stride;          // from one pair to the next
+};
+
+inline void subtract_turned(const QjlMean& mean, const float* vector, const Angles& angles, float* rows) {
+    for (int64_t pair = 0; pair < mean.pairs; ++pair) {
+        const int64_t first = mean.interleaved ? 2 * pair : pair;
+        const int64_t second = mean.interleaved ? 2 * pair + 1 : pair + mean.pairs;
+        over_row([&](int t) {
+            const Wide cos = wide(angles.cos + pair * angles.stride + t);
+            const Wide sin = wide(angles.sin + pair * angles.stride + t);
+            float *x = rows + first * BLOCK + t, *y = rows + second * BLOCK + t;
+            store(x, wide(x) - (vector[first] * cos - vector[second] * sin));
+            store(y, wide(y) - (vector[second] * cos + vector[first] * sin));
+        });
+    }
+}
+
+inline void subtract_mean(const QjlMean& mean, int64_t dim, int64_t blocks, codes::Place at, float* rows) {
+    if (!mean.vector) return;
+    const float* vector = mean.vector + at.head * dim;
+    const int64_t tokens = blocks * BLOCK, first = at.batch * mean.pairs * tokens + at.block * BLOCK;
+    if (mean.pairs) subtract_turned(mean, vector, {mean.cos + first, mean.sin + first, tokens}, rows);
+    for (int64_t i = 2 * mean.pairs; i < dim; ++i)
+        over_row([&](int t) { store(rows + i * BLOCK + t, wide(rows + i * BLOCK + t) - vector[i]); });
+}
+
+}  // namespace encode

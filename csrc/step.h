@@ -1,0 +1,83 @@
+// The fused decode step: what Python passes to it, and what one instruction set is asked for.
+#pragma once
+
+#include <stdint.h>
+
+// Packed keys or values of a layer: code_dim coordinates, each a sum of nibble look-ups, times a scale per token (and
+// group of coordinates), plus a middle where there is one; `map` takes a query to that space and, transposed, sums back.
+// Strides count bytes over batch, head and block.
+struct QjlSide {
+    const uint8_t* codes;   // [nibbles / 2][64] in each block
+    const uint8_t* scale;   // [groups][64]: 8-bit logarithms where there are units, else float16
+    const uint8_t* middle;  // [groups][64] float16, or null
+    const float* unit;      // [heads], or null
+    const void* map;        // [heads or 1][code_dim][head_dim], float16 or float32
+    const float* mean;      // [heads][head_dim], or null
+    int64_t codes_stride[3], scale_stride[3], middle_stride[3];
+    int64_t map_stride;  // numbers from head to head, 0 for one map
+    int64_t map_is_half;
+    int64_t nibbles, groups, code_dim, head_dim;
+    int64_t code_stride;  // heads share a code: 0, each has its own: 1
+
+    // Keys: nibble j adds entries[j][i][nibble] times coordinate coordinates[j][i] of the query
+    const int16_t* coordinates;  // [heads or 1][nibbles][slots]
+    const uint16_t* entries;     // float16 [heads or 1][nibbles][slots][16]
+    int64_t slots;
+
+    // Values: each pair adds integers by nibble to two coordinates
+    const struct QjlPair* pairs;
+    int64_t pair_count;
+};
+
+// first = tables[0][s0] + tables[1][s1], second = tables[2][s2] + tables[3][s3], s the nibbles `sources`.
+struct QjlPair {
+    int8_t tables[4][16];
+    int32_t sources[4];
+    int32_t coordinates[2];  // -1: none
+    int32_t group;
+    float step;
+    int32_t kind;  // 0: s0 = s2, s1 = s3; 1: tables 1 and 3 are zero; 2: neither
+};
+
+// Tokens in full precision, strides in numbers over batch, head and token.
+struct QjlSegment {
+    const void *keys, *values;
+    int64_t key_stride[3], value_stride[3];
+    int64_t tokens;
+    int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+    const float* bias;
+    int64_t bias_stride[4];  // over batch, query head, query, token
+};
+
+// What a mean that RoPE turns adds to the scores of a block, relative to the block's centre.
+struct QjlTurn {
+    const float* inv_freq;                       // [pairs], in double precision below
+    const double* step;                          // [2][pairs]: cos and sin of 64 inv_freq
+    const double* to_centre;                     // [2][pairs]: cos and sin of 31.5 inv_freq
+    const int32_t* coordinates;                  // [2][pairs]: first and second coordinate of each pair
+    const float* down;  // [(pairs - direct + 1) / 2][RANK][2 pairs, cosine and sine]: slow frequencies by what they share
+    const float* up;    // [direct + RANK][cosine, sine][32]: at inv_freq times .5, 1.5, ...; then what they share
+    int64_t pairs, direct;
+    float scaling;
+};
+
+struct QjlStep {
+    QjlSide keys, values;
+    QjlSegment exact[2];
+    int64_t exact_count;
+    const float* bias;  // of the packed tokens, or null; strides as in QjlSegment
+    int64_t bias_stride[4];
+    const QjlTurn* turn;   // null: the keys' mean is added as it is
+    const int64_t* first;  // [batch][blocks]: position of each block's first token
+    int64_t blocks, blocks_per_split, splits;
+    int64_t batch, heads, rows, queries;  // rows = group x queries, queries fastest
+    const float* query;                   // [batch][heads][rows][head_dim]
+    float scaling, softcap;               // softcap 0: none
+    float* out;                           // [batch][heads][rows][head_dim of the values]
+    float* lse;                           // [batch][heads][rows]
+    float* scores;                        // [batch][heads][rows][blocks * 64]: the scan alone; null: the whole step
+    uint8_t* workspace;
+};
+
+QJL_EXPORT int64_t qjl_step_workspace(const QjlStep* step, int64_t threads);  // bytes
+QJL_EXPORT void qjl_step(const QjlStep* step, int64_t threads);

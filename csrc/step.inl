@@ -1,0 +1,936 @@
+// The fused decode step over packed blocks: scores, online softmax, weighted sums, all on the codes.
+//
+// Scores: tables of 16-bit integers, one per nibble and query row, each group of four nibbles in units of its own.
+// Values: 8-bit levels by nibble, summed with integer weights. An instruction set gives (nibbles_*.inl)
+//   put_table, scan_block: sums of table entries over a block, for up to MAX_ROWS rows
+//   put_weights, add_pair: weighted sums of two coordinates over the blocks of a tile
+// Numbers of the 64 tokens of a block are kept "by four": token 4 i + c at place 16 c + i, as bytes of words come.
+
+namespace step {
+
+using namespace nibbles;
+
+constexpr int RANK = 4;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOWEST = -1e30f;
+
+template <class Vector>
+Vector load(const void* from) {
+    Vector vector;
+    __builtin_memcpy(&vector, from, sizeof vector);
+    return vector;
+}
+
+template <class Vector>
+void store(void* to, const Vector& vector) {
+    __builtin_memcpy(to, &vector, sizeof vector);
+}
+
+inline F16 all(float x) { return x - F16{}; }
+
+template <class Vector>
+Vector larger(Vector a, Vector b) {
+    return a > b ? a : b;
+}
+
+inline float sum(F16 x) {
+    const F8 eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                     __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    const F4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+// The sums of four vectors.
+inline F4 sums(F16 a, F16 b, F16 c, F16 d) {
+    const F16 ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const F16 cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   __builtin_shufflevector(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    const F16 all = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+                    __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    const F16 halved = all + __builtin_shufflevector(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return F4{halved[0], halved[4], halved[8], halved[12]} + F4{halved[1], halved[5], halved[9], halved[13]};
+}
+
+inline float largest(F16 x) {
+    const F8 eight = larger(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                            __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
+    const F4 four =
+        larger(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
+    const float a = four[0] > four[1] ? four[0] : four[1], b = four[2] > four[3] ? four[2] : four[3];
+    return a > b ? a : b;
+}
+
+inline F16 evens(F16 a, F16 b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+
+inline F16 odds(F16 a, F16 b) {
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+inline F16 reversed(F16 x) {
+    return __builtin_shufflevector(x, x, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+}
+
+inline void arrange_by_four(const F16 (&tokens)[4], F16 (&by_four)[4]) {
+    const F16 even[2] = {evens(tokens[0], tokens[1]), evens(tokens[2], tokens[3])};
+    const F16 odd[2] = {odds(tokens[0], tokens[1]), odds(tokens[2], tokens[3])};
+    by_four[0] = evens(even[0], even[1]), by_four[2] = odds(even[0], even[1]);
+    by_four[1] = evens(odd[0], odd[1]), by_four[3] = odds(odd[0], odd[1]);
+}
+
+inline I16 round(F16 x) {
+    const F16 magic = all(12582912.0f);
+    return (I16)(x + magic) - (I16)magic;
+}
+
+inline F16 exp2(F16 x) {
+    x = larger(x, all(-126.0f));
+    const I16 whole = round(x);
+    const F16 part = x - __builtin_convertvector(whole, F16);
+    F16 power = all(1.5403530e-4f);
+    power = power * part + 1.3333558e-3f;
+    power = power * part + 9.6181291e-3f;
+    power = power * part + 5.5504109e-2f;
+    power = power * part + 2.4022651e-1f;
+    power = power * part + 6.9314718e-1f;
+    power = power * part + 1.0f;
+    return (F16)((I16)power + (whole << 23));
+}
+
+inline float exp2(float x) { return exp2(all(x))[0]; }
+
+inline float dot(const float* a, const float* b, int64_t n) {
+    F16 total{};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) total += load<F16>(a + i) * load<F16>(b + i);
+    float rest = 0;
+    for (; i < n; ++i) rest += a[i] * b[i];
+    return sum(total) + rest;
+}
+
+// <x, r> for four rows r, `stride` apart.
+inline F4 dots(const float* x, const float* rows, int64_t stride, int64_t n) {
+    F16 a{}, b{}, c{}, d{};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const F16 at = load<F16>(x + i);
+        a += at * load<F16>(rows + i);
+        b += at * load<F16>(rows + stride + i);
+        c += at * load<F16>(rows + 2 * stride + i);
+        d += at * load<F16>(rows + 3 * stride + i);
+    }
+    F4 total = sums(a, b, c, d);
+    for (; i < n; ++i) total += x[i] * F4{rows[i], rows[stride + i], rows[2 * stride + i], rows[3 * stride + i]};
+    return total;
+}
+
+inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store(to + i, load<F16>(to + i) + factor * load<F16>(from + i));
+    for (; i < n; ++i) to[i] += factor * from[i];
+}
+
+// Rows of numbers of one type, `stride` numbers apart.
+struct Numbers {
+    const void* data;
+    int64_t stride, dtype;  // 0 float32, 1 bfloat16, 2 float16
+
+    const uint16_t* halves(int64_t place) const { return static_cast<const uint16_t*>(data) + place; }
+
+    F16 sixteen(int64_t row, int64_t i) const {
+        const int64_t place = row * stride + i;
+        if (dtype == 0) return load<F16>(static_cast<const float*>(data) + place);
+        const H16 bits = load<H16>(halves(place));
+        return dtype == 1 ? (F16)(__builtin_convertvector(bits, U16) << 16) : floats_of_halves(bits);
+    }
+
+    float one(int64_t row, int64_t i) const {
+        const int64_t place = row * stride + i;
+        if (dtype == 0) return static_cast<const float*>(data)[place];
+        if (dtype == 2) return float_of_half(*halves(place));
+        const uint32_t bits = uint32_t(*halves(place)) << 16;
+        float number;
+        __builtin_memcpy(&number, &bits, 4);
+        return number;
+    }
+
+    void copy(int64_t row, float* to, int64_t n) const {
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) store(to + i, sixteen(row, i));
+        for (; i < n; ++i) to[i] = one(row, i);
+    }
+
+    // to[r] += sum over rows of factors[r][row] * row, for up to four r.
+    __attribute__((noinline)) void add_to(float* const (&to)[4], const float* const (&factors)[4], int64_t rows, int64_t n) const {
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) {
+            F16 a = load<F16>(to[0] + i), b = load<F16>(to[1] + i), c = load<F16>(to[2] + i), d = load<F16>(to[3] + i);
+            for (int64_t row = 0; row < rows; ++row) {
+                const F16 x = sixteen(row, i);
+                a += factors[0][row] * x, b += factors[1][row] * x, c += factors[2][row] * x, d += factors[3][row] * x;
+                QJL_KEEP(a, b, c, d);
+            }
+            store(to[3] + i, d), store(to[2] + i, c), store(to[1] + i, b), store(to[0] + i, a);
+        }
+        for (; i < n; ++i) {
+            for (int r = 3; r >= 0; --r) {
+                float total = to[r][i];
+                for (int64_t row = 0; row < rows; ++row) total += factors[r][row] * one(row, i);
+                to[r][i] = total;
+            }
+        }
+    }
+};
+
+// Room that one worker and one piece of work need; the order of the members is the order in memory.
+struct Room {
+    uintptr_t at;
+
+    template <class T>
+    T* take(int64_t count) {
+        T* here = reinterpret_cast<T*>(at);
+        at += (count * sizeof(T) + 63) / 64 * 64;
+        return here;
+    }
+};
+
+struct Scratch {
+    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *turned, *parts, *phasors_of_block;
+    double* phasors;
+    uint8_t *tables, *weights, *codes;
+    int32_t *factors, *sums;
+    float *units, *bounds, *sums_of_groups, *sums_of_pairs;
+    uintptr_t end;
+
+    Scratch(const QjlStep& s, Room room) {
+        const int64_t dim = larger_of(s.keys.head_dim, s.values.head_dim);
+        const int64_t code_dim = larger_of(s.keys.code_dim, s.values.code_dim);
+        row = room.take<float>(larger_of(dim, code_dim) + 16);
+        queries = room.take<float>(MAX_ROWS * s.keys.head_dim);
+        mapped = room.take<float>(MAX_ROWS * code_dim);
+        tables_of_floats = room.take<float>(s.keys.nibbles * MAX_ROWS * 16);
+        tables = room.take<uint8_t>(s.keys.nibbles / 2 * MAX_ROWS * 64);
+        factors = room.take<int32_t>((s.keys.nibbles / 4 + s.keys.groups) * MAX_ROWS * 2);
+        units = room.take<float>(s.keys.groups * MAX_ROWS);
+        bounds = room.take<float>(s.keys.nibbles / 4 + 1);
+        sums_of_groups = room.take<float>(s.keys.groups * MAX_ROWS);
+        sums = room.take<int32_t>(MAX_ROWS * 64);
+        scores = room.take<float>(MAX_ROWS * TILE * 64);
+        scales = room.take<float>(TILE * 64);
+        weights = room.take<uint8_t>(TILE * MAX_ROWS * 128);
+        codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
+        const int64_t pairs = s.turn ? s.turn->pairs : 0;
+        phasors = room.take<double>(2 * pairs);
+        phasors_of_block = room.take<float>(2 * pairs);
+        turned = room.take<float>(MAX_ROWS * 2 * pairs);
+        parts = room.take<float>(MAX_ROWS * 2 * (pairs + RANK));
+        sums_of_pairs = room.take<float>(s.values.pair_count * 8);
+        end = room.at;
+    }
+
+    static int64_t larger_of(int64_t a, int64_t b) { return a > b ? a : b; }
+};
+
+// What a split leaves for the merge: per row, [maximum, weight, code_dim sums]; the exact tokens leave head_dim sums.
+inline int64_t split_floats(const QjlStep& s) { return s.rows * (2 + s.values.code_dim); }
+inline int64_t exact_floats(const QjlStep& s) { return s.rows * (2 + s.values.head_dim); }
+
+inline int64_t scratch_bytes(const QjlStep& s) { return int64_t(Scratch(s, {0}).end); }
+
+// One batch row and KV head.
+struct Head {
+    const QjlStep& s;
+    int64_t batch, head;
+
+    const uint8_t* at(const uint8_t* data, const int64_t (&stride)[3], int64_t block) const {
+        return data + batch * stride[0] + head * stride[1] + block * stride[2];
+    }
+    const float* query(int64_t row) const {
+        return s.query + ((batch * s.heads + head) * s.rows + row) * s.keys.head_dim;
+    }
+    int64_t group() const { return s.rows / s.queries; }
+    const float* bias(const float* data, const int64_t (&stride)[4], int64_t row) const {
+        const int64_t query_head = head * group() + row / s.queries;
+        return data + batch * stride[0] + query_head * stride[1] + row % s.queries * stride[2];
+    }
+};
+
+// Maps
+
+inline Numbers map_of(const QjlSide& side, int64_t head) {
+    const int64_t bytes = head * side.map_stride * (side.map_is_half ? 2 : 4);
+    return {static_cast<const uint8_t*>(side.map) + bytes, side.head_dim, side.map_is_half ? 2 : 0};
+}
+
+// Scores
+
+// Scores are linear in the queries, so `factor` scales them once for all.
+struct Keys {
+    const Head& h;
+    const QjlSide& side;
+    Scratch& room;
+    int64_t rows;
+    float constant[MAX_ROWS];  // of a mean that is not turned
+
+    Keys(const Head& h, Scratch& room, int64_t first_row, int64_t rows, float factor)
+        : h(h), side(h.s.keys), room(room), rows(rows) {
+        __builtin_memset(room.queries, 0, MAX_ROWS * side.head_dim * sizeof(float));
+        for (int64_t r = 0; r < rows; ++r) {
+            add_scaled(room.queries + r * side.head_dim, h.query(first_row + r), factor, side.head_dim);
+        }
+        map_queries();
+        fill_tables();
+        quantize_tables();
+        for (int64_t r = 0; r < rows; ++r) {
+            const bool is_constant = side.mean && !h.s.turn;
+            constant[r] = is_constant ? dot(query(r), side.mean + h.head * side.head_dim, side.head_dim) : 0;
+        }
+    }
+
+    const float* query(int64_t r) const { return room.queries + r * side.head_dim; }
+
+    __attribute__((noinline)) void map_queries() {
+        if (!side.map) return void(__builtin_memcpy(room.mapped, room.queries, MAX_ROWS * side.code_dim * sizeof(float)));
+        const Numbers map = map_of(side, h.head);
+        for (int64_t i = 0; i < side.code_dim; ++i) {
+            map.copy(i, room.row, side.head_dim);
+            const F4 mapped = dots(room.row, room.queries, side.head_dim, side.head_dim);
+            for (int64_t r = 0; r < MAX_ROWS; ++r) room.mapped[r * side.code_dim + i] = mapped[r];
+        }
+    }
+
+    __attribute__((noinline)) void fill_tables() {
+        const int64_t code = side.code_stride * h.head * side.nibbles * side.slots;
+        const int64_t group_dim = side.code_dim / side.groups, group_nibbles = side.nibbles / side.groups;
+        for (int64_t j = 0; j < side.nibbles; ++j) {
+            const int64_t within = code + j % group_nibbles * side.slots;  // all groups have the same code
+            const float* mapped = room.mapped + j / group_nibbles * group_dim;
+            F16 table[MAX_ROWS]{};
+            for (int64_t i = 0; i < side.slots; ++i) {
+                const F16 entries = floats_of_halves(load<H16>(side.entries + (within + i) * 16));
+                const float* of_rows = mapped + side.coordinates[within + i];
+                for (int64_t r = 0; r < rows; ++r) table[r] += of_rows[r * side.code_dim] * entries;
+            }
+            for (int64_t r = 0; r < rows; ++r) store(room.tables_of_floats + (j * rows + r) * 16, table[r]);
+        }
+        for (int64_t g = 0; side.middle && g < side.groups; ++g) {
+            for (int64_t r = 0; r < rows; ++r) {
+                float total = 0;
+                for (int64_t i = 0; i < group_dim; ++i) total += room.mapped[r * side.code_dim + g * group_dim + i];
+                room.sums_of_groups[g * rows + r] = total;
+            }
+        }
+    }
+
+    const float* floats(int64_t j, int64_t r) const { return room.tables_of_floats + (j * rows + r) * 16; }
+
+    // Four nibbles share a unit in which their sums fit 16 bits; units are integer multiples of the group's least.
+    __attribute__((noinline)) void quantize_tables() {
+        const int64_t group_nibbles = side.nibbles / side.groups, quads = (group_nibbles + 3) / 4;
+        for (int64_t g = 0; g < side.groups; ++g) {
+            int32_t* factors = room.factors + g * quads * rows * 2;
+            for (int64_t r = 0; r < rows; ++r) {
+                const float unit = choose_units(g * group_nibbles, group_nibbles, r, factors);
+                room.units[g * rows + r] = unit;
+                for (int64_t j = 0; j < group_nibbles; j += 2) {
+                    const float inverse = 1 / (unit * float(factors[(j / 4 * rows + r) * 2]));
+                    put(g * group_nibbles + j, r, inverse);
+                }
+            }
+        }
+    }
+
+    float choose_units(int64_t first, int64_t count, int64_t r, int32_t* factors) const {
+        float total = 0;
+        for (int64_t quad = 0; quad * 4 < count; ++quad) {
+            float bound = 1e-30f;
+            for (int64_t j = quad * 4; j < quad * 4 + 4 && j < count; ++j) {
+                const F16 table = load<F16>(floats(first + j, r));
+                bound += largest(larger(table, -table));
+            }
+            room.bounds[quad] = bound;
+            total += bound;
+        }
+        const float unit = total * 0x1p-29f;
+        for (int64_t quad = 0; quad * 4 < count; ++quad) {
+            const int32_t factor = int32_t(room.bounds[quad] / (unit * 32760.0f)) + 1;
+            factors[(quad * rows + r) * 2] = factor;
+            factors[(quad * rows + r) * 2 + 1] = factor << 16;
+        }
+        return unit;
+    }
+
+    void put(int64_t j, int64_t r, float inverse) {
+        int16_t entries[2][16];
+        for (int64_t k = 0; k < 2; ++k) {
+            store(entries[k], __builtin_convertvector(round(load<F16>(floats(j + k, r)) * inverse), S16));
+        }
+        put_table(room.tables + (j / 2 * rows + r) * 64, entries[0], entries[1]);
+    }
+
+    // Scores of one block, rows `stride` apart.
+    __attribute__((noinline)) void score(int64_t block, float* scores, int64_t stride) const {
+        const uint8_t* codes = h.at(side.codes, side.codes_stride, block);
+        const int64_t bytes = side.nibbles / side.groups / 2;
+        const uint8_t* scale = h.at(side.scale, side.scale_stride, block);
+        const uint8_t* middle = side.middle ? h.at(side.middle, side.middle_stride, block) : nullptr;
+        const uint8_t* soon = h.at(h.s.values.codes, h.s.values.codes_stride, block);
+        for (int64_t g = 0; g < side.groups; ++g) {
+            scan(codes + g * bytes * 64, bytes, room.tables + g * bytes * rows * 64,
+                 room.factors + g * ((bytes + 1) / 2) * rows * 2, soon + g * bytes * 64);
+            F16 scales[4], middles[4]{};
+            decode_scales(side, h.head, scale, g, scales);
+            if (middle) decode_halves(middle + g * 128, middles);
+            for (int64_t r = 0; r < rows; ++r) {
+                const float unit = room.units[g * rows + r];
+                for (int c = 0; c < 4; ++c) {
+                    F16 part = __builtin_convertvector(load<I16>(room.sums + r * 64 + c * 16), F16) * (scales[c] * unit);
+                    if (middle) part += middles[c] * room.sums_of_groups[g * rows + r];
+                    float* to = scores + r * stride + c * 16;
+                    store(to, g ? load<F16>(to) + part : part + constant[r]);
+                }
+            }
+        }
+    }
+
+    void scan(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors,
+              const uint8_t* soon) const {
+        switch (rows) {
+            case 1: return scan_block<1>(codes, bytes, tables, factors, room.sums, soon);
+            case 2: return scan_block<2>(codes, bytes, tables, factors, room.sums, soon);
+            case 3: return scan_block<3>(codes, bytes, tables, factors, room.sums, soon);
+            default: return scan_block<4>(codes, bytes, tables, factors, room.sums, soon);
+        }
+    }
+
+    static void decode_halves(const uint8_t* halves, F16 (&by_four)[4]) {
+        F16 tokens[4];
+        for (int i = 0; i < 4; ++i) tokens[i] = floats_of_halves(load<H16>(halves + 32 * i));
+        arrange_by_four(tokens, by_four);
+    }
+
+    static void decode_scales(const QjlSide& side, int64_t head, const uint8_t* scale, int64_t g, F16 (&by_four)[4]) {
+        if (!side.unit) return decode_halves(scale + g * 128, by_four);
+        const I16 words = load<I16>(scale + g * 64);
+        const float unit = side.unit[head];
+        for (int c = 0; c < 4; ++c) {
+            const I16 codes = (words >> (8 * c)) & 255;
+            const F16 octaves = (__builtin_convertvector(codes, F16) - 128.0f) * (1.0f / 12);
+            by_four[c] = codes == 0 ? F16{} : exp2(octaves) * unit;
+        }
+    }
+};
+
+// The mean that RoPE turns
+
+struct Turn {
+    const QjlTurn t;
+    const Keys& keys;
+    Scratch& room;
+    int64_t next = -1;  // the position that the phasors stand at
+    float rest[MAX_ROWS];
+
+    explicit Turn(const Keys& keys) : t(keys.h.s.turn ? *keys.h.s.turn : QjlTurn{}), keys(keys), room(keys.room) {
+        if (!t.pairs) return;
+        const float* mean = keys.side.mean + keys.h.head * keys.side.head_dim;
+        const int32_t *first = t.coordinates, *second = t.coordinates + t.pairs;
+        for (int64_t r = 0; r < keys.rows; ++r) {
+            const float* query = keys.query(r);
+            float *real = of_row(r), *imaginary = real + t.pairs;
+            rest[r] = dot(query, mean, keys.side.head_dim);
+            for (int64_t f = 0; f < t.pairs; ++f) {
+                const float q1 = query[first[f]], q2 = query[second[f]], m1 = mean[first[f]], m2 = mean[second[f]];
+                real[f] = (q1 * m1 + q2 * m2) * t.scaling;
+                imaginary[f] = (q2 * m1 - q1 * m2) * t.scaling;
+                rest[r] -= q1 * m1 + q2 * m2;
+            }
+        }
+    }
+
+    float* of_row(int64_t r) const { return room.turned + r * 2 * t.pairs; }
+    float* parts_of(int64_t r) const { return room.parts + r * 2 * (t.pairs + RANK); }
+
+    void add(int64_t block, float* scores, int64_t stride) {
+        if (!t.pairs) return;
+        stand_at(keys.h.s.first[keys.h.batch * keys.h.s.blocks + block]);
+        for (int64_t r = 0; r < keys.rows; ++r) {
+            turn_row(of_row(r), parts_of(r));
+            join_slow(parts_of(r));
+        }
+        for (int64_t r = 0; r < keys.rows; r += 2) {
+            r + 1 < keys.rows ? add_rows<2>(r, scores, stride) : add_rows<1>(r, scores, stride);
+        }
+    }
+
+    // Phasors of the block's centre; the model's angles are float32 products, whose rounding is kept.
+    __attribute__((noinline)) void stand_at(int64_t position) {
+        double *cosine = room.phasors, *sine = cosine + t.pairs;
+        float *centre_cosine = room.phasors_of_block, *centre_sine = centre_cosine + t.pairs;
+        if (next != position) {
+            for (int64_t f = 0; f < t.pairs; ++f) {
+                cosine[f] = __builtin_cos(position * double(t.inv_freq[f]));
+                sine[f] = __builtin_sin(position * double(t.inv_freq[f]));
+            }
+        }
+        const double *to_cosine = t.to_centre, *to_sine = t.to_centre + t.pairs;
+        const double *step_cosine = t.step, *step_sine = t.step + t.pairs;
+        for (int64_t f = 0; f < t.pairs; ++f) {
+            const double rounding = double(float(position) * t.inv_freq[f]) - position * double(t.inv_freq[f]);
+            const double c = cosine[f] - rounding * sine[f], s = sine[f] + rounding * cosine[f];
+            centre_cosine[f] = float(c * to_cosine[f] - s * to_sine[f]);
+            centre_sine[f] = float(s * to_cosine[f] + c * to_sine[f]);
+        }
+        for (int64_t f = 0; f < t.pairs; ++f) {
+            const double c = cosine[f], s = sine[f];
+            cosine[f] = c * step_cosine[f] - s * step_sine[f];
+            sine[f] = s * step_cosine[f] + c * step_sine[f];
+        }
+        next = position + 64;
+    }
+
+    // Even and odd part of each pair, side by side.
+    __attribute__((noinline)) void turn_row(const float* row, float* parts) const {
+        const float *cosine = room.phasors_of_block, *sine = cosine + t.pairs;
+        for (int64_t f = 0; f < t.pairs; ++f) {
+            parts[2 * f] = row[f] * cosine[f] + row[t.pairs + f] * sine[f];
+            parts[2 * f + 1] = row[t.pairs + f] * cosine[f] - row[f] * sine[f];
+        }
+        parts[2 * t.pairs] = parts[2 * t.pairs + 1] = 0;
+    }
+
+    // Slow frequencies, two at a time, become even and odd coefficients of the functions that they share.
+    __attribute__((noinline)) void join_slow(float* parts) const {
+        F16 total{}, more{};
+        const float *table = t.down, *last = parts + 2 * t.pairs;
+        float *to = parts + 2 * t.direct;
+        for (parts = to; parts + 4 < last; parts += 8, table += 32) {
+            total += four_times(parts) * load<F16>(table);
+            more += four_times(parts + 4) * load<F16>(table + 16);
+        }
+        if (parts < last) total += four_times(parts) * load<F16>(table);
+        total += more;
+        total += __builtin_shufflevector(total, total, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+        for (int k = 0; k < RANK; ++k) to[2 * k] = total[4 * k], to[2 * k + 1] = total[4 * k + 1];
+    }
+
+    // Even and odd parts around the centre of the block, 32 steps of each.
+    struct Around {
+        F16 even0, even1, odd0{}, odd1{};
+
+        explicit Around(float constant) : even0(all(constant)), even1(even0) {}
+
+        inline __attribute__((always_inline)) void add(const float* part, F16 cosine0, F16 cosine1, F16 sine0, F16 sine1) {
+            even0 += part[0] * cosine0, even1 += part[0] * cosine1;
+            odd0 += part[1] * sine0, odd1 += part[1] * sine1;
+            QJL_KEEP(even0, even1, odd0, odd1);
+        }
+
+        void leave(float* scores) const {
+            const F16 tokens[4] = {reversed(even1 - odd1), reversed(even0 - odd0), even0 + odd0, even1 + odd1};
+            F16 by_four[4];
+            arrange_by_four(tokens, by_four);
+            for (int c = 0; c < 4; ++c) store(scores + c * 16, load<F16>(scores + c * 16) + by_four[c]);
+        }
+    };
+
+    template <int ROWS>
+    __attribute__((noinline)) void add_rows(int64_t row, float* scores, int64_t stride) const {
+        constexpr int LAST = ROWS - 1;
+        Around first(rest[row]), second(rest[row + LAST]);
+        const float *of_first = parts_of(row), *of_second = parts_of(row + LAST), *table = t.up;
+        for (int64_t f = 0; f < t.direct + RANK; ++f, table += 64, of_first += 2, of_second += 2) {
+            const F16 cosine0 = load<F16>(table), cosine1 = load<F16>(table + 16);
+            const F16 sine0 = load<F16>(table + 32), sine1 = load<F16>(table + 48);
+            first.add(of_first, cosine0, cosine1, sine0, sine1);
+            if constexpr (ROWS > 1) second.add(of_second, cosine0, cosine1, sine0, sine1);
+        }
+        first.leave(scores + row * stride);
+        if constexpr (ROWS > 1) second.leave(scores + (row + 1) * stride);
+    }
+};
+
+// Values
+
+// Weighted sums over the tokens seen so far, in the space of the codes, for up to MAX_ROWS rows.
+struct Sums {
+    const Head& h;
+    const QjlSide& side;
+    Scratch& room;
+    int64_t first_row, rows;
+    float* of_pairs;  // [pair_count][2][4]
+    float maximum[MAX_ROWS], weight[MAX_ROWS];
+
+    Sums(const Head& h, Scratch& room, int64_t first_row, int64_t rows)
+        : h(h), side(h.s.values), room(room), first_row(first_row), rows(rows),
+          of_pairs(room.sums_of_pairs) {
+        __builtin_memset(of_pairs, 0, side.pair_count * 8 * sizeof(float));
+        for (int64_t r = 0; r < MAX_ROWS; ++r) maximum[r] = LOWEST, weight[r] = 0;
+    }
+
+    // Turns base-2 scores of a tile [rows][TILE][64] into softmax weights, in place.
+    __attribute__((noinline)) void weigh(float* scores, int64_t blocks, float (&largest_weight)[MAX_ROWS]) {
+        float decay[8];
+        bool moved = false;
+        for (int64_t r = 0; r < 4; ++r) decay[r] = decay[4 + r] = 1;
+        for (int64_t r = 0; r < rows; ++r) {
+            float* row = scores + r * TILE * 64;
+            F16 most = load<F16>(row);
+            for (int64_t i = 1; i < blocks * 4; ++i) most = larger(most, load<F16>(row + 16 * i));
+            const float tile_maximum = largest(most);
+            const float updated = tile_maximum > maximum[r] ? tile_maximum : maximum[r];
+            decay[r] = decay[4 + r] = exp2(maximum[r] - updated);
+            moved |= updated != maximum[r];
+            maximum[r] = updated;
+            F16 total{};
+            for (int64_t i = 0; i < blocks * 4; ++i) {
+                const F16 power = exp2(load<F16>(row + 16 * i) - updated);
+                store(row + 16 * i, power);
+                total += power;
+            }
+            weight[r] = weight[r] * decay[r] + sum(total);
+            largest_weight[r] = exp2(tile_maximum - updated);
+        }
+        if (moved) scale_sums(decay);
+    }
+
+    void scale_sums(const float (&decay)[8]) {
+        const F8 factors = load<F8>(decay);
+        for (int64_t k = 0; k < side.pair_count; ++k) store(of_pairs + 8 * k, load<F8>(of_pairs + 8 * k) * factors);
+        for (int64_t r = 0; side.middle && r < rows; ++r) {
+            for (int64_t g = 0; g < side.groups; ++g) middles[g * MAX_ROWS + r] *= decay[r];
+        }
+    }
+
+    void add(float* scores, int64_t first_block, int64_t blocks) {
+        float largest_weight[MAX_ROWS];
+        weigh(scores, blocks, largest_weight);
+        gather_codes(first_block, blocks);
+        int64_t k = 0;
+        for (int64_t g = 0; g < side.groups; ++g) {
+            float unit[8];
+            quantize(scores, first_block, blocks, g, largest_weight, unit);
+            for (; k < side.pair_count && side.pairs[k].group == g; ++k) {
+                add_to(of_pairs + 8 * k, side.pairs[k], blocks, load<F8>(unit));
+            }
+            if (side.middle) add_middles(scores, first_block, blocks, g);
+        }
+    }
+
+    // The tile's codes, byte by byte: what a pair reads then lies together.
+    __attribute__((noinline)) void gather_codes(int64_t first_block, int64_t blocks) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* codes = h.at(side.codes, side.codes_stride, first_block + b);
+            for (int64_t j = 0; j < side.nibbles / 2; ++j) {
+                store(room.codes + (j * TILE + b) * 64, load<I16>(codes + j * 64));
+            }
+        }
+    }
+
+    // Integer weights, times the scales of the tokens; `unit` is what one of them stands for.
+    __attribute__((noinline)) void quantize(const float* scores, int64_t first_block, int64_t blocks, int64_t g,
+                  const float (&largest_weight)[MAX_ROWS], float (&unit)[8]) {
+        F16 most{};
+        for (int64_t b = 0; b < blocks; ++b) {
+            F16 scales[4];
+            Keys::decode_scales(side, h.head, h.at(side.scale, side.scale_stride, first_block + b), g, scales);
+            for (int c = 0; c < 4; ++c) {
+                store(room.scales + b * 64 + c * 16, scales[c]);
+                most = larger(most, scales[c]);
+            }
+        }
+        const float largest_scale = largest(most);
+        for (int64_t r = 0; r < 4; ++r) unit[r] = unit[4 + r] = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            const float bound = largest_weight[r] * largest_scale;
+            unit[r] = unit[4 + r] = bound / WEIGHT_TOP;
+            const float inverse = bound > 1e-30f ? WEIGHT_TOP / bound : 0;
+            for (int64_t b = 0; b < blocks; ++b) {
+                I16 weights[4];
+                for (int c = 0; c < 4; ++c) {
+                    const F16 weight = load<F16>(scores + (r * TILE + b) * 64 + c * 16);
+                    weights[c] = round(weight * load<F16>(room.scales + b * 64 + c * 16) * inverse);
+                }
+                put_weights(room.weights + (b * rows + r) * 128, weights);
+            }
+        }
+    }
+
+    void add_to(float* sums, const QjlPair& pair, int64_t blocks, F8 unit) {
+        float added[8];
+        switch (rows) {
+            case 1: add_pair<1>(pair, room.codes, blocks, room.weights, added); break;
+            case 2: add_pair<2>(pair, room.codes, blocks, room.weights, added); break;
+            case 3: add_pair<3>(pair, room.codes, blocks, room.weights, added); break;
+            default: add_pair<4>(pair, room.codes, blocks, room.weights, added); break;
+        }
+        store(sums, load<F8>(sums) + load<F8>(added) * (unit * pair.step));
+    }
+
+    void add_middles(const float* scores, int64_t first_block, int64_t blocks, int64_t g) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            F16 by_four[4];
+            Keys::decode_halves(h.at(side.middle, side.middle_stride, first_block + b) + g * 128, by_four);
+            for (int64_t r = 0; r < rows; ++r) {
+                F16 total{};
+                for (int c = 0; c < 4; ++c) total += by_four[c] * load<F16>(scores + (r * TILE + b) * 64 + c * 16);
+                middles[g * MAX_ROWS + r] += sum(total);
+            }
+        }
+    }
+
+    // [maximum, weight, sums of all coordinates] of each row
+    __attribute__((noinline)) void leave(float* partial) const {
+        const int64_t group_dim = side.code_dim / side.groups;
+        for (int64_t r = 0; r < rows; ++r) {
+            float* row = partial + (first_row + r) * (2 + side.code_dim);
+            row[0] = maximum[r], row[1] = weight[r];
+            for (int64_t i = 0; i < side.code_dim; ++i) {
+                row[2 + i] = side.middle ? middles[i / group_dim * MAX_ROWS + r] : 0;
+            }
+            for (int64_t k = 0; k < side.pair_count; ++k) {
+                for (int i = 0; i < 2; ++i) {
+                    const int32_t coordinate = side.pairs[k].coordinates[i];
+                    if (coordinate >= 0) row[2 + coordinate] += of_pairs[8 * k + 4 * i + r];
+                }
+            }
+        }
+    }
+
+    static constexpr int MAX_GROUPS = 64;
+    float middles[MAX_GROUPS * MAX_ROWS]{};
+};
+
+// Pieces of work
+
+inline float* exact_of(const QjlStep& s, int64_t pair) {
+    return reinterpret_cast<float*>(s.workspace) + pair * (exact_floats(s) + s.splits * split_floats(s));
+}
+
+inline float* split_of(const QjlStep& s, int64_t pair, int64_t split) {
+    return exact_of(s, pair) + exact_floats(s) + split * split_floats(s);
+}
+
+inline float capped(float score, float softcap) {
+    return softcap > 0 ? softcap * __builtin_tanhf(score / softcap) : score;
+}
+
+// Caps and masks scores; their base is 2 from here on.
+inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, float* scores, int64_t stride) {
+    const QjlStep& s = h.s;
+    const int64_t step = s.bias_stride[3];
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* bias = s.bias ? h.bias(s.bias, s.bias_stride, first_row + r) + block * 64 * step : nullptr;
+        for (int t = 0; t < 64; ++t) {
+            float& score = scores[r * stride + t];
+            if (s.softcap > 0) score = capped(score, s.softcap) * LOG2E;
+            if (bias) score += bias[(t % 16 * 4 + t / 16) * step] * LOG2E;
+        }
+    }
+}
+
+inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
+    const Head h{s, pair / s.heads, pair % s.heads};
+    const int64_t first = split * s.blocks_per_split;
+    const int64_t last = first + s.blocks_per_split < s.blocks ? first + s.blocks_per_split : s.blocks;
+    for (int64_t first_row = 0; first_row < s.rows; first_row += MAX_ROWS) {
+        const int64_t rows = s.rows - first_row < MAX_ROWS ? s.rows - first_row : MAX_ROWS;
+        const Keys keys(h, room, first_row, rows, s.softcap > 0 ? s.scaling : s.scaling * LOG2E);
+        Turn turn(keys);
+        Sums sums(h, room, first_row, rows);
+        for (int64_t block = first; block < last; block += TILE) {
+            const int64_t blocks = last - block < TILE ? last - block : TILE;
+            for (int64_t b = 0; b < blocks; ++b) {
+                float* scores = room.scores + b * 64;
+                keys.score(block + b, scores, TILE * 64);
+                turn.add(block + b, scores, TILE * 64);
+                if (s.softcap > 0 || s.bias) finish_scores(h, first_row, rows, block + b, scores, TILE * 64);
+            }
+            sums.add(room.scores, block, blocks);
+        }
+        sums.leave(split_of(s, pair, split));
+    }
+}
+
+// Raw scores of the packed tokens alone, as the benchmark of the scan wants them.
+inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
+    const Head h{s, pair / s.heads, pair % s.heads};
+    const int64_t first = split * s.blocks_per_split;
+    const int64_t last = first + s.blocks_per_split < s.blocks ? first + s.blocks_per_split : s.blocks;
+    for (int64_t first_row = 0; first_row < s.rows; first_row += MAX_ROWS) {
+        const int64_t rows = s.rows - first_row < MAX_ROWS ? s.rows - first_row : MAX_ROWS;
+        const Keys keys(h, room, first_row, rows, 1);
+        Turn turn(keys);
+        for (int64_t block = first; block < last; ++block) {
+            keys.score(block, room.scores, 64);
+            turn.add(block, room.scores, 64);
+            for (int64_t r = 0; r < rows; ++r) {
+                float* to = s.scores + (pair * s.rows + first_row + r) * s.blocks * 64 + block * 64;
+                for (int i = 0; i < 64; ++i) to[i] = room.scores[r * 64 + i % 4 * 16 + i / 4];
+            }
+        }
+    }
+}
+
+// Tokens in full precision, MOST of them at a time.
+struct ExactTokens {
+    static constexpr int64_t MOST = 64;
+    const Head& h;
+    Scratch& room;
+    float* partial;  // [maximum, weight, head_dim sums] of each row
+
+    float* row(int64_t r) const { return partial + r * (2 + h.s.values.head_dim); }
+
+    void clear() const {
+        __builtin_memset(partial, 0, exact_floats(h.s) * sizeof(float));
+        for (int64_t r = 0; r < h.s.rows; ++r) row(r)[0] = LOWEST;
+    }
+
+    Numbers tokens_of(const void* data, const int64_t (&stride)[3], int64_t token, int64_t dtype) const {
+        const int64_t place = h.batch * stride[0] + h.head * stride[1] + token * stride[2];
+        return {static_cast<const uint8_t*>(data) + place * (dtype == 0 ? 4 : 2), stride[2], dtype};
+    }
+
+    void add(const QjlSegment& segment) const {
+        for (int64_t r = 0; r < h.s.rows; r += MAX_ROWS) {
+            const int64_t rows = h.s.rows - r < MAX_ROWS ? h.s.rows - r : MAX_ROWS;
+            for (int64_t token = 0; token < segment.tokens; token += MOST) {
+                const int64_t tokens = segment.tokens - token < MOST ? segment.tokens - token : MOST;
+                score(segment, token, tokens, r, rows);
+                for (int64_t i = 0; i < rows; ++i) weigh(room.scores + i * MOST, row(r + i));
+                mix(segment, token, tokens, r, rows);
+            }
+        }
+    }
+
+    void score(const QjlSegment& segment, int64_t token, int64_t tokens, int64_t first_row, int64_t rows) const {
+        const QjlStep& s = h.s;
+        const int64_t dim = s.keys.head_dim;
+        __builtin_memset(room.queries, 0, MAX_ROWS * dim * sizeof(float));
+        for (int64_t r = 0; r < rows; ++r) add_scaled(room.queries + r * dim, h.query(first_row + r), s.scaling, dim);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t i = tokens; i < MOST; ++i) room.scores[r * MOST + i] = -__builtin_inff();
+        }
+        const Numbers keys = tokens_of(segment.keys, segment.key_stride, token, segment.dtype);
+        for (int64_t i = 0; i < tokens; ++i) {
+            keys.copy(i, room.row, dim);
+            const F4 scores = dots(room.row, room.queries, dim, dim);
+            for (int64_t r = 0; r < rows; ++r) {
+                float score = capped(scores[r], s.softcap);
+                if (segment.bias) {
+                    const float* bias = h.bias(segment.bias, segment.bias_stride, first_row + r);
+                    score += bias[(token + i) * segment.bias_stride[3]];
+                }
+                room.scores[r * MOST + i] = score * LOG2E;
+            }
+        }
+    }
+
+    void weigh(float* scores, float* sums) const {
+        F16 most = load<F16>(scores);
+        for (int i = 16; i < MOST; i += 16) most = larger(most, load<F16>(scores + i));
+        const float maximum = largest(most) > sums[0] ? largest(most) : sums[0];
+        const float decay = exp2(sums[0] - maximum);
+        for (int64_t i = 1; i < 2 + h.s.values.head_dim; ++i) sums[i] *= decay;
+        sums[0] = maximum;
+        F16 total{};
+        for (int i = 0; i < MOST; i += 16) {
+            const F16 weight = exp2(load<F16>(scores + i) - maximum);
+            store(scores + i, weight);
+            total += weight;
+        }
+        sums[1] += sum(total);
+    }
+
+    void mix(const QjlSegment& segment, int64_t token, int64_t tokens, int64_t first_row, int64_t rows) const {
+        const auto to = [&](int64_t r) { return row(first_row + (r < rows ? r : 0)) + 2; };
+        const auto weights = [&](int64_t r) { return room.scores + (r < rows ? r : 0) * MOST; };
+        tokens_of(segment.values, segment.value_stride, token, segment.dtype)
+            .add_to({to(0), to(1), to(2), to(3)}, {weights(0), weights(1), weights(2), weights(3)}, tokens,
+                    h.s.values.head_dim);
+    }
+};
+
+inline void attend_exact(const QjlStep& s, int64_t pair, Scratch& room) {
+    const Head h{s, pair / s.heads, pair % s.heads};
+    const ExactTokens tokens{h, room, exact_of(s, pair)};
+    tokens.clear();
+    for (int64_t i = 0; i < s.exact_count; ++i) tokens.add(s.exact[i]);
+}
+
+// Joins the splits and the exact tokens of one pair in a fixed order; the sums of the codes are mapped back once.
+struct Merge {
+    const QjlStep& s;
+    const Head h;
+    int64_t pair;
+    Scratch& room;
+
+    float* out(int64_t r) const { return s.out + (pair * s.rows + r) * s.values.head_dim; }
+    const float* exact(int64_t r) const { return exact_of(s, pair) + r * (2 + s.values.head_dim); }
+    const float* split(int64_t k, int64_t r) const { return split_of(s, pair, k) + r * (2 + s.values.code_dim); }
+
+    void run() const {
+        for (int64_t r = 0; r < s.rows; r += MAX_ROWS) {
+            const int64_t rows = s.rows - r < MAX_ROWS ? s.rows - r : MAX_ROWS;
+            for (int64_t i = 0; i < rows; ++i) join(r + i, room.mapped + i * s.values.code_dim);
+            map_back(r, rows);
+        }
+    }
+
+    // Leaves sums of codes and of exact tokens, both over the whole weight.
+    void join(int64_t r, float* sums) const {
+        const QjlSide& side = s.values;
+        float maximum = exact(r)[0];
+        for (int64_t k = 0; k < s.splits; ++k) maximum = split(k, r)[0] > maximum ? split(k, r)[0] : maximum;
+        float packed = 0;
+        for (int64_t k = 0; k < s.splits; ++k) packed += split(k, r)[1] * exp2(split(k, r)[0] - maximum);
+        const float factor = exp2(exact(r)[0] - maximum), weight = packed + exact(r)[1] * factor;
+        const float share = weight > 0 ? 1 / weight : 0;
+        __builtin_memset(sums, 0, side.code_dim * sizeof(float));
+        __builtin_memset(out(r), 0, side.head_dim * sizeof(float));
+        for (int64_t k = 0; k < s.splits; ++k) {
+            add_scaled(sums, split(k, r) + 2, exp2(split(k, r)[0] - maximum) * share, side.code_dim);
+        }
+        add_scaled(out(r), exact(r) + 2, factor * share, side.head_dim);
+        if (side.mean) add_scaled(out(r), side.mean + h.head * side.head_dim, packed * share, side.head_dim);
+        s.lse[pair * s.rows + r] = weight > 0 ? (maximum + __builtin_log2f(weight)) / LOG2E : -__builtin_inff();
+    }
+
+    void map_back(int64_t first_row, int64_t rows) const {
+        const QjlSide& side = s.values;
+        const auto to = [&](int64_t r) { return out(first_row + (r < rows ? r : 0)); };
+        const auto sums = [&](int64_t r) { return room.mapped + (r < rows ? r : 0) * side.code_dim; };
+        if (side.map) {
+            map_of(side, h.head)
+                .add_to({to(0), to(1), to(2), to(3)}, {sums(0), sums(1), sums(2), sums(3)}, side.code_dim, side.head_dim);
+        } else {
+            for (int64_t r = 0; r < rows; ++r) add_scaled(to(r), sums(r), 1, side.code_dim);
+        }
+    }
+};
+
+inline int64_t shared_bytes(const QjlStep& s) {
+    const int64_t floats = s.batch * s.heads * (exact_floats(s) + s.splits * split_floats(s));
+    return (floats * int64_t(sizeof(float)) + 63) / 64 * 64;
+}
+
+// The room of a worker lies behind what all splits leave.
+inline Scratch scratch_of(const QjlStep& s, int64_t worker) {
+    return {s, {reinterpret_cast<uintptr_t>(s.workspace) + shared_bytes(s) + worker * scratch_bytes(s)}};
+}
+
+inline void packed_item(const QjlStep& s, int64_t item, int worker) {
+    Scratch room = scratch_of(s, worker);
+    (s.scores ? score_packed : attend_packed)(s, item / s.splits, item % s.splits, room);
+}
+
+inline void finish_item(const QjlStep& s, int64_t pair, int worker) {
+    Scratch room = scratch_of(s, worker);
+    attend_exact(s, pair, room);
+    Merge{s, {s, pair / s.heads, pair % s.heads}, pair, room}.run();
+}
+
+inline int64_t workspace(const QjlStep& s, int64_t workers) { return shared_bytes(s) + workers * scratch_bytes(s); }
+
+}  // namespace step

@@ -1,0 +1,25 @@
+// What the unit of every instruction set is made of; included within its namespace.
+
+#include "codes.inl"
+#include "step.inl"
+
+#include "encode.inl"
+
+#include "grid.inl"
+
+constexpr Kernels table_named(const char* name) {
+    return {
+        .name = name,
+        .pack = codes::pack,
+        .unpack = codes::unpack,
+        .scan = codes::scan,
+        .expand = codes::expand,
+        .step_workspace = step::workspace,
+        .step_packed = step::packed_item,
+        .step_finish = step::finish_item,
+        .encode_room = encode::encode_room,
+        .encode_grid_room = encode::encode_grid_room,
+        .encode = encode::encode,
+        .encode_grid = encode::encode_grid,
+    };
+}

@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, then interleaved repeats of everything compared, from cold caches, in one run."""

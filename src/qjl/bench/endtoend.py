@@ -1,0 +1,213 @@
+"""Decoding with a whole model: a token's time over a cache of so many tokens, beside other caches and engines.
+
+All transformers caches are filled from one prefill in full precision; llama.cpp prefills for itself. What attention
+takes is the time beyond that at ``BASE`` tokens, shared out over the layers: the same sum for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, QuantizedCache
+
+from qjl import models, ops, texts
+from qjl.architecture import layer_shapes, text_config
+from qjl.bench import llama, machine
+from qjl.bench.protocol import REFERENCE, relative_error, require_accurate, using_backend
+from qjl.bench.timing import Timings, interleave, use_threads
+from qjl.errors import QJLError
+from qjl.evals.decoding import prefill, refill
+from qjl.hf import KVCache
+from qjl.presets import CacheConfig
+from qjl.records import Row
+
+BASE = 16
+FITTED = 512  # tokens of the prompt that statistics come from
+MOST_LOGIT_ERROR = 1e-3  # attention's error, after all the layers of a model
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DYNAMIC, LLAMA = "dynamic", "llama.cpp"
+QUANTIZED: Mapping[str, tuple[str, Mapping[str, int]]] = {  # transformers' own: package, settings
+    "quanto": ("optimum.quanto", {"nbits": 4}),
+    "hqq": ("hqq", {"nbits": 4, "axis_key": 1, "axis_value": 1}),
+}
+PEERS = (DYNAMIC, *QUANTIZED, LLAMA)
+EXTRA_PACKAGES = ("optimum-quanto", "hqq", "llama-cpp-python")
+
+
+class Contestant(Protocol):
+    """Something that decodes token by token."""
+
+    def fill(self, context: int) -> None:
+        """Hold exactly the first ``context`` tokens."""
+
+    def step(self) -> object:
+        """Decode one token more."""
+
+
+@dataclass(eq=False)
+class Transformer:
+    """A model of transformers with one kind of cache; ``exact`` are each layer's keys and values after a prefill."""
+
+    model: PreTrainedModel
+    make: Callable[[], Cache]
+    exact: Sequence[tuple[Tensor, Tensor]]
+    cache: Cache = field(init=False)
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the reference can tell if its logits are right: those of bfloat16 are too coarse."""
+        return isinstance(self.make(), KVCache) and self.model.dtype == torch.float32
+
+    @torch.inference_mode()
+    def fill(self, context: int) -> None:
+        self.cache = self.make()
+        if isinstance(self.cache, KVCache):
+            first = DynamicCache(config=text_config(self.model.config))
+            self._update(first, context)
+            refill(self.cache, first)
+        else:
+            self._update(self.cache, context)
+
+    def _update(self, cache: Cache, context: int) -> None:
+        for index, pair in enumerate(self.exact):
+            keys, values = (x[:, :, :context].to(self.model.dtype) for x in pair)
+            cache.update(keys, values, index)
+
+    def step(self) -> Tensor:
+        token = torch.ones(1, 1, dtype=torch.int64)
+        return self.model(input_ids=token, past_key_values=self.cache).logits[0]  # type: ignore[index]
+
+
+def installed(peers: Sequence[str] = PEERS) -> list[str]:
+    """Those whose packages are here."""
+    return [peer for peer in peers if _is_installed(peer)]
+
+
+def _is_installed(peer: str) -> bool:
+    if peer not in PEERS:
+        raise QJLError(f"{peer!r} is not compared with: choose from {', '.join(PEERS)}.")
+    if peer in QUANTIZED:
+        package, _ = QUANTIZED[peer]
+        return find_spec(package.partition(".")[0]) is not None and find_spec(package) is not None
+    return peer == DYNAMIC or llama.is_installed()
+
+
+class Race:
+    """A model, and all that decode with it.
+
+    Raises:
+        QJLError: if a preset does not take this model, or llama.cpp is asked for and the model is no GGUF.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        presets: Sequence[CacheConfig],
+        peers: Sequence[str],
+        longest: int,
+        threads: int,
+        progress: bool = False,
+    ) -> None:
+        loaded = {label: models.load(name, dtype=dtype, progress=progress) for label, dtype in DTYPES.items()}
+        network, tokenizer = loaded["fp32"]
+        self.name, self.threads = name, threads
+        self.shapes = layer_shapes(network.config)
+        self.contestants: dict[str, Contestant] = {}
+        ids = _ids(tokenizer, max(longest, FITTED))
+        with use_threads(threads):
+            exact = _states(prefill(network, ids))
+            for label, (model, _) in loaded.items():
+                self._add_caches(label, model, presets, peers, exact, ids)
+        if LLAMA in peers:
+            path = models.fetch_gguf(name, progress=progress)
+            for kind in llama.CACHES:
+                self.contestants[f"{LLAMA} {kind}"] = llama.Llama(path, kind, ids[0].tolist(), threads)
+
+    def _add_caches(
+        self,
+        label: str,
+        model: PreTrainedModel,
+        presets: Sequence[CacheConfig],
+        peers: Sequence[str],
+        exact: Sequence[tuple[Tensor, Tensor]],
+        ids: Tensor,
+    ) -> None:
+        config = text_config(model.config)
+        makers: dict[str, Callable[[], Cache]] = {one.name: partial(KVCache, model, one) for one in presets}
+        for make in makers.values():
+            with torch.inference_mode():
+                model(input_ids=ids[:, :FITTED], past_key_values=make(), logits_to_keep=1)  # fits the codecs
+        if DYNAMIC in peers:
+            makers[DYNAMIC] = partial(DynamicCache, config=config)
+        for peer in [peer for peer in peers if peer in QUANTIZED]:
+            makers[peer] = partial(QuantizedCache, peer, config, **QUANTIZED[peer][1])
+        self.contestants |= {f"{name} {label}": Transformer(model, make, exact) for name, make in makers.items()}
+
+    def measure(
+        self, contexts: Sequence[int], repeats: int, on_round: Callable[[], None] = lambda: None
+    ) -> Iterator[Row]:
+        """A row per context and contestant.
+
+        Raises:
+            Inaccurate: if the backend in use and the reference do not agree on the logits.
+        """
+        base, _ = self._run(BASE, repeats, on_round)
+        for context in sorted(contexts):
+            timings, errors = self._run(context, repeats, on_round)
+            for name in self.contestants:
+                yield self._row(name, context, repeats, timings, base, errors.get(name))
+
+    def _run(self, context: int, repeats: int, on_round: Callable[[], None]) -> tuple[Timings, dict[str, float]]:
+        with use_threads(self.threads):
+            errors = {
+                name: self._logit_error(name, one, context)
+                for name, one in self.contestants.items()
+                if isinstance(one, Transformer) and one.is_checked
+            }
+            for one in self.contestants.values():
+                one.fill(context)
+        works = {name: [one.step] for name, one in self.contestants.items()}
+        return interleave(works, repeats, self.threads, on_round), errors
+
+    def _logit_error(self, name: str, one: Transformer, context: int) -> float:
+        """Of the next token's logits, of the backend in use against the reference."""
+        with torch.inference_mode():
+            one.fill(context)
+            logits = one.step()
+            one.fill(context)
+            with using_backend(REFERENCE):
+                error = relative_error(logits, one.step())
+        require_accurate(error, f"{name} at {context} tokens", MOST_LOGIT_ERROR)
+        return error
+
+    def _row(self, name: str, context: int, repeats: int, timings: Timings, base: Timings, error: float | None) -> Row:
+        ms = timings.ms(name)
+        ratios = {label: timings.ratio(f"{DYNAMIC} {label}", name) for label in DTYPES}
+        return (
+            {"case": "generate", "backend": ops.active_backend(), "preset": name, "tokens": context}
+            | {"head_dim": self.shapes[0].head_dim, "ms": ms, "tokens_per_second": 1e3 / ms}
+            | {f"ratio_{DYNAMIC}_{label}": ratio and ratio.median for label, ratio in ratios.items()}
+            | {f"spread_{DYNAMIC}_{label}": ratio and [ratio.low, ratio.high] for label, ratio in ratios.items()}
+            | {"attention_ms_per_layer": (ms - base.ms(name)) / len(self.shapes), "max_error": error}
+            | {"model": self.name, "threads": self.threads, "repeats": repeats, "isa": machine.instruction_set()}
+            | {"machine": machine.describe()}
+            | {"versions": machine.versions((*machine.PACKAGES, *EXTRA_PACKAGES))}
+        )
+
+
+def _states(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    return [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc, union-attr]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:
+    """The first tokens of the essays."""
+    ids = tokenizer(texts.essays(), return_tensors="pt").input_ids
+    if ids.shape[1] < count:
+        raise QJLError(f"the essays have {ids.shape[1]} tokens, fewer than {count}: give a shorter context.")
+    return ids[:, :count]

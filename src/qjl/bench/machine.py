@@ -1,0 +1,42 @@
+"""Where and with what something was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from qjl.ops.cpu import library
+
+PACKAGES = ("qjl", "torch", "transformers")
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def describe() -> str:
+    """Processor, cores, and the operating system's kind."""
+    return f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Of those that are installed."""
+    return {name: found for name in packages if (found := installed_version(name))}
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def instruction_set() -> str | None:
+    """That of the cpu backend."""
+    return library.instruction_set() if library.is_installed() else None
+
+
+def _processor() -> str:
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown processor"

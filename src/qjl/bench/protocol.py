@@ -1,0 +1,106 @@
+"""What all benchmarks share: the gate that comes first, what is told of timings, and the conditions they hold under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qjl import ops
+from qjl.bench import machine
+from qjl.bench.baselines import Reader
+from qjl.bench.synthetic import Shape
+from qjl.bench.timing import Timings
+from qjl.errors import QJLError
+from qjl.records import Row
+
+MOST_ERROR = 1e-4
+REFERENCE = "reference"
+OURS, BF16, FP32, FP16, READ = "qjl", "torch_bf16", "torch_fp32", "fp16_avx2", "read"
+
+
+class Inaccurate(QJLError):
+    """What was to be timed is wrong, so that its speed does not count."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. ``memory``: bytes that all baselines together may take; those that do not fit are left out."""
+
+    shape: Shape
+    dtype: torch.dtype = torch.float32
+    threads: int = 1
+    repeats: int = 15
+    memory: int = 3 << 30
+
+
+@contextmanager
+def using_backend(name: str) -> Iterator[None]:
+    before = ops.active_backend()
+    ops.use_backend(name)
+    try:
+        yield
+    finally:
+        ops.use_backend(before)
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """||out - expected|| / ||expected|| of the worst row."""
+    return float(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def require_accurate(error: float, what: str, most: float = MOST_ERROR) -> None:
+    """Raises Inaccurate unless the error is small; NaN is not."""
+    if not error <= most:
+        raise Inaccurate(
+            f"{what}: the {ops.active_backend()} backend is {error:.1e} off the reference, where {most:g} is "
+            "allowed, so no speed is reported."
+        )
+
+
+def head(case: str, preset: str, tokens: int, settings: Settings) -> Row:
+    """What comes first in every row."""
+    return {
+        "case": case,
+        "backend": ops.active_backend(),
+        "preset": preset,
+        "tokens": tokens,
+        "head_dim": settings.shape.head_dim,
+    }
+
+
+def compared(timings: Timings, names: Sequence[str]) -> Row:
+    """Our milliseconds, and those of others with the ratios and their quartiles; None for what was not timed."""
+    ratios = {name: timings.ratio(name, OURS) for name in names}
+    return (
+        {"ms": timings.ms(OURS)}
+        | {f"ratio_{name}": ratio and ratio.median for name, ratio in ratios.items()}
+        | {f"spread_{name}": ratio and [ratio.low, ratio.high] for name, ratio in ratios.items()}
+        | {f"ms_{name}": timings.ms(name) if name in timings.rounds else None for name in names}
+    )
+
+
+def of_the_limit(nbytes: int, ms: float, timings: Timings, reader: Reader) -> Row:
+    """Bytes that must be read in ``ms``, and how near that comes to the best read of memory in the same rounds."""
+    limit = reader.nbytes / timings.least_ms(READ)  # bytes per millisecond
+    return {
+        "fraction_of_bandwidth": nbytes / ms / limit,
+        "bytes": nbytes,
+        "bandwidth_gbs": limit / 1e6,
+    }
+
+
+def conditions(settings: Settings) -> Row:
+    return {
+        "kv_heads": settings.shape.kv_heads,
+        "group": settings.shape.group,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "threads": settings.threads,
+        "repeats": settings.repeats,
+        "isa": machine.instruction_set(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+    }

@@ -1,0 +1,153 @@
+"""A cache layer full of tokens as language models make them, without a model and at any length.
+
+Keys and queries have a mean before RoPE and uneven directions. Only ``DISTINCT`` tokens are made and encoded; longer
+sequences repeat them, each block at a position of its own: reading them takes as long as if all were different.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qjl.cache import CacheLayer, LayerSource
+from qjl.errors import QJLError
+from qjl.methods.base import Codec
+from qjl.packed import BLOCK, Blocks
+from qjl.presets import CacheConfig
+from qjl.rope import Rope
+from qjl.statistics import AttentionMoments, LayerStatistics, measure
+
+DISTINCT = 2048
+MEASURED = 600  # tokens that statistics come from
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one attention layer."""
+
+    head_dim: int = 128
+    kv_heads: int = 8
+    group: int = 4
+
+    @property
+    def scaling(self) -> float:
+        return self.head_dim**-0.5
+
+
+class Maker:
+    """Makes the tokens of one layer; the same ones for the same shape."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self._generator = torch.Generator().manual_seed(0)
+        heads, dim = shape.kv_heads, shape.head_dim
+        self.rope = Rope(10000.0 ** (-torch.arange(0, dim, 2) / dim))
+        self._key_root, self._query_root = self._root(heads), self._root(heads * shape.group)
+        self._key_mean, self._query_mean = 3 * self._normal(heads, 1, dim), self._normal(heads * shape.group, 1, dim)
+        self._value_mean = 0.5 * self._normal(heads, 1, dim)
+
+    def keys(self, positions: Tensor) -> Tensor:
+        """After RoPE, for ``positions [1, T]``: ``[1, H, T, D]``."""
+        shape = (1, self.shape.kv_heads, positions.shape[1], self.shape.head_dim)
+        return self.rope.rotate(self._normal(*shape) @ self._key_root + self._key_mean, positions)
+
+    def values(self, count: int) -> Tensor:
+        return self._normal(1, self.shape.kv_heads, count, self.shape.head_dim) + self._value_mean
+
+    def queries(self, positions: Tensor) -> Tensor:
+        """``[1, H * group, T, D]``."""
+        shape = (1, self.shape.kv_heads * self.shape.group, positions.shape[1], self.shape.head_dim)
+        return self.rope.rotate(self._normal(*shape) @ self._query_root + self._query_mean, positions)
+
+    def statistics(self) -> LayerStatistics:
+        positions = torch.arange(MEASURED)[None]
+        keys, values, queries = self.keys(positions), self.values(MEASURED), self.queries(positions)
+        scores = queries.unflatten(1, (self.shape.kv_heads, -1)) @ keys[:, :, None].transpose(3, 4)
+        out = (scores.mul(self.shape.scaling).softmax(-1) @ values[:, :, None]).flatten(1, 2)
+        valid, attention = torch.ones(1, MEASURED, dtype=torch.bool), AttentionMoments()
+        attention.add(queries, out, positions, valid, self.rope, self.shape.kv_heads)
+        return measure(keys, values, positions, valid, attention, self.rope)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator)
+
+    def _root(self, count: int) -> Tensor:
+        dim = self.shape.head_dim
+        directions = torch.linalg.qr(self._normal(count, dim, dim)).Q
+        return (1 + torch.arange(dim))[None, :, None] ** -0.5 * 2 * directions
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A filled layer and the queries of its last token, ``[1, H * group, 1, D]``."""
+
+    layer: CacheLayer
+    query: Tensor
+
+    def copies(self, count: int) -> list[CacheLayer]:
+        """Layers with bytes of their own; the codecs are shared."""
+        return [self.layer, *(copy.deepcopy(self.layer) for _ in range(count - 1))]
+
+
+@torch.no_grad()
+def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype) -> Subject:
+    """A layer that holds ``tokens`` tokens.
+
+    Raises:
+        QJLError: if none of them would be packed, or the preset does not take this head_dim.
+    """
+    least = config.sinks + config.recent + BLOCK
+    if tokens < least:
+        raise QJLError(f"{config.name} keeps the last of {tokens} tokens exact and packs none: give {least} or more.")
+    maker = Maker(shape)
+    source = LayerSource(maker.rope, maker.statistics)
+    _fit(_layer(config, source), maker, dtype)
+    fitted = dict(source.codecs)
+    source.codecs |= {key: (_Repeating(keys), _Repeating(values)) for key, (keys, values) in fitted.items()}
+    layer = _layer(config, source)
+    positions = torch.arange(min(tokens, DISTINCT))[None]
+    keys, values = maker.keys(positions).to(dtype), maker.values(positions.shape[1]).to(dtype)
+    for first in range(0, tokens, DISTINCT):
+        count = min(DISTINCT, tokens - first)
+        layer.append(keys[:, :, :count], values[:, :, :count])
+        layer.settle()
+    source.codecs.update(fitted)
+    return Subject(layer, maker.queries(torch.tensor([[tokens - 1]])).to(dtype))
+
+
+def _layer(config: CacheConfig, source: LayerSource) -> CacheLayer:
+    return CacheLayer(
+        config.key,
+        config.value,
+        sinks=config.sinks,
+        recent=config.recent,
+        pre_rope=config.pre_rope,
+        source=source,
+    )
+
+
+def _fit(layer: CacheLayer, maker: Maker, dtype: torch.dtype) -> None:
+    """Leave codecs in the layer's source: the first block that is packed does."""
+    count = layer.sinks + layer.recent + BLOCK
+    layer.append(maker.keys(torch.arange(count)[None]).to(dtype), maker.values(count).to(dtype))
+    layer.settle()
+
+
+class _Repeating(Codec):
+    """Encodes the first stretch of each length, and gives its codes again for all others of that length."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self.layout = codec.layout
+        self._known: dict[int, Blocks] = {}
+
+    def quantize(self, x: Tensor, first: Tensor) -> Blocks:
+        if x.shape[2] not in self._known:
+            self._known[x.shape[2]] = self.codec.quantize(x, first)
+        return self._known[x.shape[2]]
+
+    def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
+        return self.codec.dequantize(blocks, first)

@@ -1,0 +1,114 @@
+"""Interleaved repeats: what is compared is timed in turn, so that a busy machine slows all of it alike.
+
+Every piece of work comes as several copies on buffers of their own, taken in rotation, so that what a run reads has
+left the processor's caches since it was read last.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qjl.errors import QJLError
+
+Work = Callable[[], object]
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+ASSUMED_CACHE_BYTES = 32 << 20  # where the system does not tell
+_UNITS = {"K": 1 << 10, "M": 1 << 20}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median and its quartiles."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of each piece of work, one per round."""
+
+    rounds: Mapping[str, Sequence[float]]
+
+    def ms(self, name: str) -> float:
+        """The median."""
+        return statistics.median(self.rounds[name])
+
+    def least_ms(self, name: str) -> float:
+        return min(self.rounds[name])
+
+    def ratio(self, slow: str, fast: str) -> Spread | None:
+        """How many times as long one takes as the other, round by round; None where one was not timed."""
+        if not {slow, fast} <= self.rounds.keys():
+            return None
+        return spread([a / b for a, b in zip(self.rounds[slow], self.rounds[fast], strict=True)])
+
+
+def spread(numbers: Sequence[float]) -> Spread:
+    low, median, high = statistics.quantiles(numbers, n=4, method="inclusive") if len(numbers) > 1 else 3 * [*numbers]
+    return Spread(low, median, high)
+
+
+def interleave(
+    works: Mapping[str, Sequence[Work]], repeats: int, threads: int, on_round: Callable[[], None] = lambda: None
+) -> Timings:
+    """Time each work once per round, in an order that changes; a first round does not count."""
+    clock = clock_of(threads)
+    shuffled = random.Random(0)
+    rounds: dict[str, list[float]] = {name: [] for name in works}
+    with use_threads(threads), torch.inference_mode():
+        for turn in range(repeats + 1):
+            for name in shuffled.sample(list(works), len(works)):
+                work = works[name][turn % len(works[name])]
+                start = clock()
+                work()
+                rounds[name].append((clock() - start) / 1e6)
+            on_round()
+    return Timings({name: times[1:] for name, times in rounds.items()})
+
+
+def clock_of(threads: int) -> Callable[[], int]:
+    """CPU time of one thread, which other programs disturb least; the wall clock for several."""
+    return time.thread_time_ns if threads == 1 else time.perf_counter_ns
+
+
+@contextmanager
+def use_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def copies_for(nbytes: int) -> int:
+    """How many copies of ``nbytes`` must be read in turn for each to have left the caches."""
+    return -(-2 * last_level_cache_bytes() // max(nbytes, 1))
+
+
+def last_level_cache_bytes() -> int:
+    sizes = (path.read_text().strip() for path in CACHES.glob("index*/size"))
+    return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=ASSUMED_CACHE_BYTES)
+
+
+def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:
+    """The e of ``time ~ size ** e``, by least squares on logarithms.
+
+    Raises:
+        QJLError: if all sizes are the same.
+    """
+    if len(set(sizes)) < 2:
+        raise QJLError("an exponent needs times at two sizes or more.")
+    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (sizes, times))
+    x = x - x.mean()
+    return float((x @ y) / (x @ x))

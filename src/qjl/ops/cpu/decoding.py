@@ -1,0 +1,363 @@
+"""The fused decode step in C++ (``csrc/step.inl``)."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qjl.ops.cpu import library
+from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens
+from qjl.packed import BLOCK, Blocks
+
+SPLIT_BLOCKS = 64  # of a KV head, at least, that one thread works on
+MOST_SPLITS = 16
+TOP = 127
+RANK = 4  # functions that slow frequencies share
+TOLERANCE = 4e-6
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PAIR = np.dtype(
+    [
+        ("tables", np.int8, (4, 16)),
+        ("sources", np.int32, 4),
+        ("coordinates", np.int32, 2),
+        ("group", np.int32),
+        ("step", np.float32),
+        ("kind", np.int32),
+    ]
+)
+_room = threading.local()
+
+
+class _Side(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("codes", "scale", "middle", "unit", "map", "mean")),
+        *((name, c_int64 * 3) for name in ("codes_stride", "scale_stride", "middle_stride")),
+        *((name, c_int64) for name in ("map_stride", "map_is_half")),
+        *((name, c_int64) for name in ("nibbles", "groups", "code_dim", "head_dim", "code_stride")),
+        ("coordinates", c_void_p),
+        ("entries", c_void_p),
+        ("slots", c_int64),
+        ("pairs", c_void_p),
+        ("pair_count", c_int64),
+    )
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_stride", c_int64 * 3),
+        ("value_stride", c_int64 * 3),
+        ("tokens", c_int64),
+        ("dtype", c_int64),
+        ("bias", c_void_p),
+        ("bias_stride", c_int64 * 4),
+    )
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("inv_freq", "step", "to_centre", "coordinates", "down", "up")),
+        ("pairs", c_int64),
+        ("direct", c_int64),
+        ("scaling", c_float),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("keys", _Side),
+        ("values", _Side),
+        ("exact", _Segment * 2),
+        ("exact_count", c_int64),
+        ("bias", c_void_p),
+        ("bias_stride", c_int64 * 4),
+        ("turn", POINTER(_Turn)),
+        ("first", c_void_p),
+        *((name, c_int64) for name in ("blocks", "blocks_per_split", "splits", "batch", "heads", "rows", "queries")),
+        ("query", c_void_p),
+        ("scaling", c_float),
+        ("softcap", c_float),
+        *((name, c_void_p) for name in ("out", "lse", "scores", "workspace")),
+    )
+
+
+def attend(
+    query: Tensor, packed: PackedTokens, exact: Sequence[ExactTokens], queries: int, scaling: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    step = _step(query, packed, queries)
+    batch, heads, rows, _ = query.shape
+    out = torch.empty((batch, heads, rows, step.values.head_dim))
+    lse = torch.empty((batch, heads, rows))
+    step.exact_count = len(exact)
+    for place, tokens in enumerate(exact):
+        step.exact[place] = _segment(tokens)
+    step.bias, step.bias_stride = _bias(packed.bias)
+    step.scaling, step.softcap = scaling, softcap
+    step.out, step.lse = out.data_ptr(), lse.data_ptr()
+    _run(step)
+    return out, lse
+
+
+def score(query: Tensor, packed: PackedTokens) -> Tensor:
+    """Estimates of <q, k> alone, ``float32 [B, H, R, T]``, with the look-ups of the fused step."""
+    step = _step(query, packed, 1)
+    scores = torch.empty((*query.shape[:3], step.blocks * BLOCK))
+    step.scores = scores.data_ptr()
+    _run(step)
+    return scores
+
+
+def _step(query: Tensor, packed: PackedTokens, queries: int) -> _Step:
+    batch, heads, rows, _ = query.shape
+    blocks = packed.first.shape[1]
+    per_split = max(SPLIT_BLOCKS, -(-blocks // MOST_SPLITS))
+    step = _Step()
+    step.keys = _side(packed.key_form, packed.keys)
+    step.values = _side(packed.value_form, packed.values)
+    if packed.key_form.turn is not None:
+        step.turn = ctypes.pointer(_once(packed.key_form, "turn", _turn))
+    step.first = packed.first.data_ptr()
+    step.blocks, step.blocks_per_split, step.splits = blocks, per_split, -(-blocks // per_split)
+    step.batch, step.heads, step.rows, step.queries = batch, heads, rows, queries
+    step.query = query.data_ptr()
+    return step
+
+
+def _run(step: _Step) -> None:
+    threads = torch.get_num_threads()
+    size = library.load().qjl_step_workspace(ctypes.byref(step), c_int64(threads))
+    step.workspace = _workspace(size).data_ptr()
+    library.call("qjl_step", step)
+
+
+def _workspace(size: int) -> Tensor:
+    """Room that is kept from step to step."""
+    if getattr(_room, "bytes", None) is None or _room.bytes.numel() < size:
+        _room.bytes = torch.empty(size, dtype=torch.uint8)
+    return _room.bytes
+
+
+def _once(form: NibbleForm, name: str, derive: Callable[[NibbleForm], Any]) -> Any:
+    if name not in form.derived:
+        form.derived[name] = derive(form)
+    return form.derived[name]
+
+
+def _side(form: NibbleForm, blocks: Blocks) -> _Side:
+    side = _Side.from_buffer_copy(_once(form, "side", _constants))
+    for place, name in (("codes", "codes"), ("scale", form.scale), ("middle", form.middle)):
+        if name is not None:
+            tensor = blocks[name]
+            setattr(side, place, tensor.data_ptr())
+            setattr(side, f"{place}_stride", (c_int64 * 3)(*(n * tensor.itemsize for n in tensor.stride()[:3])))
+    return side
+
+
+def _constants(form: NibbleForm) -> _Side:
+    """What is the same in all steps; the arrays it points to are kept beside it."""
+    code_heads, nibbles, _, slots = form.entries.shape
+    kept: dict[str, Any] = {
+        "coordinates": form.coordinates.contiguous(),
+        "entries": form.entries.half().transpose(2, 3).contiguous(),
+        "pairs": _pairs(form) if form.has_shared_code else None,
+    }
+    side = _Side(
+        code_stride=int(code_heads > 1), slots=slots, nibbles=nibbles * form.groups, groups=form.groups,
+        code_dim=form.code_dim, head_dim=form.code_dim,
+    )  # fmt: skip
+    side.coordinates, side.entries = kept["coordinates"].data_ptr(), kept["entries"].data_ptr()
+    if kept["pairs"] is not None:
+        side.pairs, side.pair_count = kept["pairs"].ctypes.data, len(kept["pairs"])
+    if form.map is not None:
+        is_shared = form.map.stride(0) == 0 or form.map.shape[0] == 1
+        kept["map"] = (form.map[:1] if is_shared else form.map).contiguous()
+        side.map, side.map_is_half = kept["map"].data_ptr(), kept["map"].dtype == torch.float16
+        side.head_dim = form.map.shape[2]
+        side.map_stride = 0 if is_shared else form.map.shape[1] * form.map.shape[2]
+    for name in ("unit", "mean"):
+        if (tensor := getattr(form, name)) is not None:
+            kept[name] = tensor.float().contiguous()
+            setattr(side, name, kept[name].data_ptr())
+    form.derived["kept"] = kept
+    return side
+
+
+def _segment(tokens: ExactTokens) -> _Segment:
+    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (tokens.keys, tokens.values))
+    segment = _Segment(keys.data_ptr(), values.data_ptr(), keys.stride()[:3], values.stride()[:3], keys.shape[2])
+    segment.dtype = _DTYPES[keys.dtype]
+    segment.bias, segment.bias_stride = _bias(tokens.bias)
+    return segment
+
+
+def _bias(bias: Tensor | None) -> tuple[int | None, Any]:
+    if bias is None:
+        return None, (c_int64 * 4)()
+    return bias.data_ptr(), (c_int64 * 4)(*(n if size > 1 else 0 for n, size in zip(bias.stride()[:3], bias.shape, strict=False)), bias.stride(3))
+
+
+# Values: 8-bit levels
+
+
+def _pairs(form: NibbleForm) -> np.ndarray:
+    """``QjlPair`` of every two coordinates, group by group."""
+    dim = form.code_dim // form.groups
+    rows = [_pair(*two) for two in _two_by_two(_terms(form, dim))]
+    one = np.array(rows, dtype=_PAIR)
+    groups = np.tile(one, (form.groups, 1))
+    for group, pairs in enumerate(groups):
+        pairs["group"] = group
+        pairs["sources"] += group * form.entries.shape[1]
+        pairs["coordinates"] = np.where(one["coordinates"] < 0, -1, one["coordinates"] + group * dim)
+    return groups.reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Term:
+    """``step * sum of tables[k][nibble sources[k]]``, a part of one coordinate; one or two tables."""
+
+    coordinate: int
+    sources: tuple[int, ...]
+    tables: list[np.ndarray]
+    step: float
+
+
+def _terms(form: NibbleForm, dim: int) -> list[_Term]:
+    tables = _tables_by_coordinate(form, dim)
+    exact = _exact_step(tables)
+    terms = []
+    for coordinate, by_source in enumerate(tables):
+        sources = sorted(by_source)
+        for place in range(0, len(sources), 2):
+            two = tuple(sources[place : place + 2])
+            for step, levels in _levels([by_source[source] for source in two], exact):
+                terms.append(_Term(coordinate, two, levels, step))
+    return terms
+
+
+def _tables_by_coordinate(form: NibbleForm, dim: int) -> list[dict[int, np.ndarray]]:
+    coordinates, entries = form.coordinates[0].cpu().numpy(), form.entries[0].double().cpu().numpy()
+    tables: list[dict[int, np.ndarray]] = [{} for _ in range(dim)]
+    for source, (places, of_slots) in enumerate(zip(coordinates, entries.transpose(0, 2, 1), strict=True)):
+        for place, table in zip(places, of_slots, strict=True):
+            if table.any():
+                tables[place][source] = tables[place].get(source, 0) + table
+    return tables
+
+
+def _exact_step(tables: list[dict[int, np.ndarray]]) -> float | None:
+    """A power of two of which all entries are small multiples, if there is one."""
+    every = np.array([table for by_source in tables for table in by_source.values()])
+    for exponent in range(3, 8):
+        step = 2.0**-exponent
+        if (every / step == np.round(every / step)).all() and _largest_sum(tables) <= TOP * step:
+            return step
+    return None
+
+
+def _largest_sum(tables: list[dict[int, np.ndarray]]) -> float:
+    return max((sum(np.abs(table).max() for table in by_source.values()) for by_source in tables), default=0)
+
+
+def _levels(tables: list[np.ndarray], exact: float | None) -> list[tuple[float, list[np.ndarray]]]:
+    """Tables in steps: one where they are exact multiples, otherwise a coarse and a fine one."""
+    if exact is not None:
+        return [(exact, [np.round(table / exact) for table in tables])]
+    coarse = max(sum(np.abs(table).max() for table in tables) / (TOP - 2), 1e-30)
+    fine = coarse / (TOP - 3)
+    whole = [np.round(table / coarse) for table in tables]
+    rest = [np.round((table - coarse * high) / fine) for table, high in zip(tables, whole, strict=True)]
+    return [(coarse, whole), (fine, rest)]
+
+
+def _two_by_two(terms: list[_Term]) -> list[tuple[_Term, _Term | None]]:
+    """Terms that read the same nibbles side by side, then those with equally many, in units of the same step."""
+    pairs: list[tuple[_Term, _Term | None]] = []
+    left: dict[Any, _Term] = {}
+    for same in (lambda term: (term.sources, term.step), lambda term: (len(term.sources), term.step)):
+        waiting, left = (terms if not pairs and not left else list(left.values())), {}
+        alone: dict[Any, list[_Term]] = {}
+        for term in waiting:
+            alone.setdefault(same(term), []).append(term)
+        for group in alone.values():
+            pairs.extend(zip(group[0::2], group[1::2], strict=False))
+            if len(group) % 2:
+                left[id(group[-1])] = group[-1]
+    return pairs + [(term, None) for term in left.values()]
+
+
+def _pair(first: _Term, second: _Term | None) -> tuple[Any, ...]:
+    nothing = np.zeros(16)
+    other = second or _Term(-1, first.sources, [nothing] * len(first.sources), first.step)
+    tables = [*_padded(first.tables), *_padded(other.tables)]
+    sources = [*_padded_sources(first.sources), *_padded_sources(other.sources)]
+    kind = 1 if len(first.sources) == 1 else 0 if first.sources == other.sources else 2
+    return tables, sources, [first.coordinate, other.coordinate], 0, first.step, kind
+
+
+def _padded(tables: list[np.ndarray]) -> list[np.ndarray]:
+    return tables if len(tables) == 2 else [tables[0], np.zeros(16)]
+
+
+def _padded_sources(sources: tuple[int, ...]) -> tuple[int, ...]:
+    return sources if len(sources) == 2 else (sources[0], sources[0])
+
+
+# The mean that RoPE turns
+
+
+def _turn(form: NibbleForm) -> _Turn:
+    """Fast frequencies come first, with a table each; the others share a product of two."""
+    assert form.turn is not None
+    order = np.argsort(-form.turn.inv_freq.double().abs().cpu().numpy(), kind="stable")
+    frequencies = form.turn.inv_freq.double().cpu().numpy()[order]
+    angles = frequencies[:, None] * (np.arange(BLOCK // 2) + 0.5)
+    direct = _fast(angles)
+    slow = [_product(table[direct:]) for table in (np.cos(angles), np.sin(angles))]
+    down = np.stack([down for down, _ in slow], axis=2)  # [F, RANK, 2]
+    down = np.concatenate([down, np.zeros((len(down) % 2, RANK, 2))]).reshape(-1, 2, RANK, 2).transpose(0, 2, 1, 3)
+    up = np.concatenate([np.stack([np.cos(angles), np.sin(angles)], 1)[:direct], np.stack([up for _, up in slow], 1)])
+    coordinates = np.stack([x.cpu().numpy()[order] for x in (form.turn.first, form.turn.second)])
+    arrays = {
+        "inv_freq": form.turn.inv_freq.float().cpu().numpy()[order],
+        "step": _phasors(BLOCK * frequencies),
+        "to_centre": _phasors((BLOCK - 1) / 2 * frequencies),
+        "coordinates": coordinates.astype(np.int32),
+        "down": down.astype(np.float32),
+        "up": up.astype(np.float32),
+    }
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    form.derived["turn arrays"] = arrays
+    pointers = {name: array.ctypes.data for name, array in arrays.items()}
+    return _Turn(**pointers, pairs=len(order), direct=direct, scaling=form.turn.scaling)
+
+
+def _phasors(angles: np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(angles), np.sin(angles)])
+
+
+def _fast(angles: np.ndarray) -> int:
+    """How many frequencies need a table of their own, so that the product serves the others."""
+    for count in range(len(angles)):
+        tables = np.cos(angles[count:]), np.sin(angles[count:])
+        if all(np.abs(down @ up - table).max() < TOLERANCE for table in tables for down, up in [_product(table)]):
+            return count
+    return len(angles)
+
+
+def _product(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``table [F, 32]`` as ``[F, RANK] @ [RANK, 32]``, its best approximation."""
+    u, s, v = np.linalg.svd(table, full_matrices=False)
+    rank = min(RANK, len(s))
+    down, up = np.zeros((len(table), RANK)), np.zeros((RANK, table.shape[1]))
+    down[:, :rank], up[:rank] = u[:, :rank] * s[:rank], v[:rank]
+    return down, up

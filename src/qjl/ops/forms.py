@@ -1,0 +1,68 @@
+"""What the fused decode step reads: packed blocks of a nibble code, and exact tokens beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from qjl.packed import Blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """RoPE of a mean: pair f of coordinates ``first[f], second[f]`` turns by ``position * inv_freq[f]``."""
+
+    inv_freq: Tensor
+    first: Tensor
+    second: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class NibbleForm:
+    """How tokens decode: ``x_hat = mean + map^T (scale * y_hat + middle)``, y_hat a sum of nibble look-ups.
+
+    ``map [H, D', D]`` (None: the identity). ``coordinates [H or 1, N, w]`` and ``entries [H or 1, N, 16, w]`` are the
+    code of one of ``groups`` equal parts of the D' coordinates. The field ``scale`` holds 8-bit logarithms in units of
+    ``unit [H]``, or float16 where that is None; the field ``middle``, if any, float16.
+    """
+
+    map: Tensor | None
+    coordinates: Tensor
+    entries: Tensor
+    code_dim: int
+    scale: str
+    unit: Tensor | None = None
+    middle: str | None = None
+    groups: int = 1
+    mean: Tensor | None = None
+    turn: Turn | None = None
+    derived: dict[str, Any] = field(default_factory=dict)  # what a backend makes of it once
+
+    @property
+    def has_shared_code(self) -> bool:
+        """Whether all heads have one code, as values that need no queries do."""
+        return self.entries.shape[0] == 1
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTokens:
+    """Blocks of keys and values; ``first int64 [B, blocks]``: RoPE positions; ``bias``: as that of ``ExactTokens``."""
+
+    keys: Blocks
+    values: Blocks
+    key_form: NibbleForm
+    value_form: NibbleForm
+    first: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class ExactTokens:
+    """Tokens ``[B, H, t, D]`` in full precision; ``bias float32 [B, Hq, Q, t]`` is added to their scores."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor | None

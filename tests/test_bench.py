@@ -1,0 +1,488 @@
+"""The benchmarks: their baselines are right, their gate shuts, and their rows say what was measured."""
+
+import io
+import json
+import sys
+import xml.etree.ElementTree as ET
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import tiny_checkpoint
+from qjl import attention, cli, ops, plots, texts
+from qjl.bench import baselines, decode, endtoend, faiss_scans, kernels, llama, timing
+from qjl.bench.protocol import Inaccurate, relative_error, require_accurate, using_backend
+from qjl.bench.synthetic import DISTINCT, Maker, Shape, fill
+from qjl.cache import CacheLayer, LayerSource
+from qjl.ops.cpu import library
+from qjl.presets import PRESETS
+
+pytestmark = pytest.mark.skipif(not library.is_installed(), reason="needs the compiled baselines")
+
+FIELDS = (
+    *("case", "backend", "preset", "tokens", "head_dim", "ms"),
+    *("ratio_torch_bf16", "ratio_torch_fp32", "ratio_fp16_avx2", "fraction_of_bandwidth", "max_error"),
+)
+SMALL = ("--head-dim", "64", "--kv-heads", "2", "--group", "2", "--repeats", "3")
+SHAPE = Shape(head_dim=64, kv_heads=2, group=2)
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch):
+    """Caches and reads of a few kilobytes, so that few copies are made."""
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(baselines, "READ_BYTES", 1 << 20)
+
+
+@pytest.fixture
+def reference():
+    with using_backend("reference"):
+        yield
+
+
+@pytest.fixture
+def compiled():
+    with using_backend("cpu"):
+        yield
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["bench", *arguments])
+
+
+def rows_of(result):
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+# Baselines
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("heads", "group", "tokens", "head_dim"),
+    [(2, 4, 500, 128), (3, 3, 77, 64), (1, 7, 333, 80), (2, 1, 1, 8), (1, 2, 33, 256), (1, 5, 50, 512), (2, 4, 16, 96)],
+)
+def test_flash_decode_is_attention(heads, group, tokens, head_dim, threads, generator):
+    query = 3 * torch.randn(heads, group, head_dim, generator=generator)
+    keys, values = torch.randn(2, heads, tokens, head_dim, generator=generator).half()
+    scores = query.double() @ keys.double().transpose(1, 2) * head_dim**-0.5
+    expected = scores.softmax(-1) @ values.double()
+    with timing.use_threads(threads):
+        out = baselines.flash_decode(query, keys, values, head_dim**-0.5)
+    assert relative_error(out, expected) < 3e-6
+
+
+def test_flash_decode_of_scores_that_overflow_an_exponential(generator):
+    query, (keys, values) = torch.full((1, 1, 64), 40.0), torch.randn(2, 1, 100, 64, generator=generator).half()
+    expected = (query.double() @ keys.double().transpose(1, 2)).softmax(-1) @ values.double()
+    assert relative_error(baselines.flash_decode(query, keys, values, 1.0), expected) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_attention_is_that_of_every_query_head(dtype, generator):
+    query, keys, values = (torch.randn(2, n, 64, generator=generator).to(dtype) for n in (3, 100, 100))
+    out = baselines.grouped_attention(query, keys, values, 0.125)
+    for head in range(3):
+        alone = (query[:, head, None].double() @ keys.double().transpose(1, 2) * 0.125).softmax(-1) @ values.double()
+        assert relative_error(out[:, head, None], alone) < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("heads", "group", "m"), [(2, 4, 128), (2, 3, 256), (1, 5, 512), (1, 4, 1024)])
+def test_popcount_scan_scores_queries_of_four_bits(heads, group, m, threads, generator):
+    rows, query = baselines.SignRows.random(heads, 64, m), torch.randn(heads, group, m, generator=generator)
+    signs = torch.from_numpy(np.unpackbits(rows.signs.numpy(), axis=-1, bitorder="little")).double() * 2 - 1
+    assert torch.equal(rows.ones.double(), (signs > 0).double().sum(-1))
+    lowest = query.amin(-1, keepdim=True)
+    step = (query.amax(-1, keepdim=True) - lowest) / 15
+    levels = ((query - lowest) / step + 0.5).floor()
+    expected = (lowest + step * levels).double() @ signs.transpose(1, 2) * rows.scale[:, None]
+    with timing.use_threads(threads):
+        assert relative_error(baselines.popcount_scan(query, rows), expected) < 1e-4
+
+
+def test_a_read_reads_everything():
+    reader = baselines.Reader()
+    with timing.use_threads(2):
+        assert reader().sum() == reader.nbytes / 4
+
+
+def test_the_popcount_scan_is_not_asked_for_what_it_cannot_do():
+    assert [m for m in (8, 128, 192, 256, 384, 512, 4096) if baselines.SignRows.takes(m)] == [128, 256, 512]
+
+
+@pytest.mark.skipif(not faiss_scans.is_installed(), reason="needs faiss-cpu")
+def test_faiss_scans_with_equally_many_bits():
+    for name in (faiss_scans.PQ, faiss_scans.RABITQ):
+        work, *_ = faiss_scans.works(name, 128, 4096, SHAPE)
+        (distances, _), *others = work()
+        assert distances.shape == (SHAPE.group, faiss_scans.TOP)
+        assert len(others) == SHAPE.kv_heads - 1
+    assert faiss_scans.works(faiss_scans.PQ, 512, 4096, SHAPE) == []
+
+
+# Timing
+
+
+def test_everything_is_timed_once_a_round_on_copies_in_turn():
+    done = []
+    works = {
+        "a": [lambda: done.append("a0"), lambda: done.append("a1"), lambda: done.append("a2")],
+        "b": [lambda: done.append("b")],
+    }
+    heard = []
+    timings = timing.interleave(works, 5, 1, lambda: heard.append(len(done)))
+    assert heard == [2, 4, 6, 8, 10, 12]
+    assert [name for name in done if name != "b"] == ["a0", "a1", "a2", "a0", "a1", "a2"]
+    assert {tuple(name[0] for name in done[first : first + 2]) for first in range(0, 12, 2)} == {("a", "b"), ("b", "a")}
+    assert len(timings.rounds["a"]) == len(timings.rounds["b"]) == 5
+
+
+def test_ratios_are_taken_round_by_round():
+    timings = timing.Timings({"slow": [4.0, 30.0, 6.0], "fast": [2.0, 10.0, 1.0]})
+    assert timings.ratio("slow", "fast") == timing.Spread(2.5, 3.0, 4.5)
+    assert timings.ratio("absent", "fast") is None
+    assert (timings.ms("slow"), timings.least_ms("slow")) == (6.0, 4.0)
+    assert timing.spread([2.0]) == timing.Spread(2.0, 2.0, 2.0)
+
+
+def test_copies_fill_the_caches_twice():
+    assert [timing.copies_for(nbytes) for nbytes in (1 << 20, 1 << 17, 1 << 16, 50_000)] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.3])
+def test_the_exponent_of_growth(power, refuses):
+    sizes = [2**n for n in range(10, 20)]
+    assert timing.exponent(sizes, [3e-4 * size**power for size in sizes]) == pytest.approx(power)
+    with refuses("an exponent needs times at two sizes"):
+        timing.exponent([8, 8], [1.0, 2.0])
+
+
+# Synthetic layers
+
+
+def test_a_short_layer_is_one_that_took_its_tokens_itself():
+    config, tokens = PRESETS["b3"], 300
+    subject = fill(config, tokens, SHAPE, torch.float32)
+    maker = Maker(SHAPE)
+    source = LayerSource(maker.rope, maker.statistics)
+    layer = CacheLayer(config.key, config.value, sinks=config.sinks, recent=config.recent, source=source)
+    layer.append(maker.keys(torch.arange(100)[None]), maker.values(100))
+    layer.settle()
+    expected = CacheLayer(config.key, config.value, sinks=config.sinks, recent=config.recent, source=source)
+    keys, values = maker.keys(torch.arange(tokens)[None]), maker.values(tokens)
+    expected.append(keys, values)
+    expected.settle()
+    assert subject.layer.length == expected.length == tokens
+    for ours, theirs in zip(subject.layer.packed, expected.packed, strict=True):
+        assert torch.equal(ours.first_tokens(), theirs.first_tokens())
+        for name, field in ours.view().items():
+            assert torch.equal(field, theirs.view()[name]), name
+
+
+@pytest.mark.parametrize("preset", ["b3", "b3-pre", "kivi-2", "full"])
+def test_a_long_layer_repeats_codes_at_positions_of_their_own(preset):
+    config = PRESETS[preset]
+    layer = fill(config, 3 * DISTINCT + 70, SHAPE, torch.float32).layer
+    keys, _ = layer.packed
+    packed = keys.tokens[0]
+    assert layer.length == 3 * DISTINCT + 70
+    assert layer.length - packed == config.sinks + config.recent + (layer.length - config.sinks - config.recent) % 64
+    assert keys.first_tokens()[0].tolist() == list(range(config.sinks, config.sinks + packed, 64))
+    for name, field in keys.view().items():
+        blocks, repeat = field[:, :, -2 * DISTINCT // 64 - 1 : -1], DISTINCT // 64
+        assert torch.equal(blocks[:, :, :repeat], blocks[:, :, repeat:]), name
+    out = attention.attend(Maker(SHAPE).queries(torch.tensor([[layer.length - 1]])), layer, attention.Scoring(0.125))
+    assert torch.isfinite(out).all()
+
+
+def test_copies_have_bytes_of_their_own():
+    subject = fill(PRESETS["b2"], 300, SHAPE, torch.float32)
+    first, second = subject.copies(2)
+    pointers = {layer.packed[0].view()["codes"].data_ptr() for layer in (first, second)}
+    assert len(pointers) == 2
+    assert first.source is second.source
+
+
+def test_too_few_tokens_are_refused(refuses):
+    with refuses("keeps the last of 99 tokens exact and packs none: give 100 or more"):
+        fill(PRESETS["b3"], 99, SHAPE, torch.float32)
+
+
+# bench decode
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_decode_tells_what_it_measured(backend):
+    with using_backend(backend):
+        rows = rows_of(run("decode", "-p", "b3", "-p", "b2", "-n", "200", "-n", "333", *SMALL, "--json"))
+    assert [(row["preset"], row["tokens"]) for row in rows] == [("b3", 200), ("b3", 333), ("b2", 200), ("b2", 333)]
+    for row in rows:
+        assert set(FIELDS) <= row.keys()
+        assert (row["case"], row["backend"], row["head_dim"], row["threads"]) == ("decode", backend, 64, 1)
+        assert 0 <= row["max_error"] <= 1e-4
+        for name in ("torch_bf16", "torch_fp32", "fp16_avx2"):
+            low, high = row[f"spread_{name}"]
+            assert 0 < low <= row[f"ratio_{name}"] <= high
+        layer = fill(PRESETS[row["preset"]], row["tokens"], SHAPE, torch.float32).layer
+        assert row["bytes"] == layer.nbytes
+        assert row["fraction_of_bandwidth"] == pytest.approx(row["bytes"] / row["ms"] / row["bandwidth_gbs"] / 1e6)
+        assert row["operations"] == 4 * 4 * 64 * row["tokens"]
+
+
+@pytest.mark.usefixtures("reference")
+def test_decode_on_a_terminal_appends_rows_and_draws(tmp_path):
+    rows, picture = tmp_path / "rows.jsonl", tmp_path / "decode.svg"
+    result = run("decode", "-n", "200", "-n", "400", *SMALL, "--out", str(rows), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "preset" in result.stdout
+    assert "b3: time grows as n^" in result.stderr
+    assert len(rows.read_text().splitlines()) == 2
+    assert ET.fromstring(picture.read_text()).tag.endswith("svg")
+
+
+@pytest.mark.usefixtures("reference")
+def test_baselines_that_do_not_fit_are_left_out_and_named():
+    result = run("decode", "-n", "200", *SMALL, "--memory", "300K", "--json")
+    (row,) = rows_of(result)
+    assert row["ratio_fp16_avx2"] > 0
+    assert [row[f"ratio_{name}"] for name in ("torch_bf16", "torch_fp32")] == [None, None]
+    assert "Not compared at b3, 200 tokens: torch_bf16, torch_fp32." in result.stderr
+
+
+def perturbed(backend, error):
+    """``attend`` that is wrong by a relative error on every backend but one."""
+
+    def attend(query, layer, scoring):
+        out = attention.attend(query, layer, scoring)
+        return out if ops.active_backend() == backend else out * (1 + error)
+
+    return attend
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_what_is_wrong_gets_no_speed(error, monkeypatch):
+    monkeypatch.setattr(decode, "attend", perturbed("reference", error))
+    result = run("decode", "-n", "200", *SMALL, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "off the reference, where 0.0001 is allowed, so no speed is reported." in result.stderr
+
+
+def test_the_gate_lets_small_errors_through():
+    require_accurate(1e-4, "this")
+    with pytest.raises(Inaccurate):
+        require_accurate(1.1e-4, "this")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["decode", "-p", "b17"], "unknown preset 'b17'"),
+        (["decode", "-n", "99", *SMALL], "packs none: give 100 or more"),
+        (["decode", "--head-dim", "20", "-n", "200"], "head_dim 20 does not pack"),
+        (["decode", "--sweep", "-n", "200"], "--sweep and --tokens were both given"),
+        (["decode", "--dtype", "int8"], "dtype 'int8' is unknown"),
+        (["decode", "--plot", "a.pdf"], "give a name that ends in .svg or .png"),
+        (["decode", "--out", "/nowhere/rows.jsonl"], "cannot write to /nowhere/rows.jsonl"),
+        (["kernels", "--signs", "100"], "m=100 does not pack into bytes"),
+        (["generate", "--against", "vllm"], "'vllm' is not compared with"),
+    ],
+)
+def test_refusals_are_one_sentence_and_exit_with_2(arguments, message):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr.replace("\n", " ")
+    assert result.stderr.startswith("Error: ")
+
+
+# bench kernels
+
+
+def test_kernels_time_scans_and_encodings():
+    result = run("kernels", "-p", "b2", "--signs", "128", "--bits", "3", "-n", "2048", *SMALL, "--json")
+    signs, levels, keys, values = rows_of(result)
+    assert [row["case"] for row in (signs, levels, keys, values)] == ["scan", "scan", "encode", "encode"]
+    assert [row["preset"] for row in (signs, levels)] == ["signs-128", "levels-3"]
+    assert [row["bits_per_key"] for row in (signs, levels)] == [128, 192]
+    assert [row["role"] for row in (keys, values)] == ["key", "value"]
+    for row in (signs, levels, keys, values):
+        assert set(FIELDS) <= row.keys()
+        assert row["ms"] > 0
+        assert row["ns_per_vector"] > 0
+    assert signs["ratio_popcount"] > 0
+    assert levels["ratio_popcount"] is None
+    assert keys["share_of_prefill"] > 0
+    assert keys["ms"] == pytest.approx(keys["ns_per_vector"] * 2048 * 2 / 1e6)
+
+
+def test_kernels_on_a_terminal_show_both_tables():
+    result = run("kernels", "--signs", "128", "--bits", "1", "-n", "2048", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "signs-128" in result.stdout
+    assert "encoding" in result.stdout
+
+
+@pytest.mark.usefixtures("compiled")
+def test_wrong_scores_get_no_speed(monkeypatch):
+    scores = kernels.scores
+
+    def wrong(rows, segment):
+        return scores(rows, segment) * (1 if ops.active_backend() == "reference" else 1.01)
+
+    monkeypatch.setattr(kernels, "scores", wrong)
+    result = run("kernels", "--signs", "128", "-n", "2048", *SMALL, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_worse_codes_get_no_speed():
+    codec = SimpleNamespace(
+        quantize=lambda x, first: x if ops.active_backend() == "reference" else 0.99 * x,
+        dequantize=lambda blocks, first: 0.5 * blocks,
+    )
+    error = kernels._encoding_error(codec, torch.ones(1, 1, 64, 8), torch.zeros(1, 1), 1)
+    assert error == pytest.approx(0.01)
+
+
+# bench generate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(tiny_checkpoint.save(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def essays(monkeypatch):
+    monkeypatch.setattr(texts, "essays", lambda: "The clocks were striking thirteen. " * 20)
+
+
+@pytest.mark.usefixtures("essays", "reference")
+def test_generate_compares_caches(checkpoint):
+    arguments = ("-m", checkpoint, "-n", "300", "-n", "100", "--against", "dynamic", "--threads", "1", "--repeats", "2")
+    rows = rows_of(run("generate", *arguments, "--json"))
+    names = ["b3 bf16", "dynamic bf16", "b3 fp32", "dynamic fp32"]
+    assert [(row["tokens"], row["preset"]) for row in rows] == [(n, name) for n in (100, 300) for name in names]
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(1e3 / row["ms"])
+        assert row["ratio_dynamic_fp32"] > 0
+        assert row["max_error"] == (0 if row["preset"] == "b3 fp32" else None)
+    assert rows[3]["ratio_dynamic_fp32"] == 1
+
+
+@pytest.mark.usefixtures("essays")
+def test_caches_of_generate_hold_the_same_tokens(checkpoint):
+    race = endtoend.Race(checkpoint, [PRESETS["full"]], [endtoend.DYNAMIC], 300, 1)
+    logits = {}
+    for name, one in race.contestants.items():
+        one.fill(300)
+        with torch.inference_mode():
+            logits[name] = one.step()
+    assert relative_error(logits["full fp32"], logits["dynamic fp32"]) < 1e-5
+    race.contestants["dynamic fp32"].fill(299)
+    with torch.inference_mode():
+        assert relative_error(race.contestants["dynamic fp32"].step(), logits["dynamic fp32"]) > 1e-3
+
+
+@pytest.mark.usefixtures("essays", "compiled")
+def test_wrong_logits_get_no_speed(checkpoint, monkeypatch):
+    step = endtoend.Transformer.step
+
+    def wrong(self):
+        return step(self) * (1 if ops.active_backend() == "reference" else 1.1)
+
+    monkeypatch.setattr(endtoend.Transformer, "step", wrong)
+    arguments = ("-m", checkpoint, "-n", "200", "--against", "dynamic", "--threads", "1", "--repeats", "1")
+    result = run("generate", *arguments, "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+@pytest.mark.usefixtures("essays")
+def test_a_context_longer_than_the_text_is_refused(checkpoint):
+    result = run("generate", "-m", checkpoint, "-n", "2000", "--against", "dynamic")
+    assert result.exit_code == 2
+    assert "fewer than 2000" in result.stderr
+
+
+def test_llama_keeps_what_it_holds(monkeypatch):
+    class Fake:
+        def __init__(self, path, **settings):
+            self.n_tokens, self.calls = 0, calls
+            assert (settings["type_k"], settings["type_v"], settings["flash_attn"]) == (8, 8, True)
+
+        def eval(self, tokens):
+            self.calls.append((self.n_tokens, list(tokens)))
+            self.n_tokens += len(tokens)
+
+    class Pipe:
+        def __init__(self):
+            self.asked = iter([2, None, None, 4, 3])
+
+        def recv(self):
+            return next(self.asked)
+
+        def send(self, answer):
+            assert answer is None
+
+    calls = []
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Fake, GGML_TYPE_Q8_0=8))
+    with pytest.raises(StopIteration):
+        llama._serve(Pipe(), "a.gguf", "q8_0", [5, 6, 7, 8], 2)
+    assert calls == [(0, [5, 6]), (2, [5]), (3, [5]), (2, [7, 8]), (3, [])]
+
+
+# Pictures
+
+
+@pytest.fixture
+def rows():
+    def row(preset, tokens, factor):
+        return {
+            "preset": preset,
+            "tokens": tokens,
+            "head_dim": 128,
+            "kv_heads": 8,
+            "group": 4,
+            "threads": 1,
+            "machine": "a machine",
+            "ms": factor * tokens,
+            "bytes": 600 * tokens,
+            "bandwidth_gbs": 25.0,
+            "peak_gflops": 100.0,
+            "operations": 4 * 32 * 128 * tokens,
+            "ms_torch_bf16": 1e-3 * tokens,
+            "ms_torch_fp32": None,
+            "ms_fp16_avx2": 1e-6 * tokens**1.5,
+        }
+
+    return [row(preset, tokens, factor) for preset, factor in (("b3", 1e-4), ("b2", 9e-5)) for tokens in (1024, 4096)]
+
+
+def test_the_picture_tells_how_time_grows(rows):
+    curves = plots._curves(rows)
+    assert [curve.label for curve in curves] == ["b3, n^1.00", "b2, n^1.00", "torch bf16, n^1.00", "fp16 avx2, n^1.50"]
+    assert [curve.label for curve in plots._curves(rows[:1])] == ["b3", "torch bf16", "fp16 avx2"]
+    picture = plots.benchmark(rows)
+    assert ET.fromstring(picture).tag.endswith("svg")
+    assert plots.benchmark(list(reversed(rows))).count(b"<path") == picture.count(b"<path")
+    assert plots.benchmark(rows) == picture
+
+
+def test_a_png_and_nothing_to_draw(rows, refuses):
+    picture = np.asarray(Image.open(io.BytesIO(plots.benchmark(rows, ".png"))).convert("RGBA"))
+    assert picture.shape == (800, 1920, 4)
+    assert (picture[..., :3] == (0xE8, 0x59, 0x0C)).all(-1).sum() > 100
+    with refuses("there is nothing to draw"):
+        plots.benchmark([])
+
+
+@pytest.mark.parametrize("command", [[], ["decode"], ["kernels"], ["generate"]], ids=lambda command: " ".join(command))
+def test_help_ends_in_an_example(command):
+    example = run(*command, "--help").stdout.strip().splitlines()[-1]
+    assert example.strip().startswith(f"Example: qjl bench {' '.join(command)}".strip())

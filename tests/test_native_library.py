@@ -1,0 +1,127 @@
+"""Which backend and which instruction set are chosen, and what is said where they are not there."""
+
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+
+from qjl import ops
+from qjl.ops.cpu import library
+
+HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
+needs_kernels = pytest.mark.skipif(not library.is_installed(), reason="the kernels were not compiled")
+
+
+@pytest.fixture
+def unsettled(monkeypatch):
+    """Nothing is chosen yet, as in a fresh process."""
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    monkeypatch.delenv(library.ISA_VARIABLE, raising=False)
+    before = library.instruction_set() if library.is_installed() else None
+    monkeypatch.setattr(ops, "_chosen", None)
+    _forget()
+    yield monkeypatch
+    monkeypatch.undo()
+    _forget()
+    if before:
+        library.use_instruction_set(before)
+
+
+def _forget():
+    library.load.cache_clear()
+    ops._automatic.cache_clear()
+
+
+@pytest.fixture
+def uncompiled(unsettled):
+    unsettled.delenv(library.PATH_VARIABLE, raising=False)
+    unsettled.setattr(library, "FILE_NAME", "absent.so")
+    return unsettled
+
+
+def test_the_kernels_are_compiled_wherever_there_is_a_compiler():
+    assert library.is_installed() or not HAS_COMPILER, "run `make native` to see why they are not"
+
+
+@needs_kernels
+def test_the_kernels_are_chosen_where_they_are_there(unsettled, caplog):
+    caplog.set_level(logging.INFO, "qjl")
+    assert ops.active_backend() == "cpu"
+    ops.use_backend("reference")
+    ops.use_backend("auto")
+    assert ops.active_backend() == "cpu"
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert library.instruction_set() in caplog.text
+
+
+def test_without_kernels_the_reference_computes_and_that_is_said_once(uncompiled, caplog):
+    for _ in range(3):
+        ops.pack(torch.zeros(1, 1, 64, 2, dtype=torch.uint8))
+    ops.use_backend("auto")
+    assert ops.backends() == ["reference"]
+    assert ops.active_backend() == "reference"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "without a compiler" in caplog.text
+
+
+def test_asking_for_kernels_that_are_not_there_fails_loudly(uncompiled, refuses):
+    with refuses("no compiler was found when qjl was installed: install GCC 12 or Clang"):
+        ops.use_backend("cpu")
+    uncompiled.setenv(ops.VARIABLE, "cpu")
+    with refuses("no compiler was found"):
+        ops.active_backend()
+
+
+def test_a_library_that_does_not_load_fails_loudly(unsettled, tmp_path, refuses):
+    broken = tmp_path / library.FILE_NAME
+    broken.write_bytes(b"not a library")
+    unsettled.setattr(library, "_copies", lambda: [broken])
+    with refuses("does not load"):
+        ops.active_backend()
+
+
+def test_the_environment_chooses_the_backend(unsettled, refuses):
+    unsettled.setenv(ops.VARIABLE, "reference")
+    assert ops.active_backend() == "reference"
+    unsettled.setattr(ops, "_chosen", None)
+    unsettled.setenv(ops.VARIABLE, "abacus")
+    with refuses("backend 'abacus' is not available here: choose one of "):
+        ops.active_backend()
+
+
+@needs_kernels
+def test_the_environment_chooses_the_instruction_set(unsettled, refuses):
+    for name in library.instruction_sets():
+        library.load.cache_clear()
+        unsettled.setenv(library.ISA_VARIABLE, name)
+        assert library.instruction_set() == name
+    library.load.cache_clear()
+    unsettled.setenv(library.ISA_VARIABLE, "mmx")
+    with refuses("QJL_CPU_ISA=mmx is not available here: choose one of scalar"):
+        ops.active_backend()
+
+
+@needs_kernels
+def test_an_instruction_set_that_is_not_there_is_refused_and_nothing_changes(refuses):
+    before = library.instruction_set()
+    with refuses(f"choose one of {', '.join(library.instruction_sets())}."):
+        library.use_instruction_set("mmx")
+    assert library.instruction_set() == before
+
+
+@needs_kernels
+def test_scalar_kernels_are_always_there():
+    assert library.instruction_sets()[0] == "scalar"
+
+
+@needs_kernels
+def test_of_two_copies_the_newer_is_loaded(unsettled, tmp_path):
+    built = library._copies()[0]
+    copies = [tmp_path / "old.so", tmp_path / "new.so", tmp_path / "older.so"]
+    for path, age in zip(copies, (20, 10, 30), strict=True):
+        shutil.copy(built, path)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    unsettled.setattr(library, "_copies", lambda: copies)
+    assert library.load()._name == str(copies[1])
