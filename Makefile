@@ -38,5 +38,5 @@ sanitize: setup
 	QJL_CPU_LIBRARY=build/sanitize/_cpu.so OMP_NUM_THREADS=1 $(BIN)/pytest $(SANITIZED_TESTS)
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/qjl/_cpu.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels.h"
 #include "pool.h"
 
 namespace qjl {
@@ -15,8 +16,8 @@ typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));
 
 constexpr int FLOATS = 8;
-constexpr int QUAD = 4;         // query heads that share a load
-constexpr int SUMS = 8;         // in flight: two multiply-adds per cycle, four cycles each
+constexpr int QUAD = 4;           // query heads that share a load
+constexpr int SUMS = 8;           // in flight: two multiply-adds per cycle, four cycles each
 constexpr int BLOCK_DIMS = 2048;  // of a block of keys: a page, so that a block and the next ones stay in the L1 cache
 constexpr int MOST_TOKENS = BLOCK_DIMS / FLOATS;
 constexpr int LEAST_TOKENS = 8;
@@ -383,7 +384,7 @@ class Planes {
     }
 
     int64_t m_;
-    Vector worth_[PLANES];  // of a nibble's bits in each plane
+    Vector worth_[PLANES];                                     // of a nibble's bits in each plane
     Vector planes_[MOST_BITS / VECTOR_BITS][QUAD][PLANES][2];  // lower nibbles, upper nibbles
 };
 #else
@@ -481,8 +482,7 @@ using namespace qjl;
 
 int qjl_baselines_run_here() {
 #if defined(__AVX2__)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-           __builtin_cpu_supports("bmi2");
+    return runs_avx2();
 #else
     return 1;
 #endif

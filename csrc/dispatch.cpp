@@ -13,26 +13,26 @@
 #include "pool.h"
 
 namespace qjl {
-namespace {
 
 // Instruction sets
 
 #ifdef QJL_HAS_AVX2
-bool has_f16c() {  // Clang's __builtin_cpu_supports does not know it
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+bool runs_avx2() {
+    unsigned a, b, c, d;  // Clang's __builtin_cpu_supports does not know F16C
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+           __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
+
+namespace {
 
 std::vector<const Kernels*> runnable() {
     std::vector<const Kernels*> tables = {&scalar_kernels};
 #ifdef QJL_HAS_AVX2
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() &&
-                          __builtin_cpu_supports("bmi2");
-    if (has_avx2) tables.push_back(&avx2_kernels);
+    if (runs_avx2()) tables.push_back(&avx2_kernels);
 #endif
 #ifdef QJL_HAS_AVX512
-    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool has_avx512 = runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
     if (has_avx512) tables.push_back(&avx512_kernels);

@@ -30,7 +30,7 @@ struct Room {
 inline int64_t part_floats(const QjlPart& part) {
     switch (part.kind) {
         case QJL_LEVELS: return part.dim * BLOCK / sizeof(float);
-        case QJL_SIGNS: return part.gram ? 4 * part.dim * BLOCK : 0;
+        case QJL_SIGNS: return part.gram ? refinement_floats(part) : 0;
         default: return part.nibbles * (sizeof(Costs) + BLOCK) / sizeof(float);
     }
 }
@@ -86,21 +86,21 @@ struct Map {
 
 // Codes and scales
 
-// `rms` of the coordinates that count, and z = mapped / rms.
+// z = mapped / rms, the rms of the coordinates that count.
 inline void normalise(const float* mapped, const float* weights, int64_t count, float* z) {
-    over_row([&](int t) {
-        Wide squared{};
-        int64_t active = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            if (weights && !(weights[i] > 0)) continue;
-            const Wide x = wide(mapped + i * BLOCK + t);
-            squared += x * x;
-            ++active;
-        }
-        const Wide rms = square_root(squared / static_cast<float>(active));
-        const Wide inverse = 1 / larger(rms, splat(1e-30f));
-        for (int64_t i = 0; i < count; ++i) store(z + i * BLOCK + t, wide(mapped + i * BLOCK + t) * inverse);
+    float squared[BLOCK];
+    int64_t active = 0;
+    for (int64_t i = 0; i < count; ++i) active += !weights || weights[i] > 0;
+    sum_rows(count, squared, [&](int64_t i, int t) {
+        const Wide x = wide(mapped + i * BLOCK + t);
+        return weights && !(weights[i] > 0) ? Wide{} : x * x;
     });
+    over_row([&](int t) {
+        const Wide rms = square_root(wide(squared + t) / static_cast<float>(active));
+        store(squared + t, 1 / larger(rms, splat(1e-30f)));
+    });
+    for (int64_t i = 0; i < count; ++i)
+        over_row([&](int t) { store(z + i * BLOCK + t, wide(mapped + i * BLOCK + t) * wide(squared + t)); });
 }
 
 inline void encode_part(const QjlEncode& operation, const QjlPart& part, int64_t head, float* z, float* room,
@@ -135,23 +135,22 @@ inline void encode_parts(const QjlEncode& operation, int64_t head, float* z, flo
 
 // The norm of each token.
 inline void norms(const float* rows, int64_t count, float* scales) {
-    over_row([&](int t) {
-        Wide squared{};
-        for (int64_t i = 0; i < count; ++i) squared += wide(rows + i * BLOCK + t) * wide(rows + i * BLOCK + t);
-        store(scales + t, square_root(squared));
-    });
+    sum_rows(count, scales, [&](int64_t i, int t) { return wide(rows + i * BLOCK + t) * wide(rows + i * BLOCK + t); });
+    over_row([&](int t) { store(scales + t, square_root(wide(scales + t))); });
 }
 
 // |y|^2 / <y, y_hat> in the metric of the weights; 0 for a token of zeros.
 inline void exact_scales(const float* y, const float* decoded, const float* weights, int64_t count, float* scales) {
+    float aligned[BLOCK];
+    const auto weighted = [&](int64_t i, int t) {
+        const Wide x = wide(y + i * BLOCK + t);
+        return weights ? x * weights[i] : x;
+    };
+    sum_rows(count, scales, [&](int64_t i, int t) { return weighted(i, t) * wide(y + i * BLOCK + t); });
+    sum_rows(count, aligned, [&](int64_t i, int t) { return weighted(i, t) * wide(decoded + i * BLOCK + t); });
     over_row([&](int t) {
-        Wide squared{}, aligned{};
-        for (int64_t i = 0; i < count; ++i) {
-            const Wide x = wide(y + i * BLOCK + t), weighted = weights ? x * weights[i] : x;
-            squared += weighted * x;
-            aligned += weighted * wide(decoded + i * BLOCK + t);
-        }
-        store(scales + t, aligned > 0 ? squared / larger(aligned, splat(1e-30f)) : Wide{});
+        const Wide is = wide(aligned + t);
+        store(scales + t, is > 0 ? wide(scales + t) / larger(is, splat(1e-30f)) : Wide{});
     });
 }
 

@@ -32,6 +32,8 @@ struct Kernels {
     void (*encode_grid)(const QjlEncodeGrid&, Range, float* room);
 };
 
+bool runs_avx2();  // FMA, F16C and BMI2 included
+
 extern const Kernels scalar_kernels, avx2_kernels, avx512_kernels, neon_kernels;
 
 }  // namespace qjl

@@ -9,8 +9,7 @@ constexpr int KIND_ENTRIES = 256;  // of every table of a kind
 constexpr int KIND_WIDTHS = 9;     // a kind is a width of 0 to 8 bits, plus 9 where those lie in several nibbles
 
 struct Levels {
-    const float *tree, *levels;
-    const uint8_t* patterns;
+    const float *tree, *levels, *patterns;
     int width;
 };
 
@@ -63,15 +62,31 @@ struct Sums {
     Wide inner[TILE] = {}, squared[TILE] = {};
 };
 
-inline void add_coordinate(const Levels& levels, const float* z, float gain, float weight, Sums& sums) {
-    with_width(levels.width, [&](auto width) {
+struct Coordinates {
+    int64_t first, last;
+};
+
+// From `first` on, those whose codes have one width.
+inline Coordinates of_one_width(const QjlPart& part, const uint8_t* kinds, int64_t first) {
+    int64_t last = first + 1;
+    while (last < part.dim && kinds[last] % KIND_WIDTHS == kinds[first] % KIND_WIDTHS) ++last;
+    return {first, last};
+}
+
+template <int WIDTH_OF_KIND>
+inline Sums added(Sums sums, const QjlPart& part, const uint8_t* kinds, Coordinates coordinates, const float* weights,
+                  const float* z, float gain) {
+    for (int64_t i = coordinates.first; i < coordinates.last; ++i) {
+        const Levels levels = levels_of(part, kinds[i]);
+        const float weight = weights ? weights[i] : 1;
         for (int v = 0; v < TILE; ++v) {
-            const Wide x = wide(z + v * WIDTH);
-            const Wide level = find<width.VALUE>(levels, gain * x).level, weighted = weight * level;
+            const Wide x = wide(z + i * BLOCK + v * WIDTH);
+            const Wide level = find<WIDTH_OF_KIND>(levels, gain * x).level, weighted = weight * level;
             sums.inner[v] += weighted * x;
             sums.squared[v] += weighted * level;
         }
-    });
+    }
+    return sums;
 }
 
 // Cosine of the angle between z and what g z decodes to, up to the norm of z.
@@ -79,9 +94,11 @@ inline void cosines(const QjlPart& part, const uint8_t* kinds, const float* weig
                     float* found) {
     for (int64_t t = 0; t < BLOCK; t += TILE_TOKENS) {
         Sums sums;
-        for (int64_t i = 0; i < part.dim; ++i) {
-            const float weight = weights ? weights[i] : 1;
-            if (weight > 0) add_coordinate(levels_of(part, kinds[i]), z + i * BLOCK + t, gain, weight, sums);
+        for (Coordinates run{0, 0}; run.last < part.dim;) {
+            run = of_one_width(part, kinds, run.last);
+            with_width(kinds[run.first] % KIND_WIDTHS, [&](auto width) {
+                sums = added<width.VALUE>(sums, part, kinds, run, weights, z + t, gain);
+            });
         }
         for (int v = 0; v < TILE; ++v) {
             const Wide norm = larger(square_root(sums.squared[v]), splat(1e-30f));
@@ -113,15 +130,14 @@ inline void choose_gains(const QjlPart& part, const uint8_t* kinds, const Gains&
 
 // Codes one row in place: what it decodes to, and the pattern of bits of each token.
 inline void encode_row(const Levels& levels, const float* gains, float* z, uint8_t* bits) {
-    uint8_t paths[BLOCK];
     with_width(levels.width, [&](auto width) {
         over_row([&](int t) {
             const Found found = find<width.VALUE>(levels, wide(z + t) * wide(gains + t));
+            const auto pattern = (WideInts)lookup<1 << width.VALUE>(levels.patterns, found.path);
             store(z + t, found.level);
-            store(paths + t, __builtin_convertvector(found.path, WideBytes));
+            store(bits + t, __builtin_convertvector(pattern, WideBytes));
         });
     });
-    for (int t = 0; t < BLOCK; ++t) bits[t] = levels.patterns[paths[t]];
 }
 
 // Each bit of a byte is some bit of some coordinate.

@@ -29,12 +29,32 @@ struct alignas(64) Ticket {
     std::atomic<uint32_t> issued{0};
 };
 
+constexpr uint32_t CLOSED = 1u << 31;
+
+// A worker that wakes late finds its region closed, so nobody waits for it.
 struct Region {
     Task task;
     const void* context;
-    int64_t items;
+    int64_t items, threads;
     alignas(64) std::atomic<int64_t> next;
-    alignas(64) std::atomic<uint32_t> busy;  // workers that have not finished
+    alignas(64) std::atomic<uint32_t> inside{CLOSED};  // workers, and whether others are too late
+
+    void run(int worker) {
+        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) task(context, item, worker);
+    }
+
+    void open() { inside.fetch_and(~CLOSED, std::memory_order_release); }
+
+    void close() {
+        inside.fetch_or(CLOSED, std::memory_order_acq_rel);
+        for (uint32_t now; (now = inside.load(std::memory_order_acquire)) != CLOSED;) wait_while(inside, now);
+    }
+
+    void visit(int worker) {
+        const bool is_open = !(inside.fetch_add(1, std::memory_order_acquire) & CLOSED);
+        if (is_open && worker < threads) run(worker);
+        if (inside.fetch_sub(1, std::memory_order_acq_rel) == CLOSED + 1) inside.notify_one();
+    }
 };
 
 std::atomic<bool> taken{false};
@@ -42,22 +62,18 @@ Region region;
 Ticket tickets[MAX_THREADS];
 int64_t started = 1;  // threads, a caller's included
 
-void run_items(int worker) {
-    for (int64_t item; (item = region.next.fetch_add(1, std::memory_order_relaxed)) < region.items;)
-        region.task(region.context, item, worker);
-}
-
 void work(int worker, uint32_t seen) {
-    for (;; ++seen) {
+    for (;;) {
         wait_while(tickets[worker].issued, seen);
-        run_items(worker);
-        if (region.busy.fetch_sub(1, std::memory_order_acq_rel) == 1) region.busy.notify_one();
+        seen = tickets[worker].issued.load(std::memory_order_acquire);
+        region.visit(worker);
     }
 }
 
 // Threads do not survive a fork: the child starts its own.
 void forget_threads() {
     started = 1;
+    region.inside.store(CLOSED);
     taken.store(false);
 }
 
@@ -77,18 +93,18 @@ void run_here(int64_t items, Task task, const void* context) {
 }
 
 void run_on_pool(int64_t items, int64_t threads, Task task, const void* context) {
-    const int64_t count = start_threads(threads);
     region.task = task;
     region.context = context;
     region.items = items;
+    region.threads = start_threads(threads);
     region.next.store(0, std::memory_order_relaxed);
-    region.busy.store(static_cast<uint32_t>(count - 1), std::memory_order_relaxed);
-    for (int64_t worker = 1; worker < count; ++worker) {
+    region.open();
+    for (int64_t worker = 1; worker < region.threads; ++worker) {
         tickets[worker].issued.fetch_add(1, std::memory_order_release);
         tickets[worker].issued.notify_one();
     }
-    run_items(0);
-    for (uint32_t busy; (busy = region.busy.load(std::memory_order_acquire)) != 0;) wait_while(region.busy, busy);
+    region.run(0);
+    region.close();
 }
 
 }  // namespace

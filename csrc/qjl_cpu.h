@@ -86,8 +86,7 @@ struct QjlPart {   // encodes `dim` coordinates in `nibbles` nibbles
     int64_t dim, nibbles;
     const uint8_t* kinds;                         // levels: [heads, dim], heads `kind_stride` apart
     const int16_t *bit_coordinate, *bit_index;    // [heads, nibbles, 4], heads `place_stride` apart
-    const float *tree, *levels;                   // [kinds, 256], see levels.inl
-    const uint8_t* patterns;
+    const float *tree, *levels, *patterns;        // [kinds, 256], see levels.inl; patterns are the bits of int32
     int64_t kind_stride, place_stride;
     const float *own, *next;                      // trellis: [16, width]
     int64_t width;

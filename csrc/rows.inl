@@ -31,10 +31,21 @@ inline Wide larger(Wide a, Wide b) { return a > b ? a : b; }
 
 inline void zero(float* to, int64_t count) { __builtin_memset(to, 0, count * sizeof(float)); }
 
-// Calls `function(v)` for the first token v of every vector of a row.
+// Calls `function(t)` for the first token t of every vector of a row.
 template <class Function>
 inline void over_row(Function function) {
-    for (int v = 0; v < BLOCK; v += WIDTH) function(v);
+    for (int t = 0; t < BLOCK; t += WIDTH) function(t);
+}
+
+// Sums over coordinates of what `term(i, t)` gives for each vector of tokens.
+template <class Term>
+inline void sum_rows(int64_t count, float* sums, Term term) {
+    for (int first = 0; first < BLOCK; first += TILE_TOKENS) {
+        Wide tile[TILE] = {};
+        for (int64_t i = 0; i < count; ++i)
+            for (int v = 0; v < TILE; ++v) tile[v] += term(i, first + v * WIDTH);
+        for (int v = 0; v < TILE; ++v) store(sums + first + v * WIDTH, tile[v]);
+    }
 }
 
 template <int N>
@@ -78,6 +89,11 @@ inline Wide widened(const Bfloat16* from) {
     return (Wide)(__builtin_convertvector(load<WideShorts>(from), WideInts) << 16);
 }
 
+#if defined(__AVX512F__)
+inline Wide widened(const Half* from) { return (Wide)_mm512_cvtph_ps((__m256i)load<WideShorts>(from)); }
+#elif defined(__F16C__)
+inline Wide widened(const Half* from) { return (Wide)_mm256_cvtph_ps((__m128i)load<WideShorts>(from)); }
+#else
 inline Wide widened(const Half* from) {
     const WideInts bits = __builtin_convertvector(load<WideShorts>(from), WideInts);
     const WideInts magnitude = bits & 0x7fff;
@@ -85,6 +101,7 @@ inline Wide widened(const Half* from) {
     const WideInts endless = (magnitude >= 0x7c00) & 0x7f800000;
     return (Wide)(scaled | endless | (bits & 0x8000) << 16);
 }
+#endif
 
 // The bits of the nearest float16, the even one of two; clipped to the largest.
 inline uint16_t rounded_half(float value) {
@@ -109,20 +126,22 @@ inline float widened(uint16_t half) {
 // The first `count` numbers, and zeros.
 template <class Stored>
 inline Wide first_widened(const Stored* from, int64_t count) {
-    if (count == WIDTH) return widened(from);
+    if (count >= WIDTH) return widened(from);
     Stored padded[WIDTH] = {};
     __builtin_memcpy(padded, from, count * sizeof(Stored));
     return widened(padded);
 }
 
-inline void widen(const Half* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += WIDTH) {
-        const int64_t left = count - i < WIDTH ? count - i : WIDTH;
-        const Wide numbers = first_widened(from + i, left);
-        __builtin_memcpy(to + i, &numbers, left * sizeof(float));
-    }
+inline void store_first(float* to, Wide numbers, int64_t count) {
+    if (count >= WIDTH) return store(to, numbers);
+    __builtin_memcpy(to, &numbers, count * sizeof(float));
 }
 
+inline void widen(const Half* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += WIDTH) store_first(to + i, first_widened(from + i, count - i), count - i);
+}
+
+// `dim` numbers of each of 64 tokens, `stride` apart, to as many rows.
 template <class Stored>
 void load_rows(const Stored* tokens, int64_t stride, int64_t dim, float* rows) {
     for (int t = 0; t < BLOCK; t += WIDTH) {
@@ -137,8 +156,8 @@ void load_rows(const Stored* tokens, int64_t stride, int64_t dim, float* rows) {
     }
 }
 
-// Rows to tokens [64, dim], one after the other.
-inline void store_tokens(const float* rows, int64_t dim, float* tokens) {
+// The inverse.
+inline void store_tokens(const float* rows, int64_t stride, int64_t dim, float* tokens) {
     for (int t = 0; t < BLOCK; t += WIDTH) {
         for (int64_t i = 0; i < dim; i += WIDTH) {
             const int64_t count = dim - i < WIDTH ? dim - i : WIDTH;
@@ -146,7 +165,7 @@ inline void store_tokens(const float* rows, int64_t dim, float* tokens) {
             for (int lane = 0; lane < count; ++lane) square[lane] = wide(rows + (i + lane) * BLOCK + t);
             codes::transpose(square);
             for (int lane = 0; lane < WIDTH; ++lane)
-                __builtin_memcpy(tokens + (t + lane) * dim + i, &square[lane], count * sizeof(float));
+                store_first(tokens + (t + lane) * stride + i, square[lane], count);
         }
     }
 }

@@ -3,6 +3,12 @@
 namespace encode {
 
 constexpr int REFINEMENTS = 6;
+constexpr int EIGHT = 8;   // a block has a multiple of eight coordinates
+constexpr int SPACE = 16;  // between tokens, so that not all of them meet in a few sets of the cache
+
+typedef float Octet __attribute__((vector_size(4 * EIGHT)));
+typedef int32_t OctetInts __attribute__((vector_size(4 * EIGHT)));
+typedef uint8_t OctetBytes __attribute__((vector_size(EIGHT)));
 
 inline void pack_signs(const float* z, int64_t bytes, uint8_t* codes) {
     for (int64_t j = 0; j < bytes; ++j) {
@@ -19,68 +25,67 @@ inline void to_signs(float* z, int64_t count) {
     for (int64_t i = 0; i < count * BLOCK; i += WIDTH) store(z + i, wide(z + i) >= 0 ? splat(1) : splat(-1));
 }
 
-// A token's z, its signs s, and others = (gram - I) s: what the other blocks' signs decode to.
+// A token's z, its signs s, and others = (gram - I) s: what the signs of the other blocks decode to.
 struct Token {
     float *z, *signs, *others;
 };
 
-inline float dot(const float* x, const float* y, int64_t count) {
-    Wide sums[TILE] = {};
-    int64_t i = 0;
-    for (; i + TILE * WIDTH <= count; i += TILE * WIDTH)
-        for (int v = 0; v < TILE; ++v) sums[v] += wide(x + i + v * WIDTH) * wide(y + i + v * WIDTH);
-    float total = 0;
-    for (; i < count; ++i) total += x[i] * y[i];
-    for (int v = 1; v < TILE; ++v) sums[0] += sums[v];
-    for (int lane = 0; lane < WIDTH; ++lane) total += sums[0][lane];
-    return total;
+inline float sum(Octet x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+// c of the least |y - c S^T s|, at least the smallest positive number.
+inline float best_factor(const QjlPart& part, const Token& token) {
+    Octet along{}, squared{};
+    for (int64_t i = 0; i < part.dim; i += EIGHT) {
+        const Octet signs = load<Octet>(token.signs + i);
+        along += load<Octet>(token.z + i) * signs;
+        squared += load<Octet>(token.others + i) * signs;
+    }
+    const float c = sum(along) / (part.dim + sum(squared));
+    return c > __FLT_MIN__ ? c : __FLT_MIN__;
 }
 
-inline void add_scaled(float* to, const float* x, float factor, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) to[i] += factor * x[i];
-}
-
-// Turns sign i over, and what it adds to the other blocks.
+// Turns sign i over, and with it what the blocks other than its own, from `first` to `last`, are up against.
 inline void flip(const QjlPart& part, const Token& token, int64_t i, int64_t first, int64_t last) {
     token.signs[i] = -token.signs[i];
-    const float* row = part.gram + i * part.dim;
     const float change = 2 * token.signs[i];
-    add_scaled(token.others, row, change, first);
-    add_scaled(token.others + last, row + last, change, part.dim - last);
+    const float* row = part.gram + i * part.dim;
+    const auto add = [&](int64_t j) {
+        store(token.others + j, load<Octet>(token.others + j) + change * load<Octet>(row + j));
+    };
+    for (int64_t j = 0; j < first; j += EIGHT) add(j);
+    for (int64_t j = last; j < part.dim; j += EIGHT) add(j);
 }
 
 // The best signs of one block beside those of the others; whether any changed.
 inline bool refine_block(const QjlPart& part, const Token& token, float c, int64_t first, int64_t last) {
     bool changed = false;
-    for (int64_t start = first; start < last; start += 8) {
-        uint8_t is_wrong[8];
-        for (int64_t i = 0; i < 8; ++i) {
-            const bool is_positive = token.z[start + i] >= c * token.others[start + i];
-            is_wrong[i] = is_positive != (token.signs[start + i] > 0);
+    for (int64_t start = first; start < last; start += EIGHT) {
+        const Octet target = load<Octet>(token.z + start) - c * load<Octet>(token.others + start);
+        const OctetInts is_wrong = (target >= 0) ^ (load<Octet>(token.signs + start) > 0);
+        const OctetBytes bytes = __builtin_convertvector(is_wrong, OctetBytes);
+        uint64_t wrong = load<uint64_t>(&bytes);
+        changed |= wrong != 0;
+        while (wrong) {
+            const int place = __builtin_ctzll(wrong) / 8;
+            flip(part, token, start + place, first, last);
+            wrong &= ~(0xffull << 8 * place);
         }
-        uint64_t left;
-        __builtin_memcpy(&left, is_wrong, sizeof left);
-        changed |= left != 0;
-        for (int64_t i = 0; left; ++i, left >>= 8)
-            if (left & 1) flip(part, token, start + i, first, last);
     }
     return changed;
 }
 
 inline void refine(const QjlPart& part, const Token& token) {
-    for (int sweep = 0; sweep < REFINEMENTS; ++sweep) {
-        const float squared = part.dim + dot(token.others, token.signs, part.dim);  // |S^T s|^2 / d
-        const float c = dot(token.z, token.signs, part.dim) / squared;
-        bool changed = false;
+    bool changed = true;
+    for (int sweep = 0; sweep < REFINEMENTS && changed; ++sweep) {
+        const float c = best_factor(part, token);
+        changed = false;
         for (int64_t first = 0; first < part.dim; first += part.block) {
             const int64_t last = first + part.block < part.dim ? first + part.block : part.dim;
-            changed |= refine_block(part, token, c > __FLT_MIN__ ? c : __FLT_MIN__, first, last);
+            changed |= refine_block(part, token, c, first, last);
         }
-        if (!changed) return;
     }
 }
 
-// What each block's signs are up against, from those of all the others.
 inline void add_other_blocks(const QjlPart& part, const float* signs, float* others) {
     zero(others, part.dim * BLOCK);
     for (int64_t first = 0; first < part.dim; first += part.block) {
@@ -92,18 +97,20 @@ inline void add_other_blocks(const QjlPart& part, const float* signs, float* oth
     }
 }
 
-// `room` holds four times as many numbers as z.
+inline int64_t refinement_floats(const QjlPart& part) { return BLOCK * (part.dim + 3 * (part.dim + SPACE)); }
+
 inline void refine_rows(const QjlPart& part, float* z, float* room) {
-    const int64_t size = part.dim * BLOCK;
-    float *others = room, *z_of = room + size, *signs_of = room + 2 * size, *others_of = room + 3 * size;
-    store_tokens(z, part.dim, z_of);
+    const int64_t stride = part.dim + SPACE;
+    float *others = room, *z_of = others + BLOCK * part.dim;
+    float *signs_of = z_of + BLOCK * stride, *others_of = signs_of + BLOCK * stride;
+    store_tokens(z, stride, part.dim, z_of);
     to_signs(z, part.dim);
     add_other_blocks(part, z, others);
-    store_tokens(z, part.dim, signs_of);
-    store_tokens(others, part.dim, others_of);
+    store_tokens(z, stride, part.dim, signs_of);
+    store_tokens(others, stride, part.dim, others_of);
     for (int64_t t = 0; t < BLOCK; ++t)
-        refine(part, {z_of + t * part.dim, signs_of + t * part.dim, others_of + t * part.dim});
-    load_rows(signs_of, part.dim, part.dim, z);
+        refine(part, {z_of + t * stride, signs_of + t * stride, others_of + t * stride});
+    load_rows(signs_of, stride, part.dim, z);
 }
 
 // Codes z, and puts the signs in its place.

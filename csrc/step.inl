@@ -162,7 +162,7 @@ struct Numbers {
         for (; i < n; ++i) to[i] = one(row, i);
     }
 
-    // to[r] += sum over rows of factors[r][row] * row, for up to four r.
+    // to[r] += sum over rows of factors[r][row] * row, for four r, of which some may be the same.
     __attribute__((noinline)) void add_to(float* const (&to)[4], const float* const (&factors)[4], int64_t rows, int64_t n) const {
         int64_t i = 0;
         for (; i + 16 <= n; i += 16) {
@@ -175,11 +175,11 @@ struct Numbers {
             store(to[3] + i, d), store(to[2] + i, c), store(to[1] + i, b), store(to[0] + i, a);
         }
         for (; i < n; ++i) {
-            for (int r = 3; r >= 0; --r) {
-                float total = to[r][i];
-                for (int64_t row = 0; row < rows; ++row) total += factors[r][row] * one(row, i);
-                to[r][i] = total;
+            F4 total = {to[0][i], to[1][i], to[2][i], to[3][i]};
+            for (int64_t row = 0; row < rows; ++row) {
+                total += one(row, i) * F4{factors[0][row], factors[1][row], factors[2][row], factors[3][row]};
             }
+            for (int r = 3; r >= 0; --r) to[r][i] = total[r];
         }
     }
 };
@@ -197,7 +197,7 @@ struct Room {
 };
 
 struct Scratch {
-    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *turned, *parts, *phasors_of_block;
+    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *products, *turned, *parts, *phasors_of_block;
     double* phasors;
     uint8_t *tables, *weights, *codes;
     int32_t *factors, *sums;
@@ -219,6 +219,7 @@ struct Scratch {
         sums = room.take<int32_t>(MAX_ROWS * 64);
         scores = room.take<float>(MAX_ROWS * TILE * 64);
         scales = room.take<float>(TILE * 64);
+        products = room.take<float>(MAX_ROWS * TILE * 64);
         weights = room.take<uint8_t>(TILE * MAX_ROWS * 128);
         codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
         const int64_t pairs = s.turn ? s.turn->pairs : 0;
@@ -558,6 +559,8 @@ struct Sums {
     const Head& h;
     const QjlSide& side;
     Scratch& room;
+    static constexpr float TOLERANCE = 6e-5f;
+    static constexpr int MOST_TAKEN_OUT = 6;
     int64_t first_row, rows;
     float* of_pairs;  // [pair_count][2][4]
     float maximum[MAX_ROWS], weight[MAX_ROWS];
@@ -570,7 +573,7 @@ struct Sums {
     }
 
     // Turns base-2 scores of a tile [rows][TILE][64] into softmax weights, in place.
-    __attribute__((noinline)) void weigh(float* scores, int64_t blocks, float (&largest_weight)[MAX_ROWS]) {
+    __attribute__((noinline)) void weigh(float* scores, int64_t blocks) {
         float decay[8];
         bool moved = false;
         for (int64_t r = 0; r < 4; ++r) decay[r] = decay[4 + r] = 1;
@@ -590,7 +593,6 @@ struct Sums {
                 total += power;
             }
             weight[r] = weight[r] * decay[r] + sum(total);
-            largest_weight[r] = exp2(tile_maximum - updated);
         }
         if (moved) scale_sums(decay);
     }
@@ -598,24 +600,42 @@ struct Sums {
     void scale_sums(const float (&decay)[8]) {
         const F8 factors = load<F8>(decay);
         for (int64_t k = 0; k < side.pair_count; ++k) store(of_pairs + 8 * k, load<F8>(of_pairs + 8 * k) * factors);
-        for (int64_t r = 0; side.middle && r < rows; ++r) {
-            for (int64_t g = 0; g < side.groups; ++g) middles[g * MAX_ROWS + r] *= decay[r];
+        for (int64_t i = 0; i < side.groups * MAX_ROWS; ++i) {
+            middles[i] *= decay[i % MAX_ROWS];
+            energy[i] *= decay[i % MAX_ROWS] * decay[i % MAX_ROWS];
         }
     }
 
     void add(float* scores, int64_t first_block, int64_t blocks) {
-        float largest_weight[MAX_ROWS];
-        weigh(scores, blocks, largest_weight);
+        weigh(scores, blocks);
         gather_codes(first_block, blocks);
-        int64_t k = 0;
+        int64_t pair = 0;
         for (int64_t g = 0; g < side.groups; ++g) {
-            float unit[8];
-            quantize(scores, first_block, blocks, g, largest_weight, unit);
-            for (; k < side.pair_count && side.pairs[k].group == g; ++k) {
-                add_to(of_pairs + 8 * k, side.pairs[k], blocks, load<F8>(unit));
+            int64_t last = pair;
+            while (last < side.pair_count && side.pairs[last].group == g) ++last;
+            float bound[MAX_ROWS], unit[8];
+            multiply(scores, first_block, blocks, g, bound);
+            bool is_twofold = false;
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int i = 0; i < MOST_TAKEN_OUT && is_coarse(bound[r], blocks, g, r); ++i) {
+                    take_out_largest(pair, last, blocks, r, bound[r]);
+                }
+                is_twofold |= is_coarse(bound[r], blocks, g, r);
+            }
+            quantize(bound, blocks, is_twofold, unit);
+            add_pairs(pair, last, blocks, unit);
+            if (is_twofold) {
+                for (int64_t r = 0; r < rows; ++r) bound[r] = unit[r] * 1.001f;
+                quantize(bound, blocks, false, unit);
+                add_pairs(pair, last, blocks, unit);
             }
             if (side.middle) add_middles(scores, first_block, blocks, g);
+            pair = last;
         }
+    }
+
+    void add_pairs(int64_t first, int64_t last, int64_t blocks, const float (&unit)[8]) {
+        for (int64_t k = first; k < last; ++k) add_to(of_pairs + 8 * k, side.pairs[k], blocks, load<F8>(unit));
     }
 
     // The tile's codes, byte by byte: what a pair reads then lies together.
@@ -628,29 +648,80 @@ struct Sums {
         }
     }
 
-    // Integer weights, times the scales of the tokens; `unit` is what one of them stands for.
-    __attribute__((noinline)) void quantize(const float* scores, int64_t first_block, int64_t blocks, int64_t g,
-                  const float (&largest_weight)[MAX_ROWS], float (&unit)[8]) {
-        F16 most{};
+    // Weights times the scales of the tokens; the largest of each row.
+    __attribute__((noinline)) void multiply(const float* scores, int64_t first_block, int64_t blocks, int64_t g,
+                                            float (&largest_product)[MAX_ROWS]) {
         for (int64_t b = 0; b < blocks; ++b) {
             F16 scales[4];
             Keys::decode_scales(side, h.head, h.at(side.scale, side.scale_stride, first_block + b), g, scales);
-            for (int c = 0; c < 4; ++c) {
-                store(room.scales + b * 64 + c * 16, scales[c]);
-                most = larger(most, scales[c]);
-            }
+            for (int c = 0; c < 4; ++c) store(room.scales + b * 64 + c * 16, scales[c]);
         }
-        const float largest_scale = largest(most);
-        for (int64_t r = 0; r < 4; ++r) unit[r] = unit[4 + r] = 0;
         for (int64_t r = 0; r < rows; ++r) {
-            const float bound = largest_weight[r] * largest_scale;
-            unit[r] = unit[4 + r] = bound / WEIGHT_TOP;
-            const float inverse = bound > 1e-30f ? WEIGHT_TOP / bound : 0;
+            F16 most{}, squares{};
+            for (int64_t i = 0; i < blocks * 64; i += 16) {
+                const F16 product = load<F16>(scores + r * TILE * 64 + i) * load<F16>(room.scales + i);
+                store(room.products + r * TILE * 64 + i, product);
+                most = larger(most, product);
+                squares += product * product;
+            }
+            largest_product[r] = largest(most);
+            energy[g * MAX_ROWS + r] += sum(squares);
+        }
+    }
+
+    // Whether rounding to integers would show in the result: one unit's error is uniform, and errors add as noise does.
+    bool is_coarse(float bound, int64_t blocks, int64_t g, int64_t r) const {
+        const float unit = bound / WEIGHT_TOP, tokens = float(blocks * 64);
+        return unit * unit * tokens / 12 > TOLERANCE * TOLERANCE * energy[g * MAX_ROWS + r];
+    }
+
+    // A few tokens that outweigh all others are added exactly, so that units become fine enough for the rest.
+    __attribute__((noinline)) void take_out_largest(int64_t first_pair, int64_t last_pair, int64_t blocks, int64_t r,
+                                                    float& bound) {
+        float* products = room.products + r * TILE * 64;
+        int64_t place = 0;
+        while (!(largest(load<F16>(products + place)) == bound)) place += 16;
+        while (products[place] != bound) ++place;
+        const int64_t token = place % 16 * 4 + place / 16 % 4;
+        for (int64_t k = first_pair; k < last_pair; ++k) {
+            const QjlPair& pair = side.pairs[k];
+            float* sums = of_pairs + 8 * k + r;
+            sums[0] += bound * pair.step * float(level(pair, 0, place / 64, token) + level(pair, 1, place / 64, token));
+            sums[4] += bound * pair.step * float(level(pair, 2, place / 64, token) + level(pair, 3, place / 64, token));
+        }
+        products[place] = 0;
+        F16 most{};
+        for (int64_t i = 0; i < blocks * 64; i += 16) most = larger(most, load<F16>(products + i));
+        bound = largest(most);
+    }
+
+    int level(const QjlPair& pair, int k, int64_t block, int64_t token) const {
+        const int32_t source = pair.sources[k];
+        return pair.tables[k][room.codes[(source / 2 * TILE + block) * 64 + token] >> (source % 2 * 4) & 15];
+    }
+
+    // Integers from products, which become what is left over if they are rounded down; `unit` is what 1 stands for.
+    __attribute__((noinline)) void quantize(const float (&bound)[MAX_ROWS], int64_t blocks, bool is_rounded_down,
+                                            float (&unit)[8]) {
+        for (int64_t r = 0; r < 4; ++r) unit[r] = unit[4 + r] = 0;
+        const float shift = is_rounded_down ? -0.5f : 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            if (!(bound[r] > 1e-30f)) {
+                for (int64_t b = 0; b < blocks; ++b) __builtin_memset(room.weights + (b * rows + r) * 128, 0, 128);
+                continue;
+            }
+            unit[r] = unit[4 + r] = bound[r] / WEIGHT_TOP;
+            const float inverse = WEIGHT_TOP / bound[r];
             for (int64_t b = 0; b < blocks; ++b) {
+                float* products = room.products + (r * TILE + b) * 64;
                 I16 weights[4];
                 for (int c = 0; c < 4; ++c) {
-                    const F16 weight = load<F16>(scores + (r * TILE + b) * 64 + c * 16);
-                    weights[c] = round(weight * load<F16>(room.scales + b * 64 + c * 16) * inverse);
+                    const F16 product = load<F16>(products + c * 16);
+                    weights[c] = round(product * inverse + shift);
+                    if (is_rounded_down) {
+                        weights[c] = larger(weights[c], I16{});
+                        store(products + c * 16, larger(product - __builtin_convertvector(weights[c], F16) * unit[r], F16{}));
+                    }
                 }
                 put_weights(room.weights + (b * rows + r) * 128, weights);
             }
@@ -699,7 +770,8 @@ struct Sums {
     }
 
     static constexpr int MAX_GROUPS = 64;
-    float middles[MAX_GROUPS * MAX_ROWS]{};
+    float middles[MAX_GROUPS * MAX_ROWS]{};  // sums of weights times middles
+    float energy[MAX_GROUPS * MAX_ROWS]{};   // sums of squared products
 };
 
 // Pieces of work

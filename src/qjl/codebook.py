@@ -264,14 +264,16 @@ def _scalar_tables() -> tuple[Tensor, Tensor]:
 def _level_tables(device: torch.device) -> LevelTables:
     levels, patterns = _scalar_tables()
     edges = (levels[:, 1:] + levels[:, :-1]) / 2
-    tree, levels_by_path, patterns_by_path = (torch.zeros_like(x) for x in (levels, levels, patterns))
+    tree, levels_by_path = torch.zeros_like(levels), torch.zeros_like(levels)
+    patterns_by_path = torch.zeros_like(patterns, dtype=torch.int32)
     for kind in range(len(levels)):
         width = kind % (MAX_BITS + 1)
         for depth in range(width):
             first, step = 2 ** (width - depth - 1) - 1, 2 ** (width - depth)
             tree[kind, 2**depth : 2 ** (depth + 1)] = edges[kind, first + step * _reversed_bits(depth)]
         cells = _reversed_bits(width)
-        levels_by_path[kind, : 2**width], patterns_by_path[kind, : 2**width] = levels[kind, cells], patterns[kind, cells]
+        levels_by_path[kind, : 2**width] = levels[kind, cells]
+        patterns_by_path[kind, : 2**width] = patterns[kind, cells].int()
     return LevelTables(*(table.to(device) for table in (tree, levels_by_path, patterns_by_path)))
 
 

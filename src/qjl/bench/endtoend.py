@@ -1,7 +1,7 @@
 """Decoding with a whole model: a token's time over a cache of so many tokens, beside other caches and engines.
 
 All transformers caches are filled from one prefill in full precision; llama.cpp prefills for itself. What attention
-takes is the time beyond that at ``BASE`` tokens, shared out over the layers: the same sum for all.
+takes is the time beyond that of a step over ``BASE`` tokens, timed in the same rounds, shared out over the layers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,7 +21,7 @@ from qjl import models, ops, texts
 from qjl.architecture import layer_shapes, text_config
 from qjl.bench import llama, machine
 from qjl.bench.protocol import REFERENCE, relative_error, require_accurate, using_backend
-from qjl.bench.timing import Timings, interleave, use_threads
+from qjl.bench.timing import Timings, Work, interleave, use_threads
 from qjl.errors import QJLError
 from qjl.evals.decoding import prefill, refill
 from qjl.hf import KVCache
@@ -119,15 +120,14 @@ class Race:
         self.name, self.threads = name, threads
         self.shapes = layer_shapes(network.config)
         self.contestants: dict[str, Contestant] = {}
+        self.bases: dict[str, Contestant] = {}
         ids = _ids(tokenizer, max(longest, FITTED))
         with use_threads(threads):
             exact = _states(prefill(network, ids))
             for label, (model, _) in loaded.items():
                 self._add_caches(label, model, presets, peers, exact, ids)
         if LLAMA in peers:
-            path = models.fetch_gguf(name, progress=progress)
-            for kind in llama.CACHES:
-                self.contestants[f"{LLAMA} {kind}"] = llama.Llama(path, kind, ids[0].tolist(), threads)
+            self._add_llamas(models.fetch_gguf(name, progress=progress), ids[0].tolist())
 
     def _add_caches(
         self,
@@ -147,7 +147,14 @@ class Race:
             makers[DYNAMIC] = partial(DynamicCache, config=config)
         for peer in [peer for peer in peers if peer in QUANTIZED]:
             makers[peer] = partial(QuantizedCache, peer, config, **QUANTIZED[peer][1])
-        self.contestants |= {f"{name} {label}": Transformer(model, make, exact) for name, make in makers.items()}
+        for side in (self.contestants, self.bases):
+            side |= {f"{name} {label}": Transformer(model, make, exact) for name, make in makers.items()}
+
+    def _add_llamas(self, path: Path, ids: list[int]) -> None:
+        base = llama.Llama(path, llama.CACHES[0], ids[:BASE], self.threads)
+        for kind in llama.CACHES:
+            self.contestants[f"{LLAMA} {kind}"] = llama.Llama(path, kind, ids, self.threads)
+            self.bases[f"{LLAMA} {kind}"] = base
 
     def measure(
         self, contexts: Sequence[int], repeats: int, on_round: Callable[[], None] = lambda: None
@@ -157,26 +164,26 @@ class Race:
         Raises:
             Inaccurate: if the backend in use and the reference do not agree on the logits.
         """
-        base, _ = self._run(BASE, repeats, on_round)
         for context in sorted(contexts):
-            timings, errors = self._run(context, repeats, on_round)
+            with use_threads(self.threads):
+                errors = {name: self._logit_error(name, context) for name in self._checked()}
+                for one in self.contestants.values():
+                    one.fill(context)
+                for base in self.bases.values():
+                    base.fill(BASE)
+            works: dict[str, Sequence[Work]] = {name: [one.step] for name, one in self.contestants.items()}
+            works |= {_base(name): [base.step] for name, base in self.bases.items()}
+            timings = interleave(works, repeats, self.threads, on_round)
             for name in self.contestants:
-                yield self._row(name, context, repeats, timings, base, errors.get(name))
+                yield self._row(name, context, repeats, timings, errors.get(name))
 
-    def _run(self, context: int, repeats: int, on_round: Callable[[], None]) -> tuple[Timings, dict[str, float]]:
-        with use_threads(self.threads):
-            errors = {
-                name: self._logit_error(name, one, context)
-                for name, one in self.contestants.items()
-                if isinstance(one, Transformer) and one.is_checked
-            }
-            for one in self.contestants.values():
-                one.fill(context)
-        works = {name: [one.step] for name, one in self.contestants.items()}
-        return interleave(works, repeats, self.threads, on_round), errors
+    def _checked(self) -> list[str]:
+        return [name for name, one in self.contestants.items() if isinstance(one, Transformer) and one.is_checked]
 
-    def _logit_error(self, name: str, one: Transformer, context: int) -> float:
+    def _logit_error(self, name: str, context: int) -> float:
         """Of the next token's logits, of the backend in use against the reference."""
+        one = self.contestants[name]
+        assert isinstance(one, Transformer)
         with torch.inference_mode():
             one.fill(context)
             logits = one.step()
@@ -186,19 +193,24 @@ class Race:
         require_accurate(error, f"{name} at {context} tokens", MOST_LOGIT_ERROR)
         return error
 
-    def _row(self, name: str, context: int, repeats: int, timings: Timings, base: Timings, error: float | None) -> Row:
-        ms = timings.ms(name)
+    def _row(self, name: str, context: int, repeats: int, timings: Timings, error: float | None) -> Row:
+        ms, beyond = timings.ms(name), timings.difference(name, _base(name))
+        low, attention, high = (part / len(self.shapes) for part in (beyond.low, beyond.median, beyond.high))
         ratios = {label: timings.ratio(f"{DYNAMIC} {label}", name) for label in DTYPES}
         return (
             {"case": "generate", "backend": ops.active_backend(), "preset": name, "tokens": context}
             | {"head_dim": self.shapes[0].head_dim, "ms": ms, "tokens_per_second": 1e3 / ms}
             | {f"ratio_{DYNAMIC}_{label}": ratio and ratio.median for label, ratio in ratios.items()}
             | {f"spread_{DYNAMIC}_{label}": ratio and [ratio.low, ratio.high] for label, ratio in ratios.items()}
-            | {"attention_ms_per_layer": (ms - base.ms(name)) / len(self.shapes), "max_error": error}
+            | {"attention_ms_per_layer": attention, "spread_attention_ms_per_layer": [low, high], "max_error": error}
             | {"model": self.name, "threads": self.threads, "repeats": repeats, "isa": machine.instruction_set()}
             | {"machine": machine.describe()}
             | {"versions": machine.versions((*machine.PACKAGES, *EXTRA_PACKAGES))}
         )
+
+
+def _base(name: str) -> str:
+    return f"{name}, {BASE} tokens"
 
 
 def _states(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 from qjl.errors import QJLError
 
 CACHES = ("f16", "q8_0", "q4_0")
-ROOM = 256  # tokens beyond the longest context
+ROOM = 1024  # tokens beyond the longest context
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
@@ -74,15 +74,16 @@ def _serve(pipe: Connection, path: str, cache: str, ids: list[int], threads: int
         verbose=False,
     )
     kept = 0
-    while True:
-        context = pipe.recv()
-        if context is None:
-            llama.eval(ids[:1])
-        else:
-            llama.n_tokens = min(context, kept)
-            llama.eval(ids[llama.n_tokens : context])
-            kept = context
-        pipe.send(None)
+    with suppress(EOFError):  # the benchmark has ended
+        while True:
+            context = pipe.recv()
+            if context is None:
+                llama.eval(ids[:1])
+            else:
+                llama.n_tokens = min(context, kept)
+                llama.eval(ids[llama.n_tokens : context])
+                kept = context
+            pipe.send(None)
 
 
 @contextmanager

@@ -108,10 +108,11 @@ def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype) -> 
     fitted = dict(source.codecs)
     source.codecs |= {key: (_Repeating(keys), _Repeating(values)) for key, (keys, values) in fitted.items()}
     layer = _layer(config, source)
-    positions = torch.arange(min(tokens, DISTINCT))[None]
-    keys, values = maker.keys(positions).to(dtype), maker.values(positions.shape[1]).to(dtype)
     for first in range(0, tokens, DISTINCT):
         count = min(DISTINCT, tokens - first)
+        if first <= DISTINCT:  # what is encoded must have been made where it stands; all else is in its place
+            positions = torch.arange(first, first + count)[None]
+            keys, values = maker.keys(positions).to(dtype), maker.values(count).to(dtype)
         layer.append(keys[:, :, :count], values[:, :, :count])
         layer.settle()
     source.codecs.update(fitted)

@@ -52,6 +52,10 @@ class Timings:
             return None
         return spread([a / b for a, b in zip(self.rounds[slow], self.rounds[fast], strict=True)])
 
+    def difference(self, long: str, short: str) -> Spread:
+        """How many milliseconds more one takes than the other, round by round."""
+        return spread([a - b for a, b in zip(self.rounds[long], self.rounds[short], strict=True)])
+
 
 def spread(numbers: Sequence[float]) -> Spread:
     low, median, high = statistics.quantiles(numbers, n=4, method="inclusive") if len(numbers) > 1 else 3 * [*numbers]

@@ -160,7 +160,7 @@ def generate(
     _require_places(output, None)
     rows = []
     race = Race(model, configs, peers, max(contexts), threads, progress=notes.is_terminal and not json_output)
-    with _passing(), _rounds(1 + len(contexts), repeats, json_output) as on_round:
+    with _passing(), _rounds(len(contexts), repeats, json_output) as on_round:
         for row in race.measure(contexts, repeats, on_round):
             rows.append(row)
             _report(row, output, json_output)

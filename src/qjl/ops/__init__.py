@@ -88,7 +88,7 @@ def _checked(name: str) -> str:
 @cache  # so that it is said once
 def _automatic() -> str:
     if not library.is_installed():
-        _log.warning("qjl was installed without a compiler: its slow reference backend is in use.")
+        _log.warning("qjl was installed without a compiler (GCC 12 or Clang): its slow reference backend is in use.")
         return "reference"
     library.load()
     _log.info("The cpu backend is in use, with %s instructions.", library.instruction_set())

@@ -57,7 +57,7 @@ Map = DenseMap | SketchMap | HadamardMap
 
 @dataclass(frozen=True, eq=False)
 class LevelTables:
-    """Search trees of scalar quantizers: ``tree`` and ``levels`` float32, ``patterns`` uint8, all [kinds, 256].
+    """Search trees of scalar quantizers: ``tree`` and ``levels`` float32, ``patterns`` int32, all [kinds, 256].
 
     Bit d of the path to a level tells whether a number lies above the edge at depth d. The edges at depth d are
     ``tree[2**d + path so far]``; level and pattern of bits lie at the whole path.

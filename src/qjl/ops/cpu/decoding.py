@@ -17,8 +17,8 @@ from qjl.ops.cpu import library
 from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens
 from qjl.packed import BLOCK, Blocks
 
-SPLIT_BLOCKS = 64  # of a KV head, at least, that one thread works on
-MOST_SPLITS = 16
+PIECES = 16  # of work, at least, whatever the threads: splitting alike makes results alike
+SPLIT_BLOCKS = 32  # at least, of one KV head
 TOP = 127
 RANK = 4  # functions that slow frequencies share
 TOLERANCE = 4e-6
@@ -119,7 +119,7 @@ def score(query: Tensor, packed: PackedTokens) -> Tensor:
 def _step(query: Tensor, packed: PackedTokens, queries: int) -> _Step:
     batch, heads, rows, _ = query.shape
     blocks = packed.first.shape[1]
-    per_split = max(SPLIT_BLOCKS, -(-blocks // MOST_SPLITS))
+    per_split = max(SPLIT_BLOCKS, -(-blocks // -(-PIECES // max(1, batch * heads))))
     step = _Step()
     step.keys = _side(packed.key_form, packed.keys)
     step.values = _side(packed.value_form, packed.values)
@@ -144,6 +144,16 @@ def _workspace(size: int) -> Tensor:
     if getattr(_room, "bytes", None) is None or _room.bytes.numel() < size:
         _room.bytes = torch.empty(size, dtype=torch.uint8)
     return _room.bytes
+
+
+def held_bytes() -> int:
+    """Of the room that this thread keeps."""
+    return 0 if getattr(_room, "bytes", None) is None else _room.bytes.numel()
+
+
+def release() -> None:
+    """Give that room back."""
+    _room.bytes = None
 
 
 def _once(form: NibbleForm, name: str, derive: Callable[[NibbleForm], Any]) -> Any:
@@ -273,7 +283,7 @@ def _levels(tables: list[np.ndarray], exact: float | None) -> list[tuple[float, 
     if exact is not None:
         return [(exact, [np.round(table / exact) for table in tables])]
     coarse = max(sum(np.abs(table).max() for table in tables) / (TOP - 2), 1e-30)
-    fine = coarse / (TOP - 3)
+    fine = coarse * len(tables) / (2 * TOP - 2)
     whole = [np.round(table / coarse) for table in tables]
     rest = [np.round((table - coarse * high) / fine) for table, high in zip(tables, whole, strict=True)]
     return [(coarse, whole), (fine, rest)]
