@@ -77,8 +77,7 @@ struct Map {
     }
 
     void apply(int64_t head, const float* rows, float* mapped) {
-        if (map.kind == QJL_SKETCH) return sketch(map, dim, rows, room, mapped);
-        if (map.kind == QJL_HADAMARD) return hadamard_blocks(map, rows, mapped);
+        if (!map.matrix) return sketch(map, dim, rows, room, mapped);
         zero(mapped, map.rows * BLOCK);
         multiply_add(matrix(head), dim, map.rows, dim, rows, mapped);
     }

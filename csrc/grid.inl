@@ -2,11 +2,9 @@
 
 namespace encode {
 
-inline Arrays arrays_of(const QjlEncodeGrid& operation) {
-    return {operation.map, operation.tokens.dim, operation.tokens.dim * BLOCK / static_cast<int64_t>(sizeof(float))};
+int64_t encode_grid_room(const QjlEncodeGrid& operation) {
+    return operation.tokens.dim * (BLOCK + BLOCK / static_cast<int64_t>(sizeof(float)));
 }
-
-int64_t encode_grid_room(const QjlEncodeGrid& operation) { return arrays_of(operation).size; }
 
 struct Grid {
     float step[BLOCK], middle[BLOCK];  // as they are stored; a step of 0 counts as 1
@@ -54,24 +52,22 @@ inline void pack_numbers(const uint8_t* numbers, int64_t count, int64_t bits, ui
 }
 
 void encode_grid(const QjlEncodeGrid& operation, Range range, float* room) {
-    const Arrays arrays = arrays_of(operation);
-    Map map{operation.map, operation.tokens.dim, room + arrays.matrix, room + arrays.coded};
-    float *rows = room + arrays.rows, *mapped = room + arrays.mapped;
-    auto* const numbers = reinterpret_cast<uint8_t*>(room + arrays.part);
-    const int64_t channels = operation.map.rows / operation.groups;
+    const int64_t dim = operation.tokens.dim, channels = dim / operation.groups;
     const float top = static_cast<float>((1 << operation.bits) - 1);
+    float* const rows = room;
+    auto* const numbers = reinterpret_cast<uint8_t*>(room + dim * BLOCK);
     for (int64_t index = range.first; index < range.last; ++index) {
         const Place at = place_of(operation.codes, index);
         load_rows(operation.tokens, at, rows);
-        map.apply(at.head, rows, mapped);
+        hadamard_blocks(rows, dim, operation.size);
         for (int64_t group = 0; group < operation.groups; ++group) {
             const int64_t constants = (index * operation.groups + group) * BLOCK, first = group * channels;
-            const Grid grid = fit_grid(mapped + first * BLOCK, channels, operation.clip, top,
+            const Grid grid = fit_grid(rows + first * BLOCK, channels, operation.clip, top,
                                        operation.steps + constants, operation.middles + constants);
             for (int64_t i = first; i < first + channels; ++i)
-                round_row(mapped + i * BLOCK, grid, top, numbers + i * BLOCK);
+                round_row(rows + i * BLOCK, grid, top, numbers + i * BLOCK);
         }
-        pack_numbers(numbers, operation.map.rows, operation.bits, block_at(operation.codes, at));
+        pack_numbers(numbers, dim, operation.bits, block_at(operation.codes, at));
     }
 }
 

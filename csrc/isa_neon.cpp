@@ -1,4 +1,5 @@
 // NEON, which every aarch64 has.
+#define QJL_NEON
 #include <arm_neon.h>
 
 #include "kernels.h"

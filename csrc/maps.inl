@@ -75,10 +75,10 @@ inline void walsh_hadamard(float* rows, int64_t size) {
 }
 
 // Orthonormal Hadamard matrices of `size` along the diagonal.
-inline void hadamard_blocks(const QjlMap& map, const float* x, float* y) {
-    const float factor = 1 / __builtin_sqrtf(static_cast<float>(map.size));
-    for (int64_t i = 0; i < map.rows * BLOCK; i += WIDTH) store(y + i, wide(x + i) * factor);
-    for (int64_t first = 0; first < map.rows; first += map.size) walsh_hadamard(y + first * BLOCK, map.size);
+inline void hadamard_blocks(float* rows, int64_t dim, int64_t size) {
+    const float factor = 1 / __builtin_sqrtf(static_cast<float>(size));
+    for (int64_t i = 0; i < dim * BLOCK; i += WIDTH) store(rows + i, wide(rows + i) * factor);
+    for (int64_t first = 0; first < dim; first += size) walsh_hadamard(rows + first * BLOCK, size);
 }
 
 // A randomised Hadamard sketch: signs, a transform and a choice of its rows for each of the copies of x.

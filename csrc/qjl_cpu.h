@@ -63,20 +63,13 @@ struct QjlMean {
     int64_t interleaved;      // whether a pair is (2f, 2f + 1) and not (f, f + pairs)
 };
 
-enum QjlMapKind {
-    QJL_DENSE,     // a matrix per head
-    QJL_SKETCH,    // order(H flips x), H of `size` and not normalised, for each copy of the tokens
-    QJL_HADAMARD,  // orthonormal matrices of `size` along the diagonal
-};
-
-struct QjlMap {
-    int64_t kind;  // QjlMapKind
+struct QjlMap {  // a matrix per head, or a randomised Hadamard sketch: order(H flips x) for each copy of the tokens
     int64_t rows;
     const void* matrix;  // [heads, rows, dim], heads `head_stride` apart: float16 where `is_half`, otherwise float32
     int64_t is_half, head_stride;
     const float* flips;    // [copies, dim]
     const int32_t* order;  // [rows], rows of H
-    int64_t size;
+    int64_t size;          // of H, which is not normalised
 };
 
 enum QjlPartKind { QJL_LEVELS, QJL_TRELLIS, QJL_SIGNS };
@@ -113,7 +106,7 @@ struct QjlEncode {
 struct QjlEncodeGrid {
     QjlCodes codes;
     QjlTokens tokens;
-    QjlMap map;
+    int64_t size;  // of the orthonormal Hadamard matrices along the diagonal
     int64_t groups, bits;
     float clip;
     uint16_t *steps, *middles;  // float16 [batch, heads, blocks, groups, 64]

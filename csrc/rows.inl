@@ -59,14 +59,21 @@ inline Wide lookup(const float* table, WideInts index) {
     if constexpr (ENTRIES == 1) {
         return splat(*table);
     } else if constexpr (WIDTH == 4) {
-#ifdef __ARM_NEON
-        if constexpr (ENTRIES <= 16) return codes::lookup(codes::load_table(table), bytes_of_entries((uint32x4_t)index));
+#ifdef QJL_NEON
+        if constexpr (ENTRIES == 16) return qjl::lookup(load_table(table), bytes_of_entries((uint32x4_t)index));
 #endif
         return Wide{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+#ifdef __clang__  // which shuffles only by lanes that are known when compiling
+    } else if constexpr (ENTRIES <= 2 * WIDTH) {
+        Wide found;
+        for (int lane = 0; lane < WIDTH; ++lane) found[lane] = table[index[lane] & (ENTRIES - 1)];
+        return found;
+#else
     } else if constexpr (ENTRIES <= WIDTH) {
         return __builtin_shuffle(wide(table), index);
     } else if constexpr (ENTRIES == 2 * WIDTH) {
         return __builtin_shuffle(wide(table), wide(table + WIDTH), index);
+#endif
     } else {
         const Wide lower = lookup<ENTRIES / 2>(table, index), upper = lookup<ENTRIES / 2>(table + ENTRIES / 2, index);
         return (index & (ENTRIES / 2)) != 0 ? upper : lower;

@@ -226,7 +226,7 @@ struct Scratch {
         phasors = room.take<double>(2 * pairs);
         phasors_of_block = room.take<float>(2 * pairs);
         turned = room.take<float>(MAX_ROWS * 2 * pairs);
-        parts = room.take<float>(MAX_ROWS * 2 * (pairs + RANK));
+        parts = room.take<float>(2 * (pairs + RANK));
         sums_of_pairs = room.take<float>(s.values.pair_count * 8);
         end = room.at;
     }
@@ -451,17 +451,14 @@ struct Turn {
     }
 
     float* of_row(int64_t r) const { return room.turned + r * 2 * t.pairs; }
-    float* parts_of(int64_t r) const { return room.parts + r * 2 * (t.pairs + RANK); }
 
     void add(int64_t block, float* scores, int64_t stride) {
         if (!t.pairs) return;
         stand_at(keys.h.s.first[keys.h.batch * keys.h.s.blocks + block]);
         for (int64_t r = 0; r < keys.rows; ++r) {
-            turn_row(of_row(r), parts_of(r));
-            join_slow(parts_of(r));
-        }
-        for (int64_t r = 0; r < keys.rows; r += 2) {
-            r + 1 < keys.rows ? add_rows<2>(r, scores, stride) : add_rows<1>(r, scores, stride);
+            turn_row(of_row(r), room.parts);
+            join_slow(room.parts);
+            add_row(room.parts, rest[r], scores + r * stride);
         }
     }
 
@@ -503,52 +500,46 @@ struct Turn {
 
     // Slow frequencies, two at a time, become even and odd coefficients of the functions that they share.
     __attribute__((noinline)) void join_slow(float* parts) const {
-        F16 total{}, more{};
-        const float *table = t.down, *last = parts + 2 * t.pairs;
-        float *to = parts + 2 * t.direct;
-        for (parts = to; parts + 4 < last; parts += 8, table += 32) {
-            total += four_times(parts) * load<F16>(table);
-            more += four_times(parts + 4) * load<F16>(table + 16);
+        constexpr int LANES = sizeof(Native) / sizeof(float);
+        const float* last = parts + 2 * t.pairs;
+        float *first = parts + 2 * t.direct, sums[4 * RANK];
+        for (int i = 0; i < 4 * RANK; i += LANES) {
+            Native total{}, more{};
+            const float* table = t.down + i;
+            for (parts = first; parts + 4 < last; parts += 8, table += 8 * RANK) {
+                total += repeated(parts) * load<Native>(table);
+                more += repeated(parts + 4) * load<Native>(table + 4 * RANK);
+            }
+            if (parts < last) total += repeated(parts) * load<Native>(table);
+            store(sums + i, total + more);
         }
-        if (parts < last) total += four_times(parts) * load<F16>(table);
-        total += more;
-        total += __builtin_shufflevector(total, total, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-        for (int k = 0; k < RANK; ++k) to[2 * k] = total[4 * k], to[2 * k + 1] = total[4 * k + 1];
+        for (int k = 0; k < RANK; ++k) {
+            first[2 * k] = sums[4 * k] + sums[4 * k + 2];
+            first[2 * k + 1] = sums[4 * k + 1] + sums[4 * k + 3];
+        }
     }
 
     // Even and odd parts around the centre of the block, 32 steps of each.
-    struct Around {
-        F16 even0, even1, odd0{}, odd1{};
-
-        explicit Around(float constant) : even0(all(constant)), even1(even0) {}
-
-        inline __attribute__((always_inline)) void add(const float* part, F16 cosine0, F16 cosine1, F16 sine0, F16 sine1) {
-            even0 += part[0] * cosine0, even1 += part[0] * cosine1;
-            odd0 += part[1] * sine0, odd1 += part[1] * sine1;
-            QJL_KEEP(even0, even1, odd0, odd1);
+    __attribute__((noinline)) void add_row(const float* parts, float constant, float* scores) const {
+        constexpr int LANES = sizeof(Native) / sizeof(float);
+        float even[32], odd[32];
+        for (int step = 0; step < 32; step += 2 * LANES) {
+            Native even0 = constant - Native{}, even1 = even0, odd0{}, odd1{};
+            const float *part = parts, *table = t.up + step;
+            for (int64_t f = 0; f < t.direct + RANK; ++f, part += 2, table += 64) {
+                even0 += part[0] * load<Native>(table), even1 += part[0] * load<Native>(table + LANES);
+                odd0 += part[1] * load<Native>(table + 32), odd1 += part[1] * load<Native>(table + 32 + LANES);
+                QJL_KEEP(even0, even1, odd0, odd1);
+            }
+            store(even + step, even0), store(even + step + LANES, even1);
+            store(odd + step, odd0), store(odd + step + LANES, odd1);
         }
-
-        void leave(float* scores) const {
-            const F16 tokens[4] = {reversed(even1 - odd1), reversed(even0 - odd0), even0 + odd0, even1 + odd1};
-            F16 by_four[4];
-            arrange_by_four(tokens, by_four);
-            for (int c = 0; c < 4; ++c) store(scores + c * 16, load<F16>(scores + c * 16) + by_four[c]);
-        }
-    };
-
-    template <int ROWS>
-    __attribute__((noinline)) void add_rows(int64_t row, float* scores, int64_t stride) const {
-        constexpr int LAST = ROWS - 1;
-        Around first(rest[row]), second(rest[row + LAST]);
-        const float *of_first = parts_of(row), *of_second = parts_of(row + LAST), *table = t.up;
-        for (int64_t f = 0; f < t.direct + RANK; ++f, table += 64, of_first += 2, of_second += 2) {
-            const F16 cosine0 = load<F16>(table), cosine1 = load<F16>(table + 16);
-            const F16 sine0 = load<F16>(table + 32), sine1 = load<F16>(table + 48);
-            first.add(of_first, cosine0, cosine1, sine0, sine1);
-            if constexpr (ROWS > 1) second.add(of_second, cosine0, cosine1, sine0, sine1);
-        }
-        first.leave(scores + row * stride);
-        if constexpr (ROWS > 1) second.leave(scores + (row + 1) * stride);
+        const F16 near = load<F16>(even), far = load<F16>(even + 16);
+        const F16 near_odd = load<F16>(odd), far_odd = load<F16>(odd + 16);
+        const F16 tokens[4] = {reversed(far - far_odd), reversed(near - near_odd), near + near_odd, far + far_odd};
+        F16 by_four[4];
+        arrange_by_four(tokens, by_four);
+        for (int c = 0; c < 4; ++c) store(scores + c * 16, load<F16>(scores + c * 16) + by_four[c]);
     }
 };
 

@@ -8,6 +8,15 @@ typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef uint16_t H16 __attribute__((vector_size(32)));
 typedef int16_t S16 __attribute__((vector_size(32)));
 
+// The widest vector of this instruction set.
+#if defined(__AVX512F__)
+typedef F16 Native;
+#elif defined(__AVX2__)
+typedef F8 Native;
+#else
+typedef F4 Native;
+#endif
+
 inline float float_of_half(uint16_t half) {
     const uint32_t magnitude = uint32_t(half & 0x7fff) << 13, sign = uint32_t(half & 0x8000) << 16;
     float value;
@@ -35,15 +44,18 @@ inline F16 floats_of_halves(H16 halves) {
 }
 #endif
 
-#ifdef __AVX512F__
-inline F16 four_times(const float* four) { return (F16)_mm512_broadcast_f32x4(_mm_loadu_ps(four)); }
+// Four numbers, over and over.
+inline Native repeated(const float* four) {
+#if defined(__AVX512F__)
+    return (Native)_mm512_broadcast_f32x4(_mm_loadu_ps(four));
+#elif defined(__AVX2__)
+    return (Native)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(four));
 #else
-inline F16 four_times(const float* four) {
-    F16 repeated;
-    for (int i = 0; i < 16; i += 4) __builtin_memcpy(reinterpret_cast<float*>(&repeated) + i, four, 16);
-    return repeated;
-}
+    Native numbers;
+    __builtin_memcpy(&numbers, four, sizeof numbers);
+    return numbers;
 #endif
+}
 
 // Keeps four sums in registers, where GCC 12 would spill them at every step.
 #ifdef __AVX512F__

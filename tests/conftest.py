@@ -61,6 +61,14 @@ def backend(request):
 
 
 @pytest.fixture
+def reference_backend():
+    before = ops.active_backend()
+    ops.use_backend("reference")
+    yield
+    ops.use_backend(before)
+
+
+@pytest.fixture
 def generator():
     return torch.Generator().manual_seed(1)
 

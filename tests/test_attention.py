@@ -283,7 +283,7 @@ def test_tiles_change_nothing(key, value, numbers, padding, packed, monkeypatch)
         torch.testing.assert_close(tiled, whole, atol=2e-3 if queries == 25 else 1e-5, rtol=0)
 
 
-def test_tiles_do_cut(packed, monkeypatch):
+def test_tiles_do_cut(packed, monkeypatch, reference_backend):
     """Of the test above: with one number in flight each query and each block comes alone."""
     layer, tokens = packed(QJL(), TokenUniform())
     seen = []

@@ -13,11 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_checkpoint
-from qjl import attention, cli, ops, plots, texts
+from qjl import attention, cli, models, ops, plots, texts
 from qjl.bench import baselines, decode, endtoend, faiss_scans, kernels, llama, timing
 from qjl.bench.protocol import Inaccurate, relative_error, require_accurate, using_backend
 from qjl.bench.synthetic import DISTINCT, Maker, Shape, fill
 from qjl.cache import CacheLayer, LayerSource
+from qjl.errors import QJLError
 from qjl.ops.cpu import library
 from qjl.presets import PRESETS
 
@@ -236,6 +237,13 @@ def test_decode_tells_what_it_measured(backend):
         assert row["operations"] == 4 * 4 * 64 * row["tokens"]
 
 
+@pytest.mark.usefixtures("compiled")
+def test_the_gate_does_not_see_the_rounding_of_bfloat16():
+    (row,) = rows_of(run("decode", "-n", "200", *SMALL, "--dtype", "bfloat16", "--json"))
+    assert row["dtype"] == "bfloat16"
+    assert row["max_error"] <= 1e-4
+
+
 @pytest.mark.usefixtures("reference")
 def test_decode_on_a_terminal_appends_rows_and_draws(tmp_path):
     rows, picture = tmp_path / "rows.jsonl", tmp_path / "decode.svg"
@@ -439,6 +447,26 @@ def test_llama_keeps_what_it_holds(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Fake, GGML_TYPE_Q8_0=8))
     llama._serve(Pipe(), "a.gguf", "q8_0", [5, 6, 7, 8], 2)
     assert calls == [(0, [5, 6]), (2, [5]), (3, [5]), (2, [7, 8]), (3, [])]
+
+
+def test_a_gguf_for_other_engines_is_kept(tmp_path, monkeypatch):
+    def join(known, folder, bar):
+        joined.append(known)
+        (folder / "model.gguf").write_bytes(b"GGUF of a known model")
+        return folder / "model.gguf"
+
+    joined = []
+    monkeypatch.setenv("QJL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_join", join)
+    paths = {models.fetch_gguf("smollm2", progress=False) for _ in range(2)}
+    assert [path.read_bytes() for path in paths] == [b"GGUF of a known model"]
+    assert joined == [models.REGISTRY["smollm2"]]
+    own = tmp_path / "own.gguf"
+    own.write_bytes(b"GGUF of my own")
+    assert models.fetch_gguf(str(own)) == own
+    own.write_bytes(b"text")
+    with pytest.raises(QJLError, match=r"own\.gguf is not a GGUF file"):
+        models.fetch_gguf(str(own))
 
 
 # Pictures

@@ -8,6 +8,7 @@ middle meets the sum of the turned query's channels. Values are the mirror image
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
@@ -19,6 +20,7 @@ from qjl.methods.base import Codec, require_packable
 from qjl.methods.bits import pack_tokens, token_minor, uniform_grid
 from qjl.methods.nibble import EXPAND_FROM_ROWS, TILE_TOKENS
 from qjl.ops.forms import NibbleForm
+from qjl.ops.recipe import GridRecipe
 from qjl.packed import BLOCK, Blocks, Field, Layout
 from qjl.sketch import hadamard
 
@@ -36,15 +38,34 @@ def grid_layout(head_dim: int, num_bits: int, group_size: int) -> Layout:
     return {"codes": Field((head_dim * num_bits // 8, BLOCK), torch.uint8), "step": constants, "middle": constants}
 
 
-class RotatedGridCodec(Codec):
-    """``rotation [H, D, D]``; ``bounds`` says between which numbers the grid of each group lies."""
+@dataclass(frozen=True)
+class Extremes:
+    """A grid from ``clip`` times the least to ``clip`` times the greatest channel."""
 
-    def __init__(self, layout: Layout, rotation: Tensor, num_bits: int, bounds: Bounds) -> None:
+    clip: float = 1.0
+
+    def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = min_max(y)
+        return self.clip * low, self.clip * high
+
+
+class RotatedGridCodec(Codec):
+    """``rotation [H, D, D]``; ``bounds`` says between which numbers the grid of each group lies.
+
+    ``hadamard_size`` tells that the rotation is a ``block_hadamard`` of that size.
+    """
+
+    def __init__(
+        self, layout: Layout, rotation: Tensor, num_bits: int, bounds: Bounds, hadamard_size: int | None = None
+    ) -> None:
         self.layout = layout
         self.rotation = rotation
         self.num_bits = num_bits
         self.bounds = bounds
         self.groups = layout["step"].shape[0]
+        self.recipe: GridRecipe | None = None
+        if hadamard_size is not None and isinstance(bounds, Extremes):
+            self.recipe = GridRecipe(hadamard_size, self.groups, num_bits, bounds.clip)
         self.code = uniform_code(rotation.shape[-1] // self.groups, num_bits).to(rotation.device)
 
     @property
@@ -68,6 +89,8 @@ class RotatedGridCodec(Codec):
         return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
 
     def _quantize_tile(self, x: Tensor) -> Blocks:
+        if self.recipe is not None and ops.offers("encode_grid", x):
+            return dict(zip(("codes", "step", "middle"), ops.encode_grid(x, self.recipe), strict=True))
         y = (x.float() @ self.rotation).unflatten(3, (self.groups, -1))  # [B, H, T, G, D / G]
         low, high = self.bounds(y)
         codes, step, middle = uniform_grid(y, low, high, self.num_bits)

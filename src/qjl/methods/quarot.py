@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext, Quantizer
-from qjl.methods.grid import RotatedGridCodec, block_hadamard, block_size, grid_layout, min_max
+from qjl.methods.grid import Extremes, RotatedGridCodec, block_hadamard, block_size, grid_layout
 from qjl.packed import Layout
 
 
@@ -43,9 +42,6 @@ class QuaRot(Quantizer):
 
     def fit(self, context: LayerContext) -> RotatedGridCodec:
         layout = self.layout(context.head_dim)
-        rotation = block_hadamard(context.head_dim, block_size(context.head_dim), context.device)
-        return RotatedGridCodec(layout, rotation.expand(context.heads, -1, -1), self.num_bits, self._bounds)
-
-    def _bounds(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = min_max(y)
-        return self.clip_ratio * low, self.clip_ratio * high
+        size = block_size(context.head_dim)
+        rotation = block_hadamard(context.head_dim, size, context.device).expand(context.heads, -1, -1)
+        return RotatedGridCodec(layout, rotation, self.num_bits, Extremes(self.clip_ratio), size)

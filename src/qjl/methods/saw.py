@@ -9,7 +9,7 @@ import torch
 
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext, Quantizer
-from qjl.methods.grid import RotatedGridCodec, block_hadamard, block_size, grid_layout, min_max
+from qjl.methods.grid import Extremes, RotatedGridCodec, block_hadamard, block_size, grid_layout
 from qjl.packed import Layout
 
 NUM_BITS = 4
@@ -40,4 +40,4 @@ class SAW(Quantizer):
         layout = self.layout(context.head_dim)
         size = min(self.order, block_size(context.head_dim))
         rotation = block_hadamard(context.head_dim, size, context.device)
-        return RotatedGridCodec(layout, rotation.expand(context.heads, -1, -1), NUM_BITS, min_max)
+        return RotatedGridCodec(layout, rotation.expand(context.heads, -1, -1), NUM_BITS, Extremes(), size)

@@ -44,15 +44,7 @@ class SketchMap:
         return self.order.shape[0]
 
 
-@dataclass(frozen=True)
-class HadamardMap:
-    """Orthonormal Hadamard matrices of ``size`` along the diagonal."""
-
-    rows: int
-    size: int
-
-
-Map = DenseMap | SketchMap | HadamardMap
+Map = DenseMap | SketchMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +134,14 @@ class Turn:
     interleaved: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class GridRecipe:
-    """``map`` is applied, and groups of channels are rounded to a grid of ``2**num_bits`` levels.
+    """What ``encode_grid`` does: orthonormal Hadamard matrices of ``size`` along the diagonal, then a grid per group.
 
-    It lies between ``clip`` times the least and ``clip`` times the greatest channel of the group.
+    It has ``2**num_bits`` levels, from ``clip`` times the least to ``clip`` times the greatest channel of the group.
     """
 
-    map: Map
+    size: int
     groups: int
     num_bits: int
     clip: float

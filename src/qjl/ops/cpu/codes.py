@@ -81,7 +81,5 @@ def expand(entries: Tensor, codes: Tensor) -> Tensor:
     entries = (entries[:1] if are_shared else entries).float().contiguous()
     expanded = torch.empty((codes.shape[0], heads, codes.shape[2] * BLOCK, nibbles * width))
     head_stride = 0 if are_shared else nibbles * 16 * width
-    library.call(
-        "qjl_expand", _Expand(Codes.of(codes), entries.data_ptr(), expanded.data_ptr(), head_stride, width)
-    )
+    library.call("qjl_expand", _Expand(Codes.of(codes), entries.data_ptr(), expanded.data_ptr(), head_stride, width))
     return expanded

@@ -18,14 +18,12 @@ from qjl.ops.recipe import (
     Part,
     Recipe,
     SignsPart,
-    SketchMap,
     TrellisPart,
     Turn,
 )
 from qjl.packed import BLOCK
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # QjlType
-_DENSE, _SKETCH, _HADAMARD = range(3)  # QjlMapKind
 _LEVELS, _TRELLIS, _SIGNS = range(3)  # QjlPartKind
 
 
@@ -45,7 +43,7 @@ class _Mean(ctypes.Structure):
 
 class _Map(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("kind", "rows")),
+        ("rows", c_int64),
         ("matrix", c_void_p),
         *((name, c_int64) for name in ("is_half", "head_stride")),
         *((name, c_void_p) for name in ("flips", "order")),
@@ -86,8 +84,7 @@ class _EncodeGrid(ctypes.Structure):
     _fields_ = (
         ("codes", Codes),
         ("tokens", _Tokens),
-        ("map", _Map),
-        *((name, c_int64) for name in ("groups", "bits")),
+        *((name, c_int64) for name in ("size", "groups", "bits")),
         ("clip", c_float),
         *((name, c_void_p) for name in ("steps", "middles", "room")),
     )
@@ -117,13 +114,13 @@ def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Te
 
 def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Tensor]:
     tokens = _readable(tokens)
-    codes = _empty_codes(tokens, recipe.map.rows * recipe.num_bits // 8)
+    codes = _empty_codes(tokens, tokens.shape[3] * recipe.num_bits // 8)
     steps = torch.empty((*codes.shape[:3], recipe.groups, BLOCK), dtype=torch.float16)
     middles = torch.empty_like(steps)
     operation = _EncodeGrid(
         codes=Codes.of(codes),
         tokens=_tokens(tokens),
-        map=_map(recipe.map),
+        size=recipe.size,
         groups=recipe.groups,
         bits=recipe.num_bits,
         clip=recipe.clip,
@@ -168,11 +165,9 @@ def _map(chosen: Map) -> _Map:
     if isinstance(chosen, DenseMap):
         matrix = chosen.matrix
         is_half = matrix.dtype == torch.float16
-        return _Map(_DENSE, chosen.rows, matrix.data_ptr(), is_half, _head_stride(matrix))
-    if isinstance(chosen, SketchMap):
-        flips, order = chosen.flips.data_ptr(), chosen.order.data_ptr()
-        return _Map(kind=_SKETCH, rows=chosen.rows, flips=flips, order=order, size=chosen.size)
-    return _Map(kind=_HADAMARD, rows=chosen.rows, size=chosen.size)
+        return _Map(chosen.rows, matrix.data_ptr(), is_half, _head_stride(matrix))
+    flips, order = chosen.flips.data_ptr(), chosen.order.data_ptr()
+    return _Map(rows=chosen.rows, flips=flips, order=order, size=chosen.size)
 
 
 def _part(part: Part) -> _Part:

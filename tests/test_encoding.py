@@ -1,0 +1,340 @@
+"""encode and encode_grid, under every instruction set, against the codecs' own composition of torch operations.
+
+Sums in another order may turn a tie over: few tokens differ, and those are coded as well as before.
+"""
+
+import pytest
+import torch
+
+from conftest import Model
+from method_cases import every_head_dim, label, of_type
+from qjl import ops
+from qjl.codebook import joined_code, refined_sign_code, scalar_code, sign_code
+from qjl.methods.balanced import Balanced
+from qjl.methods.base import LayerContext
+from qjl.methods.grid import Extremes, RotatedGridCodec, block_hadamard, block_size, grid_layout
+from qjl.methods.mapped import MappedCodec
+from qjl.methods.nibble import LogScale, Mean
+from qjl.methods.qjl import QJL, SignCodec
+from qjl.methods.quarot import QuaRot
+from qjl.methods.rabitq import RaBitQ
+from qjl.methods.saw import SAW
+from qjl.methods.transform import GAINS, Transform
+from qjl.ops.cpu import library
+from qjl.packed import BLOCK
+from qjl.rope import Rope
+from qjl.sketch import Sketch, haar_rotation
+from qjl.trellis import WIDTHS, TrellisCode, even_trellis, trellis_code
+
+pytestmark = [
+    pytest.mark.skipif("cpu" not in ops.backends(), reason="the cpu backend was not compiled"),
+    pytest.mark.usefixtures("cpu_backend"),
+]
+CPU = torch.device("cpu")
+FEW = 0.005  # of the tokens
+FEW_OF_FINE_CODES = 0.03  # of more than 3 bits per coordinate: more candidates, and closer to each other
+
+
+@pytest.fixture(params=library.instruction_sets() if library.is_installed() else [])
+def instruction_set(request):
+    before = library.instruction_set()
+    library.use_instruction_set(request.param)
+    yield request.param
+    library.use_instruction_set(before)
+
+
+@pytest.fixture
+def cpu_backend():
+    before = ops.active_backend()
+    ops.use_backend("cpu")
+    yield
+    ops.use_backend(before)
+
+
+@pytest.fixture
+def reference_blocks():
+    """The blocks that the reference makes of tokens."""
+
+    def quantize(codec, x, first):
+        ops.use_backend("reference")
+        blocks = codec.quantize(x, first)
+        ops.use_backend("cpu")
+        return blocks
+
+    return quantize
+
+
+def _firsts(x, start=4):
+    """Positions of the first tokens of blocks: other ones in every row."""
+    rows = start + 1000 * torch.arange(x.shape[0])[:, None]
+    return rows + BLOCK * torch.arange(x.shape[2] // BLOCK)
+
+
+def _loss(codec, x, first, blocks):
+    """What the encoder minimises, of every token, relative to |z|^2: float64 ``[B, H, T]``."""
+    code = codec.code
+    entries = code.entries.expand(x.shape[1], -1, -1, -1)
+    decoded = code.scatter(ops.expand(entries, blocks["codes"])).double()
+    positions = (first[..., None] + torch.arange(BLOCK)).flatten(1)
+    residual = x.float() - (codec.mean.at(positions) if codec.mean else 0)
+    key_map = getattr(codec, "key_map", codec.query_map)
+    z = residual.double() @ key_map.double().transpose(1, 2)
+    weights = getattr(codec, "weights", None)
+    if weights is not None:
+        z, decoded = z * weights[:, None].sqrt(), decoded * weights[:, None].sqrt()
+    z = z / z.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+    if isinstance(getattr(codec, "encoder", None), TrellisCode):
+        return (z - decoded).square().mean(-1)
+    return 1 - (z * decoded).mean(-1).square() / decoded.square().mean(-1)
+
+
+def _check(codec, x, first, reference_blocks):
+    expected, found = reference_blocks(codec, x, first), codec.quantize(x, first)
+    assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
+        name: (t.shape, t.dtype) for name, t in expected.items()
+    }
+    differs = (found["codes"] != expected["codes"]).any(3).flatten(2)
+    few = FEW if codec.code.nibbles * 4 <= 3 * codec.code.dim else FEW_OF_FINE_CODES
+    assert differs.sum() <= max(few * differs.numel(), 2)
+    before, after = (_loss(codec, x, first, blocks)[differs] for blocks in (expected, found))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+    steps = (_ordinals(found["scale"]) - _ordinals(expected["scale"])).abs().flatten(2)[~differs]
+    assert not steps.numel() or steps.max() <= 1
+    assert steps.count_nonzero() <= max(FEW * steps.numel(), 2)
+
+
+def _ordinals(scale):
+    """Scales as numbers of steps: 8-bit logarithms are that, the bits of positive floats too."""
+    return scale.view(torch.int16 if scale.dtype == torch.float16 else torch.uint8).int()
+
+
+# Codecs as the methods make them
+
+
+NIBBLES = [*of_type(QJL, outliers=0), *of_type(Balanced), *of_type(Transform)]
+GRIDS = [*of_type(QuaRot), *of_type(SAW)]
+
+
+@every_head_dim
+@pytest.mark.parametrize(("role", "quantizer"), NIBBLES)
+def test_codes_and_scales_are_those_of_the_reference(
+    role, quantizer, head_dim, fitted, instruction_set, reference_blocks
+):
+    case = fitted(role, quantizer, head_dim)
+    assert case.codec.recipe is not None
+    _check(case.codec, case.x, case.first, reference_blocks)
+
+
+@every_head_dim
+@pytest.mark.parametrize(("role", "quantizer"), GRIDS)
+def test_grids_are_those_of_the_reference(role, quantizer, head_dim, fitted, instruction_set, reference_blocks):
+    case = fitted(role, quantizer, head_dim)
+    assert case.codec.recipe is not None
+    _check_grid(case.codec, case.x, case.first, reference_blocks)
+
+
+def _check_grid(codec, x, first, reference_blocks):
+    expected, found = reference_blocks(codec, x, first), codec.quantize(x, first)
+    assert (found["codes"] != expected["codes"]).float().mean() <= FEW
+    spread = expected["step"].float()[:, :, :, :1]
+    for name in ("step", "middle"):
+        error = (found[name].float() - expected[name].float()).abs()
+        assert (error > 0).float().mean() < 0.02
+        assert (error <= 2e-3 * spread.expand_as(error) + 1e-3 * expected[name].float().abs()).all()
+
+
+# Shapes, types and strides
+
+
+def _scalar(dim, heads, generator):
+    """Widths from 0 to 8 bits, other ones in every head."""
+    widths = torch.randint(0, 9, (heads, dim), generator=generator)
+    widths[:, 1] = 8 - (widths.sum(1) - widths[:, 1]) % 8
+    return scalar_code(tuple(map(tuple, widths.tolist())))
+
+
+ENCODERS = {
+    "scalar": _scalar,
+    "three-bits": lambda dim, heads, generator: scalar_code([[3] * dim]),
+    **{f"trellis-{w}": lambda dim, heads, generator, w=w: trellis_code(dim, w) for w in WIDTHS},
+    "joined": lambda dim, heads, generator: joined_code(trellis_code(dim - 8, 2), scalar_code([[3] * 8])),
+    "signs": lambda dim, heads, generator: sign_code(dim),
+    "refined": lambda dim, heads, generator: refined_sign_code(Sketch(4 * dim - 8, dim).matrix),
+}
+every_encoder = pytest.mark.parametrize("encoder", ENCODERS)
+
+
+def _codec(encoder, dim, heads, generator, mean=None, half=True):
+    code = ENCODERS[encoder](dim, heads, generator)
+    rows = Sketch(4 * dim - 8, dim).matrix if encoder == "refined" else haar_rotation(dim)
+    key_map = rows * (0.5 + torch.rand(heads, 1, 1, generator=generator))
+    weights = None
+    if encoder == "scalar":
+        has_bits = code.kinds % 9 > 0
+        weights = (0.1 + torch.rand(heads, dim, generator=generator)) * has_bits
+    unit = 0.5 + torch.rand(heads, generator=generator)
+    key_map = key_map.half() if half else key_map
+    return MappedCodec(key_map, key_map, code, LogScale(unit), mean, GAINS, weights)
+
+
+def _tokens(batch, heads, blocks, dim, generator):
+    return torch.randn(batch, heads, blocks * BLOCK, dim, generator=generator) + 1
+
+
+@every_encoder
+@pytest.mark.parametrize("dim", [8, 16, 24, 40, 72, 136, 512])
+def test_any_dimension(encoder, dim, generator, instruction_set, reference_blocks):
+    if encoder == "refined" and dim > 136:
+        dim = 200
+    codec = _codec(encoder, dim, 2, generator, half=dim % 16 == 0)
+    x = _tokens(1, 2, 2, dim, generator)
+    _check(codec, x, _firsts(x), reference_blocks)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "hadamard"])
+@pytest.mark.parametrize(("m", "dim"), [(8, 8), (8, 96), (128, 64), (200, 72), (640, 512), (1000, 24)])
+def test_signs_of_any_sketch(kind, m, dim, generator, instruction_set, reference_blocks):
+    sketch = Sketch(m, dim, kind)
+    x = _tokens(2, 2, 1, dim, generator)
+    _check(SignCodec(sketch, sketch.matrix, 2), x, _firsts(x), reference_blocks)
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+@pytest.mark.parametrize(("dim", "group_size"), [(8, 8), (24, 128), (40, 8), (512, 64)])
+def test_grids_of_any_dimension(num_bits, dim, group_size, generator, instruction_set, reference_blocks):
+    layout, size = grid_layout(dim, num_bits, group_size), block_size(dim)
+    rotation = block_hadamard(dim, size, CPU).expand(2, -1, -1)
+    x = _tokens(1, 2, 2, dim, generator)
+    _check_grid(RotatedGridCodec(layout, rotation, num_bits, Extremes(0.9), size), x, _firsts(x), reference_blocks)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("rotary", "scaling"), [(40, 1.0), (16, 1.19)])
+def test_the_mean_turns_with_rope(interleaved, rotary, scaling, generator, instruction_set, reference_blocks):
+    rope = Rope(10000.0 ** (-torch.arange(0, rotary, 2) / rotary), scaling, interleaved)
+    mean = Mean(5 * torch.randn(3, 40, generator=generator), rope)
+    codec = _codec("three-bits", 40, 3, generator, mean)
+    x = _tokens(2, 3, 2, 40, generator)
+    first = torch.tensor([[3, 67], [70000, 5]])
+    _check(codec, x, first, reference_blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_tokens_of_any_type_and_stride(dtype, generator, instruction_set):
+    codec = _codec("scalar", 72, 2, generator)
+    x = _tokens(2, 2, 3, 72, generator).to(dtype)
+    first = _firsts(x)
+    expected = codec.quantize(x.float().contiguous(), first)
+    views = (
+        x,
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.nn.functional.pad(x, (3, 2, BLOCK, 5))[:, :, BLOCK:-5, 3:-2],
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x[:1].expand(2, -1, -1, -1),
+    )
+    for view in views:
+        found = codec.quantize(view, first)
+        rows = slice(1) if view is views[-1] else slice(None)
+        assert all(torch.equal(found[name][rows], expected[name][rows]) for name in expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 6e-8, 1.0, -65504.0])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_extreme_halves_are_widened_exactly(value, encoder, generator, instruction_set):
+    codec = _codec(encoder, 16, 1, generator)
+    x = torch.full((1, 1, BLOCK, 16), value, dtype=torch.float16)
+    x[..., ::3] *= -1
+    low, high = codec.quantize(x, _firsts(x)), codec.quantize(x.float(), _firsts(x))
+    assert all(torch.equal(low[name], high[name]) for name in low)
+
+
+@every_encoder
+@pytest.mark.parametrize("constant", [0.0, 1.0, -300.0, 1e-20])
+def test_tokens_of_one_number(encoder, constant, generator, instruction_set, reference_blocks):
+    """And of zeros, whose scale is zero whatever their codes."""
+    codec = _codec(encoder, 24, 2, generator, half=False)
+    x = torch.full((1, 2, BLOCK, 24), constant)
+    found = codec.quantize(x, _firsts(x))
+    assert torch.isfinite(codec.dequantize(found, _firsts(x))).all()
+    assert (found["scale"].int() - reference_blocks(codec, x, _firsts(x))["scale"].int()).abs().max() <= 1
+    if not constant:
+        assert not found["scale"].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 0), (0, 2, 3)])
+def test_no_tokens_and_no_rows(shape, generator, instruction_set):
+    batch, heads, blocks = shape
+    x = torch.empty(batch, heads, blocks * BLOCK, 16)
+    codes, scales = ops.encode(x, _codec("scalar", 16, heads, generator).recipe)
+    assert codes.shape[:3] == scales.shape[:3] == shape
+    for tensor in ops.encode_grid(x, QuaRot().fit(LayerContext("key", heads, 16, CPU, torch.float32)).recipe):
+        assert tensor.shape[:3] == shape
+
+
+# In any company
+
+
+@every_encoder
+def test_threads_and_company_change_nothing(encoder, generator, instruction_set):
+    mean = Mean(torch.randn(3, 40, generator=generator), Rope(10000.0 ** (-torch.arange(0, 40, 2) / 40)))
+    codec = _codec(encoder, 40, 3, generator, mean)
+    x = _tokens(2, 3, 7, 40, generator)
+    first = _firsts(x)
+    expected = codec.quantize(x, first)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            found = codec.quantize(x, first)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+    finally:
+        torch.set_num_threads(before)
+    for block in range(7):
+        alone = codec.quantize(x[1:, :, block * BLOCK : (block + 1) * BLOCK], first[1:, block : block + 1])
+        assert all(torch.equal(alone[name][0, :, 0], expected[name][1, :, block]) for name in expected)
+
+
+# Who encodes
+
+
+def _operations_called(monkeypatch, codec, x):
+    called = []
+    for name in ("encode", "encode_grid"):
+        operation = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=operation, name=name: called.append(name) or op(*args))
+    codec.quantize(x, _firsts(x))
+    return called
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "expected"),
+    [
+        (QJL(2), ["encode"]),
+        (Balanced(2, "signs"), ["encode"]),
+        (Transform(3), ["encode"]),
+        (QuaRot(4), ["encode_grid"]),
+        (RaBitQ(1), []),
+        (QJL(2, outliers=8), []),
+    ],
+    ids=lambda x: label("key", x) if not isinstance(x, list) else None,
+)
+def test_codecs_hand_over_what_the_operations_know(quantizer, expected, fitted, monkeypatch):
+    case = fitted("key", quantizer, 64)
+    assert _operations_called(monkeypatch, case.codec, case.x) == expected
+
+
+def test_the_reference_composes(fitted, monkeypatch):
+    case = fitted("key", Transform(3), 64)
+    ops.use_backend("reference")
+    assert _operations_called(monkeypatch, case.codec, case.x) == []
+
+
+def test_an_even_trellis_of_two_parts_fills_both(generator, instruction_set, reference_blocks):
+    """3.5 bits: half of the coordinates on a trellis of 4 bits, half on levels of 3."""
+    code = even_trellis(7 * 128 // 2, 128, CPU)
+    assert len(code.parts) == 2
+    scale = LogScale(torch.ones(2))
+    rotation = haar_rotation(128).expand(2, -1, -1)
+    codec = MappedCodec(rotation, rotation, code, scale, None, GAINS)
+    x = Model(head_dim=128).first_tokens(4 * BLOCK).values
+    _check(codec, x, _firsts(x), reference_blocks)
