@@ -148,8 +148,8 @@ inline void gather_bits(const int16_t* coordinate, const int16_t* index, const u
         Bytes gathered{};
         for (int place = 0; place < 8; ++place) {
             const Bytes source = load<Bytes>(bits + coordinate[place] * BLOCK + t);
-            const Bytes is_set = (Bytes)((source & static_cast<uint8_t>(1 << index[place])) != 0);
-            gathered |= is_set & static_cast<uint8_t>(1 << place);
+            const uint8_t from = 1 << index[place], to = 1 << place;  // named: GCC's UBSan takes a cast for an int
+            gathered |= (Bytes)((source & from) != 0) & to;
         }
         store(byte + t, gathered);
     }

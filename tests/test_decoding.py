@@ -14,7 +14,6 @@ from qjl.methods.nibble import NibbleCodec
 from qjl.methods.transform import Transform
 from qjl.methods.uniform import TokenUniform
 from qjl.ops.cpu import decoding, library
-from qjl.ops.forms import PackedTokens
 
 pytestmark = pytest.mark.skipif("cpu" not in ops.backends(), reason="the cpu backend was not compiled")
 TOLERANCE = 1e-4
@@ -203,10 +202,7 @@ def test_scores_alone(instruction_set):
     layer, queries = _layer(Transform(3), Balanced(2, metric=False), 460)
     segment = layer.segments()[1]
     rows = queries[:, :, -1:].reshape(1, 2, 3, 64).contiguous()
-    packed = PackedTokens(
-        segment.keys, segment.values, segment.key_codec.form, segment.value_codec.form, segment.first, None
-    )
-    scores = decoding.score(rows, packed)
+    scores = decoding.score(rows, segment.as_operand)
     ops.use_backend("reference")
     expected = segment.key_codec.score(rows, segment.keys, segment.first)
     ops.use_backend("cpu")

@@ -9,7 +9,7 @@ import torch
 from conftest import Model
 from method_cases import every_head_dim, label, of_type
 from qjl import ops
-from qjl.codebook import joined_code, refined_sign_code, scalar_code, sign_code
+from qjl.codebook import SignCode, joined_code, refined_sign_code, scalar_code, sign_code
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import LayerContext
 from qjl.methods.grid import Extremes, RotatedGridCodec, block_hadamard, block_size, grid_layout
@@ -24,7 +24,7 @@ from qjl.ops.cpu import library
 from qjl.packed import BLOCK
 from qjl.rope import Rope
 from qjl.sketch import Sketch, haar_rotation
-from qjl.trellis import WIDTHS, TrellisCode, even_trellis, trellis_code
+from qjl.trellis import WIDTHS, even_trellis, trellis_code
 
 pytestmark = [
     pytest.mark.skipif("cpu" not in ops.backends(), reason="the cpu backend was not compiled"),
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 CPU = torch.device("cpu")
 FEW = 0.005  # of the tokens
-FEW_OF_FINE_CODES = 0.03  # of more than 3 bits per coordinate: more candidates, and closer to each other
+FEW_OF_FINE_CODES = 2e-4  # for each nibble, where there are more than 3 bits per coordinate: candidates lie close
 
 
 @pytest.fixture(params=library.instruction_sets() if library.is_installed() else [])
@@ -70,22 +70,34 @@ def _firsts(x, start=4):
     return rows + BLOCK * torch.arange(x.shape[2] // BLOCK)
 
 
-def _loss(codec, x, first, blocks):
-    """What the encoder minimises, of every token, relative to |z|^2: float64 ``[B, H, T]``."""
+def _coded(codec, x, first, blocks):
+    """Tokens of unit rms in the metric of the code and what their codes stand for, float64 ``[B, H, T, D']``."""
     code = codec.code
     entries = code.entries.expand(x.shape[1], -1, -1, -1)
     decoded = code.scatter(ops.expand(entries, blocks["codes"])).double()
     positions = (first[..., None] + torch.arange(BLOCK)).flatten(1)
     residual = x.float() - (codec.mean.at(positions) if codec.mean else 0)
-    key_map = getattr(codec, "key_map", codec.query_map)
-    z = residual.double() @ key_map.double().transpose(1, 2)
-    weights = getattr(codec, "weights", None)
-    if weights is not None:
-        z, decoded = z * weights[:, None].sqrt(), decoded * weights[:, None].sqrt()
-    z = z / z.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-    if isinstance(getattr(codec, "encoder", None), TrellisCode):
-        return (z - decoded).square().mean(-1)
-    return 1 - (z * decoded).mean(-1).square() / decoded.square().mean(-1)
+    z = residual.double() @ getattr(codec, "key_map", codec.query_map).double().transpose(1, 2)
+    active = torch.ones(z.shape[-1]) if getattr(codec, "weights", None) is None else codec.weights[:, None]
+    rms = (z * (active > 0)).square().sum(-1, keepdim=True) / (active > 0).sum(-1, keepdim=True)
+    return z / rms.sqrt().clamp(min=1e-30), decoded, active.sqrt()
+
+
+def _are_as_good(codec, x, first, expected, found):
+    """Whether two codes of a token are a tie: in angle, or in distance at one of the gains."""
+    z, before, root = _coded(codec, x, first, expected)
+    _, after, _ = _coded(codec, x, first, found)
+    angle_before, angle_after = (_sine_squared(z * root, decoded * root) for decoded in (before, after))
+    tolerance = 0.02 if isinstance(getattr(codec, "encoder", None), SignCode) else 1e-4
+    is_tie = (angle_after - angle_before).abs() <= tolerance * angle_before + 2e-5
+    for gain in getattr(codec, "gains", ()):
+        distances = [(gain * z - decoded).square().mean(-1) for decoded in (before, after)]
+        is_tie |= (distances[1] - distances[0]).abs() <= 1e-4 * distances[0]
+    return is_tie
+
+
+def _sine_squared(x, y):
+    return 1 - (x * y).sum(-1).square() / (x.square().sum(-1) * y.square().sum(-1)).clamp(min=1e-30)
 
 
 def _check(codec, x, first, reference_blocks):
@@ -94,10 +106,10 @@ def _check(codec, x, first, reference_blocks):
         name: (t.shape, t.dtype) for name, t in expected.items()
     }
     differs = (found["codes"] != expected["codes"]).any(3).flatten(2)
-    few = FEW if codec.code.nibbles * 4 <= 3 * codec.code.dim else FEW_OF_FINE_CODES
-    assert differs.sum() <= max(few * differs.numel(), 2)
-    before, after = (_loss(codec, x, first, blocks)[differs] for blocks in (expected, found))
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
+    nibbles = codec.code.nibbles
+    few = FEW if nibbles * 4 <= 3 * codec.code.dim else nibbles * FEW_OF_FINE_CODES
+    assert differs.sum() <= max(few * differs.numel(), 3)
+    assert _are_as_good(codec, x, first, expected, found)[differs].all()
     steps = (_ordinals(found["scale"]) - _ordinals(expected["scale"])).abs().flatten(2)[~differs]
     assert not steps.numel() or steps.max() <= 1
     assert steps.count_nonzero() <= max(FEW * steps.numel(), 2)
@@ -147,17 +159,17 @@ def _check_grid(codec, x, first, reference_blocks):
 
 
 def _scalar(dim, heads, generator):
-    """Widths from 0 to 8 bits, other ones in every head."""
-    widths = torch.randint(0, 9, (heads, dim), generator=generator)
-    widths[:, 1] = 8 - (widths.sum(1) - widths[:, 1]) % 8
-    return scalar_code(tuple(map(tuple, widths.tolist())))
+    """Widths from 0 to 8 bits, in another order in every head."""
+    widths = torch.randint(0, 9, (dim,), generator=generator)
+    widths[0] = -widths[1:].sum() % 8
+    return scalar_code([widths[torch.randperm(dim, generator=generator)].tolist() for _ in range(heads)])
 
 
 ENCODERS = {
     "scalar": _scalar,
     "three-bits": lambda dim, heads, generator: scalar_code([[3] * dim]),
     **{f"trellis-{w}": lambda dim, heads, generator, w=w: trellis_code(dim, w) for w in WIDTHS},
-    "joined": lambda dim, heads, generator: joined_code(trellis_code(dim - 8, 2), scalar_code([[3] * 8])),
+    "joined": lambda dim, heads, generator: joined_code(trellis_code(dim - 4, 2), scalar_code([[2] * 4])),
     "signs": lambda dim, heads, generator: sign_code(dim),
     "refined": lambda dim, heads, generator: refined_sign_code(Sketch(4 * dim - 8, dim).matrix),
 }

@@ -75,11 +75,12 @@ def test_asking_for_kernels_that_are_not_there_fails_loudly(uncompiled, refuses)
 
 
 def test_a_library_that_does_not_load_fails_loudly(unsettled, tmp_path, refuses):
-    broken = tmp_path / library.FILE_NAME
+    broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    unsettled.setattr(library, "_copies", lambda: [broken])
-    with refuses("does not load"):
-        ops.active_backend()
+    for path in (broken, tmp_path / "absent.so"):
+        unsettled.setenv(library.PATH_VARIABLE, str(path))
+        with refuses(f"{path} does not load"):
+            ops.active_backend()
 
 
 def test_the_environment_chooses_the_backend(unsettled, refuses):
@@ -117,11 +118,14 @@ def test_scalar_kernels_are_always_there():
 
 
 @needs_kernels
-def test_of_two_copies_the_newer_is_loaded(unsettled, tmp_path):
-    built = library._copies()[0]
-    copies = [tmp_path / "old.so", tmp_path / "new.so", tmp_path / "older.so"]
-    for path, age in zip(copies, (20, 10, 30), strict=True):
-        shutil.copy(built, path)
-        os.utime(path, (1e9 - age, 1e9 - age))
-    unsettled.setattr(library, "_copies", lambda: copies)
-    assert library.load()._name == str(copies[1])
+def test_of_several_copies_the_newest_is_loaded(unsettled, tmp_path):
+    built = library._copies()[-1]
+    unsettled.delenv(library.PATH_VARIABLE, raising=False)
+    folders = [tmp_path / name for name in ("old", "new", "older", "empty")]
+    for folder, age in zip(folders, (20, 10, 30, None), strict=True):
+        folder.mkdir()
+        if age:
+            shutil.copy(built, folder / library.FILE_NAME)
+            os.utime(folder / library.FILE_NAME, (1e9 - age, 1e9 - age))
+    unsettled.setattr(library, "_folders", lambda: folders)
+    assert library.load()._name == str(folders[1] / library.FILE_NAME)

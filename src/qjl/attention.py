@@ -15,7 +15,7 @@ from torch import Tensor
 from qjl import ops
 from qjl.cache import CacheLayer, ExactSegment, PackedSegment
 from qjl.methods.nibble import EXPAND_FROM_ROWS
-from qjl.ops.forms import ExactTokens, PackedTokens
+from qjl.ops.forms import ExactTokens
 from qjl.packed import BLOCK
 
 TILE_NUMBERS = 1 << 24  # scores or decoded numbers in flight at once
@@ -120,10 +120,8 @@ def _attend_rows(query: Tensor, exact: list[ExactSegment], packed: PackedSegment
     batch, query_heads, tokens, _ = query.shape
     heads = exact[0].keys.shape[1]
     rows = query.float().reshape(batch, heads, -1, query.shape[3])  # [B, H, group * Q, D]
-    if packed is not None and _is_one_op(rows, packed):
-        parts = [_one_op(rows, exact, packed, scoring, tokens)]
-    else:
-        parts = list(_parts(rows, exact, packed, scoring, tokens))
+    whole = None if packed is None else _one_op(rows, exact, packed, scoring, tokens)
+    parts = list(_parts(rows, exact, packed, scoring, tokens)) if whole is None else [whole]
     if scoring.sink_logits is not None:
         parts.append(_sink_part(parts[0][0], scoring.sink_logits, tokens))
     return merge(parts)[0].reshape(batch, query_heads, tokens, -1)
@@ -141,33 +139,20 @@ def _parts(
             yield _packed_part(rows, tile, scoring, tokens)
 
 
-def _is_one_op(rows: Tensor, packed: PackedSegment) -> bool:
-    """Whether the backend takes the whole step at once: few rows, for which looking up beats decoding."""
-    key, value = packed.key_codec.form, packed.value_codec.form
-    return (
-        rows.shape[2] < EXPAND_FROM_ROWS
-        and ops.offers("attend", rows)
-        and key is not None
-        and value is not None
-        and value.has_shared_code
-    )
-
-
 def _one_op(
     rows: Tensor, exact: list[ExactSegment], packed: PackedSegment, scoring: Scoring, tokens: int
-) -> tuple[Tensor, Tensor]:
-    key, value = packed.key_codec.form, packed.value_codec.form
-    assert key is not None
-    assert value is not None
-    blocks = PackedTokens(
-        packed.keys, packed.values, key, value, packed.first, _bias(packed, scoring, packed.blocks * BLOCK)
-    )
+) -> tuple[Tensor, Tensor] | None:
+    """The whole step at once, where the backend takes it; few rows, for which looking up beats decoding."""
+    if rows.shape[2] >= EXPAND_FROM_ROWS or not ops.offers("attend", rows) or packed.as_operand is None:
+        return None
     exact_tokens = [
         ExactTokens(segment.keys, segment.values, _bias(segment, scoring, segment.keys.shape[2]))
         for segment in exact
         if segment.keys.shape[2]
     ]
-    return ops.attend(rows.contiguous(), blocks, exact_tokens, tokens, scoring.scaling, scoring.softcap or 0.0)
+    bias = _bias(packed, scoring, packed.blocks * BLOCK)
+    softcap = scoring.softcap or 0.0
+    return ops.attend(rows.contiguous(), packed.as_operand, bias, exact_tokens, tokens, scoring.scaling, softcap)
 
 
 def _bias(segment: ExactSegment | PackedSegment, scoring: Scoring, length: int) -> Tensor | None:

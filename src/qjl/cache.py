@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from qjl.errors import QJLError
 from qjl.exact import Kept, Window
 from qjl.methods.base import Codec, LayerContext, Quantizer, Unrotated, require_finite
+from qjl.ops.forms import PackedTokens
 from qjl.packed import BLOCK, Blocks, Packed
 from qjl.rope import Rope
 from qjl.runs import ENDLESS, Marks, Runs, gaps, since
@@ -67,6 +69,14 @@ class PackedSegment:
     def blocks(self) -> int:
         return self.first.shape[1]
 
+    @cached_property
+    def as_operand(self) -> PackedTokens | None:
+        """What the fused decode step takes; None where keys or values are no nibble codes."""
+        key, value = self.key_codec.form, self.value_codec.form
+        if key is None or value is None or not value.has_shared_code:
+            return None
+        return PackedTokens(self.keys, self.values, key, value, self.first)
+
     def tile(self, start: int, stop: int) -> PackedSegment:
         """Blocks ``start`` to ``stop``."""
         tokens = slice(start * BLOCK, stop * BLOCK)
@@ -115,6 +125,10 @@ class CacheLayer:
         self.name = name
         self.reset()
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy makes its own segment, on its own storage."""
+        return vars(self) | {"_segment": None}
+
     def reset(self) -> None:
         """Forget all tokens; fitted codecs stay."""
         self.length = 0
@@ -124,6 +138,7 @@ class CacheLayer:
         self._kept: Kept | None = None
         self._marks = Marks(0)
         self._packed: tuple[Packed, Packed] | None = None
+        self._segment: PackedSegment | None = None
         self._attention = AttentionMoments()
 
     @property
@@ -181,6 +196,7 @@ class CacheLayer:
             self.padding, self.origin = list(padding), list(origin)
         for row in (row for row, tokens in enumerate(self._settled) if not tokens):
             self.padding[row], self.origin[row] = padding[row], origin[row]
+        self._segment = None
 
     def mark(self, mask: Tensor) -> None:
         """Say which of the next T tokens may be quantized: ``bool [B, T]``, padding included.
@@ -241,6 +257,7 @@ class CacheLayer:
         for row in range(self.batch):
             self._decide(row)
         window_column = self._window_column
+        self._segment = None
         self.length = max(0, length)
         self.padding = [min(pad, self.length) for pad in self.padding]
         self._window.drop_last(self._window.length - max(0, self.length - window_column))
@@ -253,6 +270,7 @@ class CacheLayer:
         if self._window is None:
             return
         self._window.select(indices.to(self._window.keys.device))
+        self._segment = None
         for store in self._stores:
             store.select(indices)
         rows = indices.tolist()
@@ -455,6 +473,7 @@ class CacheLayer:
             chosen = tensor[:, :, place] if everyone else tensor[:, :, place][list(rows)]
             require_finite(chosen, f"{what} of {self.name}")
             encoded.append(codec.quantize(chosen, (tokens + origin).to(keys.device)))
+        self._segment = None
         for packed, fields in zip(self._packed, encoded, strict=True):
             packed.append(fields, tokens, None if everyone else rows)
         for row in rows:
@@ -491,9 +510,14 @@ class CacheLayer:
         )
 
     def _packed_segment(self) -> PackedSegment | None:
+        """Made anew only when packed tokens change, once in 64 tokens of decoding."""
         if self._packed is None or not self._packed[0].blocks:
             return None
-        keys, values = self._packed
+        if self._segment is None:
+            self._segment = self._segment_of(*self._packed)
+        return self._segment
+
+    def _segment_of(self, keys: Packed, values: Packed) -> PackedSegment:
         codecs = self._codecs()
         assert codecs is not None
         first = keys.first_tokens()

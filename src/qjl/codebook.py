@@ -410,8 +410,8 @@ def uniform_code(dim: int, num_bits: int) -> NibbleCode:
     lie in two nibbles.
     """
     if num_bits == 1:
-        signs = sign_code(dim).decoder
-        return NibbleCode(signs.coordinates, signs.entries / 2, dim)
+        plain = sign_code(dim).decoder
+        return NibbleCode(plain.coordinates, plain.entries / 2, dim)
     stream = torch.arange(dim * num_bits).view(-1, NIBBLE)  # [N, 4]
     owners, places = stream // num_bits, stream % num_bits
     coordinates = owners[:, [0, -1]] if num_bits < NIBBLE else owners[:, :1]  # [N, w]

@@ -13,7 +13,8 @@ w     bits        trellis  Lloyd-Max
 4     1           .3248    .3634
 ====  ==========  =======  =========
 
-The points in ``trellis.json``, multiples of 1/32 that kernels sum as 8-bit integers, come from ``train``; ``scripts/train_trellis.py`` makes them again.
+The points in ``trellis.json`` come from ``train``; ``scripts/train_trellis.py`` makes them again. They are multiples of
+1/32, so that kernels sum them as 8-bit integers.
 """
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ from qjl.methods.base import Codec, Quantizer
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
 from qjl.ops.cpu import decoding
-from qjl.ops.forms import PackedTokens
 from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
 from qjl.records import Row
@@ -106,11 +105,9 @@ def scan(
 
 def scores(rows: Tensor, segment: PackedSegment) -> Tensor:
     """``<q, k>`` of ``rows [1, H, group, D]`` and all packed keys, as the backend in use takes them."""
-    key, value = segment.key_codec, segment.value_codec
-    if ops.active_backend() == REFERENCE or key.form is None or value.form is None:
-        return key.score(rows, segment.keys, segment.first)
-    packed = PackedTokens(segment.keys, segment.values, key.form, value.form, segment.first, None)
-    return decoding.score(rows, packed)
+    if ops.active_backend() == REFERENCE or segment.as_operand is None:
+        return segment.key_codec.score(rows, segment.keys, segment.first)
+    return decoding.score(rows, segment.as_operand)
 
 
 def _score_error(rows: Tensor, segment: PackedSegment, threads: int) -> float:

@@ -10,9 +10,10 @@ token, w coordinates per nibble, 64 tokens per block.
   ``out[r, t] = sum_j tables[r, j, nibble_j(t)]``.
 - ``expand(entries, codes)``: ``float32 [H, N, 16, w], codes -> float32 [B, H, T, N * w]``,
   ``out[t, j] = entries[j, nibble_j(t)]``; the transient tile that serves many queries, or values, at once.
-- ``attend(query, packed, exact, queries, scaling, softcap)``: ``float32 [B, H, R, D]``, ``PackedTokens``, some
-  ``ExactTokens`` (``qjl.ops.forms``) to ``(out [B, H, R, D], log-sum-exp [B, H, R])``: softmax-weighted values under
-  scores ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
+- ``attend(query, packed, bias, exact, queries, scaling, softcap)``: ``float32 [B, H, R, D]``, ``PackedTokens`` and
+  what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
+  ``(out [B, H, R, D], log-sum-exp [B, H, R])``: values weighted by the softmax of
+  ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
 - ``encode(tokens, recipe, turn)``: ``[B, H, T, D]`` of any float type to packed codes and scales, ``uint8`` or
   ``float16 [B, H, T / 64, 64]``, in one pass; ``recipe`` tells all that is done (``qjl.ops.recipe``).
 - ``encode_grid(tokens, recipe)``: the same onto uniform grids: codes, and steps and middles
@@ -125,6 +126,6 @@ def encode_grid(tokens, recipe):
     return _backend(tokens).encode_grid(tokens, recipe)
 
 
-def attend(query, packed, exact, queries, scaling, softcap):
+def attend(query, packed, bias, exact, queries, scaling, softcap):
     """Attention over packed and exact tokens in one step."""
-    return _backend(query).attend(query, packed, exact, queries, scaling, softcap)
+    return _backend(query).attend(query, packed, bias, exact, queries, scaling, softcap)

@@ -49,14 +49,14 @@ class NibbleForm:
 
 @dataclass(frozen=True, eq=False)
 class PackedTokens:
-    """Blocks of keys and values; ``first int64 [B, blocks]``: RoPE positions; ``bias``: as that of ``ExactTokens``."""
+    """Blocks of keys and values; ``first int64 [B, blocks]``: RoPE positions."""
 
     keys: Blocks
     values: Blocks
     key_form: NibbleForm
     value_form: NibbleForm
     first: Tensor
-    bias: Tensor | None
+    derived: dict[str, Any] = field(default_factory=dict)  # what a backend makes of them once
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,7 +91,13 @@ class _Step(ctypes.Structure):
 
 
 def attend(
-    query: Tensor, packed: PackedTokens, exact: Sequence[ExactTokens], queries: int, scaling: float, softcap: float
+    query: Tensor,
+    packed: PackedTokens,
+    bias: Tensor | None,
+    exact: Sequence[ExactTokens],
+    queries: int,
+    scaling: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
     step = _step(query, packed, queries)
     batch, heads, rows, _ = query.shape
@@ -100,7 +106,7 @@ def attend(
     step.exact_count = len(exact)
     for place, tokens in enumerate(exact):
         step.exact[place] = _segment(tokens)
-    step.bias, step.bias_stride = _bias(packed.bias)
+    step.bias, step.bias_stride = _bias(bias)
     step.scaling, step.softcap = scaling, softcap
     step.out, step.lse = out.data_ptr(), lse.data_ptr()
     _run(step)
@@ -118,17 +124,21 @@ def score(query: Tensor, packed: PackedTokens) -> Tensor:
 
 def _step(query: Tensor, packed: PackedTokens, queries: int) -> _Step:
     batch, heads, rows, _ = query.shape
-    blocks = packed.first.shape[1]
-    per_split = max(SPLIT_BLOCKS, -(-blocks // -(-PIECES // max(1, batch * heads))))
-    step = _Step()
-    step.keys = _side(packed.key_form, packed.keys)
-    step.values = _side(packed.value_form, packed.values)
-    if packed.key_form.turn is not None:
-        step.turn = ctypes.pointer(_once(packed.key_form, "turn", _turn))
-    step.first = packed.first.data_ptr()
-    step.blocks, step.blocks_per_split, step.splits = blocks, per_split, -(-blocks // per_split)
+    step = _Step.from_buffer_copy(_once(packed, "step", _packed_part))
+    per_split = max(SPLIT_BLOCKS, -(-step.blocks // -(-PIECES // max(1, batch * heads))))
+    step.blocks_per_split, step.splits = per_split, -(-step.blocks // per_split)
     step.batch, step.heads, step.rows, step.queries = batch, heads, rows, queries
     step.query = query.data_ptr()
+    return step
+
+
+def _packed_part(packed: PackedTokens) -> _Step:
+    """What is the same in all steps over the same packed tokens."""
+    step = _Step(keys=_side(packed.key_form, packed.keys), values=_side(packed.value_form, packed.values))
+    if packed.key_form.turn is not None:
+        step.turn = ctypes.pointer(_once(packed.key_form, "turn", _turn))
+    packed.derived["first"] = first = packed.first.contiguous()
+    step.first, step.blocks = first.data_ptr(), first.shape[1]
     return step
 
 
@@ -156,10 +166,10 @@ def release() -> None:
     _room.bytes = None
 
 
-def _once(form: NibbleForm, name: str, derive: Callable[[NibbleForm], Any]) -> Any:
-    if name not in form.derived:
-        form.derived[name] = derive(form)
-    return form.derived[name]
+def _once(source: Any, name: str, derive: Callable[[Any], Any]) -> Any:
+    if name not in source.derived:
+        source.derived[name] = derive(source)
+    return source.derived[name]
 
 
 def _side(form: NibbleForm, blocks: Blocks) -> _Side:
@@ -210,9 +220,11 @@ def _segment(tokens: ExactTokens) -> _Segment:
 
 
 def _bias(bias: Tensor | None) -> tuple[int | None, Any]:
+    """Where it is, and its strides; what has size 1 serves all."""
     if bias is None:
         return None, (c_int64 * 4)()
-    return bias.data_ptr(), (c_int64 * 4)(*(n if size > 1 else 0 for n, size in zip(bias.stride()[:3], bias.shape, strict=False)), bias.stride(3))
+    strides = (step if size > 1 else 0 for step, size in zip(bias.stride(), bias.shape, strict=True))
+    return bias.data_ptr(), (c_int64 * 4)(*strides)
 
 
 # Values: 8-bit levels

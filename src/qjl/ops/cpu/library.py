@@ -38,11 +38,10 @@ def load() -> ctypes.CDLL:
             "the cpu backend is not here, because no compiler was found when qjl was installed: "
             "install GCC 12 or Clang and run `pip install --force-reinstall --no-cache-dir --no-deps qjl`."
         )
-    newest = max(copies, key=lambda path: path.stat().st_mtime)  # in a checkout one is built apart from the other
     try:
-        library = ctypes.CDLL(str(newest))
+        library = ctypes.CDLL(str(copies[-1]))
     except OSError as error:
-        raise QJLError(f"{newest} does not load ({error}): reinstall qjl.") from error
+        raise QJLError(f"{copies[-1]} does not load ({error}): reinstall qjl.") from error
     library.qjl_supported.restype = ctypes.c_char_p
     library.qjl_selected.restype = ctypes.c_char_p
     if name := os.environ.get(ISA_VARIABLE):
@@ -75,10 +74,16 @@ def call(function: str, operation: ctypes.Structure) -> None:
 
 
 def _copies() -> list[Path]:
+    """Where it lies, newest last: a checkout may hold one copy and what pip installed another."""
     if chosen := os.environ.get(PATH_VARIABLE):
         return [Path(chosen)]
-    folders = find_spec("qjl").submodule_search_locations  # type: ignore[union-attr]
-    return [path for folder in folders or [] if (path := Path(folder, FILE_NAME)).is_file()]
+    found = [path for folder in _folders() if (path := folder / FILE_NAME).is_file()]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def _folders() -> list[Path]:
+    package = find_spec("qjl")
+    return [Path(folder) for folder in package.submodule_search_locations or []] if package else []
 
 
 def _supported(library: ctypes.CDLL) -> list[str]:
