@@ -5,6 +5,8 @@
 
 #include "maps.inl"
 
+#include "products.inl"
+
 #include "levels.inl"
 #include "signs.inl"
 #include "trellis.inl"
@@ -12,7 +14,6 @@
 namespace encode {
 
 using codes::block_at;
-using codes::Place;
 using codes::place_of;
 
 // Room for one worker: where its arrays begin, in floats
@@ -35,6 +36,12 @@ inline int64_t part_floats(const QjlPart& part) {
     }
 }
 
+inline int64_t largest(int64_t a, int64_t b, int64_t c) {
+    const int64_t larger = a > b ? a : b;
+    return larger > c ? larger : c;
+}
+
+// The transform of a sketch and tokens as pairs of integers lie in `coded`, which is free then.
 struct Arrays {
     int64_t rows, mapped, coded, matrix, part, size;
 
@@ -42,8 +49,8 @@ struct Arrays {
         Room room;
         rows = room.take(dim * BLOCK);
         mapped = room.take(map.rows * BLOCK);
-        coded = room.take((map.size > map.rows ? map.size : map.rows) * BLOCK);
-        matrix = room.take(map.is_half ? map.rows * dim : 0);
+        coded = room.take(largest(map.rows, map.size, dim / 2) * BLOCK);
+        matrix = room.take(map.is_half ? map.rows * dim : map.rows * dim / 2);
         part = room.take(part_floats);
         size = room.size;
     }
@@ -65,15 +72,22 @@ int64_t encode_room(const QjlEncode& operation) { return arrays_of(operation).si
 struct Map {
     const QjlMap& map;
     int64_t dim;
-    float *widened_matrix, *room;
-    const Half* widened_from = nullptr;
+    float *matrix_room, *room;
+    const void* in_room = nullptr;  // the matrix of which `matrix_room` holds another form
 
     const float* matrix(int64_t head) {
         if (!map.is_half) return static_cast<const float*>(map.matrix) + head * map.head_stride;
         const Half* matrix = static_cast<const Half*>(map.matrix) + head * map.head_stride;
-        if (matrix != widened_from) widen(matrix, map.rows * dim, widened_matrix);
-        widened_from = matrix;
-        return widened_matrix;
+        if (matrix != in_room) widen(matrix, map.rows * dim, matrix_room);
+        in_room = matrix;
+        return matrix_room;
+    }
+
+    const int32_t* pairs(int64_t head) {
+        auto* const pairs = reinterpret_cast<int16_t*>(matrix_room);
+        if (matrix(head) != in_room) round_matrix(matrix(head), map.rows, dim, pairs);
+        in_room = matrix(head);
+        return reinterpret_cast<const int32_t*>(pairs);
     }
 
     void apply(int64_t head, const float* rows, float* mapped) {
@@ -166,31 +180,68 @@ inline void store_halves(const float* scales, float factor, uint16_t* halves) {
     for (int t = 0; t < BLOCK; ++t) halves[t] = rounded_half(scales[t] * factor);
 }
 
-inline void encode_block(const QjlEncode& operation, Map& map, const Arrays& arrays, float* room, int64_t index) {
-    const Place at = place_of(operation.codes, index);
-    float *rows = room + arrays.rows, *mapped = room + arrays.mapped, *coded = room + arrays.coded;
-    uint8_t* codes = block_at(operation.codes, at);
-    const float* weights = operation.weights ? operation.weights + at.head * operation.map.rows : nullptr;
-    float scales[BLOCK];
-    load_rows(operation.tokens, at, rows);
-    subtract_mean(operation.mean, operation.tokens.dim, operation.codes.blocks, at, rows);
-    map.apply(at.head, rows, mapped);
-    if (operation.units) {
-        normalise(mapped, weights, operation.map.rows, coded);
-        encode_parts(operation, at.head, coded, room + arrays.part, codes);
-        exact_scales(mapped, coded, weights, operation.map.rows, scales);
-        store_logarithms(scales, operation.units[at.head], static_cast<uint8_t*>(operation.scales) + index * BLOCK);
-    } else {
-        encode_parts(operation, at.head, mapped, room + arrays.part, codes);
-        norms(rows, operation.tokens.dim, scales);
-        store_halves(scales, operation.norm_factor, static_cast<uint16_t*>(operation.scales) + index * BLOCK);
+// Whether signs of integers will do.
+inline bool takes_pairs(const QjlEncode& operation) {
+    const QjlMap& map = operation.map;
+    const bool is_plain = operation.part_count == 1 && operation.parts->kind == QJL_SIGNS && !operation.parts->gram;
+    return HAS_PAIRS && is_plain && map.matrix && !map.is_half && !operation.mean.vector &&
+           operation.tokens.dim % EIGHT == 0;
+}
+
+struct Block {
+    Place at;
+    float *rows, *mapped, *coded, *part_room;
+    uint8_t* codes;
+};
+
+inline void encode_scaled_exactly(const QjlEncode& operation, Map& map, const Block& block, uint8_t* scales) {
+    const int64_t count = operation.map.rows, head = block.at.head;
+    const float* weights = operation.weights ? operation.weights + head * count : nullptr;
+    float exact[BLOCK];
+    map.apply(head, block.rows, block.mapped);
+    normalise(block.mapped, weights, count, block.coded);
+    encode_parts(operation, head, block.coded, block.part_room, block.codes);
+    exact_scales(block.mapped, block.coded, weights, count, exact);
+    store_logarithms(exact, operation.units[head], scales);
+}
+
+inline void encode_with_norms(const QjlEncode& operation, Map& map, const Block& block, uint16_t* scales) {
+    const int64_t dim = operation.tokens.dim, count = operation.map.rows, head = block.at.head;
+    float norm[BLOCK];
+    norms(block.rows, dim, norm);
+    store_halves(norm, operation.norm_factor, scales);
+    if constexpr (HAS_PAIRS) {
+        if (takes_pairs(operation)) {
+            auto* const pairs = reinterpret_cast<int32_t*>(block.coded);
+            auto* const sums = reinterpret_cast<int32_t*>(block.mapped);
+            round_tokens(block.rows, dim, norm, pairs);
+            zero(block.mapped, count * BLOCK);
+            multiply_add(map.pairs(head), dim / 2, count, dim / 2, pairs, sums);
+            return pack_product_signs(sums, map.matrix(head), count, operation.tokens, block.at, block.codes);
+        }
     }
+    map.apply(head, block.rows, block.mapped);
+    encode_parts(operation, head, block.mapped, block.part_room, block.codes);
 }
 
 void encode(const QjlEncode& operation, Range range, float* room) {
     const Arrays arrays = arrays_of(operation);
     Map map{operation.map, operation.tokens.dim, room + arrays.matrix, room + arrays.coded};
-    for (int64_t index = range.first; index < range.last; ++index) encode_block(operation, map, arrays, room, index);
+    for (int64_t index = range.first; index < range.last; ++index) {
+        const Place at = place_of(operation.codes, index);
+        const Block block{at,
+                          room + arrays.rows,
+                          room + arrays.mapped,
+                          room + arrays.coded,
+                          room + arrays.part,
+                          block_at(operation.codes, at)};
+        load_rows(operation.tokens, at, block.rows);
+        subtract_mean(operation.mean, operation.tokens.dim, operation.codes.blocks, at, block.rows);
+        if (operation.units)
+            encode_scaled_exactly(operation, map, block, static_cast<uint8_t*>(operation.scales) + index * BLOCK);
+        else
+            encode_with_norms(operation, map, block, static_cast<uint16_t*>(operation.scales) + index * BLOCK);
+    }
 }
 
 }  // namespace encode

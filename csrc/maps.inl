@@ -4,27 +4,46 @@ namespace encode {
 
 // y += matrix x, in tiles of ROWS rows by TILE vectors of tokens
 
+inline Wide broadcast(float number) { return splat(number); }
+inline WideInts broadcast(int32_t number) { return filled<WideInts>(number); }
+inline Wide add_products(Wide sums, Wide a, Wide b) { return sums + a * b; }
+
+// Products of pairs of 16-bit integers, where they take half of the time of floats
+#if defined(__AVX512VNNI__)
+constexpr bool HAS_PAIRS = true;
+inline WideInts add_products(WideInts sums, WideInts a, WideInts b) {
+    return (WideInts)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+}
+#else
+constexpr bool HAS_PAIRS = false;
+#endif
+
 // x has TILE_TOKENS columns, y has BLOCK.
-template <int ROWS>
-inline void multiply_tile(const float* matrix, int64_t stride, int64_t inner, const float* x, float* y) {
-    Wide sums[ROWS][TILE];
+template <int ROWS, class Number>
+inline void multiply_tile(const Number* matrix, int64_t stride, int64_t inner, const Number* x, Number* y) {
+    using Vector = decltype(broadcast(Number()));
+    Vector sums[ROWS][TILE];
     for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < TILE; ++v) sums[r][v] = wide(y + r * BLOCK + v * WIDTH);
+        for (int v = 0; v < TILE; ++v) sums[r][v] = load<Vector>(y + r * BLOCK + v * WIDTH);
     for (int64_t i = 0; i < inner; ++i) {
-        Wide row[TILE];
-        for (int v = 0; v < TILE; ++v) row[v] = wide(x + i * TILE_TOKENS + v * WIDTH);
-        for (int r = 0; r < ROWS; ++r)
-            for (int v = 0; v < TILE; ++v) sums[r][v] += matrix[r * stride + i] * row[v];
+        Vector row[TILE];
+        for (int v = 0; v < TILE; ++v) row[v] = load<Vector>(x + i * TILE_TOKENS + v * WIDTH);
+        for (int r = 0; r < ROWS; ++r) {
+            const Vector factor = broadcast(matrix[r * stride + i]);
+            for (int v = 0; v < TILE; ++v) sums[r][v] = add_products(sums[r][v], factor, row[v]);
+        }
     }
     for (int r = 0; r < ROWS; ++r)
         for (int v = 0; v < TILE; ++v) store(y + r * BLOCK + v * WIDTH, sums[r][v]);
 }
 
-// `matrix` is [outer, inner], its rows `stride` apart.
-inline void multiply_add(const float* matrix, int64_t stride, int64_t outer, int64_t inner, const float* x, float* y) {
+// `matrix` is [outer, inner], its rows `stride` apart; numbers are floats, or pairs of integers.
+template <class Number>
+inline void multiply_add(const Number* matrix, int64_t stride, int64_t outer, int64_t inner, const Number* x,
+                         Number* y) {
     constexpr int ROWS = 4;
     constexpr int64_t INNER = 128;  // whose columns stay in the first cache
-    alignas(64) float columns[INNER * TILE_TOKENS];
+    alignas(64) Number columns[INNER * TILE_TOKENS];
     for (int64_t first = 0; first < inner; first += INNER) {
         const int64_t count = inner - first < INNER ? inner - first : INNER;
         for (int64_t t = 0; t < BLOCK; t += TILE_TOKENS) {

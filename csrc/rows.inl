@@ -3,6 +3,7 @@
 namespace encode {
 
 using codes::load;
+using codes::Place;
 using codes::store;
 
 constexpr int WIDTH = LANES < 4 ? 4 : LANES;         // floats in a vector
@@ -13,6 +14,15 @@ typedef float Wide __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t WideInts __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t WideShorts __attribute__((vector_size(2 * WIDTH)));
 typedef uint8_t WideBytes __attribute__((vector_size(WIDTH)));
+
+// Eight numbers, which divide every dimension that packs into bytes.
+constexpr int EIGHT = 8;
+typedef float Octet __attribute__((vector_size(4 * EIGHT)));
+typedef int32_t OctetInts __attribute__((vector_size(4 * EIGHT)));
+typedef uint16_t OctetShorts __attribute__((vector_size(2 * EIGHT)));
+typedef uint8_t OctetBytes __attribute__((vector_size(EIGHT)));
+
+inline float sum(Octet x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
 template <class Ints>
 inline Ints filled(int32_t value) {
@@ -177,14 +187,18 @@ inline void store_tokens(const float* rows, int64_t stride, int64_t dim, float* 
     }
 }
 
+// Of the first token of a block.
+inline int64_t offset(const QjlTokens& tokens, Place at) {
+    return at.batch * tokens.batch_stride + at.head * tokens.head_stride + at.block * BLOCK * tokens.token_stride;
+}
+
 template <class Stored>
-void load_rows(const QjlTokens& tokens, codes::Place at, float* rows) {
-    const int64_t first = at.batch * tokens.batch_stride + at.head * tokens.head_stride;
-    const Stored* block = static_cast<const Stored*>(tokens.data) + first + at.block * BLOCK * tokens.token_stride;
+void load_rows(const QjlTokens& tokens, Place at, float* rows) {
+    const Stored* block = static_cast<const Stored*>(tokens.data) + offset(tokens, at);
     load_rows(block, tokens.token_stride, tokens.dim, rows);
 }
 
-inline void load_rows(const QjlTokens& tokens, codes::Place at, float* rows) {
+inline void load_rows(const QjlTokens& tokens, Place at, float* rows) {
     switch (tokens.type) {
         case QJL_FLOAT32: return load_rows<float>(tokens, at, rows);
         case QJL_BFLOAT16: return load_rows<Bfloat16>(tokens, at, rows);
@@ -213,7 +227,7 @@ inline void subtract_turned(const QjlMean& mean, const float* vector, const Angl
     }
 }
 
-inline void subtract_mean(const QjlMean& mean, int64_t dim, int64_t blocks, codes::Place at, float* rows) {
+inline void subtract_mean(const QjlMean& mean, int64_t dim, int64_t blocks, Place at, float* rows) {
     if (!mean.vector) return;
     const float* vector = mean.vector + at.head * dim;
     const int64_t tokens = blocks * BLOCK, first = at.batch * mean.pairs * tokens + at.block * BLOCK;

@@ -3,12 +3,7 @@
 namespace encode {
 
 constexpr int REFINEMENTS = 6;
-constexpr int EIGHT = 8;   // a block has a multiple of eight coordinates
 constexpr int SPACE = 16;  // between tokens, so that not all of them meet in a few sets of the cache
-
-typedef float Octet __attribute__((vector_size(4 * EIGHT)));
-typedef int32_t OctetInts __attribute__((vector_size(4 * EIGHT)));
-typedef uint8_t OctetBytes __attribute__((vector_size(EIGHT)));
 
 inline void pack_signs(const float* z, int64_t bytes, uint8_t* codes) {
     for (int64_t j = 0; j < bytes; ++j) {
@@ -29,8 +24,6 @@ inline void to_signs(float* z, int64_t count) {
 struct Token {
     float *z, *signs, *others;
 };
-
-inline float sum(Octet x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
 // c of the least |y - c S^T s|, at least the smallest positive number.
 inline float best_factor(const QjlPart& part, const Token& token) {

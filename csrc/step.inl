@@ -303,8 +303,8 @@ struct Keys {
     }
 
     __attribute__((noinline)) void fill_tables() {
-        const int64_t code = side.code_stride * h.head * side.nibbles * side.slots;
         const int64_t group_dim = side.code_dim / side.groups, group_nibbles = side.nibbles / side.groups;
+        const int64_t code = side.code_stride * h.head * group_nibbles * side.slots;
         for (int64_t j = 0; j < side.nibbles; ++j) {
             const int64_t within = code + j % group_nibbles * side.slots;  // all groups have the same code
             const float* mapped = room.mapped + j / group_nibbles * group_dim;
@@ -949,7 +949,8 @@ struct Merge {
         float packed = 0;
         for (int64_t k = 0; k < s.splits; ++k) packed += split(k, r)[1] * exp2(split(k, r)[0] - maximum);
         const float factor = exp2(exact(r)[0] - maximum), weight = packed + exact(r)[1] * factor;
-        const float share = weight > 0 ? 1 / weight : 0;
+        const bool sees_any = maximum > LOWEST;
+        const float share = sees_any ? 1 / weight : 0;
         __builtin_memset(sums, 0, side.code_dim * sizeof(float));
         __builtin_memset(out(r), 0, side.head_dim * sizeof(float));
         for (int64_t k = 0; k < s.splits; ++k) {
@@ -957,7 +958,7 @@ struct Merge {
         }
         add_scaled(out(r), exact(r) + 2, factor * share, side.head_dim);
         if (side.mean) add_scaled(out(r), side.mean + h.head * side.head_dim, packed * share, side.head_dim);
-        s.lse[pair * s.rows + r] = weight > 0 ? (maximum + __builtin_log2f(weight)) / LOG2E : -__builtin_inff();
+        s.lse[pair * s.rows + r] = sees_any ? (maximum + __builtin_log2f(weight)) / LOG2E : -__builtin_inff();
     }
 
     void map_back(int64_t first_row, int64_t rows) const {

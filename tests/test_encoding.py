@@ -208,7 +208,23 @@ def test_any_dimension(encoder, dim, generator, instruction_set, reference_block
 def test_signs_of_any_sketch(kind, m, dim, generator, instruction_set, reference_blocks):
     sketch = Sketch(m, dim, kind)
     x = _tokens(2, 2, 1, dim, generator)
+    x[..., 1] *= 10 ** torch.linspace(-3, 3, BLOCK)
+    x[..., 5, :] = 0
     _check(SignCodec(sketch, sketch.matrix, 2), x, _firsts(x), reference_blocks)
+
+
+def test_signs_of_a_product_near_zero(generator, instruction_set, reference_blocks):
+    """Tokens at right angles to a row but for a thousandth: integers of 16 bits alone cannot tell."""
+    sketch = Sketch(256, 128)
+    row = sketch.matrix[17] / 128**0.5
+    x = _tokens(1, 2, 4, 128, generator)
+    side = torch.linspace(-1e-3, 1e-3, 4 * BLOCK)[:, None] * x.norm(dim=-1, keepdim=True)
+    x += (side - x @ row[:, None]) * row
+    codec = SignCodec(sketch, sketch.matrix, 2)
+    found = codec.quantize(x, _firsts(x))
+    bits = ops.unpack(found["codes"])[..., 17 // 4] >> 17 % 4 & 1
+    assert torch.equal(bits.bool(), side.squeeze(-1) > 0)
+    _check(codec, x, _firsts(x), reference_blocks)
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4])

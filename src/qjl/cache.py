@@ -126,8 +126,8 @@ class CacheLayer:
         self.reset()
 
     def __getstate__(self) -> dict[str, object]:
-        """A copy makes its own segment, on its own storage."""
-        return vars(self) | {"_segment": None}
+        """A copy makes its own segments, on its own storage."""
+        return vars(self) | {"_segment": None, "_kept_segment": None}
 
     def reset(self) -> None:
         """Forget all tokens; fitted codecs stay."""
@@ -138,7 +138,7 @@ class CacheLayer:
         self._kept: Kept | None = None
         self._marks = Marks(0)
         self._packed: tuple[Packed, Packed] | None = None
-        self._segment: PackedSegment | None = None
+        self._forget_segments()
         self._attention = AttentionMoments()
 
     @property
@@ -196,7 +196,7 @@ class CacheLayer:
             self.padding, self.origin = list(padding), list(origin)
         for row in (row for row, tokens in enumerate(self._settled) if not tokens):
             self.padding[row], self.origin[row] = padding[row], origin[row]
-        self._segment = None
+        self._forget_segments()
 
     def mark(self, mask: Tensor) -> None:
         """Say which of the next T tokens may be quantized: ``bool [B, T]``, padding included.
@@ -257,7 +257,7 @@ class CacheLayer:
         for row in range(self.batch):
             self._decide(row)
         window_column = self._window_column
-        self._segment = None
+        self._forget_segments()
         self.length = max(0, length)
         self.padding = [min(pad, self.length) for pad in self.padding]
         self._window.drop_last(self._window.length - max(0, self.length - window_column))
@@ -270,7 +270,7 @@ class CacheLayer:
         if self._window is None:
             return
         self._window.select(indices.to(self._window.keys.device))
-        self._segment = None
+        self._forget_segments()
         for store in self._stores:
             store.select(indices)
         rows = indices.tolist()
@@ -278,13 +278,19 @@ class CacheLayer:
         self.padding = [self.padding[row] for row in rows]
         self.origin = [self.origin[row] for row in rows]
 
+    def _forget_segments(self) -> None:
+        """To be called where packed or kept tokens, or their columns, change; in between segments serve again."""
+        self._segment: PackedSegment | None = None
+        self._kept_segment: ExactSegment | None = None
+
     def segments(self) -> tuple[list[ExactSegment], PackedSegment | None]:
         """What attention reads: exact segments (kept tokens and window) and the packed one."""
         assert self._window is not None
         assert self._kept is not None
         exact = [self._window_segment()]
         if self._kept.length:
-            exact.insert(0, self._kept_segment(self._kept))
+            self._kept_segment = self._kept_segment or self._segment_of_kept(self._kept)
+            exact.insert(0, self._kept_segment)
         return exact, self._packed_segment()
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -473,7 +479,7 @@ class CacheLayer:
             chosen = tensor[:, :, place] if everyone else tensor[:, :, place][list(rows)]
             require_finite(chosen, f"{what} of {self.name}")
             encoded.append(codec.quantize(chosen, (tokens + origin).to(keys.device)))
-        self._segment = None
+        self._forget_segments()
         for packed, fields in zip(self._packed, encoded, strict=True):
             packed.append(fields, tokens, None if everyone else rows)
         for row in rows:
@@ -483,6 +489,7 @@ class CacheLayer:
         """Copy tokens of the window to those that stay exact."""
         assert self._window is not None
         assert self._kept is not None
+        self._forget_segments()
         for first, stop in runs:
             columns = slice(first - self._window_column, stop - self._window_column)
             keys, values = self._window.keys[row, :, columns], self._window.values[row, :, columns]
@@ -500,7 +507,7 @@ class CacheLayer:
             valid = (columns >= torch.tensor(starts)[:, None]).to(self._window.keys.device)
         return ExactSegment(self._window.keys, self._window.values, column, valid)
 
-    def _kept_segment(self, kept: Kept) -> ExactSegment:
+    def _segment_of_kept(self, kept: Kept) -> ExactSegment:
         columns = self._run_start(kept.indices, 1) if kept.is_dense else None
         return ExactSegment(
             kept.keys,
@@ -510,7 +517,6 @@ class CacheLayer:
         )
 
     def _packed_segment(self) -> PackedSegment | None:
-        """Made anew only when packed tokens change, once in 64 tokens of decoding."""
         if self._packed is None or not self._packed[0].blocks:
             return None
         if self._segment is None:

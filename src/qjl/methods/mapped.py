@@ -21,6 +21,8 @@ class MappedCodec(NibbleCodec):
     no bits); None for an isotropic code. ``gains`` are tried on each token before it is coded.
     """
 
+    scale: LogScale
+
     def __init__(
         self,
         key_map: Tensor,
