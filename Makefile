@@ -2,9 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 CMAKE ?= cmake
 WORKERS ?= 2
-SANITIZED_TESTS ?= tests/test_ops.py tests/test_fuzz_kernels.py tests/test_native_library.py
+KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_kernels.py fuzz_step.py)
+SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
+CROSS_CXX ?= aarch64-linux-gnu-g++
+# A machine with no more than NEON; and a memset without DC ZVA, in which QEMU 7 does not survive a page fault.
+EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -L /usr/aarch64-linux-gnu
 
-.PHONY: setup native demo test sanitize clean
+needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
+	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
+
+.PHONY: setup native demo test sanitize emulate clean
 
 setup: .venv/installed
 
@@ -31,11 +38,26 @@ test: setup
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python.
 sanitize: setup
+	$(call needs,$(CMAKE),apt-get install cmake)
+	$(call needs,$(CXX),apt-get install g++)
+	$(call needs,$(SANITIZERS),it comes with GCC)
 	$(CMAKE) -S . -B build/sanitize -DCMAKE_BUILD_TYPE=Release -DQJL_SANITIZE=address,undefined
 	$(CMAKE) --build build/sanitize --parallel
-	LD_PRELOAD="$(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	QJL_CPU_LIBRARY=build/sanitize/_cpu.so OMP_NUM_THREADS=1 $(BIN)/pytest $(SANITIZED_TESTS)
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	QJL_CPU_LIBRARY=build/sanitize/_cpu.so OMP_NUM_THREADS=1 $(BIN)/pytest -k "not reference" \
+	$(KERNEL_TESTS) tests/test_native_library.py
+
+# The kernels for NEON, run by an emulator under the same tests (tests/emulation).
+emulate: setup
+	$(call needs,$(CMAKE),apt-get install cmake)
+	$(call needs,$(CROSS_CXX),apt-get install g++-aarch64-linux-gnu)
+	$(call needs,$(EMULATOR),apt-get install qemu-user)
+	$(CMAKE) -S . -B build/neon -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=$(CROSS_CXX) \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
+	$(CMAKE) --build build/neon --parallel
+	$(CROSS_CXX) -std=c++20 -O2 -Wall -Wextra tests/emulation/server.cpp -o build/neon/server
+	QJL_EMULATED_LIBRARY="$(EMULATOR) build/neon/server build/neon/_cpu.so" PYTHONPATH=tests OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -p emulation.bridge -n $(WORKERS) -k neon $(KERNEL_TESTS)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/qjl/_cpu.so

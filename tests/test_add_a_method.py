@@ -16,6 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs/add-a-method.md").read_text(encoding="utf-8")
 STEPS = re.findall(r"^`([^`\n]+)`(?:, at the end(?: of `(\w+)`)?)?:\n\n```python\n(.*?)^```$", PAGE, re.M | re.S)
+WITHOUT_EDITABLE = """\
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
+"""  # an editable install would find the original first
 COMMANDS = [line for block in re.findall(r"^```bash\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
 
 
@@ -62,6 +67,7 @@ def followed(tmp_path_factory):
     for name in ("src", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "src/sitecustomize.py").write_text(WITHOUT_EDITABLE, encoding="utf-8")
     for path, name, code in STEPS:
         _follow(folder, path, name, code)
     return folder

@@ -535,9 +535,9 @@ def test_any_sequence_of_operations_on_real_codes_matches_a_plain_tensor(start, 
     if layer.length and max(layer.padding) < layer.length:
         query = _POOL[: layer.batch, :, -3:]
         mask = torch.arange(layer.length) >= torch.tensor(layer.padding)[:, None]
-        scoring = Scoring(0.01, mask[:, None, None].expand(-1, -1, 3, -1))
+        scoring = Scoring(0.0005, mask[:, None, None].expand(-1, -1, 3, -1))
         keys, values = layer.dense()
-        scores = (query @ keys.transpose(2, 3) * 0.01).masked_fill(~scoring.mask, -torch.inf)
+        scores = (query @ keys.transpose(2, 3) * 0.0005).masked_fill(~scoring.mask, -torch.inf)
         torch.testing.assert_close(attend(query, layer, scoring), scores.softmax(-1) @ values, atol=0.02, rtol=0)
 
 

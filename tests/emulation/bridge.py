@@ -1,6 +1,6 @@
 """The kernels of another machine, emulated: a pytest plugin that stands in for the compiled library.
 
-``QJL_EMULATED`` is a command that runs ``server.cpp`` in an emulator. Functions are called there by name, and whatever
+``QJL_EMULATED_LIBRARY`` is a command that runs ``server.cpp`` in an emulator. Functions are called there by name, and whatever
 memory of this process they touch is sent over and back, so that all tests run unchanged.
 """
 
@@ -95,7 +95,7 @@ class Emulated:
 
 @cache
 def _load():
-    emulated = Emulated(os.environ["QJL_EMULATED"])
+    emulated = Emulated(os.environ["QJL_EMULATED_LIBRARY"])
     emulated.qjl_supported.restype = emulated.qjl_selected.restype = ctypes.c_char_p
     return emulated
 
