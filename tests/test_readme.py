@@ -80,6 +80,17 @@ def test_the_readme_names_every_preset():
     assert all(f"`{name}`" in text for name in presets.PRESETS)
 
 
+def test_the_speed_of_the_readme_is_the_measured_one():
+    text = (ROOT / "README.md").read_text()
+    rows = [json.loads(line) for line in (ROOT / "docs/results/decode.jsonl").read_text().splitlines()]
+    for row in rows:
+        ratios = " | ".join(
+            f"{row[f'ratio_{name}']:.1f} ({row[f'spread_{name}'][0]:.1f} to {row[f'spread_{name}'][1]:.1f})"
+            for name in ("torch_bf16", "torch_fp32", "fp16_avx2")
+        )
+        assert f"| `{row['preset']}` | {row['tokens']:,} | {row['head_dim']} | {row['ms']:.1f} | {ratios} |" in text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
