@@ -50,7 +50,7 @@ struct Arrays {
         rows = room.take(dim * BLOCK);
         mapped = room.take(map.rows * BLOCK);
         coded = room.take(largest(map.rows, map.size, dim / 2) * BLOCK);
-        matrix = room.take(map.is_half ? map.rows * dim : HAS_PAIRS ? map.rows * dim / 2 : 0);
+        matrix = room.take(map.is_half ? map.rows * dim : map.rows * dim / 2);
         part = room.take(part_floats);
         size = room.size;
     }
@@ -97,7 +97,7 @@ struct Map {
     }
 };
 
-// Scales
+// Codes and scales
 
 // z = mapped / rms, the rms of the coordinates that count.
 inline void normalise(const float* mapped, const float* weights, int64_t count, float* z) {
@@ -115,42 +115,6 @@ inline void normalise(const float* mapped, const float* weights, int64_t count, 
     for (int64_t i = 0; i < count; ++i)
         over_row([&](int t) { store(z + i * BLOCK + t, wide(mapped + i * BLOCK + t) * wide(squared + t)); });
 }
-
-// The norm of each token.
-inline void norms(const float* rows, int64_t count, float* scales) {
-    sum_rows(count, scales, [&](int64_t i, int t) { return wide(rows + i * BLOCK + t) * wide(rows + i * BLOCK + t); });
-    over_row([&](int t) { store(scales + t, square_root(wide(scales + t))); });
-}
-
-// |y|^2 / <y, y_hat> in the metric of the weights; 0 for a token of zeros.
-inline void exact_scales(const float* y, const float* decoded, const float* weights, int64_t count, float* scales) {
-    float squares[BLOCK], products[BLOCK];
-    const auto weighted = [&](int64_t i, int t) {
-        const Wide x = wide(y + i * BLOCK + t);
-        return weights ? x * weights[i] : x;
-    };
-    sum_rows(count, squares, [&](int64_t i, int t) { return weighted(i, t) * wide(y + i * BLOCK + t); });
-    sum_rows(count, products, [&](int64_t i, int t) { return weighted(i, t) * wide(decoded + i * BLOCK + t); });
-    over_row([&](int t) {
-        const Wide aligned = wide(products + t), scale = wide(squares + t) / larger(aligned, splat(1e-30f));
-        store(scales + t, aligned > 0 ? scale : Wide{});
-    });
-}
-
-inline void store_logarithms(const float* scales, float unit, uint8_t* codes) {
-    constexpr float STEPS_PER_OCTAVE = 12, UNIT_CODE = 128, LEAST = 1, LARGEST = 255;
-    for (int t = 0; t < BLOCK; ++t) {
-        const float code = __builtin_rintf(__builtin_log2f(scales[t] / unit) * STEPS_PER_OCTAVE + UNIT_CODE);
-        const float clipped = code < LEAST ? LEAST : code < LARGEST ? code : LARGEST;
-        codes[t] = scales[t] > 0 ? static_cast<uint8_t>(clipped) : 0;
-    }
-}
-
-inline void store_halves(const float* scales, float factor, uint16_t* halves) {
-    for (int t = 0; t < BLOCK; ++t) halves[t] = rounded_half(scales[t] * factor);
-}
-
-// Codes
 
 inline void encode_part(const QjlEncode& operation, const QjlPart& part, int64_t head, float* z, float* room,
                         uint8_t* codes) {
@@ -182,7 +146,41 @@ inline void encode_parts(const QjlEncode& operation, int64_t head, float* z, flo
     }
 }
 
-// Whether the signs of products are all that is asked for: scales are norms, and no mean is taken off.
+// The norm of each token.
+inline void norms(const float* rows, int64_t count, float* scales) {
+    sum_rows(count, scales, [&](int64_t i, int t) { return wide(rows + i * BLOCK + t) * wide(rows + i * BLOCK + t); });
+    over_row([&](int t) { store(scales + t, square_root(wide(scales + t))); });
+}
+
+// |y|^2 / <y, y_hat> in the metric of the weights; 0 for a token of zeros.
+inline void exact_scales(const float* y, const float* decoded, const float* weights, int64_t count, float* scales) {
+    float aligned[BLOCK];
+    const auto weighted = [&](int64_t i, int t) {
+        const Wide x = wide(y + i * BLOCK + t);
+        return weights ? x * weights[i] : x;
+    };
+    sum_rows(count, scales, [&](int64_t i, int t) { return weighted(i, t) * wide(y + i * BLOCK + t); });
+    sum_rows(count, aligned, [&](int64_t i, int t) { return weighted(i, t) * wide(decoded + i * BLOCK + t); });
+    over_row([&](int t) {
+        const Wide is = wide(aligned + t);
+        store(scales + t, is > 0 ? wide(scales + t) / larger(is, splat(1e-30f)) : Wide{});
+    });
+}
+
+inline void store_logarithms(const float* scales, float unit, uint8_t* codes) {
+    constexpr float STEPS_PER_OCTAVE = 12, UNIT_CODE = 128, LEAST = 1, LARGEST = 255;
+    for (int t = 0; t < BLOCK; ++t) {
+        const float code = __builtin_rintf(__builtin_log2f(scales[t] / unit) * STEPS_PER_OCTAVE + UNIT_CODE);
+        const float clipped = code < LEAST ? LEAST : code < LARGEST ? code : LARGEST;
+        codes[t] = scales[t] > 0 ? static_cast<uint8_t>(clipped) : 0;
+    }
+}
+
+inline void store_halves(const float* scales, float factor, uint16_t* halves) {
+    for (int t = 0; t < BLOCK; ++t) halves[t] = rounded_half(scales[t] * factor);
+}
+
+// Whether signs of integers will do.
 inline bool takes_pairs(const QjlEncode& operation) {
     const QjlMap& map = operation.map;
     const bool is_plain = operation.part_count == 1 && operation.parts->kind == QJL_SIGNS && !operation.parts->gram;

@@ -5,8 +5,8 @@
 
 namespace encode {
 
-constexpr float NORM = 32700;         // integers fit 16 bits, products 31
-constexpr float ROUNDER = 0x1.8p23f;  // leaves the nearest integer in the lower half of a number's bits
+constexpr float NORM = 32700;  // integers fit 16 bits, products 31
+constexpr float ROUNDER = 0x1.8p23f;  // added to a number, it leaves the nearest integer in the lower half of the bits
 
 // The rows of `matrix [rows, dim]`; dim is a multiple of EIGHT.
 inline void round_matrix(const float* matrix, int64_t rows, int64_t dim, int16_t* integers) {
@@ -36,8 +36,7 @@ inline void round_tokens(const float* rows, int64_t dim, const float* norms, int
 template <class Stored>
 float product(const float* row, const Stored* token, int64_t dim) {
     Wide sums{};
-    for (int64_t i = 0; i < dim; i += WIDTH)
-        sums += first_widened(row + i, dim - i) * first_widened(token + i, dim - i);
+    for (int64_t i = 0; i < dim; i += WIDTH) sums += first_widened(row + i, dim - i) * first_widened(token + i, dim - i);
     float total = 0;
     for (int lane = 0; lane < WIDTH; ++lane) total += sums[lane];
     return total;

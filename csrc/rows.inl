@@ -6,8 +6,8 @@ using codes::load;
 using codes::Place;
 using codes::store;
 
-constexpr int WIDTH = LANES < 4 ? 4 : LANES;    // floats in a vector
-constexpr int TILE = LANES == 1 ? 2 : VECTORS;  // vectors that loops over tokens keep in registers
+constexpr int WIDTH = LANES < 4 ? 4 : LANES;         // floats in a vector
+constexpr int TILE = LANES == 1 ? 2 : VECTORS;       // vectors that loops over tokens keep in registers
 constexpr int64_t TILE_TOKENS = TILE * WIDTH;
 
 typedef float Wide __attribute__((vector_size(4 * WIDTH)));
@@ -31,7 +31,6 @@ inline Ints filled(int32_t value) {
 
 inline Wide splat(float value) { return value - Wide{}; }  // less zero, which leaves even -0 as it is
 inline Wide wide(const float* from) { return load<Wide>(from); }
-
 inline Wide square_root(Wide x) {
     for (int lane = 0; lane < WIDTH; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
     return x;

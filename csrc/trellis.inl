@@ -158,7 +158,7 @@ inline void join_nibbles(const uint8_t* nibbles, int64_t bytes, uint8_t* codes) 
 template <int W>
 void encode_trellis(const QjlPart& part, float* z, Costs* before, uint8_t* nibbles, uint8_t* codes) {
     const Trellis<W> trellis(part);
-    for (int t = 0; t < BLOCK; t += TILE_TOKENS) {
+    for (int t = 0; t < BLOCK; t += TILE * WIDTH) {
         Costs costs;
         forward(trellis, z + t, part.nibbles, before, costs);
         for (int v = 0; v < TILE; ++v)

@@ -1,7 +1,7 @@
 """The kernels of another machine, emulated: a pytest plugin that stands in for the compiled library.
 
-``QJL_EMULATED_LIBRARY`` is a command that runs ``server.cpp`` in an emulator. Functions are called there by name, and whatever
-memory of this process they touch is sent over and back, so that all tests run unchanged.
+``QJL_EMULATED_LIBRARY`` is a command that runs ``server.cpp`` in an emulator. Functions are called there by name, and
+whatever memory of this process they touch is sent over and back, so that all tests run unchanged.
 """
 
 import ctypes
