@@ -18,52 +18,87 @@ inline __m256i twice(const void* sixteen_bytes) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(sixteen_bytes)));
 }
 
-inline __m256i add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
-
-// Sums of both nibbles of 32 tokens: tokens 0 to 7 and 16 to 23, then the others.
-struct Words {
+// Low and high nibbles of 32 tokens.
+struct Places {
     __m256i low, high;
 
-    Words(const uint8_t* codes, const uint8_t* table) {
+    explicit Places(const uint8_t* codes) {
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-        const __m256i mask = _mm256_set1_epi8(15);
-        const __m256i at_low = _mm256_and_si256(bytes, mask);
-        const __m256i at_high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-        const __m256i low_bytes = _mm256_shuffle_epi8(twice(table), at_low);
-        const __m256i high_bytes = _mm256_shuffle_epi8(twice(table + 16), at_low);
-        const __m256i more_low = _mm256_shuffle_epi8(twice(table + 32), at_high);
-        const __m256i more_high = _mm256_shuffle_epi8(twice(table + 48), at_high);
-        low = add(_mm256_unpacklo_epi8(low_bytes, high_bytes), _mm256_unpacklo_epi8(more_low, more_high));
-        high = add(_mm256_unpackhi_epi8(low_bytes, high_bytes), _mm256_unpackhi_epi8(more_low, more_high));
+        low = _mm256_and_si256(bytes, _mm256_set1_epi8(15));
+        high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
     }
 };
 
-// One row of 32 tokens of a block.
-inline void scan_half(const uint8_t* codes, int64_t bytes, const uint8_t* tables, int64_t next, const int32_t* factors,
-                      int64_t next_factor, int32_t* sums, int half) {
-    __m256i totals[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
-                         _mm256_setzero_si256()};
-    for (int64_t j = 0; j < bytes; j += 2, factors += next_factor) {
-        Words words(codes + j * 64, tables + j * next);
-        if (j + 1 < bytes) {
-            const Words more(codes + (j + 1) * 64, tables + (j + 1) * next);
-            words.low = add(words.low, more.low);
-            words.high = add(words.high, more.high);
-        }
+// Sums of table entries: tokens 0 to 7 and 16 to 23, then the others.
+struct Words {
+    __m256i low, high;
+
+    QJL_INLINE Words(__m256i at, const uint8_t* table) {
+        const __m256i low_bytes = _mm256_shuffle_epi8(twice(table), at);
+        const __m256i high_bytes = _mm256_shuffle_epi8(twice(table + 16), at);
+        low = _mm256_unpacklo_epi8(low_bytes, high_bytes);
+        high = _mm256_unpackhi_epi8(low_bytes, high_bytes);
+    }
+
+    QJL_INLINE Words(const Places& at, const uint8_t* table) : Words(at.low, table) { add({at.high, table + 32}); }
+
+    QJL_INLINE void add(const Words& more) {
+        low = _mm256_add_epi16(low, more.low);
+        high = _mm256_add_epi16(high, more.high);
+    }
+};
+
+// Sums of one row: even and odd tokens of the low words, then of the high ones.
+struct RowSums {
+    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+
+    QJL_INLINE void add(const Words& words, const int32_t* factors) {
         const __m256i even = _mm256_set1_epi32(factors[0]), odd = _mm256_set1_epi32(factors[1]);
-        totals[0] = _mm256_add_epi32(totals[0], _mm256_madd_epi16(words.low, even));
-        totals[1] = _mm256_add_epi32(totals[1], _mm256_madd_epi16(words.low, odd));
-        totals[2] = _mm256_add_epi32(totals[2], _mm256_madd_epi16(words.high, even));
-        totals[3] = _mm256_add_epi32(totals[3], _mm256_madd_epi16(words.high, odd));
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(words.low, even));
+        b = _mm256_add_epi32(b, _mm256_madd_epi16(words.low, odd));
+        c = _mm256_add_epi32(c, _mm256_madd_epi16(words.high, even));
+        d = _mm256_add_epi32(d, _mm256_madd_epi16(words.high, odd));
+        QJL_KEEP(a, b, c, d);
     }
-    for (int k = 0; k < 4; ++k) {
-        alignas(32) int32_t of_tokens[8];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(of_tokens), totals[k]);
-        for (int i = 0; i < 8; ++i) {
-            const int token = half * 32 + i / 4 * 16 + k / 2 * 8 + i % 4 * 2 + k % 2;
-            sums[token % 4 * 16 + token / 4] = of_tokens[i];
-        }
+
+    QJL_INLINE void add(const Places& first, const Places& second, const uint8_t* tables, int64_t next,
+                        const int32_t* factors) {
+        Words words(first, tables);
+        words.add({second, tables + next});
+        add(words, factors);
     }
+
+    static QJL_INLINE void leave(__m256i low, __m256i high, int32_t* to) {
+        const __m256 first = _mm256_castsi256_ps(low), second = _mm256_castsi256_ps(high);
+        _mm256_store_ps(reinterpret_cast<float*>(to), _mm256_shuffle_ps(first, second, 0x88));
+        _mm256_store_ps(reinterpret_cast<float*>(to + 32), _mm256_shuffle_ps(first, second, 0xdd));
+    }
+
+    // By four.
+    QJL_INLINE void leave(int32_t* to) const {
+        leave(a, c, to);
+        leave(b, d, to + 16);
+    }
+};
+
+// 32 tokens of a block, for one row or two of ROWS.
+template <int ROWS, bool IS_TWO>
+void scan_half(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors, int32_t* sums) {
+    constexpr int64_t NEXT = ROWS * 64;
+    RowSums one, two;
+    int64_t j = 0;
+    for (; j + 2 <= bytes; j += 2, codes += 128, tables += 2 * NEXT, factors += 2 * ROWS) {
+        const Places first(codes), second(codes + 64);
+        one.add(first, second, tables, NEXT, factors);
+        if constexpr (IS_TWO) two.add(first, second, tables + 64, NEXT, factors + 2);
+    }
+    if (j < bytes) {
+        const Places last(codes);
+        one.add(Words(last, tables), factors);
+        if constexpr (IS_TWO) two.add(Words(last, tables + 64), factors + 2);
+    }
+    one.leave(sums);
+    if constexpr (IS_TWO) two.leave(sums + 64);
 }
 
 // codes [bytes][64], tables [bytes][ROWS][64 bytes], factors [(bytes + 1) / 2][ROWS][2] -> sums [ROWS][64] by four;
@@ -72,19 +107,17 @@ template <int ROWS>
 void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors, int32_t* sums,
                 const uint8_t* soon) {
     for (int64_t j = 0; j < bytes; ++j) __builtin_prefetch(soon + j * 64);
-    for (int half = 0; half < 2; ++half) {
-        for (int r = 0; r < ROWS; ++r) {
-            scan_half(codes + half * 32, bytes, tables + r * 64, ROWS * 64, factors + r * 2, ROWS * 2, sums + r * 64,
-                      half);
-        }
+    for (int half = 0; half < 2; ++half, codes += 32, sums += 8) {
+        scan_half<ROWS, (ROWS > 1)>(codes, bytes, tables, factors, sums);
+        if constexpr (ROWS > 2) scan_half<ROWS, (ROWS > 3)>(codes, bytes, tables + 128, factors + 4, sums + 128);
     }
 }
 
 // Weights of even tokens as words, then those of odd tokens.
 inline void put_weights(uint8_t* to, const I16 (&by_four)[4]) {
     const I16 even = by_four[0] | by_four[2] << 16, odd = by_four[1] | by_four[3] << 16;
-    __builtin_memcpy(to, &even, 64);
-    __builtin_memcpy(to + 64, &odd, 64);
+    store(to, even);
+    store(to + 64, odd);
 }
 
 struct Levels {
