@@ -3,7 +3,7 @@
 namespace nibbles {
 
 constexpr int MAX_ROWS = 4;
-constexpr int TILE = 16;  // blocks whose weights are summed up at once
+constexpr int TILE = 8;  // blocks whose weights are summed up at once
 constexpr float WEIGHT_TOP = 32767;
 
 // Low bytes and high bytes of both tables: a byte shuffle looks up one of them.
@@ -188,8 +188,11 @@ struct PairSums {
     QJL_INLINE void add(const uint8_t* weights, const LevelWords& firsts, const LevelWords& seconds) {
         const auto* row = reinterpret_cast<const __m256i*>(weights);
         const __m256i even = _mm256_load_si256(row), odd = _mm256_load_si256(row + 2);
-        first = _mm256_add_epi32(first, products(firsts, even, odd));
-        second = _mm256_add_epi32(second, products(seconds, even, odd));
+        first = _mm256_add_epi32(first, _mm256_madd_epi16(even, firsts.even));
+        second = _mm256_add_epi32(second, _mm256_madd_epi16(even, seconds.even));
+        asm volatile("" : "+x"(first), "+x"(second));
+        first = _mm256_add_epi32(first, _mm256_madd_epi16(odd, firsts.odd));
+        second = _mm256_add_epi32(second, _mm256_madd_epi16(odd, seconds.odd));
         asm volatile("" : "+x"(first), "+x"(second));
     }
 };

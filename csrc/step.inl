@@ -617,12 +617,12 @@ struct Sums {
         int64_t place = 0;
         while (!(largest(load<F16>(products + place)) == bound)) place += 16;
         while (products[place] != bound) ++place;
-        const int64_t token = place % 16 * 4 + place / 16 % 4;
+        const uint8_t* token = room.codes + place / 64 * 64 + place % 16 * 4 + place / 16 % 4;
         for (int64_t k = first_pair; k < last_pair; ++k) {
             const QjlPair& pair = side.pairs[k];
             float* sums = of_pairs + 8 * k + r;
-            sums[0] += bound * pair.step * float(level(pair, 0, place / 64, token) + level(pair, 1, place / 64, token));
-            sums[4] += bound * pair.step * float(level(pair, 2, place / 64, token) + level(pair, 3, place / 64, token));
+            sums[0] += bound * pair.step * float(level(pair, 0, token) + level(pair, 1, token));
+            sums[4] += bound * pair.step * float(level(pair, 2, token) + level(pair, 3, token));
         }
         products[place] = 0;
         F16 most{};
@@ -630,9 +630,10 @@ struct Sums {
         bound = largest(most);
     }
 
-    int level(const QjlPair& pair, int k, int64_t block, int64_t token) const {
-        const int32_t source = pair.sources[k];
-        return pair.tables[k][room.codes[(source / 2 * TILE + block) * 64 + token] >> (source % 2 * 4) & 15];
+    // Of one token, the first of whose codes is at `token`.
+    static int level(const QjlPair& pair, int k, const uint8_t* token) {
+        const auto source = uint32_t(pair.sources[k]);
+        return pair.tables[k][token[source / 2 * (TILE * 64)] >> (source % 2 * 4) & 15];
     }
 
     // Integers from products, which become what is left over if they are rounded down; `unit` is what 1 stands for.
