@@ -69,8 +69,23 @@ inline F16 odds(F16 a, F16 b) {
     return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-inline F16 reversed(F16 x) {
-    return __builtin_shufflevector(x, x, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+inline F16 upper_reversed_then_lower(F16 a, F16 b) {
+    return __builtin_shufflevector(a, b, 15, 14, 13, 12, 11, 10, 9, 8, 16, 17, 18, 19, 20, 21, 22, 23);
+}
+
+inline F16 lower_reversed_then_upper(F16 a, F16 b) {
+    return __builtin_shufflevector(a, b, 7, 6, 5, 4, 3, 2, 1, 0, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+// The sums of each four lanes of four vectors, vector by vector within each four.
+inline F16 sums_by_four(F16 a, F16 b, F16 c, F16 d) {
+    const auto halved = [](F16 a, F16 b) {
+        return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+               __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    };
+    const F16 ab = halved(a, b), cd = halved(c, d);
+    return __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
 inline void arrange_by_four(const F16 (&tokens)[4], F16 (&by_four)[4]) {
@@ -197,7 +212,7 @@ struct Room {
 };
 
 struct Scratch {
-    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *products, *turned, *parts, *phasors_of_block;
+    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *products, *turned, *parts, *shared, *phasors_of_block;
     double* phasors;
     uint8_t *tables, *weights, *codes;
     int32_t *factors, *sums;
@@ -226,7 +241,8 @@ struct Scratch {
         phasors = room.take<double>(2 * pairs);
         phasors_of_block = room.take<float>(2 * pairs);
         turned = room.take<float>(MAX_ROWS * 2 * pairs);
-        parts = room.take<float>(2 * (pairs + RANK));
+        parts = room.take<float>(4 * (pairs + 4));
+        shared = room.take<float>(4 * RANK);
         sums_of_pairs = room.take<float>(s.values.pair_count * 8);
         end = room.at;
     }
@@ -455,11 +471,9 @@ struct Turn {
     void add(int64_t block, float* scores, int64_t stride) {
         if (!t.pairs) return;
         stand_at(keys.h.s.first[keys.h.batch * keys.h.s.blocks + block]);
-        for (int64_t r = 0; r < keys.rows; ++r) {
-            turn_row(of_row(r), room.parts);
-            join_slow(room.parts);
-            add_row(room.parts, rest[r], scores + r * stride);
-        }
+        int64_t r = 0;
+        for (; r + 2 <= keys.rows; r += 2) add_rows<2>(r, scores + r * stride, stride);
+        if (r < keys.rows) add_rows<1>(r, scores + r * stride, stride);
     }
 
     // Phasors of the block's centre; the model's angles are float32 products, whose rounding is kept.
@@ -488,58 +502,106 @@ struct Turn {
         next = position + 64;
     }
 
-    // Even and odd part of each pair, side by side.
-    __attribute__((noinline)) void turn_row(const float* row, float* parts) const {
+    // Parts that are even and odd about the centre of the block: of each frequency, then of the functions that slow
+    // ones share.
+    template <int ROWS>
+    void add_rows(int64_t first, float* scores, int64_t stride) const {
+        for (int i = 0; i < ROWS; ++i) turn_row(of_row(first + i), even_of(i), odd_of(i));
+        join_slow<ROWS>();
+        add_parts<ROWS>(rest + first, scores, stride);
+    }
+
+    float* even_of(int row) const { return room.parts + 2 * row * (t.pairs + 4); }
+    float* odd_of(int row) const { return even_of(row) + t.pairs + 4; }
+
+    __attribute__((noinline)) void turn_row(const float* row, float* __restrict even, float* __restrict odd) const {
         const float *cosine = room.phasors_of_block, *sine = cosine + t.pairs;
+        const float *real = row, *imaginary = row + t.pairs;
         for (int64_t f = 0; f < t.pairs; ++f) {
-            parts[2 * f] = row[f] * cosine[f] + row[t.pairs + f] * sine[f];
-            parts[2 * f + 1] = row[t.pairs + f] * cosine[f] - row[f] * sine[f];
+            even[f] = real[f] * cosine[f] + imaginary[f] * sine[f];
+            odd[f] = imaginary[f] * cosine[f] - real[f] * sine[f];
         }
-        parts[2 * t.pairs] = parts[2 * t.pairs + 1] = 0;
+        for (int64_t f = t.pairs; f < t.pairs + 4; ++f) even[f] = odd[f] = 0;
     }
 
-    // Slow frequencies, two at a time, become even and odd coefficients of the functions that they share.
-    __attribute__((noinline)) void join_slow(float* parts) const {
+    // Four slow frequencies at a time.
+    template <int ROWS>
+    __attribute__((noinline)) void join_slow() const {
         constexpr int LANES = sizeof(Native) / sizeof(float);
-        const float* last = parts + 2 * t.pairs;
-        float *first = parts + 2 * t.direct, sums[4 * RANK];
+        alignas(64) float sums[4][4 * RANK]{};
+        const float *even = even_of(0), *odd = odd_of(0), *other_even = even_of(ROWS - 1), *other_odd = odd_of(ROWS - 1);
         for (int i = 0; i < 4 * RANK; i += LANES) {
-            Native total{}, more{};
+            Native a{}, b{}, c{}, d{};
             const float* table = t.down + i;
-            for (parts = first; parts + 4 < last; parts += 8, table += 8 * RANK) {
-                total += repeated(parts) * load<Native>(table);
-                more += repeated(parts + 4) * load<Native>(table + 4 * RANK);
+            for (int64_t f = t.direct; f < t.pairs; f += 4, table += 8 * RANK) {
+                const Native cosines = load<Native>(table), sines = load<Native>(table + 4 * RANK);
+                a += repeated(even + f) * cosines, b += repeated(odd + f) * sines;
+                if constexpr (ROWS > 1) c += repeated(other_even + f) * cosines, d += repeated(other_odd + f) * sines;
+                QJL_KEEP(a, b, c, d);
             }
-            if (parts < last) total += repeated(parts) * load<Native>(table);
-            store(sums + i, total + more);
+            store(sums[0] + i, a), store(sums[1] + i, b), store(sums[2] + i, c), store(sums[3] + i, d);
         }
-        for (int k = 0; k < RANK; ++k) {
-            first[2 * k] = sums[4 * k] + sums[4 * k + 2];
-            first[2 * k + 1] = sums[4 * k + 1] + sums[4 * k + 3];
-        }
+        store(room.shared, sums_by_four(load<F16>(sums[0]), load<F16>(sums[1]), load<F16>(sums[2]), load<F16>(sums[3])));
     }
 
-    // Even and odd parts around the centre of the block, 32 steps of each.
-    __attribute__((noinline)) void add_row(const float* parts, float constant, float* scores) const {
+    template <int ROWS>
+    __attribute__((noinline)) void add_parts(const float* constant, float* scores, int64_t stride) const {
         constexpr int LANES = sizeof(Native) / sizeof(float);
-        float even[32], odd[32];
+        alignas(64) float even[ROWS][32], odd[ROWS][32];
         for (int step = 0; step < 32; step += 2 * LANES) {
-            Native even0 = constant - Native{}, even1 = even0, odd0{}, odd1{};
-            const float *part = parts, *table = t.up + step;
-            for (int64_t f = 0; f < t.direct + RANK; ++f, part += 2, table += 64) {
-                even0 += part[0] * load<Native>(table), even1 += part[0] * load<Native>(table + LANES);
-                odd0 += part[1] * load<Native>(table + 32), odd1 += part[1] * load<Native>(table + 32 + LANES);
-                QJL_KEEP(even0, even1, odd0, odd1);
+            Parts first(constant[0]), second(constant[ROWS - 1]);
+            const float *table = t.up + step, *of_function = room.shared;
+            for (int64_t f = 0; f < t.direct; ++f, table += 64) {
+                add_steps<ROWS>(first, second, table, even_of(0)[f], odd_of(0)[f], even_of(ROWS - 1)[f], odd_of(ROWS - 1)[f]);
             }
-            store(even + step, even0), store(even + step + LANES, even1);
-            store(odd + step, odd0), store(odd + step + LANES, odd1);
+            for (int k = 0; k < RANK; ++k, table += 64, of_function += 4) {
+                add_steps<ROWS>(first, second, table, of_function[0], of_function[1], of_function[2], of_function[3]);
+            }
+            first.leave(even[0] + step, odd[0] + step);
+            if constexpr (ROWS > 1) second.leave(even[1] + step, odd[1] + step);
         }
-        const F16 near = load<F16>(even), far = load<F16>(even + 16);
-        const F16 near_odd = load<F16>(odd), far_odd = load<F16>(odd + 16);
-        const F16 tokens[4] = {reversed(far - far_odd), reversed(near - near_odd), near + near_odd, far + far_odd};
-        F16 by_four[4];
-        arrange_by_four(tokens, by_four);
-        for (int c = 0; c < 4; ++c) store(scores + c * 16, load<F16>(scores + c * 16) + by_four[c]);
+        for (int i = 0; i < ROWS; ++i) add_mirrored(even[i], odd[i], scores + i * stride);
+    }
+
+    struct Parts {
+        Native even, next_even, odd{}, next_odd{};
+
+        explicit Parts(float constant) : even(constant - Native{}), next_even(even) {}
+
+        inline __attribute__((always_inline)) void add(float even_part, float odd_part, Native cosine,
+                                                       Native next_cosine, Native sine, Native next_sine) {
+            even += even_part * cosine, next_even += even_part * next_cosine;
+            odd += odd_part * sine, next_odd += odd_part * next_sine;
+            QJL_KEEP(even, next_even, odd, next_odd);
+        }
+
+        void leave(float* evens, float* odds) const {
+            store(evens, even), store(evens + sizeof(Native) / 4, next_even);
+            store(odds, odd), store(odds + sizeof(Native) / 4, next_odd);
+        }
+    };
+
+    template <int ROWS>
+    static inline __attribute__((always_inline)) void add_steps(Parts& first, Parts& second, const float* table,
+                                                                float even, float odd, float other_even,
+                                                                float other_odd) {
+        constexpr int LANES = sizeof(Native) / sizeof(float);
+        Native cosine = load<Native>(table), next_cosine = load<Native>(table + LANES);
+        Native sine = load<Native>(table + 32), next_sine = load<Native>(table + 32 + LANES);
+        QJL_KEEP(cosine, next_cosine, sine, next_sine);
+        first.add(even, odd, cosine, next_cosine, sine, next_sine);
+        if constexpr (ROWS > 1) second.add(other_even, other_odd, cosine, next_cosine, sine, next_sine);
+    }
+
+    // Steps away from the centre come as tokens do after it, by four: 8 with remainder 0, 8 with 1, ...
+    static void add_mirrored(const float* even, const float* odd, float* scores) {
+        for (int half = 0; half < 2; ++half) {
+            const F16 behind = load<F16>(even + 16 * half) + load<F16>(odd + 16 * half);
+            const F16 before = load<F16>(even + 16 - 16 * half) - load<F16>(odd + 16 - 16 * half);
+            float *first = scores + 32 * half, *second = first + 16;
+            store(first, load<F16>(first) + upper_reversed_then_lower(before, behind));
+            store(second, load<F16>(second) + lower_reversed_then_upper(before, behind));
+        }
     }
 };
 

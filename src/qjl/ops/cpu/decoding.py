@@ -342,11 +342,11 @@ def _turn(form: NibbleForm) -> _Turn:
     assert form.turn is not None
     order = np.argsort(-form.turn.inv_freq.double().abs().cpu().numpy(), kind="stable")
     frequencies = form.turn.inv_freq.double().cpu().numpy()[order]
-    angles = frequencies[:, None] * (np.arange(BLOCK // 2) + 0.5)
+    steps = np.arange(BLOCK // 2).reshape(-1, 4).T.reshape(-1)  # as the kernels keep tokens: by four
+    angles = frequencies[:, None] * (steps + 0.5)
     direct = _fast(angles)
     slow = [_product(table[direct:]) for table in (np.cos(angles), np.sin(angles))]
-    down = np.stack([down for down, _ in slow], axis=2)  # [F, RANK, 2]
-    down = np.concatenate([down, np.zeros((len(down) % 2, RANK, 2))]).reshape(-1, 2, RANK, 2).transpose(0, 2, 1, 3)
+    down = np.stack([_by_four(down) for down, _ in slow], axis=1)  # [F / 4, 2, RANK, 4]
     up = np.concatenate([np.stack([np.cos(angles), np.sin(angles)], 1)[:direct], np.stack([up for _, up in slow], 1)])
     coordinates = np.stack([x.cpu().numpy()[order] for x in (form.turn.first, form.turn.second)])
     arrays = {
@@ -361,6 +361,12 @@ def _turn(form: NibbleForm) -> _Turn:
     form.derived["turn arrays"] = arrays
     pointers = {name: array.ctypes.data for name, array in arrays.items()}
     return _Turn(**pointers, pairs=len(order), direct=direct, scaling=form.turn.scaling)
+
+
+def _by_four(down: np.ndarray) -> np.ndarray:
+    """``[F, RANK]`` as ``[F / 4, RANK, 4]``, filled up with zeros."""
+    filled = np.concatenate([down, np.zeros((-len(down) % 4, RANK))])
+    return filled.reshape(-1, 4, RANK).transpose(0, 2, 1)
 
 
 def _phasors(angles: np.ndarray) -> np.ndarray:
