@@ -69,12 +69,8 @@ inline F16 odds(F16 a, F16 b) {
     return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-inline F16 upper_reversed_then_lower(F16 a, F16 b) {
-    return __builtin_shufflevector(a, b, 15, 14, 13, 12, 11, 10, 9, 8, 16, 17, 18, 19, 20, 21, 22, 23);
-}
-
-inline F16 lower_reversed_then_upper(F16 a, F16 b) {
-    return __builtin_shufflevector(a, b, 7, 6, 5, 4, 3, 2, 1, 0, 24, 25, 26, 27, 28, 29, 30, 31);
+inline F16 reversed(F16 x) {
+    return __builtin_shufflevector(x, x, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 }
 
 // The sums of each four lanes of four vectors, vector by vector within each four.
@@ -211,8 +207,11 @@ struct Room {
     }
 };
 
+// Slow frequencies are read four at a time, from any place on.
+inline int64_t room_for_parts(int64_t pairs) { return (pairs + 4 + 15) / 16 * 16; }
+
 struct Scratch {
-    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *products, *turned, *parts, *shared, *phasors_of_block;
+    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *products, *turned, *parts, *shared, *phasors_of_centre;
     double* phasors;
     uint8_t *tables, *weights, *codes;
     int32_t *factors, *sums;
@@ -239,9 +238,9 @@ struct Scratch {
         codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
         const int64_t pairs = s.turn ? s.turn->pairs : 0;
         phasors = room.take<double>(2 * pairs);
-        phasors_of_block = room.take<float>(2 * pairs);
+        phasors_of_centre = room.take<float>(2 * pairs);
         turned = room.take<float>(MAX_ROWS * 2 * pairs);
-        parts = room.take<float>(4 * (pairs + 4));
+        parts = room.take<float>(4 * room_for_parts(pairs));
         shared = room.take<float>(4 * RANK);
         sums_of_pairs = room.take<float>(s.values.pair_count * 8);
         end = room.at;
@@ -446,7 +445,8 @@ struct Turn {
     const QjlTurn t;
     const Keys& keys;
     Scratch& room;
-    int64_t next = -1;  // the position that the phasors stand at
+    static constexpr int64_t SPAN = 2 * 64, ANCHOR = 8;
+    int64_t next = -1, anchored = -1, turns = 0;
     float rest[MAX_ROWS];
 
     explicit Turn(const Keys& keys) : t(keys.h.s.turn ? *keys.h.s.turn : QjlTurn{}), keys(keys), room(keys.room) {
@@ -468,54 +468,71 @@ struct Turn {
 
     float* of_row(int64_t r) const { return room.turned + r * 2 * t.pairs; }
 
-    void add(int64_t block, float* scores, int64_t stride) {
+    // Adds to the scores of a tile, [rows][TILE][64], two blocks at a time where they follow one another.
+    void add(int64_t first_block, int64_t blocks, float* scores) {
         if (!t.pairs) return;
-        stand_at(keys.h.s.first[keys.h.batch * keys.h.s.blocks + block]);
-        int64_t r = 0;
-        for (; r + 2 <= keys.rows; r += 2) add_rows<2>(r, scores + r * stride, stride);
-        if (r < keys.rows) add_rows<1>(r, scores + r * stride, stride);
+        const int64_t* first = keys.h.s.first + keys.h.batch * keys.h.s.blocks + first_block;
+        for (int64_t b = 0, spanned; b < blocks; b += spanned) {
+            spanned = b + 1 < blocks && first[b + 1] == first[b] + 64 ? 2 : 1;
+            stand_at(first[b]);
+            int64_t r = 0;
+            for (; r + 2 <= keys.rows; r += 2) add_rows<2>(r, scores + (r * TILE + b) * 64, spanned);
+            if (r < keys.rows) add_rows<1>(r, scores + (r * TILE + b) * 64, spanned);
+        }
     }
 
-    // Phasors of the block's centre; the model's angles are float32 products, whose rounding is kept.
-    __attribute__((noinline)) void stand_at(int64_t position) {
-        double *cosine = room.phasors, *sine = cosine + t.pairs;
-        float *centre_cosine = room.phasors_of_block, *centre_sine = centre_cosine + t.pairs;
-        if (next != position) {
-            for (int64_t f = 0; f < t.pairs; ++f) {
-                cosine[f] = __builtin_cos(position * double(t.inv_freq[f]));
-                sine[f] = __builtin_sin(position * double(t.inv_freq[f]));
-            }
+    // Phasors of the centre of the two blocks: turned on from the last ones in float32, and at every ANCHOR-th time in
+    // double precision.
+    void stand_at(int64_t position) {
+        if (position == next && turns < ANCHOR) {
+            turn_on(room.phasors_of_centre, t.step);
+            ++turns;
+        } else {
+            anchor(position);
+            turns = 1;
         }
-        const double *to_cosine = t.to_centre, *to_sine = t.to_centre + t.pairs;
-        const double *step_cosine = t.step, *step_sine = t.step + t.pairs;
+        next = position + SPAN;
+    }
+
+    template <class Number>
+    __attribute__((noinline)) void turn_on(Number* __restrict cosine, const Number* step_cosine) const {
+        Number* __restrict sine = cosine + t.pairs;
+        const Number* step_sine = step_cosine + t.pairs;
         for (int64_t f = 0; f < t.pairs; ++f) {
-            const double rounding = double(float(position) * t.inv_freq[f]) - position * double(t.inv_freq[f]);
-            const double c = cosine[f] - rounding * sine[f], s = sine[f] + rounding * cosine[f];
-            centre_cosine[f] = float(c * to_cosine[f] - s * to_sine[f]);
-            centre_sine[f] = float(s * to_cosine[f] + c * to_sine[f]);
-        }
-        for (int64_t f = 0; f < t.pairs; ++f) {
-            const double c = cosine[f], s = sine[f];
+            const Number c = cosine[f], s = sine[f];
             cosine[f] = c * step_cosine[f] - s * step_sine[f];
             sine[f] = s * step_cosine[f] + c * step_sine[f];
         }
-        next = position + 64;
     }
 
-    // Parts that are even and odd about the centre of the block: of each frequency, then of the functions that slow
-    // ones share.
+    __attribute__((noinline)) void anchor(int64_t position) {
+        double *cosine = room.phasors, *sine = cosine + t.pairs;
+        float *centre_cosine = room.phasors_of_centre, *centre_sine = centre_cosine + t.pairs;
+        if (position == anchored + ANCHOR * SPAN) {
+            turn_on(room.phasors, t.anchor_step);
+        } else {
+            for (int64_t f = 0; f < t.pairs; ++f) {
+                const double angle = (position + (SPAN - 1) / 2.0) * t.inv_freq[f];
+                cosine[f] = __builtin_cos(angle), sine[f] = __builtin_sin(angle);
+            }
+        }
+        for (int64_t f = 0; f < t.pairs; ++f) centre_cosine[f] = float(cosine[f]), centre_sine[f] = float(sine[f]);
+        anchored = position;
+    }
+
+    // Parts that are even and odd about the centre: of each frequency, then of the functions that slow ones share.
     template <int ROWS>
-    void add_rows(int64_t first, float* scores, int64_t stride) const {
+    void add_rows(int64_t first, float* scores, int64_t blocks) const {
         for (int i = 0; i < ROWS; ++i) turn_row(of_row(first + i), even_of(i), odd_of(i));
         join_slow<ROWS>();
-        add_parts<ROWS>(rest + first, scores, stride);
+        add_parts<ROWS>(rest + first, scores, blocks);
     }
 
-    float* even_of(int row) const { return room.parts + 2 * row * (t.pairs + 4); }
-    float* odd_of(int row) const { return even_of(row) + t.pairs + 4; }
+    float* even_of(int row) const { return room.parts + 2 * row * room_for_parts(t.pairs); }
+    float* odd_of(int row) const { return even_of(row) + room_for_parts(t.pairs); }
 
     __attribute__((noinline)) void turn_row(const float* row, float* __restrict even, float* __restrict odd) const {
-        const float *cosine = room.phasors_of_block, *sine = cosine + t.pairs;
+        const float *cosine = room.phasors_of_centre, *sine = cosine + t.pairs;
         const float *real = row, *imaginary = row + t.pairs;
         for (int64_t f = 0; f < t.pairs; ++f) {
             even[f] = real[f] * cosine[f] + imaginary[f] * sine[f];
@@ -545,22 +562,22 @@ struct Turn {
     }
 
     template <int ROWS>
-    __attribute__((noinline)) void add_parts(const float* constant, float* scores, int64_t stride) const {
+    __attribute__((noinline)) void add_parts(const float* constant, float* scores, int64_t blocks) const {
         constexpr int LANES = sizeof(Native) / sizeof(float);
-        alignas(64) float even[ROWS][32], odd[ROWS][32];
-        for (int step = 0; step < 32; step += 2 * LANES) {
+        alignas(64) float even[ROWS][64], odd[ROWS][64];
+        for (int step = 0; step < 64; step += 2 * LANES) {
             Parts first(constant[0]), second(constant[ROWS - 1]);
             const float *table = t.up + step, *of_function = room.shared;
-            for (int64_t f = 0; f < t.direct; ++f, table += 64) {
+            for (int64_t f = 0; f < t.direct; ++f, table += 128) {
                 add_steps<ROWS>(first, second, table, even_of(0)[f], odd_of(0)[f], even_of(ROWS - 1)[f], odd_of(ROWS - 1)[f]);
             }
-            for (int k = 0; k < RANK; ++k, table += 64, of_function += 4) {
+            for (int k = 0; k < RANK; ++k, table += 128, of_function += 4) {
                 add_steps<ROWS>(first, second, table, of_function[0], of_function[1], of_function[2], of_function[3]);
             }
             first.leave(even[0] + step, odd[0] + step);
             if constexpr (ROWS > 1) second.leave(even[1] + step, odd[1] + step);
         }
-        for (int i = 0; i < ROWS; ++i) add_mirrored(even[i], odd[i], scores + i * stride);
+        for (int i = 0; i < ROWS; ++i) add_mirrored(even[i], odd[i], scores + i * TILE * 64, blocks);
     }
 
     struct Parts {
@@ -587,20 +604,19 @@ struct Turn {
                                                                 float other_odd) {
         constexpr int LANES = sizeof(Native) / sizeof(float);
         Native cosine = load<Native>(table), next_cosine = load<Native>(table + LANES);
-        Native sine = load<Native>(table + 32), next_sine = load<Native>(table + 32 + LANES);
+        Native sine = load<Native>(table + 64), next_sine = load<Native>(table + 64 + LANES);
         QJL_KEEP(cosine, next_cosine, sine, next_sine);
         first.add(even, odd, cosine, next_cosine, sine, next_sine);
         if constexpr (ROWS > 1) second.add(other_even, other_odd, cosine, next_cosine, sine, next_sine);
     }
 
-    // Steps away from the centre come as tokens do after it, by four: 8 with remainder 0, 8 with 1, ...
-    static void add_mirrored(const float* even, const float* odd, float* scores) {
-        for (int half = 0; half < 2; ++half) {
-            const F16 behind = load<F16>(even + 16 * half) + load<F16>(odd + 16 * half);
-            const F16 before = load<F16>(even + 16 - 16 * half) - load<F16>(odd + 16 - 16 * half);
-            float *first = scores + 32 * half, *second = first + 16;
-            store(first, load<F16>(first) + upper_reversed_then_lower(before, behind));
-            store(second, load<F16>(second) + lower_reversed_then_upper(before, behind));
+    // Steps away from the centre come as tokens do after it, by four.
+    static void add_mirrored(const float* even, const float* odd, float* scores, int64_t blocks) {
+        for (int c = 0; c < 64; c += 16) {
+            const F16 evens = load<F16>(even + c), odds = load<F16>(odd + c);
+            float *before = scores + 48 - c, *behind = scores + 64 + c;
+            store(before, load<F16>(before) + reversed(evens - odds));
+            if (blocks > 1) store(behind, load<F16>(behind) + (evens + odds));
         }
     }
 };
@@ -842,15 +858,15 @@ inline float capped(float score, float softcap) {
 }
 
 // Caps and masks scores; their base is 2 from here on.
-inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, float* scores, int64_t stride) {
+inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, int64_t blocks, float* scores) {
     const QjlStep& s = h.s;
     const int64_t step = s.bias_stride[3];
     for (int64_t r = 0; r < rows; ++r) {
         const float* bias = s.bias ? h.bias(s.bias, s.bias_stride, first_row + r) + block * 64 * step : nullptr;
-        for (int t = 0; t < 64; ++t) {
-            float& score = scores[r * stride + t];
+        for (int64_t i = 0; i < blocks * 64; ++i) {
+            float& score = scores[r * TILE * 64 + i];
             if (s.softcap > 0) score = capped(score, s.softcap) * LOG2E;
-            if (bias) score += bias[(t % 16 * 4 + t / 16) * step] * LOG2E;
+            if (bias) score += bias[(i / 64 * 64 + i % 16 * 4 + i % 64 / 16) * step] * LOG2E;
         }
     }
 }
@@ -867,11 +883,10 @@ inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch
         for (int64_t block = first; block < last; block += TILE) {
             const int64_t blocks = last - block < TILE ? last - block : TILE;
             for (int64_t b = 0; b < blocks; ++b) {
-                float* scores = room.scores + b * 64;
-                keys.score(block + b, scores, TILE * 64);
-                turn.add(block + b, scores, TILE * 64);
-                if (s.softcap > 0 || s.bias) finish_scores(h, first_row, rows, block + b, scores, TILE * 64);
+                keys.score(block + b, room.scores + b * 64, TILE * 64);
             }
+            turn.add(block, blocks, room.scores);
+            if (s.softcap > 0 || s.bias) finish_scores(h, first_row, rows, block, blocks, room.scores);
             sums.add(room.scores, block, blocks);
         }
         sums.leave(split_of(s, pair, split));
@@ -887,12 +902,14 @@ inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch&
         const int64_t rows = s.rows - first_row < MAX_ROWS ? s.rows - first_row : MAX_ROWS;
         const Keys keys(h, room, first_row, rows, 1);
         Turn turn(keys);
-        for (int64_t block = first; block < last; ++block) {
-            keys.score(block, room.scores, 64);
-            turn.add(block, room.scores, 64);
+        for (int64_t block = first; block < last; block += TILE) {
+            const int64_t blocks = last - block < TILE ? last - block : TILE;
+            for (int64_t b = 0; b < blocks; ++b) keys.score(block + b, room.scores + b * 64, TILE * 64);
+            turn.add(block, blocks, room.scores);
             for (int64_t r = 0; r < rows; ++r) {
                 float* to = s.scores + (pair * s.rows + first_row + r) * s.blocks * 64 + block * 64;
-                for (int i = 0; i < 64; ++i) to[i] = room.scores[r * 64 + i % 4 * 16 + i / 4];
+                const float* from = room.scores + r * TILE * 64;
+                for (int64_t i = 0; i < blocks * 64; ++i) to[i] = from[i / 64 * 64 + i % 4 * 16 + i % 64 / 4];
             }
         }
     }
