@@ -9,29 +9,6 @@ namespace codes {
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-template <class Vector>
-Vector load(const void* from) {
-    Vector vector;
-    __builtin_memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-template <class Vector>
-void store(void* to, const Vector& vector) {
-    __builtin_memcpy(to, &vector, sizeof vector);
-}
-
-template <int... I>
-struct Indices {};
-
-template <int N, int... I>
-struct Count : Count<N - 1, N - 1, I...> {};
-
-template <int... I>
-struct Count<0, I...> {
-    using Up = Indices<I...>;
-};
-
 // The lanes of a and b in turn, from lane FIRST of each.
 template <int FIRST, class Vector, int... I>
 Vector interleave(Vector a, Vector b, Indices<I...>) {

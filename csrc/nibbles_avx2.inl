@@ -3,7 +3,7 @@
 namespace nibbles {
 
 constexpr int MAX_ROWS = 4;
-constexpr int TILE = 8;  // blocks whose weights are summed up at once
+constexpr int TILE = 16;  // blocks whose weights are summed up at once
 constexpr float WEIGHT_TOP = 32767;
 
 // Low bytes and high bytes of both tables: a byte shuffle looks up one of them.
@@ -18,52 +18,98 @@ inline __m256i twice(const void* sixteen_bytes) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(sixteen_bytes)));
 }
 
-inline __m256i add(__m256i a, __m256i b) { return _mm256_add_epi16(a, b); }
-
-// Sums of both nibbles of 32 tokens: tokens 0 to 7 and 16 to 23, then the others.
-struct Words {
+// Low and high nibbles of 32 tokens.
+struct Places {
     __m256i low, high;
 
-    Words(const uint8_t* codes, const uint8_t* table) {
+    explicit QJL_INLINE Places(const uint8_t* codes) {
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-        const __m256i mask = _mm256_set1_epi8(15);
-        const __m256i at_low = _mm256_and_si256(bytes, mask);
-        const __m256i at_high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
-        const __m256i low_bytes = _mm256_shuffle_epi8(twice(table), at_low);
-        const __m256i high_bytes = _mm256_shuffle_epi8(twice(table + 16), at_low);
-        const __m256i more_low = _mm256_shuffle_epi8(twice(table + 32), at_high);
-        const __m256i more_high = _mm256_shuffle_epi8(twice(table + 48), at_high);
-        low = add(_mm256_unpacklo_epi8(low_bytes, high_bytes), _mm256_unpacklo_epi8(more_low, more_high));
-        high = add(_mm256_unpackhi_epi8(low_bytes, high_bytes), _mm256_unpackhi_epi8(more_low, more_high));
+        low = _mm256_and_si256(bytes, _mm256_set1_epi8(15));
+        high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
     }
 };
 
-// One row of 32 tokens of a block.
-inline void scan_half(const uint8_t* codes, int64_t bytes, const uint8_t* tables, int64_t next, const int32_t* factors,
-                      int64_t next_factor, int32_t* sums, int half) {
-    __m256i totals[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
-                         _mm256_setzero_si256()};
-    for (int64_t j = 0; j < bytes; j += 2, factors += next_factor) {
-        Words words(codes + j * 64, tables + j * next);
-        if (j + 1 < bytes) {
-            const Words more(codes + (j + 1) * 64, tables + (j + 1) * next);
-            words.low = add(words.low, more.low);
-            words.high = add(words.high, more.high);
-        }
+// Of 32 tokens: 0 to 7 and 16 to 23, then the others.
+struct Words {
+    __m256i low, high;
+
+    QJL_INLINE void add(const Words& more) {
+        low = _mm256_add_epi16(low, more.low);
+        high = _mm256_add_epi16(high, more.high);
+    }
+};
+
+// The table of one nibble.
+struct Entries {
+    __m256i low_bytes, high_bytes;
+
+    explicit QJL_INLINE Entries(const uint8_t* table) : low_bytes(twice(table)), high_bytes(twice(table + 16)) {}
+
+    QJL_INLINE Words at(__m256i places) const {
+        const __m256i low = _mm256_shuffle_epi8(low_bytes, places), high = _mm256_shuffle_epi8(high_bytes, places);
+        return {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+    }
+};
+
+// Sums of the entries of a block.
+struct BlockWords {
+    Words first, second;
+
+    QJL_INLINE BlockWords(const Places& a, const Places& b, const uint8_t* table) {
+        const Entries entries(table);
+        first = entries.at(a.low), second = entries.at(b.low);
+        add(a.high, b.high, table + 32);
+    }
+
+    QJL_INLINE void add(const Places& a, const Places& b, const uint8_t* table) {
+        add(a.low, b.low, table);
+        add(a.high, b.high, table + 32);
+    }
+
+    QJL_INLINE void add(__m256i a, __m256i b, const uint8_t* table) {
+        const Entries entries(table);
+        first.add(entries.at(a));
+        second.add(entries.at(b));
+        QJL_KEEP(first.low, first.high, second.low, second.high);
+    }
+};
+
+// Sums of one row over 32 tokens: of even and odd words of the low ones, then of the high ones.
+struct HalfSums {
+    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+
+    QJL_INLINE void add(const Words& words, __m256i even, __m256i odd) {
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(words.low, even));
+        b = _mm256_add_epi32(b, _mm256_madd_epi16(words.low, odd));
+        c = _mm256_add_epi32(c, _mm256_madd_epi16(words.high, even));
+        d = _mm256_add_epi32(d, _mm256_madd_epi16(words.high, odd));
+    }
+
+    QJL_INLINE void leave(int32_t* by_four) const {
+        leave((F8)a, (F8)c, by_four);
+        leave((F8)b, (F8)d, by_four + 16);
+    }
+
+    static QJL_INLINE void leave(F8 low, F8 high, int32_t* to) {
+        store(to, _mm256_shuffle_ps(low, high, 0x88));
+        store(to + 32, _mm256_shuffle_ps(low, high, 0xdd));
+    }
+};
+
+struct RowSums {
+    HalfSums first, second;
+
+    QJL_INLINE void add(const BlockWords& words, const int32_t* factors) {
         const __m256i even = _mm256_set1_epi32(factors[0]), odd = _mm256_set1_epi32(factors[1]);
-        totals[0] = _mm256_add_epi32(totals[0], _mm256_madd_epi16(words.low, even));
-        totals[1] = _mm256_add_epi32(totals[1], _mm256_madd_epi16(words.low, odd));
-        totals[2] = _mm256_add_epi32(totals[2], _mm256_madd_epi16(words.high, even));
-        totals[3] = _mm256_add_epi32(totals[3], _mm256_madd_epi16(words.high, odd));
+        first.add(words.first, even, odd);
+        second.add(words.second, even, odd);
     }
-    for (int k = 0; k < 4; ++k) {
-        alignas(32) int32_t of_tokens[8];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(of_tokens), totals[k]);
-        for (int i = 0; i < 8; ++i) {
-            const int token = half * 32 + i / 4 * 16 + k / 2 * 8 + i % 4 * 2 + k % 2;
-            sums[token % 4 * 16 + token / 4] = of_tokens[i];
-        }
-    }
+};
+
+// Sums of many rows do not fit the registers; GCC 12 would spill them twice.
+template <int ROWS>
+QJL_INLINE void leave_in_memory([[maybe_unused]] RowSums (&rows)[ROWS]) {
+    if constexpr (ROWS > 1) asm volatile("" : "+m"(rows));
 }
 
 // codes [bytes][64], tables [bytes][ROWS][64 bytes], factors [(bytes + 1) / 2][ROWS][2] -> sums [ROWS][64] by four;
@@ -71,20 +117,39 @@ inline void scan_half(const uint8_t* codes, int64_t bytes, const uint8_t* tables
 template <int ROWS>
 void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors, int32_t* sums,
                 const uint8_t* soon) {
-    for (int64_t j = 0; j < bytes; ++j) __builtin_prefetch(soon + j * 64);
-    for (int half = 0; half < 2; ++half) {
+    constexpr int64_t NEXT = ROWS * 64;
+    const int64_t ahead = bytes * 64;  // the next block, as a rule
+    RowSums rows[ROWS];
+    int64_t j = 0;
+    for (; j + 2 <= bytes; j += 2, codes += 128, tables += 2 * NEXT, factors += 2 * ROWS) {
+        const Places a(codes), b(codes + 32), c(codes + 64), d(codes + 96);
+        __builtin_prefetch(codes + ahead);
+        __builtin_prefetch(codes + ahead + 64);
+        __builtin_prefetch(soon + j * 64);
+        __builtin_prefetch(soon + j * 64 + 64);
+#pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            scan_half(codes + half * 32, bytes, tables + r * 64, ROWS * 64, factors + r * 2, ROWS * 2, sums + r * 64,
-                      half);
+            BlockWords words(a, b, tables + r * 64);
+            words.add(c, d, tables + NEXT + r * 64);
+            rows[r].add(words, factors + r * 2);
+            leave_in_memory(rows);
         }
+    }
+    if (j < bytes) {
+        const Places a(codes), b(codes + 32);
+        for (int r = 0; r < ROWS; ++r) rows[r].add({a, b, tables + r * 64}, factors + r * 2);
+    }
+    for (int r = 0; r < ROWS; ++r) {
+        rows[r].first.leave(sums + r * 64);
+        rows[r].second.leave(sums + r * 64 + 8);
     }
 }
 
 // Weights of even tokens as words, then those of odd tokens.
 inline void put_weights(uint8_t* to, const I16 (&by_four)[4]) {
     const I16 even = by_four[0] | by_four[2] << 16, odd = by_four[1] | by_four[3] << 16;
-    __builtin_memcpy(to, &even, 64);
-    __builtin_memcpy(to + 64, &odd, 64);
+    store(to, even);
+    store(to + 64, odd);
 }
 
 struct Levels {
@@ -97,48 +162,81 @@ struct Levels {
           shift(_mm_cvtsi32_si128(pair.sources[k] % 2 * 4)),
           bytes(codes + pair.sources[k] / 2 * (TILE * 64)) {}
 
-    __m256i of(int64_t place) const {
-        const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + place));
-        return _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srl_epi16(codes, shift), _mm256_set1_epi8(15)));
+    QJL_INLINE __m256i nibbles(int64_t place) const {
+        const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes + place));
+        return _mm256_and_si256(_mm256_srl_epi16(codes, shift), _mm256_set1_epi8(15));
+    }
+    QJL_INLINE __m256i of(__m256i nibbles) const { return _mm256_shuffle_epi8(table, nibbles); }
+};
+
+// Levels of 32 tokens as words.
+struct LevelWords {
+    __m256i even, odd;
+
+    explicit QJL_INLINE LevelWords(__m256i levels)
+        : even(_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8)), odd(_mm256_srai_epi16(levels, 8)) {}
+};
+
+QJL_INLINE __m256i products(const LevelWords& levels, __m256i even, __m256i odd) {
+    return _mm256_add_epi32(_mm256_madd_epi16(even, levels.even), _mm256_madd_epi16(odd, levels.odd));
+}
+
+// The weighted sums of both coordinates in one row.
+struct PairSums {
+    __m256i first = _mm256_setzero_si256(), second = first;
+
+    QJL_INLINE void add(const uint8_t* weights, const LevelWords& firsts, const LevelWords& seconds) {
+        const auto* row = reinterpret_cast<const __m256i*>(weights);
+        const __m256i even = _mm256_load_si256(row), odd = _mm256_load_si256(row + 2);
+        first = _mm256_add_epi32(first, products(firsts, even, odd));
+        second = _mm256_add_epi32(second, products(seconds, even, odd));
+        asm volatile("" : "+x"(first), "+x"(second));
     }
 };
 
-inline __m256i even_words(__m256i bytes) { return _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8); }
-inline __m256i odd_words(__m256i bytes) { return _mm256_srai_epi16(bytes, 8); }
+// The sums of four vectors in each half.
+QJL_INLINE __m256 folded(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256 ab = _mm256_hadd_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b));
+    const __m256 cd = _mm256_hadd_ps(_mm256_cvtepi32_ps(c), _mm256_cvtepi32_ps(d));
+    return _mm256_hadd_ps(ab, cd);
+}
 
-inline float sum_of(__m256i x) {
-    const F8 numbers = (F8)_mm256_cvtepi32_ps(x);
-    return ((numbers[0] + numbers[1]) + (numbers[2] + numbers[3])) + ((numbers[4] + numbers[5]) + (numbers[6] + numbers[7]));
+template <int ROWS, int KIND>
+__attribute__((noinline)) void add_pair_of(const QjlPair& pair, const uint8_t* codes, int64_t blocks,
+                                           const uint8_t* weights, float* sums) {
+    const Levels a(pair, 0, codes), b(pair, 1, codes), c(pair, 2, codes), d(pair, 3, codes);
+    PairSums row0, row1, row2, row3;
+    for (int64_t i = 0; i < blocks; ++i, weights += ROWS * 128) {
+      for (int half = 0; half < 64; half += 32) {
+        const int64_t place = i * 64 + half;
+        const __m256i at_a = a.nibbles(place);
+        const __m256i at_c = KIND == 0 ? at_a : c.nibbles(place);
+        __m256i first = a.of(at_a), second = c.of(at_c);
+        if constexpr (KIND != 1) {
+            const __m256i at_b = b.nibbles(place);
+            first = _mm256_add_epi8(first, b.of(at_b));
+            second = _mm256_add_epi8(second, d.of(KIND == 0 ? at_b : d.nibbles(place)));
+        }
+        const LevelWords firsts(first), seconds(second);
+        row0.add(weights + half, firsts, seconds);
+        if constexpr (ROWS > 1) row1.add(weights + 128 + half, firsts, seconds);
+        if constexpr (ROWS > 2) row2.add(weights + 256 + half, firsts, seconds);
+        if constexpr (ROWS > 3) row3.add(weights + 384 + half, firsts, seconds);
+      }
+    }
+    const __m256 first = folded(row0.first, row1.first, row2.first, row3.first);
+    const __m256 second = folded(row0.second, row1.second, row2.second, row3.second);
+    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31)));
 }
 
 // codes [bytes][TILE][64], weights [blocks][ROWS][128 bytes] -> sums [2][4]
 template <int ROWS>
 void add_pair(const QjlPair& pair, const uint8_t* codes, int64_t blocks, const uint8_t* weights,
               float* sums) {
-    const Levels a(pair, 0, codes), b(pair, 1, codes), c(pair, 2, codes), d(pair, 3, codes);
-    __m256i first[ROWS], second[ROWS];
-    for (int r = 0; r < ROWS; ++r) first[r] = second[r] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < blocks; ++i, weights += ROWS * 128) {
-        for (int half = 0; half < 2; ++half) {
-            const int64_t place = i * 64 + half * 32;
-            const __m256i levels = pair.kind == 1 ? a.of(place) : _mm256_add_epi8(a.of(place), b.of(place));
-            const __m256i others = pair.kind == 1 ? c.of(place) : _mm256_add_epi8(c.of(place), d.of(place));
-            const __m256i even = even_words(levels), odd = odd_words(levels);
-            const __m256i other_even = even_words(others), other_odd = odd_words(others);
-#pragma GCC unroll 4
-            for (int r = 0; r < ROWS; ++r) {
-                const auto* row = reinterpret_cast<const __m256i*>(weights + r * 128 + half * 32);
-                const __m256i of_even = _mm256_loadu_si256(row), of_odd = _mm256_loadu_si256(row + 2);
-                first[r] = _mm256_add_epi32(first[r], _mm256_madd_epi16(of_even, even));
-                first[r] = _mm256_add_epi32(first[r], _mm256_madd_epi16(of_odd, odd));
-                second[r] = _mm256_add_epi32(second[r], _mm256_madd_epi16(of_even, other_even));
-                second[r] = _mm256_add_epi32(second[r], _mm256_madd_epi16(of_odd, other_odd));
-            }
-        }
-    }
-    for (int r = 0; r < 4; ++r) {
-        sums[r] = r < ROWS ? sum_of(first[r % ROWS]) : 0;
-        sums[4 + r] = r < ROWS ? sum_of(second[r % ROWS]) : 0;
+    switch (pair.kind) {
+        case 0: return add_pair_of<ROWS, 0>(pair, codes, blocks, weights, sums);
+        case 1: return add_pair_of<ROWS, 1>(pair, codes, blocks, weights, sums);
+        default: return add_pair_of<ROWS, 2>(pair, codes, blocks, weights, sums);
     }
 }
 

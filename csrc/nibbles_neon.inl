@@ -71,8 +71,10 @@ void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables, cons
 }
 
 inline void put_weights(uint8_t* to, const I16 (&by_four)[4]) {
+    int32_t numbers[64];
+    __builtin_memcpy(numbers, by_four, sizeof numbers);
     auto* weights = reinterpret_cast<int16_t*>(to);
-    for (int t = 0; t < 64; ++t) weights[t] = int16_t(by_four[t % 4][t / 4]);
+    for (int t = 0; t < 64; ++t) weights[t] = int16_t(numbers[t % 4 * 16 + t / 4]);
 }
 
 struct Levels {

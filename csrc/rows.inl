@@ -2,9 +2,7 @@
 
 namespace encode {
 
-using codes::load;
 using codes::Place;
-using codes::store;
 
 constexpr int WIDTH = LANES < 4 ? 4 : LANES;         // floats in a vector
 constexpr int TILE = LANES == 1 ? 2 : VECTORS;       // vectors that loops over tokens keep in registers

@@ -14,103 +14,36 @@ constexpr int RANK = 4;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LOWEST = -1e30f;
 
-template <class Vector>
-Vector load(const void* from) {
-    Vector vector;
-    __builtin_memcpy(&vector, from, sizeof vector);
-    return vector;
-}
-
-template <class Vector>
-void store(void* to, const Vector& vector) {
-    __builtin_memcpy(to, &vector, sizeof vector);
-}
-
-inline F16 all(float x) { return x - F16{}; }
-
-template <class Vector>
-Vector larger(Vector a, Vector b) {
-    return a > b ? a : b;
-}
-
-inline float sum(F16 x) {
-    const F8 eight = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                     __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    const F4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-    return (four[0] + four[1]) + (four[2] + four[3]);
-}
-
-// The sums of four vectors.
-inline F4 sums(F16 a, F16 b, F16 c, F16 d) {
-    const F16 ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                   __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    const F16 cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                   __builtin_shufflevector(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    const F16 all = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-                    __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    const F16 halved = all + __builtin_shufflevector(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return F4{halved[0], halved[4], halved[8], halved[12]} + F4{halved[1], halved[5], halved[9], halved[13]};
-}
-
-inline float largest(F16 x) {
-    const F8 eight = larger(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
-                            __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15));
-    const F4 four =
-        larger(__builtin_shufflevector(eight, eight, 0, 1, 2, 3), __builtin_shufflevector(eight, eight, 4, 5, 6, 7));
-    const float a = four[0] > four[1] ? four[0] : four[1], b = four[2] > four[3] ? four[2] : four[3];
-    return a > b ? a : b;
-}
-
-inline F16 evens(F16 a, F16 b) {
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-}
-
-inline F16 odds(F16 a, F16 b) {
-    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-}
-
-inline F16 reversed(F16 x) {
-    return __builtin_shufflevector(x, x, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-}
-
-// The sums of each four lanes of four vectors, vector by vector within each four.
-inline F16 sums_by_four(F16 a, F16 b, F16 c, F16 d) {
-    const auto halved = [](F16 a, F16 b) {
-        return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-               __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    };
-    const F16 ab = halved(a, b), cd = halved(c, d);
-    return __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-}
-
-inline void arrange_by_four(const F16 (&tokens)[4], F16 (&by_four)[4]) {
+QJL_INLINE void arrange_by_four(const F16 (&tokens)[4], F16 (&by_four)[4]) {
     const F16 even[2] = {evens(tokens[0], tokens[1]), evens(tokens[2], tokens[3])};
     const F16 odd[2] = {odds(tokens[0], tokens[1]), odds(tokens[2], tokens[3])};
     by_four[0] = evens(even[0], even[1]), by_four[2] = odds(even[0], even[1]);
     by_four[1] = evens(odd[0], odd[1]), by_four[3] = odds(odd[0], odd[1]);
 }
 
-inline I16 round(F16 x) {
-    const F16 magic = all(12582912.0f);
-    return (I16)(x + magic) - (I16)magic;
+template <class Floats>
+QJL_INLINE auto round(const Floats& x) {
+    using Integers = Vector<int32_t, sizeof(Floats) / 4>;
+    const float magic = 12582912.0f;
+    return as<Integers>(x + magic) - as<Integers>(magic - Floats{});
 }
 
-inline F16 exp2(F16 x) {
-    x = larger(x, all(-126.0f));
-    const I16 whole = round(x);
-    const F16 part = x - __builtin_convertvector(whole, F16);
-    F16 power = all(1.5403530e-4f);
+template <class Floats>
+QJL_INLINE Floats exp2(Floats x) {
+    x = larger(x, -126.0f - Floats{});
+    const auto whole = round(x);
+    const Floats part = x - converted<Floats>(whole);
+    Floats power = 1.5403530e-4f - Floats{};
     power = power * part + 1.3333558e-3f;
     power = power * part + 9.6181291e-3f;
     power = power * part + 5.5504109e-2f;
     power = power * part + 2.4022651e-1f;
     power = power * part + 6.9314718e-1f;
     power = power * part + 1.0f;
-    return (F16)((I16)power + (whole << 23));
+    return as<Floats>(as<decltype(whole)>(power) + (whole << 23));
 }
 
-inline float exp2(float x) { return exp2(all(x))[0]; }
+inline float exp2(float x) { return exp2(x - F4{})[0]; }
 
 inline float dot(const float* a, const float* b, int64_t n) {
     F16 total{};
@@ -154,7 +87,7 @@ struct Numbers {
         const int64_t place = row * stride + i;
         if (dtype == 0) return load<F16>(static_cast<const float*>(data) + place);
         const H16 bits = load<H16>(halves(place));
-        return dtype == 1 ? (F16)(__builtin_convertvector(bits, U16) << 16) : floats_of_halves(bits);
+        return dtype == 1 ? as<F16>(converted<U16>(bits) << 16) : floats_of_halves(bits);
     }
 
     float one(int64_t row, int64_t i) const {
@@ -381,7 +314,7 @@ struct Keys {
     void put(int64_t j, int64_t r, float inverse) {
         int16_t entries[2][16];
         for (int64_t k = 0; k < 2; ++k) {
-            store(entries[k], __builtin_convertvector(round(load<F16>(floats(j + k, r)) * inverse), S16));
+            store(entries[k], converted<S16>(round(load<F16>(floats(j + k, r)) * inverse)));
         }
         put_table(room.tables + (j / 2 * rows + r) * 64, entries[0], entries[1]);
     }
@@ -402,7 +335,7 @@ struct Keys {
             for (int64_t r = 0; r < rows; ++r) {
                 const float unit = room.units[g * rows + r];
                 for (int c = 0; c < 4; ++c) {
-                    F16 part = __builtin_convertvector(load<I16>(room.sums + r * 64 + c * 16), F16) * (scales[c] * unit);
+                    F16 part = converted<F16>(load<I16>(room.sums + r * 64 + c * 16)) * (scales[c] * unit);
                     if (middle) part += middles[c] * room.sums_of_groups[g * rows + r];
                     float* to = scores + r * stride + c * 16;
                     store(to, g ? load<F16>(to) + part : part + constant[r]);
@@ -433,8 +366,8 @@ struct Keys {
         const float unit = side.unit[head];
         for (int c = 0; c < 4; ++c) {
             const I16 codes = (words >> (8 * c)) & 255;
-            const F16 octaves = (__builtin_convertvector(codes, F16) - 128.0f) * (1.0f / 12);
-            by_four[c] = codes == 0 ? F16{} : exp2(octaves) * unit;
+            const F16 octaves = (converted<F16>(codes) - 128.0f) * (1.0f / 12);
+            by_four[c] = where_any(codes, exp2(octaves) * unit);
         }
     }
 };
@@ -545,7 +478,7 @@ struct Turn {
     template <int ROWS>
     __attribute__((noinline)) void join_slow() const {
         constexpr int LANES = sizeof(Native) / sizeof(float);
-        alignas(64) float sums[4][4 * RANK]{};
+        alignas(64) float parts[4][4 * RANK]{};
         const float *even = even_of(0), *odd = odd_of(0), *other_even = even_of(ROWS - 1), *other_odd = odd_of(ROWS - 1);
         for (int i = 0; i < 4 * RANK; i += LANES) {
             Native a{}, b{}, c{}, d{};
@@ -556,9 +489,12 @@ struct Turn {
                 if constexpr (ROWS > 1) c += repeated(other_even + f) * cosines, d += repeated(other_odd + f) * sines;
                 QJL_KEEP(a, b, c, d);
             }
-            store(sums[0] + i, a), store(sums[1] + i, b), store(sums[2] + i, c), store(sums[3] + i, d);
+            store(parts[0] + i, a), store(parts[1] + i, b), store(parts[2] + i, c), store(parts[3] + i, d);
         }
-        store(room.shared, sums_by_four(load<F16>(sums[0]), load<F16>(sums[1]), load<F16>(sums[2]), load<F16>(sums[3])));
+        for (int k = 0; k < RANK; ++k) {
+            const auto of = [&](int i) { return load<F4>(parts[i] + 4 * k); };
+            store(room.shared + 4 * k, sums(of(0), of(1), of(2), of(3)));
+        }
     }
 
     template <int ROWS>
@@ -789,7 +725,7 @@ struct Sums {
                     weights[c] = round(product * inverse + shift);
                     if (is_rounded_down) {
                         weights[c] = larger(weights[c], I16{});
-                        store(products + c * 16, larger(product - __builtin_convertvector(weights[c], F16) * unit[r], F16{}));
+                        store(products + c * 16, larger(product - converted<F16>(weights[c]) * unit[r], F16{}));
                     }
                 }
                 put_weights(room.weights + (b * rows + r) * 128, weights);

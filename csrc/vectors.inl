@@ -1,21 +1,252 @@
-// Vectors of sixteen, which the compiler lowers to what an instruction set has.
+// Vectors of any size: what an instruction set has as it is, larger ones by halves.
+//
+// The compiler would take larger ones too, but GCC 12 moves them through memory.
 
-typedef float F4 __attribute__((vector_size(16)));
-typedef float F8 __attribute__((vector_size(32)));
-typedef float F16 __attribute__((vector_size(64)));
-typedef int32_t I16 __attribute__((vector_size(64)));
-typedef uint32_t U16 __attribute__((vector_size(64)));
-typedef uint16_t H16 __attribute__((vector_size(32)));
-typedef int16_t S16 __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+constexpr int NATIVE_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int NATIVE_BYTES = 32;
+#else
+constexpr int NATIVE_BYTES = 16;
+#endif
+
+template <class Half>
+struct Twice {
+    Half low, high;
+};
+
+template <class T, int N, bool IS_NATIVE>
+struct VectorOf {
+    typedef T Type __attribute__((vector_size(N * sizeof(T))));
+};
+
+template <class T, int N>
+struct VectorOf<T, N, false> {
+    using Type = Twice<typename VectorOf<T, N / 2, N / 2 * 4 <= NATIVE_BYTES>::Type>;
+};
+
+// N numbers; those of 16 bits are cut as floats are.
+template <class T, int N>
+using Vector = typename VectorOf<T, N, N * 4 <= NATIVE_BYTES>::Type;
+
+using F4 = Vector<float, 4>;
+using F8 = Vector<float, 8>;
+using F16 = Vector<float, 16>;
+using I16 = Vector<int32_t, 16>;
+using U16 = Vector<uint32_t, 16>;
+using H16 = Vector<uint16_t, 16>;
+using S16 = Vector<int16_t, 16>;
 
 // The widest vector of this instruction set.
-#if defined(__AVX512F__)
-typedef F16 Native;
-#elif defined(__AVX2__)
-typedef F8 Native;
-#else
-typedef F4 Native;
-#endif
+using Native = Vector<float, NATIVE_BYTES / 4>;
+
+// GCC 12 passes vectors through memory where it does not inline.
+#define QJL_INLINE inline __attribute__((always_inline))
+
+#define QJL_BY_HALVES(op)                                                                                             \
+    template <class Half>                                                                                             \
+    QJL_INLINE Twice<Half> operator op(const Twice<Half>& a, const Twice<Half>& b) {                                      \
+        return {a.low op b.low, a.high op b.high};                                                                    \
+    }                                                                                                                 \
+    template <class Half, class Number>                                                                               \
+    QJL_INLINE Twice<Half> operator op(const Twice<Half>& a, Number b) {                                                  \
+        return {a.low op b, a.high op b};                                                                             \
+    }                                                                                                                 \
+    template <class Half, class Number>                                                                               \
+    QJL_INLINE Twice<Half> operator op(Number a, const Twice<Half>& b) {                                                  \
+        return {a op b.low, a op b.high};                                                                             \
+    }                                                                                                                 \
+    template <class Half, class Other>                                                                                \
+    QJL_INLINE Twice<Half>& operator op##=(Twice<Half>& a, const Other& b) {                                              \
+        return a = a op b;                                                                                            \
+    }
+QJL_BY_HALVES(+)
+QJL_BY_HALVES(-)
+QJL_BY_HALVES(*)
+QJL_BY_HALVES(&)
+QJL_BY_HALVES(|)
+QJL_BY_HALVES(<<)
+QJL_BY_HALVES(>>)
+#undef QJL_BY_HALVES
+
+template <class Half>
+QJL_INLINE Twice<Half> operator-(const Twice<Half>& x) {
+    return {-x.low, -x.high};
+}
+
+template <class To>
+struct Memory {
+    static QJL_INLINE To load(const void* from) {
+        To vector;
+        __builtin_memcpy(&vector, from, sizeof vector);
+        return vector;
+    }
+    static QJL_INLINE void store(void* to, const To& vector) { __builtin_memcpy(to, &vector, sizeof vector); }
+};
+
+template <class Half>
+struct Memory<Twice<Half>> {
+    static QJL_INLINE Twice<Half> load(const void* from) {
+        return {Memory<Half>::load(from), Memory<Half>::load(static_cast<const uint8_t*>(from) + sizeof(Half))};
+    }
+    static QJL_INLINE void store(void* to, const Twice<Half>& vector) {
+        Memory<Half>::store(to, vector.low);
+        Memory<Half>::store(static_cast<uint8_t*>(to) + sizeof(Half), vector.high);
+    }
+};
+
+template <class Vector>
+QJL_INLINE Vector load(const void* from) {
+    return Memory<Vector>::load(from);
+}
+
+template <class Vector>
+QJL_INLINE void store(void* to, const Vector& vector) {
+    Memory<Vector>::store(to, vector);
+}
+
+// The bits of x.
+template <class To, class From>
+QJL_INLINE To as(const From& x) {
+    return (To)x;
+}
+
+template <class To, class Half>
+QJL_INLINE To as(const Twice<Half>& x) {
+    return {as<decltype(To::low)>(x.low), as<decltype(To::high)>(x.high)};
+}
+
+// The numbers of x.
+template <class To, class From>
+QJL_INLINE To converted(const From& x) {
+    return __builtin_convertvector(x, To);
+}
+
+template <class To, class Half>
+QJL_INLINE To converted(const Twice<Half>& x) {
+    return {converted<decltype(To::low)>(x.low), converted<decltype(To::high)>(x.high)};
+}
+
+template <class Floats>
+QJL_INLINE Floats larger(const Floats& a, const Floats& b) {
+    return a > b ? a : b;
+}
+
+template <class Half>
+QJL_INLINE Twice<Half> larger(const Twice<Half>& a, const Twice<Half>& b) {
+    return {larger(a.low, b.low), larger(a.high, b.high)};
+}
+
+// The numbers where `codes` are not 0.
+template <class Integers, class Floats>
+QJL_INLINE Floats where_any(const Integers& codes, const Floats& numbers) {
+    return codes == 0 ? Floats{} : numbers;
+}
+
+template <class Integers, class Half>
+QJL_INLINE Twice<Half> where_any(const Integers& codes, const Twice<Half>& numbers) {
+    return {where_any(codes.low, numbers.low), where_any(codes.high, numbers.high)};
+}
+
+// Lanes
+
+template <int... I>
+struct Indices {};
+
+template <int N, int... I>
+struct Count : Count<N - 1, N - 1, I...> {};
+
+template <int... I>
+struct Count<0, I...> {
+    using Up = Indices<I...>;
+};
+
+template <class Floats>
+using Lanes = typename Count<sizeof(Floats) / 4>::Up;
+
+template <int FIRST, int STEP, class Floats, int... I>
+QJL_INLINE auto chosen(const Floats& a, const Floats& b, Indices<I...>) {
+    return __builtin_shufflevector(a, b, (FIRST + STEP * I)...);
+}
+
+template <class Floats>
+QJL_INLINE Floats evens(const Floats& a, const Floats& b) {
+    return chosen<0, 2>(a, b, Lanes<Floats>());
+}
+
+template <class Floats>
+QJL_INLINE Floats odds(const Floats& a, const Floats& b) {
+    return chosen<1, 2>(a, b, Lanes<Floats>());
+}
+
+template <class Floats>
+QJL_INLINE Floats reversed(const Floats& x) {
+    return chosen<sizeof(Floats) / 4 - 1, -1>(x, x, Lanes<Floats>());
+}
+
+template <class Half>
+QJL_INLINE Twice<Half> evens(const Twice<Half>& a, const Twice<Half>& b) {
+    return {evens(a.low, a.high), evens(b.low, b.high)};
+}
+
+template <class Half>
+QJL_INLINE Twice<Half> odds(const Twice<Half>& a, const Twice<Half>& b) {
+    return {odds(a.low, a.high), odds(b.low, b.high)};
+}
+
+template <class Half>
+QJL_INLINE Twice<Half> reversed(const Twice<Half>& x) {
+    return {reversed(x.high), reversed(x.low)};
+}
+
+template <class Half>
+QJL_INLINE Twice<Half> halves(const Twice<Half>& x) {
+    return x;
+}
+
+template <class Floats>
+QJL_INLINE auto halves(const Floats& x) {
+    using Half = Vector<float, sizeof(Floats) / 8>;
+    return Twice<Half>{chosen<0, 1>(x, x, Lanes<Half>()), chosen<sizeof(Half) / 4, 1>(x, x, Lanes<Half>())};
+}
+
+// Sums
+
+QJL_INLINE float sum(F4 x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+template <class Floats>
+QJL_INLINE float sum(const Floats& x) {
+    const auto [low, high] = halves(x);
+    return sum(low + high);
+}
+
+// The sums of four vectors.
+QJL_INLINE F4 sums(F4 a, F4 b, F4 c, F4 d) {
+    const F4 ab = evens(a, b) + odds(a, b), cd = evens(c, d) + odds(c, d);
+    return evens(ab, cd) + odds(ab, cd);
+}
+
+template <class Floats>
+QJL_INLINE F4 sums(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
+    const auto folded = [](const Floats& x) {
+        const auto [low, high] = halves(x);
+        return low + high;
+    };
+    return sums(folded(a), folded(b), folded(c), folded(d));
+}
+
+QJL_INLINE float largest(F4 x) {
+    const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+    return a > b ? a : b;
+}
+
+template <class Floats>
+QJL_INLINE float largest(const Floats& x) {
+    const auto [low, high] = halves(x);
+    return largest(larger(low, high));
+}
+
+// Halves
 
 inline float float_of_half(uint16_t half) {
     const uint32_t magnitude = uint32_t(half & 0x7fff) << 13, sign = uint32_t(half & 0x8000) << 16;
@@ -26,26 +257,23 @@ inline float float_of_half(uint16_t half) {
     return sign ? -value : value;
 }
 
-#ifdef __F16C__
-inline F8 eight_of_halves(const void* halves) {
-    return (F8)_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(halves)));
-}
-
-inline F16 floats_of_halves(H16 halves) {
-    const F8 low = eight_of_halves(&halves), high = eight_of_halves(reinterpret_cast<const uint16_t*>(&halves) + 8);
-    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#if defined(__AVX512F__)
+QJL_INLINE F16 floats_of_halves(H16 halves) { return (F16)_mm512_cvtph_ps((__m256i)halves); }
+#elif defined(__F16C__)
+QJL_INLINE F16 floats_of_halves(H16 halves) {
+    return {(F8)_mm256_cvtph_ps((__m128i)halves.low), (F8)_mm256_cvtph_ps((__m128i)halves.high)};
 }
 #else
 // For finite numbers, which packed constants and maps are.
-inline F16 floats_of_halves(H16 halves) {
-    const U16 words = __builtin_convertvector(halves, U16);
-    const F16 magnitude = (F16)((words & 0x7fff) << 13) * 0x1p112f;
-    return (F16)((U16)magnitude | (words & 0x8000) << 16);
+QJL_INLINE F16 floats_of_halves(H16 halves) {
+    const U16 words = converted<U16>(halves);
+    const F16 magnitude = as<F16>((words & 0x7fff) << 13) * 0x1p112f;
+    return as<F16>(as<U16>(magnitude) | (words & 0x8000) << 16);
 }
 #endif
 
 // Four numbers, over and over.
-inline Native repeated(const float* four) {
+QJL_INLINE Native repeated(const float* four) {
 #if defined(__AVX512F__)
     return (Native)_mm512_broadcast_f32x4(_mm_loadu_ps(four));
 #elif defined(__AVX2__)
@@ -58,8 +286,20 @@ inline Native repeated(const float* four) {
 }
 
 // Keeps four sums in registers, where GCC 12 would spill them at every step.
-#ifdef __AVX512F__
-#define QJL_KEEP(a, b, c, d) asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d))
-#else
-#define QJL_KEEP(a, b, c, d)
+template <class Floats>
+QJL_INLINE void keep([[maybe_unused]] Floats& a, [[maybe_unused]] Floats& b, [[maybe_unused]] Floats& c,
+                     [[maybe_unused]] Floats& d) {
+#if defined(__AVX512F__)
+    asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));
+#elif defined(__AVX2__)
+    asm volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d));
 #endif
+}
+
+template <class Half>
+QJL_INLINE void keep(Twice<Half>& a, Twice<Half>& b, Twice<Half>& c, Twice<Half>& d) {
+    keep(a.low, b.low, c.low, d.low);
+    keep(a.high, b.high, c.high, d.high);
+}
+
+#define QJL_KEEP(a, b, c, d) keep(a, b, c, d)
