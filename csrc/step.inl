@@ -143,12 +143,34 @@ struct Room {
 // Slow frequencies are read four at a time, from any place on.
 inline int64_t room_for_parts(int64_t pairs) { return (pairs + 4 + 15) / 16 * 16; }
 
+// What up to MAX_ROWS query rows ask of the packed keys: prepared once, read by all splits.
+struct Asked {
+    uint8_t* tables;               // [nibbles / 2][rows][64 bytes] of integers
+    int32_t* factors;              // [groups][quads][rows][2]
+    float *units, *sums_of_groups; // [groups][rows]
+    float* constants;              // [rows]: what of the mean adds to all scores alike
+    float* turned;                 // [rows][real, imaginary][pairs]: what RoPE turns
+    uintptr_t end;
+
+    Asked(const QjlStep& s, Room room) {
+        tables = room.take<uint8_t>(s.keys.nibbles / 2 * MAX_ROWS * 64);
+        factors = room.take<int32_t>((s.keys.nibbles / 4 + s.keys.groups) * MAX_ROWS * 2);
+        units = room.take<float>(s.keys.groups * MAX_ROWS);
+        sums_of_groups = room.take<float>(s.keys.groups * MAX_ROWS);
+        constants = room.take<float>(MAX_ROWS);
+        turned = room.take<float>(s.turn ? MAX_ROWS * 2 * s.turn->pairs : 0);
+        end = room.at;
+    }
+};
+
+inline int64_t asked_bytes(const QjlStep& s) { return int64_t(Asked(s, {0}).end); }
+
 struct Scratch {
-    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *products, *turned, *parts, *shared, *phasors_of_centre;
+    float *row, *queries, *mapped, *tables_of_floats, *bounds;
+    float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs;
     double* phasors;
-    uint8_t *tables, *weights, *codes;
-    int32_t *factors, *sums;
-    float *units, *bounds, *sums_of_groups, *sums_of_pairs;
+    uint8_t *weights, *codes;
+    int32_t* sums;
     uintptr_t end;
 
     Scratch(const QjlStep& s, Room room) {
@@ -158,11 +180,7 @@ struct Scratch {
         queries = room.take<float>(MAX_ROWS * s.keys.head_dim);
         mapped = room.take<float>(MAX_ROWS * code_dim);
         tables_of_floats = room.take<float>(s.keys.nibbles * MAX_ROWS * 16);
-        tables = room.take<uint8_t>(s.keys.nibbles / 2 * MAX_ROWS * 64);
-        factors = room.take<int32_t>((s.keys.nibbles / 4 + s.keys.groups) * MAX_ROWS * 2);
-        units = room.take<float>(s.keys.groups * MAX_ROWS);
         bounds = room.take<float>(s.keys.nibbles / 4 + 1);
-        sums_of_groups = room.take<float>(s.keys.groups * MAX_ROWS);
         sums = room.take<int32_t>(MAX_ROWS * 64);
         scores = room.take<float>(MAX_ROWS * TILE * 64);
         scales = room.take<float>(TILE * 64);
@@ -172,7 +190,6 @@ struct Scratch {
         const int64_t pairs = s.turn ? s.turn->pairs : 0;
         phasors = room.take<double>(2 * pairs);
         phasors_of_centre = room.take<float>(2 * pairs);
-        turned = room.take<float>(MAX_ROWS * 2 * pairs);
         parts = room.take<float>(4 * room_for_parts(pairs));
         shared = room.take<float>(4 * RANK);
         sums_of_pairs = room.take<float>(s.values.pair_count * 8);
@@ -215,16 +232,15 @@ inline Numbers map_of(const QjlSide& side, int64_t head) {
 
 // Scores
 
-// Scores are linear in the queries, so `factor` scales them once for all.
-struct Keys {
+// Fills in what rows ask. Scores are linear in the queries, so `factor` scales them once for all.
+struct Question {
     const Head& h;
     const QjlSide& side;
     Scratch& room;
+    const Asked& asked;
     int64_t rows;
-    float constant[MAX_ROWS];  // of a mean that is not turned
 
-    Keys(const Head& h, Scratch& room, int64_t first_row, int64_t rows, float factor)
-        : h(h), side(h.s.keys), room(room), rows(rows) {
+    void ask(int64_t first_row, float factor) {
         __builtin_memset(room.queries, 0, MAX_ROWS * side.head_dim * sizeof(float));
         for (int64_t r = 0; r < rows; ++r) {
             add_scaled(room.queries + r * side.head_dim, h.query(first_row + r), factor, side.head_dim);
@@ -232,10 +248,7 @@ struct Keys {
         map_queries();
         fill_tables();
         quantize_tables();
-        for (int64_t r = 0; r < rows; ++r) {
-            const bool is_constant = side.mean && !h.s.turn;
-            constant[r] = is_constant ? dot(query(r), side.mean + h.head * side.head_dim, side.head_dim) : 0;
-        }
+        meet_mean();
     }
 
     const float* query(int64_t r) const { return room.queries + r * side.head_dim; }
@@ -268,7 +281,7 @@ struct Keys {
             for (int64_t r = 0; r < rows; ++r) {
                 float total = 0;
                 for (int64_t i = 0; i < group_dim; ++i) total += room.mapped[r * side.code_dim + g * group_dim + i];
-                room.sums_of_groups[g * rows + r] = total;
+                asked.sums_of_groups[g * rows + r] = total;
             }
         }
     }
@@ -279,10 +292,10 @@ struct Keys {
     __attribute__((noinline)) void quantize_tables() {
         const int64_t group_nibbles = side.nibbles / side.groups, quads = (group_nibbles + 3) / 4;
         for (int64_t g = 0; g < side.groups; ++g) {
-            int32_t* factors = room.factors + g * quads * rows * 2;
+            int32_t* factors = asked.factors + g * quads * rows * 2;
             for (int64_t r = 0; r < rows; ++r) {
                 const float unit = choose_units(g * group_nibbles, group_nibbles, r, factors);
-                room.units[g * rows + r] = unit;
+                asked.units[g * rows + r] = unit;
                 for (int64_t j = 0; j < group_nibbles; j += 2) {
                     const float inverse = 1 / (unit * float(factors[(j / 4 * rows + r) * 2]));
                     put(g * group_nibbles + j, r, inverse);
@@ -316,8 +329,39 @@ struct Keys {
         for (int64_t k = 0; k < 2; ++k) {
             store(entries[k], converted<S16>(round(load<F16>(floats(j + k, r)) * inverse)));
         }
-        put_table(room.tables + (j / 2 * rows + r) * 64, entries[0], entries[1]);
+        put_table(asked.tables + (j / 2 * rows + r) * 64, entries[0], entries[1]);
     }
+
+    void meet_mean() {
+        const float* mean = side.mean ? side.mean + h.head * side.head_dim : nullptr;
+        for (int64_t r = 0; r < rows; ++r) {
+            asked.constants[r] = mean ? dot(query(r), mean, side.head_dim) : 0;
+            if (h.s.turn) asked.constants[r] -= turn_apart(*h.s.turn, query(r), mean, asked.turned + r * 2 * h.s.turn->pairs);
+        }
+    }
+
+    // The part of <query, mean> that RoPE turns, which is left by pairs.
+    static float turn_apart(const QjlTurn& t, const float* query, const float* mean, float* real) {
+        const int32_t *first = t.coordinates, *second = t.coordinates + t.pairs;
+        float* imaginary = real + t.pairs;
+        float total = 0;
+        for (int64_t f = 0; f < t.pairs; ++f) {
+            const float q1 = query[first[f]], q2 = query[second[f]], m1 = mean[first[f]], m2 = mean[second[f]];
+            real[f] = (q1 * m1 + q2 * m2) * t.scaling;
+            imaginary[f] = (q2 * m1 - q1 * m2) * t.scaling;
+            total += q1 * m1 + q2 * m2;
+        }
+        return total;
+    }
+};
+
+// Scores by the tables.
+struct Keys {
+    const Head& h;
+    const QjlSide& side;
+    Scratch& room;
+    const Asked& asked;
+    int64_t rows;
 
     // Scores of one block, rows `stride` apart.
     __attribute__((noinline)) void score(int64_t block, float* scores, int64_t stride) const {
@@ -327,18 +371,18 @@ struct Keys {
         const uint8_t* middle = side.middle ? h.at(side.middle, side.middle_stride, block) : nullptr;
         const uint8_t* soon = h.at(h.s.values.codes, h.s.values.codes_stride, block);
         for (int64_t g = 0; g < side.groups; ++g) {
-            scan(codes + g * bytes * 64, bytes, room.tables + g * bytes * rows * 64,
-                 room.factors + g * ((bytes + 1) / 2) * rows * 2, soon + g * bytes * 64);
+            scan(codes + g * bytes * 64, bytes, asked.tables + g * bytes * rows * 64,
+                 asked.factors + g * ((bytes + 1) / 2) * rows * 2, soon + g * bytes * 64);
             F16 scales[4], middles[4]{};
             decode_scales(side, h.head, scale, g, scales);
             if (middle) decode_halves(middle + g * 128, middles);
             for (int64_t r = 0; r < rows; ++r) {
-                const float unit = room.units[g * rows + r];
+                const float unit = asked.units[g * rows + r];
                 for (int c = 0; c < 4; ++c) {
                     F16 part = converted<F16>(load<I16>(room.sums + r * 64 + c * 16)) * (scales[c] * unit);
-                    if (middle) part += middles[c] * room.sums_of_groups[g * rows + r];
+                    if (middle) part += middles[c] * asked.sums_of_groups[g * rows + r];
                     float* to = scores + r * stride + c * 16;
-                    store(to, g ? load<F16>(to) + part : part + constant[r]);
+                    store(to, g ? load<F16>(to) + part : part + asked.constants[r]);
                 }
             }
         }
@@ -376,41 +420,28 @@ struct Keys {
 
 struct Turn {
     const QjlTurn t;
-    const Keys& keys;
+    const Head& h;
     Scratch& room;
+    const Asked& asked;
+    int64_t rows;
     static constexpr int64_t SPAN = 2 * 64, ANCHOR = 8;
     int64_t next = -1, anchored = -1, turns = 0;
-    float rest[MAX_ROWS];
 
-    explicit Turn(const Keys& keys) : t(keys.h.s.turn ? *keys.h.s.turn : QjlTurn{}), keys(keys), room(keys.room) {
-        if (!t.pairs) return;
-        const float* mean = keys.side.mean + keys.h.head * keys.side.head_dim;
-        const int32_t *first = t.coordinates, *second = t.coordinates + t.pairs;
-        for (int64_t r = 0; r < keys.rows; ++r) {
-            const float* query = keys.query(r);
-            float *real = of_row(r), *imaginary = real + t.pairs;
-            rest[r] = dot(query, mean, keys.side.head_dim);
-            for (int64_t f = 0; f < t.pairs; ++f) {
-                const float q1 = query[first[f]], q2 = query[second[f]], m1 = mean[first[f]], m2 = mean[second[f]];
-                real[f] = (q1 * m1 + q2 * m2) * t.scaling;
-                imaginary[f] = (q2 * m1 - q1 * m2) * t.scaling;
-                rest[r] -= q1 * m1 + q2 * m2;
-            }
-        }
-    }
+    Turn(const Head& h, Scratch& room, const Asked& asked, int64_t rows)
+        : t(h.s.turn ? *h.s.turn : QjlTurn{}), h(h), room(room), asked(asked), rows(rows) {}
 
-    float* of_row(int64_t r) const { return room.turned + r * 2 * t.pairs; }
+    const float* of_row(int64_t r) const { return asked.turned + r * 2 * t.pairs; }
 
     // Adds to the scores of a tile, [rows][TILE][64], two blocks at a time where they follow one another.
     void add(int64_t first_block, int64_t blocks, float* scores) {
         if (!t.pairs) return;
-        const int64_t* first = keys.h.s.first + keys.h.batch * keys.h.s.blocks + first_block;
+        const int64_t* first = h.s.first + h.batch * h.s.blocks + first_block;
         for (int64_t b = 0, spanned; b < blocks; b += spanned) {
             spanned = b + 1 < blocks && first[b + 1] == first[b] + 64 ? 2 : 1;
             stand_at(first[b]);
             int64_t r = 0;
-            for (; r + 2 <= keys.rows; r += 2) add_rows<2>(r, scores + (r * TILE + b) * 64, spanned);
-            if (r < keys.rows) add_rows<1>(r, scores + (r * TILE + b) * 64, spanned);
+            for (; r + 2 <= rows; r += 2) add_rows<2>(r, scores + (r * TILE + b) * 64, spanned);
+            if (r < rows) add_rows<1>(r, scores + (r * TILE + b) * 64, spanned);
         }
     }
 
@@ -458,7 +489,7 @@ struct Turn {
     void add_rows(int64_t first, float* scores, int64_t blocks) const {
         for (int i = 0; i < ROWS; ++i) turn_row(of_row(first + i), even_of(i), odd_of(i));
         join_slow<ROWS>();
-        add_parts<ROWS>(rest + first, scores, blocks);
+        add_parts<ROWS>(scores, blocks);
     }
 
     float* even_of(int row) const { return room.parts + 2 * row * room_for_parts(t.pairs); }
@@ -498,11 +529,11 @@ struct Turn {
     }
 
     template <int ROWS>
-    __attribute__((noinline)) void add_parts(const float* constant, float* scores, int64_t blocks) const {
+    __attribute__((noinline)) void add_parts(float* scores, int64_t blocks) const {
         constexpr int LANES = sizeof(Native) / sizeof(float);
         alignas(64) float even[ROWS][64], odd[ROWS][64];
         for (int step = 0; step < 64; step += 2 * LANES) {
-            Parts first(constant[0]), second(constant[ROWS - 1]);
+            Parts first, second;
             const float *table = t.up + step, *of_function = room.shared;
             for (int64_t f = 0; f < t.direct; ++f, table += 128) {
                 add_steps<ROWS>(first, second, table, even_of(0)[f], odd_of(0)[f], even_of(ROWS - 1)[f], odd_of(ROWS - 1)[f]);
@@ -517,9 +548,7 @@ struct Turn {
     }
 
     struct Parts {
-        Native even, next_even, odd{}, next_odd{};
-
-        explicit Parts(float constant) : even(constant - Native{}), next_even(even) {}
+        Native even{}, next_even{}, odd{}, next_odd{};
 
         inline __attribute__((always_inline)) void add(float even_part, float odd_part, Native cosine,
                                                        Native next_cosine, Native sine, Native next_sine) {
@@ -782,7 +811,8 @@ struct Sums {
 // Pieces of work
 
 inline float* exact_of(const QjlStep& s, int64_t pair) {
-    return reinterpret_cast<float*>(s.workspace) + pair * (exact_floats(s) + s.splits * split_floats(s));
+    const int64_t floats = (exact_floats(s) + s.splits * split_floats(s) + 15) / 16 * 16;
+    return reinterpret_cast<float*>(s.workspace) + pair * floats;
 }
 
 inline float* split_of(const QjlStep& s, int64_t pair, int64_t split) {
@@ -807,24 +837,48 @@ inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_
     }
 }
 
+inline int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t row_groups(const QjlStep& s) { return (s.rows + MAX_ROWS - 1) / MAX_ROWS; }
+
+inline Asked asked_of(const QjlStep& s, int64_t pair, int64_t first_row) {
+    const int64_t place = pair * row_groups(s) + first_row / MAX_ROWS;
+    return {s, {reinterpret_cast<uintptr_t>(exact_of(s, s.batch * s.heads)) + place * asked_bytes(s)}};
+}
+
+inline void ask(const QjlStep& s, int64_t pair, Scratch& room) {
+    const Head h{s, pair / s.heads, pair % s.heads};
+    for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
+        const Asked asked = asked_of(s, pair, row);
+        const float factor = s.scores ? 1 : s.softcap > 0 ? s.scaling : s.scaling * LOG2E;
+        Question{h, s.keys, room, asked, fewer(MAX_ROWS, s.rows - row)}.ask(row, factor);
+    }
+}
+
+// Calls `use(block, blocks)` for every tile of a split, with its scores in the room: [rows][TILE][64].
+template <class Use>
+void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked, Scratch& room,
+                 const Use& use) {
+    const int64_t first = split * h.s.blocks_per_split, last = fewer(first + h.s.blocks_per_split, h.s.blocks);
+    const Keys keys{h, h.s.keys, room, asked, rows};
+    Turn turn(h, room, asked, rows);
+    for (int64_t block = first; block < last; block += TILE) {
+        const int64_t blocks = fewer(TILE, last - block);
+        for (int64_t b = 0; b < blocks; ++b) keys.score(block + b, room.scores + b * 64, TILE * 64);
+        turn.add(block, blocks, room.scores);
+        use(block, blocks);
+    }
+}
+
 inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
     const Head h{s, pair / s.heads, pair % s.heads};
-    const int64_t first = split * s.blocks_per_split;
-    const int64_t last = first + s.blocks_per_split < s.blocks ? first + s.blocks_per_split : s.blocks;
-    for (int64_t first_row = 0; first_row < s.rows; first_row += MAX_ROWS) {
-        const int64_t rows = s.rows - first_row < MAX_ROWS ? s.rows - first_row : MAX_ROWS;
-        const Keys keys(h, room, first_row, rows, s.softcap > 0 ? s.scaling : s.scaling * LOG2E);
-        Turn turn(keys);
-        Sums sums(h, room, first_row, rows);
-        for (int64_t block = first; block < last; block += TILE) {
-            const int64_t blocks = last - block < TILE ? last - block : TILE;
-            for (int64_t b = 0; b < blocks; ++b) {
-                keys.score(block + b, room.scores + b * 64, TILE * 64);
-            }
-            turn.add(block, blocks, room.scores);
-            if (s.softcap > 0 || s.bias) finish_scores(h, first_row, rows, block, blocks, room.scores);
+    for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
+        const int64_t rows = fewer(MAX_ROWS, s.rows - row);
+        Sums sums(h, room, row, rows);
+        score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
+            if (s.softcap > 0 || s.bias) finish_scores(h, row, rows, block, blocks, room.scores);
             sums.add(room.scores, block, blocks);
-        }
+        });
         sums.leave(split_of(s, pair, split));
     }
 }
@@ -832,22 +886,15 @@ inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch
 // Raw scores of the packed tokens alone, as the benchmark of the scan wants them.
 inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
     const Head h{s, pair / s.heads, pair % s.heads};
-    const int64_t first = split * s.blocks_per_split;
-    const int64_t last = first + s.blocks_per_split < s.blocks ? first + s.blocks_per_split : s.blocks;
-    for (int64_t first_row = 0; first_row < s.rows; first_row += MAX_ROWS) {
-        const int64_t rows = s.rows - first_row < MAX_ROWS ? s.rows - first_row : MAX_ROWS;
-        const Keys keys(h, room, first_row, rows, 1);
-        Turn turn(keys);
-        for (int64_t block = first; block < last; block += TILE) {
-            const int64_t blocks = last - block < TILE ? last - block : TILE;
-            for (int64_t b = 0; b < blocks; ++b) keys.score(block + b, room.scores + b * 64, TILE * 64);
-            turn.add(block, blocks, room.scores);
+    for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
+        const int64_t rows = fewer(MAX_ROWS, s.rows - row);
+        score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
             for (int64_t r = 0; r < rows; ++r) {
-                float* to = s.scores + (pair * s.rows + first_row + r) * s.blocks * 64 + block * 64;
+                float* to = s.scores + (pair * s.rows + row + r) * s.blocks * 64 + block * 64;
                 const float* from = room.scores + r * TILE * 64;
                 for (int64_t i = 0; i < blocks * 64; ++i) to[i] = from[i / 64 * 64 + i % 4 * 16 + i % 64 / 4];
             }
-        }
+        });
     }
 }
 
@@ -990,13 +1037,18 @@ struct Merge {
 };
 
 inline int64_t shared_bytes(const QjlStep& s) {
-    const int64_t floats = s.batch * s.heads * (exact_floats(s) + s.splits * split_floats(s));
-    return (floats * int64_t(sizeof(float)) + 63) / 64 * 64;
+    const int64_t pairs = s.batch * s.heads;
+    return reinterpret_cast<uint8_t*>(exact_of(s, pairs)) - s.workspace + pairs * row_groups(s) * asked_bytes(s);
 }
 
-// The room of a worker lies behind what all splits leave.
+// The room of a worker lies behind what all share.
 inline Scratch scratch_of(const QjlStep& s, int64_t worker) {
     return {s, {reinterpret_cast<uintptr_t>(s.workspace) + shared_bytes(s) + worker * scratch_bytes(s)}};
+}
+
+inline void ask_item(const QjlStep& s, int64_t pair, int worker) {
+    Scratch room = scratch_of(s, worker);
+    ask(s, pair, room);
 }
 
 inline void packed_item(const QjlStep& s, int64_t item, int worker) {
