@@ -155,7 +155,8 @@ int64_t qjl_step_workspace(const QjlStep* step, int64_t threads) { return kernel
 void qjl_step(const QjlStep* step, int64_t threads) {
     const Kernels& table = kernels();
     const int64_t pairs = step->batch * step->heads;
-    const OverItems packed{*step, table.step_packed}, finish{*step, table.step_finish};
+    const OverItems ask{*step, table.step_ask}, packed{*step, table.step_packed}, finish{*step, table.step_finish};
+    parallel_for(pairs, threads, OverItems::run, &ask);
     parallel_for(pairs * step->splits, threads, OverItems::run, &packed);
     if (!step->scores) parallel_for(pairs, threads, OverItems::run, &finish);
 }

@@ -20,8 +20,9 @@ struct Kernels {
     void (*scan)(const QjlScan&, Range);
     void (*expand)(const QjlExpand&, Range);
 
-    // step.inl: over one split of the packed tokens of one KV head; then over one KV head
+    // step.inl: over one KV head, then over one split of its packed tokens, then over one KV head
     int64_t (*step_workspace)(const QjlStep&, int64_t workers);
+    void (*step_ask)(const QjlStep&, int64_t pair, int worker);
     void (*step_packed)(const QjlStep&, int64_t item, int worker);
     void (*step_finish)(const QjlStep&, int64_t pair, int worker);
 

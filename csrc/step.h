@@ -49,14 +49,14 @@ struct QjlSegment {
     int64_t bias_stride[4];  // over batch, query head, query, token
 };
 
-// What a mean that RoPE turns adds to the scores of a block, relative to the block's centre.
+// What a mean that RoPE turns adds to the scores of two blocks, relative to their centre.
 struct QjlTurn {
-    const float* inv_freq;                       // [pairs], in double precision below
-    const double* step;                          // [2][pairs]: cos and sin of 64 inv_freq
-    const double* to_centre;                     // [2][pairs]: cos and sin of 31.5 inv_freq
+    const float* inv_freq;      // [pairs], in double precision below
+    const float* step;          // [2][pairs]: cos and sin of 128 inv_freq
+    const double* anchor_step;  // the same of 8 * 128 inv_freq
     const int32_t* coordinates;                  // [2][pairs]: first and second coordinate of each pair
-    const float* down;  // [(pairs - direct + 1) / 2][RANK][2 pairs, cosine and sine]: slow frequencies by what they share
-    const float* up;    // [direct + RANK][cosine, sine][32]: at inv_freq times .5, 1.5, ...; then what they share
+    const float* down;  // [(pairs - direct) / 4, rounded up][cosine, sine][RANK][4 pairs]: slow frequencies by what they share
+    const float* up;    // [direct + RANK][cosine, sine][64]: at inv_freq times .5, 4.5, ... 60.5, 1.5, ...; then what they share
     int64_t pairs, direct;
     float scaling;
 };

@@ -140,12 +140,37 @@ struct Room {
     }
 };
 
+// Slow frequencies are read four at a time, from any place on.
+inline int64_t room_for_parts(int64_t pairs) { return (pairs + 4 + 15) / 16 * 16; }
+
+// What up to MAX_ROWS query rows ask of the packed keys: prepared once, read by all splits.
+struct Asked {
+    uint8_t* tables;               // [nibbles / 2][rows][64 bytes] of integers
+    int32_t* factors;              // [groups][quads][rows][2]
+    float *units, *sums_of_groups; // [groups][rows]
+    float* constants;              // [rows]: what of the mean adds to all scores alike
+    float* turned;                 // [rows][real, imaginary][pairs]: what RoPE turns
+    uintptr_t end;
+
+    Asked(const QjlStep& s, Room room) {
+        tables = room.take<uint8_t>(s.keys.nibbles / 2 * MAX_ROWS * 64);
+        factors = room.take<int32_t>((s.keys.nibbles / 4 + s.keys.groups) * MAX_ROWS * 2);
+        units = room.take<float>(s.keys.groups * MAX_ROWS);
+        sums_of_groups = room.take<float>(s.keys.groups * MAX_ROWS);
+        constants = room.take<float>(MAX_ROWS);
+        turned = room.take<float>(s.turn ? MAX_ROWS * 2 * s.turn->pairs : 0);
+        end = room.at;
+    }
+};
+
+inline int64_t asked_bytes(const QjlStep& s) { return int64_t(Asked(s, {0}).end); }
+
 struct Scratch {
-    float *row, *queries, *mapped, *tables_of_floats, *scores, *scales, *products, *turned, *parts, *phasors_of_block;
+    float *row, *queries, *mapped, *tables_of_floats, *bounds;
+    float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs;
     double* phasors;
-    uint8_t *tables, *weights, *codes;
-    int32_t *factors, *sums;
-    float *units, *bounds, *sums_of_groups, *sums_of_pairs;
+    uint8_t *weights, *codes;
+    int32_t* sums;
     uintptr_t end;
 
     Scratch(const QjlStep& s, Room room) {
@@ -155,11 +180,7 @@ struct Scratch {
         queries = room.take<float>(MAX_ROWS * s.keys.head_dim);
         mapped = room.take<float>(MAX_ROWS * code_dim);
         tables_of_floats = room.take<float>(s.keys.nibbles * MAX_ROWS * 16);
-        tables = room.take<uint8_t>(s.keys.nibbles / 2 * MAX_ROWS * 64);
-        factors = room.take<int32_t>((s.keys.nibbles / 4 + s.keys.groups) * MAX_ROWS * 2);
-        units = room.take<float>(s.keys.groups * MAX_ROWS);
         bounds = room.take<float>(s.keys.nibbles / 4 + 1);
-        sums_of_groups = room.take<float>(s.keys.groups * MAX_ROWS);
         sums = room.take<int32_t>(MAX_ROWS * 64);
         scores = room.take<float>(MAX_ROWS * TILE * 64);
         scales = room.take<float>(TILE * 64);
@@ -168,9 +189,9 @@ struct Scratch {
         codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
         const int64_t pairs = s.turn ? s.turn->pairs : 0;
         phasors = room.take<double>(2 * pairs);
-        phasors_of_block = room.take<float>(2 * pairs);
-        turned = room.take<float>(MAX_ROWS * 2 * pairs);
-        parts = room.take<float>(2 * (pairs + RANK));
+        phasors_of_centre = room.take<float>(2 * pairs);
+        parts = room.take<float>(4 * room_for_parts(pairs));
+        shared = room.take<float>(4 * RANK);
         sums_of_pairs = room.take<float>(s.values.pair_count * 8);
         end = room.at;
     }
@@ -211,16 +232,15 @@ inline Numbers map_of(const QjlSide& side, int64_t head) {
 
 // Scores
 
-// Scores are linear in the queries, so `factor` scales them once for all.
-struct Keys {
+// Fills in what rows ask. Scores are linear in the queries, so `factor` scales them once for all.
+struct Question {
     const Head& h;
     const QjlSide& side;
     Scratch& room;
+    const Asked& asked;
     int64_t rows;
-    float constant[MAX_ROWS];  // of a mean that is not turned
 
-    Keys(const Head& h, Scratch& room, int64_t first_row, int64_t rows, float factor)
-        : h(h), side(h.s.keys), room(room), rows(rows) {
+    void ask(int64_t first_row, float factor) {
         __builtin_memset(room.queries, 0, MAX_ROWS * side.head_dim * sizeof(float));
         for (int64_t r = 0; r < rows; ++r) {
             add_scaled(room.queries + r * side.head_dim, h.query(first_row + r), factor, side.head_dim);
@@ -228,10 +248,7 @@ struct Keys {
         map_queries();
         fill_tables();
         quantize_tables();
-        for (int64_t r = 0; r < rows; ++r) {
-            const bool is_constant = side.mean && !h.s.turn;
-            constant[r] = is_constant ? dot(query(r), side.mean + h.head * side.head_dim, side.head_dim) : 0;
-        }
+        meet_mean();
     }
 
     const float* query(int64_t r) const { return room.queries + r * side.head_dim; }
@@ -264,7 +281,7 @@ struct Keys {
             for (int64_t r = 0; r < rows; ++r) {
                 float total = 0;
                 for (int64_t i = 0; i < group_dim; ++i) total += room.mapped[r * side.code_dim + g * group_dim + i];
-                room.sums_of_groups[g * rows + r] = total;
+                asked.sums_of_groups[g * rows + r] = total;
             }
         }
     }
@@ -275,10 +292,10 @@ struct Keys {
     __attribute__((noinline)) void quantize_tables() {
         const int64_t group_nibbles = side.nibbles / side.groups, quads = (group_nibbles + 3) / 4;
         for (int64_t g = 0; g < side.groups; ++g) {
-            int32_t* factors = room.factors + g * quads * rows * 2;
+            int32_t* factors = asked.factors + g * quads * rows * 2;
             for (int64_t r = 0; r < rows; ++r) {
                 const float unit = choose_units(g * group_nibbles, group_nibbles, r, factors);
-                room.units[g * rows + r] = unit;
+                asked.units[g * rows + r] = unit;
                 for (int64_t j = 0; j < group_nibbles; j += 2) {
                     const float inverse = 1 / (unit * float(factors[(j / 4 * rows + r) * 2]));
                     put(g * group_nibbles + j, r, inverse);
@@ -312,8 +329,39 @@ struct Keys {
         for (int64_t k = 0; k < 2; ++k) {
             store(entries[k], converted<S16>(round(load<F16>(floats(j + k, r)) * inverse)));
         }
-        put_table(room.tables + (j / 2 * rows + r) * 64, entries[0], entries[1]);
+        put_table(asked.tables + (j / 2 * rows + r) * 64, entries[0], entries[1]);
     }
+
+    void meet_mean() {
+        const float* mean = side.mean ? side.mean + h.head * side.head_dim : nullptr;
+        for (int64_t r = 0; r < rows; ++r) {
+            asked.constants[r] = mean ? dot(query(r), mean, side.head_dim) : 0;
+            if (h.s.turn) asked.constants[r] -= turn_apart(*h.s.turn, query(r), mean, asked.turned + r * 2 * h.s.turn->pairs);
+        }
+    }
+
+    // The part of <query, mean> that RoPE turns, which is left by pairs.
+    static float turn_apart(const QjlTurn& t, const float* query, const float* mean, float* real) {
+        const int32_t *first = t.coordinates, *second = t.coordinates + t.pairs;
+        float* imaginary = real + t.pairs;
+        float total = 0;
+        for (int64_t f = 0; f < t.pairs; ++f) {
+            const float q1 = query[first[f]], q2 = query[second[f]], m1 = mean[first[f]], m2 = mean[second[f]];
+            real[f] = (q1 * m1 + q2 * m2) * t.scaling;
+            imaginary[f] = (q2 * m1 - q1 * m2) * t.scaling;
+            total += q1 * m1 + q2 * m2;
+        }
+        return total;
+    }
+};
+
+// Scores by the tables.
+struct Keys {
+    const Head& h;
+    const QjlSide& side;
+    Scratch& room;
+    const Asked& asked;
+    int64_t rows;
 
     // Scores of one block, rows `stride` apart.
     __attribute__((noinline)) void score(int64_t block, float* scores, int64_t stride) const {
@@ -323,18 +371,18 @@ struct Keys {
         const uint8_t* middle = side.middle ? h.at(side.middle, side.middle_stride, block) : nullptr;
         const uint8_t* soon = h.at(h.s.values.codes, h.s.values.codes_stride, block);
         for (int64_t g = 0; g < side.groups; ++g) {
-            scan(codes + g * bytes * 64, bytes, room.tables + g * bytes * rows * 64,
-                 room.factors + g * ((bytes + 1) / 2) * rows * 2, soon + g * bytes * 64);
+            scan(codes + g * bytes * 64, bytes, asked.tables + g * bytes * rows * 64,
+                 asked.factors + g * ((bytes + 1) / 2) * rows * 2, soon + g * bytes * 64);
             F16 scales[4], middles[4]{};
             decode_scales(side, h.head, scale, g, scales);
             if (middle) decode_halves(middle + g * 128, middles);
             for (int64_t r = 0; r < rows; ++r) {
-                const float unit = room.units[g * rows + r];
+                const float unit = asked.units[g * rows + r];
                 for (int c = 0; c < 4; ++c) {
                     F16 part = converted<F16>(load<I16>(room.sums + r * 64 + c * 16)) * (scales[c] * unit);
-                    if (middle) part += middles[c] * room.sums_of_groups[g * rows + r];
+                    if (middle) part += middles[c] * asked.sums_of_groups[g * rows + r];
                     float* to = scores + r * stride + c * 16;
-                    store(to, g ? load<F16>(to) + part : part + constant[r]);
+                    store(to, g ? load<F16>(to) + part : part + asked.constants[r]);
                 }
             }
         }
@@ -372,118 +420,169 @@ struct Keys {
 
 struct Turn {
     const QjlTurn t;
-    const Keys& keys;
+    const Head& h;
     Scratch& room;
-    int64_t next = -1;  // the position that the phasors stand at
-    float rest[MAX_ROWS];
+    const Asked& asked;
+    int64_t rows;
+    static constexpr int64_t SPAN = 2 * 64, ANCHOR = 8;
+    int64_t next = -1, anchored = -1, turns = 0;
 
-    explicit Turn(const Keys& keys) : t(keys.h.s.turn ? *keys.h.s.turn : QjlTurn{}), keys(keys), room(keys.room) {
+    Turn(const Head& h, Scratch& room, const Asked& asked, int64_t rows)
+        : t(h.s.turn ? *h.s.turn : QjlTurn{}), h(h), room(room), asked(asked), rows(rows) {}
+
+    const float* of_row(int64_t r) const { return asked.turned + r * 2 * t.pairs; }
+
+    // Adds to the scores of a tile, [rows][TILE][64], two blocks at a time where they follow one another.
+    void add(int64_t first_block, int64_t blocks, float* scores) {
         if (!t.pairs) return;
-        const float* mean = keys.side.mean + keys.h.head * keys.side.head_dim;
-        const int32_t *first = t.coordinates, *second = t.coordinates + t.pairs;
-        for (int64_t r = 0; r < keys.rows; ++r) {
-            const float* query = keys.query(r);
-            float *real = of_row(r), *imaginary = real + t.pairs;
-            rest[r] = dot(query, mean, keys.side.head_dim);
-            for (int64_t f = 0; f < t.pairs; ++f) {
-                const float q1 = query[first[f]], q2 = query[second[f]], m1 = mean[first[f]], m2 = mean[second[f]];
-                real[f] = (q1 * m1 + q2 * m2) * t.scaling;
-                imaginary[f] = (q2 * m1 - q1 * m2) * t.scaling;
-                rest[r] -= q1 * m1 + q2 * m2;
-            }
+        const int64_t* first = h.s.first + h.batch * h.s.blocks + first_block;
+        for (int64_t b = 0, spanned; b < blocks; b += spanned) {
+            spanned = b + 1 < blocks && first[b + 1] == first[b] + 64 ? 2 : 1;
+            stand_at(first[b]);
+            int64_t r = 0;
+            for (; r + 2 <= rows; r += 2) add_rows<2>(r, scores + (r * TILE + b) * 64, spanned);
+            if (r < rows) add_rows<1>(r, scores + (r * TILE + b) * 64, spanned);
         }
     }
 
-    float* of_row(int64_t r) const { return room.turned + r * 2 * t.pairs; }
-
-    void add(int64_t block, float* scores, int64_t stride) {
-        if (!t.pairs) return;
-        stand_at(keys.h.s.first[keys.h.batch * keys.h.s.blocks + block]);
-        for (int64_t r = 0; r < keys.rows; ++r) {
-            turn_row(of_row(r), room.parts);
-            join_slow(room.parts);
-            add_row(room.parts, rest[r], scores + r * stride);
+    // Phasors of the centre of the two blocks: turned on from the last ones in float32, and at every ANCHOR-th time in
+    // double precision.
+    void stand_at(int64_t position) {
+        if (position == next && turns < ANCHOR) {
+            turn_on(room.phasors_of_centre, t.step);
+            ++turns;
+        } else {
+            anchor(position);
+            turns = 1;
         }
+        next = position + SPAN;
     }
 
-    // Phasors of the block's centre; the model's angles are float32 products, whose rounding is kept.
-    __attribute__((noinline)) void stand_at(int64_t position) {
-        double *cosine = room.phasors, *sine = cosine + t.pairs;
-        float *centre_cosine = room.phasors_of_block, *centre_sine = centre_cosine + t.pairs;
-        if (next != position) {
-            for (int64_t f = 0; f < t.pairs; ++f) {
-                cosine[f] = __builtin_cos(position * double(t.inv_freq[f]));
-                sine[f] = __builtin_sin(position * double(t.inv_freq[f]));
-            }
-        }
-        const double *to_cosine = t.to_centre, *to_sine = t.to_centre + t.pairs;
-        const double *step_cosine = t.step, *step_sine = t.step + t.pairs;
+    template <class Number>
+    __attribute__((noinline)) void turn_on(Number* __restrict cosine, const Number* step_cosine) const {
+        Number* __restrict sine = cosine + t.pairs;
+        const Number* step_sine = step_cosine + t.pairs;
         for (int64_t f = 0; f < t.pairs; ++f) {
-            const double rounding = double(float(position) * t.inv_freq[f]) - position * double(t.inv_freq[f]);
-            const double c = cosine[f] - rounding * sine[f], s = sine[f] + rounding * cosine[f];
-            centre_cosine[f] = float(c * to_cosine[f] - s * to_sine[f]);
-            centre_sine[f] = float(s * to_cosine[f] + c * to_sine[f]);
-        }
-        for (int64_t f = 0; f < t.pairs; ++f) {
-            const double c = cosine[f], s = sine[f];
+            const Number c = cosine[f], s = sine[f];
             cosine[f] = c * step_cosine[f] - s * step_sine[f];
             sine[f] = s * step_cosine[f] + c * step_sine[f];
         }
-        next = position + 64;
     }
 
-    // Even and odd part of each pair, side by side.
-    __attribute__((noinline)) void turn_row(const float* row, float* parts) const {
-        const float *cosine = room.phasors_of_block, *sine = cosine + t.pairs;
-        for (int64_t f = 0; f < t.pairs; ++f) {
-            parts[2 * f] = row[f] * cosine[f] + row[t.pairs + f] * sine[f];
-            parts[2 * f + 1] = row[t.pairs + f] * cosine[f] - row[f] * sine[f];
-        }
-        parts[2 * t.pairs] = parts[2 * t.pairs + 1] = 0;
-    }
-
-    // Slow frequencies, two at a time, become even and odd coefficients of the functions that they share.
-    __attribute__((noinline)) void join_slow(float* parts) const {
-        constexpr int LANES = sizeof(Native) / sizeof(float);
-        const float* last = parts + 2 * t.pairs;
-        float *first = parts + 2 * t.direct, sums[4 * RANK];
-        for (int i = 0; i < 4 * RANK; i += LANES) {
-            Native total{}, more{};
-            const float* table = t.down + i;
-            for (parts = first; parts + 4 < last; parts += 8, table += 8 * RANK) {
-                total += repeated(parts) * load<Native>(table);
-                more += repeated(parts + 4) * load<Native>(table + 4 * RANK);
+    __attribute__((noinline)) void anchor(int64_t position) {
+        double *cosine = room.phasors, *sine = cosine + t.pairs;
+        float *centre_cosine = room.phasors_of_centre, *centre_sine = centre_cosine + t.pairs;
+        if (position == anchored + ANCHOR * SPAN) {
+            turn_on(room.phasors, t.anchor_step);
+        } else {
+            for (int64_t f = 0; f < t.pairs; ++f) {
+                const double angle = (position + (SPAN - 1) / 2.0) * t.inv_freq[f];
+                cosine[f] = __builtin_cos(angle), sine[f] = __builtin_sin(angle);
             }
-            if (parts < last) total += repeated(parts) * load<Native>(table);
-            store(sums + i, total + more);
+        }
+        for (int64_t f = 0; f < t.pairs; ++f) centre_cosine[f] = float(cosine[f]), centre_sine[f] = float(sine[f]);
+        anchored = position;
+    }
+
+    // Parts that are even and odd about the centre: of each frequency, then of the functions that slow ones share.
+    template <int ROWS>
+    void add_rows(int64_t first, float* scores, int64_t blocks) const {
+        for (int i = 0; i < ROWS; ++i) turn_row(of_row(first + i), even_of(i), odd_of(i));
+        join_slow<ROWS>();
+        add_parts<ROWS>(scores, blocks);
+    }
+
+    float* even_of(int row) const { return room.parts + 2 * row * room_for_parts(t.pairs); }
+    float* odd_of(int row) const { return even_of(row) + room_for_parts(t.pairs); }
+
+    __attribute__((noinline)) void turn_row(const float* row, float* __restrict even, float* __restrict odd) const {
+        const float *cosine = room.phasors_of_centre, *sine = cosine + t.pairs;
+        const float *real = row, *imaginary = row + t.pairs;
+        for (int64_t f = 0; f < t.pairs; ++f) {
+            even[f] = real[f] * cosine[f] + imaginary[f] * sine[f];
+            odd[f] = imaginary[f] * cosine[f] - real[f] * sine[f];
+        }
+        for (int64_t f = t.pairs; f < t.pairs + 4; ++f) even[f] = odd[f] = 0;
+    }
+
+    // Four slow frequencies at a time.
+    template <int ROWS>
+    __attribute__((noinline)) void join_slow() const {
+        constexpr int LANES = sizeof(Native) / sizeof(float);
+        alignas(64) float parts[4][4 * RANK]{};
+        const float *even = even_of(0), *odd = odd_of(0), *other_even = even_of(ROWS - 1), *other_odd = odd_of(ROWS - 1);
+        for (int i = 0; i < 4 * RANK; i += LANES) {
+            Native a{}, b{}, c{}, d{};
+            const float* table = t.down + i;
+            for (int64_t f = t.direct; f < t.pairs; f += 4, table += 8 * RANK) {
+                const Native cosines = load<Native>(table), sines = load<Native>(table + 4 * RANK);
+                a += repeated(even + f) * cosines, b += repeated(odd + f) * sines;
+                if constexpr (ROWS > 1) c += repeated(other_even + f) * cosines, d += repeated(other_odd + f) * sines;
+                QJL_KEEP(a, b, c, d);
+            }
+            store(parts[0] + i, a), store(parts[1] + i, b), store(parts[2] + i, c), store(parts[3] + i, d);
         }
         for (int k = 0; k < RANK; ++k) {
-            first[2 * k] = sums[4 * k] + sums[4 * k + 2];
-            first[2 * k + 1] = sums[4 * k + 1] + sums[4 * k + 3];
+            const auto of = [&](int i) { return load<F4>(parts[i] + 4 * k); };
+            store(room.shared + 4 * k, sums(of(0), of(1), of(2), of(3)));
         }
     }
 
-    // Even and odd parts around the centre of the block, 32 steps of each.
-    __attribute__((noinline)) void add_row(const float* parts, float constant, float* scores) const {
+    template <int ROWS>
+    __attribute__((noinline)) void add_parts(float* scores, int64_t blocks) const {
         constexpr int LANES = sizeof(Native) / sizeof(float);
-        float even[32], odd[32];
-        for (int step = 0; step < 32; step += 2 * LANES) {
-            Native even0 = constant - Native{}, even1 = even0, odd0{}, odd1{};
-            const float *part = parts, *table = t.up + step;
-            for (int64_t f = 0; f < t.direct + RANK; ++f, part += 2, table += 64) {
-                even0 += part[0] * load<Native>(table), even1 += part[0] * load<Native>(table + LANES);
-                odd0 += part[1] * load<Native>(table + 32), odd1 += part[1] * load<Native>(table + 32 + LANES);
-                QJL_KEEP(even0, even1, odd0, odd1);
+        alignas(64) float even[ROWS][64], odd[ROWS][64];
+        for (int step = 0; step < 64; step += 2 * LANES) {
+            Parts first, second;
+            const float *table = t.up + step, *of_function = room.shared;
+            for (int64_t f = 0; f < t.direct; ++f, table += 128) {
+                add_steps<ROWS>(first, second, table, even_of(0)[f], odd_of(0)[f], even_of(ROWS - 1)[f], odd_of(ROWS - 1)[f]);
             }
-            store(even + step, even0), store(even + step + LANES, even1);
-            store(odd + step, odd0), store(odd + step + LANES, odd1);
+            for (int k = 0; k < RANK; ++k, table += 128, of_function += 4) {
+                add_steps<ROWS>(first, second, table, of_function[0], of_function[1], of_function[2], of_function[3]);
+            }
+            first.leave(even[0] + step, odd[0] + step);
+            if constexpr (ROWS > 1) second.leave(even[1] + step, odd[1] + step);
         }
-        const F16 near = load<F16>(even), far = load<F16>(even + 16);
-        const F16 near_odd = load<F16>(odd), far_odd = load<F16>(odd + 16);
-        const F16 tokens[4] = {reversed(far - far_odd), reversed(near - near_odd), near + near_odd, far + far_odd};
-        F16 by_four[4];
-        arrange_by_four(tokens, by_four);
-        for (int c = 0; c < 4; ++c) store(scores + c * 16, load<F16>(scores + c * 16) + by_four[c]);
+        for (int i = 0; i < ROWS; ++i) add_mirrored(even[i], odd[i], scores + i * TILE * 64, blocks);
+    }
+
+    struct Parts {
+        Native even{}, next_even{}, odd{}, next_odd{};
+
+        inline __attribute__((always_inline)) void add(float even_part, float odd_part, Native cosine,
+                                                       Native next_cosine, Native sine, Native next_sine) {
+            even += even_part * cosine, next_even += even_part * next_cosine;
+            odd += odd_part * sine, next_odd += odd_part * next_sine;
+            QJL_KEEP(even, next_even, odd, next_odd);
+        }
+
+        void leave(float* evens, float* odds) const {
+            store(evens, even), store(evens + sizeof(Native) / 4, next_even);
+            store(odds, odd), store(odds + sizeof(Native) / 4, next_odd);
+        }
+    };
+
+    template <int ROWS>
+    static inline __attribute__((always_inline)) void add_steps(Parts& first, Parts& second, const float* table,
+                                                                float even, float odd, float other_even,
+                                                                float other_odd) {
+        constexpr int LANES = sizeof(Native) / sizeof(float);
+        Native cosine = load<Native>(table), next_cosine = load<Native>(table + LANES);
+        Native sine = load<Native>(table + 64), next_sine = load<Native>(table + 64 + LANES);
+        QJL_KEEP(cosine, next_cosine, sine, next_sine);
+        first.add(even, odd, cosine, next_cosine, sine, next_sine);
+        if constexpr (ROWS > 1) second.add(other_even, other_odd, cosine, next_cosine, sine, next_sine);
+    }
+
+    // Steps away from the centre come as tokens do after it, by four.
+    static void add_mirrored(const float* even, const float* odd, float* scores, int64_t blocks) {
+        for (int c = 0; c < 64; c += 16) {
+            const F16 evens = load<F16>(even + c), odds = load<F16>(odd + c);
+            float *before = scores + 48 - c, *behind = scores + 64 + c;
+            store(before, load<F16>(before) + reversed(evens - odds));
+            if (blocks > 1) store(behind, load<F16>(behind) + (evens + odds));
+        }
     }
 };
 
@@ -713,7 +812,8 @@ struct Sums {
 // Pieces of work
 
 inline float* exact_of(const QjlStep& s, int64_t pair) {
-    return reinterpret_cast<float*>(s.workspace) + pair * (exact_floats(s) + s.splits * split_floats(s));
+    const int64_t floats = (exact_floats(s) + s.splits * split_floats(s) + 15) / 16 * 16;
+    return reinterpret_cast<float*>(s.workspace) + pair * floats;
 }
 
 inline float* split_of(const QjlStep& s, int64_t pair, int64_t split) {
@@ -725,38 +825,61 @@ inline float capped(float score, float softcap) {
 }
 
 // Caps and masks scores; their base is 2 from here on.
-inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, float* scores, int64_t stride) {
+inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, int64_t blocks, float* scores) {
     const QjlStep& s = h.s;
     const int64_t step = s.bias_stride[3];
     for (int64_t r = 0; r < rows; ++r) {
         const float* bias = s.bias ? h.bias(s.bias, s.bias_stride, first_row + r) + block * 64 * step : nullptr;
-        for (int t = 0; t < 64; ++t) {
-            float& score = scores[r * stride + t];
+        for (int64_t i = 0; i < blocks * 64; ++i) {
+            float& score = scores[r * TILE * 64 + i];
             if (s.softcap > 0) score = capped(score, s.softcap) * LOG2E;
-            if (bias) score += bias[(t % 16 * 4 + t / 16) * step] * LOG2E;
+            if (bias) score += bias[(i / 64 * 64 + i % 16 * 4 + i % 64 / 16) * step] * LOG2E;
         }
+    }
+}
+
+inline int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t row_groups(const QjlStep& s) { return (s.rows + MAX_ROWS - 1) / MAX_ROWS; }
+
+inline Asked asked_of(const QjlStep& s, int64_t pair, int64_t first_row) {
+    const int64_t place = pair * row_groups(s) + first_row / MAX_ROWS;
+    return {s, {reinterpret_cast<uintptr_t>(exact_of(s, s.batch * s.heads)) + place * asked_bytes(s)}};
+}
+
+inline void ask(const QjlStep& s, int64_t pair, Scratch& room) {
+    const Head h{s, pair / s.heads, pair % s.heads};
+    for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
+        const Asked asked = asked_of(s, pair, row);
+        const float factor = s.scores ? 1 : s.softcap > 0 ? s.scaling : s.scaling * LOG2E;
+        Question{h, s.keys, room, asked, fewer(MAX_ROWS, s.rows - row)}.ask(row, factor);
+    }
+}
+
+// Calls `use(block, blocks)` for every tile of a split, with its scores in the room: [rows][TILE][64].
+template <class Use>
+void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked, Scratch& room,
+                 const Use& use) {
+    const int64_t first = split * h.s.blocks_per_split, last = fewer(first + h.s.blocks_per_split, h.s.blocks);
+    const Keys keys{h, h.s.keys, room, asked, rows};
+    Turn turn(h, room, asked, rows);
+    for (int64_t block = first; block < last; block += TILE) {
+        const int64_t blocks = fewer(TILE, last - block);
+        for (int64_t b = 0; b < blocks; ++b) keys.score(block + b, room.scores + b * 64, TILE * 64);
+        turn.add(block, blocks, room.scores);
+        use(block, blocks);
     }
 }
 
 inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
     const Head h{s, pair / s.heads, pair % s.heads};
-    const int64_t first = split * s.blocks_per_split;
-    const int64_t last = first + s.blocks_per_split < s.blocks ? first + s.blocks_per_split : s.blocks;
-    for (int64_t first_row = 0; first_row < s.rows; first_row += MAX_ROWS) {
-        const int64_t rows = s.rows - first_row < MAX_ROWS ? s.rows - first_row : MAX_ROWS;
-        const Keys keys(h, room, first_row, rows, s.softcap > 0 ? s.scaling : s.scaling * LOG2E);
-        Turn turn(keys);
-        Sums sums(h, room, first_row, rows);
-        for (int64_t block = first; block < last; block += TILE) {
-            const int64_t blocks = last - block < TILE ? last - block : TILE;
-            for (int64_t b = 0; b < blocks; ++b) {
-                float* scores = room.scores + b * 64;
-                keys.score(block + b, scores, TILE * 64);
-                turn.add(block + b, scores, TILE * 64);
-                if (s.softcap > 0 || s.bias) finish_scores(h, first_row, rows, block + b, scores, TILE * 64);
-            }
+    for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
+        const int64_t rows = fewer(MAX_ROWS, s.rows - row);
+        Sums sums(h, room, row, rows);
+        score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
+            if (s.softcap > 0 || s.bias) finish_scores(h, row, rows, block, blocks, room.scores);
             sums.add(room.scores, block, blocks);
-        }
+        });
         sums.leave(split_of(s, pair, split));
     }
 }
@@ -764,20 +887,15 @@ inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch
 // Raw scores of the packed tokens alone, as the benchmark of the scan wants them.
 inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
     const Head h{s, pair / s.heads, pair % s.heads};
-    const int64_t first = split * s.blocks_per_split;
-    const int64_t last = first + s.blocks_per_split < s.blocks ? first + s.blocks_per_split : s.blocks;
-    for (int64_t first_row = 0; first_row < s.rows; first_row += MAX_ROWS) {
-        const int64_t rows = s.rows - first_row < MAX_ROWS ? s.rows - first_row : MAX_ROWS;
-        const Keys keys(h, room, first_row, rows, 1);
-        Turn turn(keys);
-        for (int64_t block = first; block < last; ++block) {
-            keys.score(block, room.scores, 64);
-            turn.add(block, room.scores, 64);
+    for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
+        const int64_t rows = fewer(MAX_ROWS, s.rows - row);
+        score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
             for (int64_t r = 0; r < rows; ++r) {
-                float* to = s.scores + (pair * s.rows + first_row + r) * s.blocks * 64 + block * 64;
-                for (int i = 0; i < 64; ++i) to[i] = room.scores[r * 64 + i % 4 * 16 + i / 4];
+                float* to = s.scores + (pair * s.rows + row + r) * s.blocks * 64 + block * 64;
+                const float* from = room.scores + r * TILE * 64;
+                for (int64_t i = 0; i < blocks * 64; ++i) to[i] = from[i / 64 * 64 + i % 4 * 16 + i % 64 / 4];
             }
-        }
+        });
     }
 }
 
@@ -920,13 +1038,18 @@ struct Merge {
 };
 
 inline int64_t shared_bytes(const QjlStep& s) {
-    const int64_t floats = s.batch * s.heads * (exact_floats(s) + s.splits * split_floats(s));
-    return (floats * int64_t(sizeof(float)) + 63) / 64 * 64;
+    const int64_t pairs = s.batch * s.heads;
+    return reinterpret_cast<uint8_t*>(exact_of(s, pairs)) - s.workspace + pairs * row_groups(s) * asked_bytes(s);
 }
 
-// The room of a worker lies behind what all splits leave.
+// The room of a worker lies behind what all share.
 inline Scratch scratch_of(const QjlStep& s, int64_t worker) {
     return {s, {reinterpret_cast<uintptr_t>(s.workspace) + shared_bytes(s) + worker * scratch_bytes(s)}};
+}
+
+inline void ask_item(const QjlStep& s, int64_t pair, int worker) {
+    Scratch room = scratch_of(s, worker);
+    ask(s, pair, room);
 }
 
 inline void packed_item(const QjlStep& s, int64_t item, int worker) {

@@ -15,6 +15,7 @@ constexpr Kernels table_named(const char* name) {
         .scan = codes::scan,
         .expand = codes::expand,
         .step_workspace = step::workspace,
+        .step_ask = step::ask_item,
         .step_packed = step::packed_item,
         .step_finish = step::finish_item,
         .encode_room = encode::encode_room,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,8 @@ class Rope:
         return self._apply(x, -self.angles(positions)[:, None], 1 / self.scaling)
 
     def angles(self, positions: Tensor) -> Tensor:
-        """``[...] -> float32 [..., F]``."""
-        return positions[..., None].float() * self.inv_freq.to(positions.device)
+        """``[...] -> float32 [..., F]``, less whole turns: exact at any position, unlike a product in float32."""
+        return (positions[..., None].double() * self.inv_freq.double().to(positions.device)).remainder(math.tau).float()
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """First and second coordinates of all pairs, ``[..., F]`` each, and the unrotated rest."""

@@ -20,6 +20,8 @@ from qjl.packed import BLOCK, Blocks
 PIECES = 16  # of work, at least, whatever the threads: splitting alike makes results alike
 SPLIT_BLOCKS = 32  # at least, of one KV head
 TOP = 127
+SPAN = 2 * BLOCK  # tokens for which the mean is turned at once
+ANCHOR = 8  # such turns in float32 follow one in double precision
 RANK = 4  # functions that slow frequencies share
 TOLERANCE = 4e-6
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -65,7 +67,7 @@ class _Segment(ctypes.Structure):
 
 class _Turn(ctypes.Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("inv_freq", "step", "to_centre", "coordinates", "down", "up")),
+        *((name, c_void_p) for name in ("inv_freq", "step", "anchor_step", "coordinates", "down", "up")),
         ("pairs", c_int64),
         ("direct", c_int64),
         ("scaling", c_float),
@@ -342,17 +344,17 @@ def _turn(form: NibbleForm) -> _Turn:
     assert form.turn is not None
     order = np.argsort(-form.turn.inv_freq.double().abs().cpu().numpy(), kind="stable")
     frequencies = form.turn.inv_freq.double().cpu().numpy()[order]
-    angles = frequencies[:, None] * (np.arange(BLOCK // 2) + 0.5)
+    steps = np.arange(SPAN // 2).reshape(-1, 4).T.reshape(-1)  # as the kernels keep tokens: by four
+    angles = frequencies[:, None] * (steps + 0.5)
     direct = _fast(angles)
     slow = [_product(table[direct:]) for table in (np.cos(angles), np.sin(angles))]
-    down = np.stack([down for down, _ in slow], axis=2)  # [F, RANK, 2]
-    down = np.concatenate([down, np.zeros((len(down) % 2, RANK, 2))]).reshape(-1, 2, RANK, 2).transpose(0, 2, 1, 3)
+    down = np.stack([_by_four(down) for down, _ in slow], axis=1)  # [F / 4, 2, RANK, 4]
     up = np.concatenate([np.stack([np.cos(angles), np.sin(angles)], 1)[:direct], np.stack([up for _, up in slow], 1)])
     coordinates = np.stack([x.cpu().numpy()[order] for x in (form.turn.first, form.turn.second)])
     arrays = {
         "inv_freq": form.turn.inv_freq.float().cpu().numpy()[order],
-        "step": _phasors(BLOCK * frequencies),
-        "to_centre": _phasors((BLOCK - 1) / 2 * frequencies),
+        "step": _phasors(SPAN * frequencies).astype(np.float32),
+        "anchor_step": _phasors(ANCHOR * SPAN * frequencies),
         "coordinates": coordinates.astype(np.int32),
         "down": down.astype(np.float32),
         "up": up.astype(np.float32),
@@ -361,6 +363,12 @@ def _turn(form: NibbleForm) -> _Turn:
     form.derived["turn arrays"] = arrays
     pointers = {name: array.ctypes.data for name, array in arrays.items()}
     return _Turn(**pointers, pairs=len(order), direct=direct, scaling=form.turn.scaling)
+
+
+def _by_four(down: np.ndarray) -> np.ndarray:
+    """``[F, RANK]`` as ``[F / 4, RANK, 4]``, filled up with zeros."""
+    filled = np.concatenate([down, np.zeros((-len(down) % 4, RANK))])
+    return filled.reshape(-1, 4, RANK).transpose(0, 2, 1)
 
 
 def _phasors(angles: np.ndarray) -> np.ndarray:
