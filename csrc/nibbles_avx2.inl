@@ -115,7 +115,7 @@ QJL_INLINE void leave_in_memory([[maybe_unused]] RowSums (&rows)[ROWS]) {
 // codes [bytes][64], tables [bytes][ROWS][64 bytes], factors [(bytes + 1) / 2][ROWS][2] -> sums [ROWS][64] by four;
 // `soon` is what will be read next: as many bytes as codes
 template <int ROWS>
-void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors, int32_t* sums,
+__attribute__((noinline)) void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors, int32_t* sums,
                 const uint8_t* soon) {
     constexpr int64_t NEXT = ROWS * 64;
     const int64_t ahead = bytes * 64;  // the next block, as a rule
