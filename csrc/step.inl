@@ -169,7 +169,7 @@ struct Scratch {
     float *row, *queries, *mapped, *tables_of_floats, *bounds;
     float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs;
     double* phasors;
-    uint8_t *weights, *codes;
+    uint8_t *weights, *codes, *nibbles;
     int32_t* sums;
     uintptr_t end;
 
@@ -187,6 +187,7 @@ struct Scratch {
         products = room.take<float>(MAX_ROWS * TILE * 64);
         weights = room.take<uint8_t>(TILE * MAX_ROWS * 128);
         codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
+        nibbles = room.take<uint8_t>(s.values.nibbles);
         const int64_t pairs = s.turn ? s.turn->pairs : 0;
         phasors = room.take<double>(2 * pairs);
         phasors_of_centre = room.take<float>(2 * pairs);
@@ -714,25 +715,31 @@ struct Sums {
                                                     float& bound) {
         float* products = room.products + r * TILE * 64;
         int64_t place = 0;
-        while (!(largest(load<F16>(products + place)) == bound)) place += 16;
+        while (largest_of(products + place, 64) != bound) place += 64;
         while (products[place] != bound) ++place;
-        const uint8_t* token = room.codes + place / 64 * 64 + place % 16 * 4 + place / 16 % 4;
+        unpack_token(place / 64, place % 16 * 4 + place / 16 % 4);
         for (int64_t k = first_pair; k < last_pair; ++k) {
             const QjlPair& pair = side.pairs[k];
-            float* sums = of_pairs + 8 * k + r;
-            sums[0] += bound * pair.step * float(level(pair, 0, token) + level(pair, 1, token));
-            sums[4] += bound * pair.step * float(level(pair, 2, token) + level(pair, 3, token));
+            const auto level = [&](int i) { return int(pair.tables[i][room.nibbles[pair.sources[i]]]); };
+            const float unit = bound * pair.step;
+            of_pairs[8 * k + r] += unit * float(level(0) + level(1));
+            of_pairs[8 * k + 4 + r] += unit * float(level(2) + level(3));
         }
         products[place] = 0;
-        F16 most{};
-        for (int64_t i = 0; i < blocks * 64; i += 16) most = larger(most, load<F16>(products + i));
-        bound = largest(most);
+        bound = largest_of(products, blocks * 64);
     }
 
-    // Of one token, the first of whose codes is at `token`.
-    static int level(const QjlPair& pair, int k, const uint8_t* token) {
-        const auto source = uint32_t(pair.sources[k]);
-        return pair.tables[k][token[source / 2 * (TILE * 64)] >> (source % 2 * 4) & 15];
+    static float largest_of(const float* numbers, int64_t count) {
+        F16 most{};
+        for (int64_t i = 0; i < count; i += 16) most = larger(most, load<F16>(numbers + i));
+        return largest(most);
+    }
+
+    void unpack_token(int64_t block, int64_t token) {
+        for (int64_t j = 0; j < side.nibbles / 2; ++j) {
+            const uint8_t byte = room.codes[(j * TILE + block) * 64 + token];
+            room.nibbles[2 * j] = byte & 15, room.nibbles[2 * j + 1] = byte >> 4;
+        }
     }
 
     // Integers from products, which become what is left over if they are rounded down; `unit` is what 1 stands for.
