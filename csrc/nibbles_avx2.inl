@@ -14,7 +14,7 @@ inline void put_table(uint8_t* to, const int16_t* low, const int16_t* high) {
     }
 }
 
-inline __m256i twice(const void* sixteen_bytes) {
+QJL_INLINE __m256i twice(const void* sixteen_bytes) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(sixteen_bytes)));
 }
 
@@ -29,7 +29,7 @@ struct Places {
     }
 };
 
-// Of 32 tokens: 0 to 7 and 16 to 23, then the others.
+// Of tokens 0 to 7 and 16 to 23, then of the other 16.
 struct Words {
     __m256i low, high;
 
@@ -70,7 +70,7 @@ struct BlockWords {
         const Entries entries(table);
         first.add(entries.at(a));
         second.add(entries.at(b));
-        QJL_KEEP(first.low, first.high, second.low, second.high);
+        keep(first.low, first.high, second.low, second.high);
     }
 };
 
@@ -115,8 +115,8 @@ QJL_INLINE void leave_in_memory([[maybe_unused]] RowSums (&rows)[ROWS]) {
 // codes [bytes][64], tables [bytes][ROWS][64 bytes], factors [(bytes + 1) / 2][ROWS][2] -> sums [ROWS][64] by four;
 // `soon` is what will be read next: as many bytes as codes
 template <int ROWS>
-__attribute__((noinline)) void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors, int32_t* sums,
-                const uint8_t* soon) {
+__attribute__((noinline)) void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables,
+                                          const int32_t* factors, int32_t* sums, const uint8_t* soon) {
     constexpr int64_t NEXT = ROWS * 64;
     const int64_t ahead = bytes * 64;  // the next block, as a rule
     RowSums rows[ROWS];
@@ -169,67 +169,60 @@ struct Levels {
     QJL_INLINE __m256i of(__m256i nibbles) const { return _mm256_shuffle_epi8(table, nibbles); }
 };
 
-// Levels of 32 tokens as words.
+// Levels of 32 tokens.
 struct LevelWords {
     __m256i even, odd;
 
-    explicit QJL_INLINE LevelWords(__m256i levels)
-        : even(_mm256_srai_epi16(_mm256_slli_epi16(levels, 8), 8)), odd(_mm256_srai_epi16(levels, 8)) {}
+    explicit QJL_INLINE LevelWords(__m256i bytes)
+        : even(_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8)), odd(_mm256_srai_epi16(bytes, 8)) {}
 };
-
-QJL_INLINE __m256i products(const LevelWords& levels, __m256i even, __m256i odd) {
-    return _mm256_add_epi32(_mm256_madd_epi16(even, levels.even), _mm256_madd_epi16(odd, levels.odd));
-}
 
 // The weighted sums of both coordinates in one row.
 struct PairSums {
     __m256i first = _mm256_setzero_si256(), second = first;
 
+    QJL_INLINE void add(__m256i weights, __m256i firsts, __m256i seconds) {
+        first = _mm256_add_epi32(first, _mm256_madd_epi16(weights, firsts));
+        second = _mm256_add_epi32(second, _mm256_madd_epi16(weights, seconds));
+        keep(first, second);
+    }
+
     QJL_INLINE void add(const uint8_t* weights, const LevelWords& firsts, const LevelWords& seconds) {
         const auto* row = reinterpret_cast<const __m256i*>(weights);
-        const __m256i even = _mm256_load_si256(row), odd = _mm256_load_si256(row + 2);
-        first = _mm256_add_epi32(first, _mm256_madd_epi16(even, firsts.even));
-        second = _mm256_add_epi32(second, _mm256_madd_epi16(even, seconds.even));
-        asm volatile("" : "+x"(first), "+x"(second));
-        first = _mm256_add_epi32(first, _mm256_madd_epi16(odd, firsts.odd));
-        second = _mm256_add_epi32(second, _mm256_madd_epi16(odd, seconds.odd));
-        asm volatile("" : "+x"(first), "+x"(second));
+        add(_mm256_load_si256(row), firsts.even, seconds.even);
+        add(_mm256_load_si256(row + 2), firsts.odd, seconds.odd);
     }
 };
 
-// The sums of four vectors in each half.
-QJL_INLINE __m256 folded(__m256i a, __m256i b, __m256i c, __m256i d) {
-    const __m256 ab = _mm256_hadd_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b));
-    const __m256 cd = _mm256_hadd_ps(_mm256_cvtepi32_ps(c), _mm256_cvtepi32_ps(d));
-    return _mm256_hadd_ps(ab, cd);
+QJL_INLINE F4 sums_of(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const auto floats = [](__m256i x) { return (F8)_mm256_cvtepi32_ps(x); };
+    return sums(floats(a), floats(b), floats(c), floats(d));
 }
 
 template <int ROWS, int KIND>
 __attribute__((noinline)) void add_pair_of(const QjlPair& pair, const uint8_t* codes, int64_t blocks,
-                                           const uint8_t* weights, float* sums) {
+                                           const uint8_t* weights, float* to) {
     const Levels a(pair, 0, codes), b(pair, 1, codes), c(pair, 2, codes), d(pair, 3, codes);
     PairSums row0, row1, row2, row3;
-    for (int64_t i = 0; i < blocks; ++i, weights += ROWS * 128) {
-      for (int half = 0; half < 64; half += 32) {
-        const int64_t place = i * 64 + half;
-        const __m256i at_a = a.nibbles(place);
-        const __m256i at_c = KIND == 0 ? at_a : c.nibbles(place);
-        __m256i first = a.of(at_a), second = c.of(at_c);
-        if constexpr (KIND != 1) {
-            const __m256i at_b = b.nibbles(place);
-            first = _mm256_add_epi8(first, b.of(at_b));
-            second = _mm256_add_epi8(second, d.of(KIND == 0 ? at_b : d.nibbles(place)));
+    for (int64_t place = 0; place < blocks * 64; weights += ROWS * 128) {
+        for (const uint8_t* half = weights; half < weights + 64; half += 32, place += 32) {
+            const __m256i at_a = a.nibbles(place);
+            const __m256i at_c = KIND == 0 ? at_a : c.nibbles(place);
+            __m256i first = a.of(at_a), second = c.of(at_c);
+            if constexpr (KIND != 1) {
+                const __m256i at_b = b.nibbles(place);
+                first = _mm256_add_epi8(first, b.of(at_b));
+                second = _mm256_add_epi8(second, d.of(KIND == 0 ? at_b : d.nibbles(place)));
+            }
+            const LevelWords firsts(first), seconds(second);
+            row0.add(half, firsts, seconds);
+            if constexpr (ROWS > 1) row1.add(half + 128, firsts, seconds);
+            if constexpr (ROWS > 2) row2.add(half + 256, firsts, seconds);
+            if constexpr (ROWS > 3) row3.add(half + 384, firsts, seconds);
         }
-        const LevelWords firsts(first), seconds(second);
-        row0.add(weights + half, firsts, seconds);
-        if constexpr (ROWS > 1) row1.add(weights + 128 + half, firsts, seconds);
-        if constexpr (ROWS > 2) row2.add(weights + 256 + half, firsts, seconds);
-        if constexpr (ROWS > 3) row3.add(weights + 384 + half, firsts, seconds);
-      }
     }
-    const __m256 first = folded(row0.first, row1.first, row2.first, row3.first);
-    const __m256 second = folded(row0.second, row1.second, row2.second, row3.second);
-    _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31)));
+    store(to, sums_of(row0.first, row1.first, row2.first, row3.first));
+    store(to + 4, sums_of(row0.second, row1.second, row2.second, row3.second));
 }
 
 // codes [bytes][TILE][64], weights [blocks][ROWS][128 bytes] -> sums [2][4]

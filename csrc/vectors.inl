@@ -285,21 +285,27 @@ QJL_INLINE Native repeated(const float* four) {
 #endif
 }
 
-// Keeps four sums in registers, where GCC 12 would spill them at every step.
-template <class Floats>
-QJL_INLINE void keep([[maybe_unused]] Floats& a, [[maybe_unused]] Floats& b, [[maybe_unused]] Floats& c,
-                     [[maybe_unused]] Floats& d) {
-#if defined(__AVX512F__)
-    asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));
-#elif defined(__AVX2__)
-    asm volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d));
+template <class Vector>
+struct Kept {
+    static QJL_INLINE void keep([[maybe_unused]] Vector& vector) {
+#ifdef __AVX2__
+        asm volatile("" : "+v"(vector));
 #endif
-}
+    }
+};
 
 template <class Half>
-QJL_INLINE void keep(Twice<Half>& a, Twice<Half>& b, Twice<Half>& c, Twice<Half>& d) {
-    keep(a.low, b.low, c.low, d.low);
-    keep(a.high, b.high, c.high, d.high);
+struct Kept<Twice<Half>> {
+    static QJL_INLINE void keep(Twice<Half>& vector) {
+        Kept<Half>::keep(vector.low);
+        Kept<Half>::keep(vector.high);
+    }
+};
+
+// Keeps vectors in registers, where GCC 12 would spill them or put off the sums that they are.
+template <class... Vectors>
+QJL_INLINE void keep(Vectors&... vectors) {
+    (Kept<Vectors>::keep(vectors), ...);
 }
 
 #define QJL_KEEP(a, b, c, d) keep(a, b, c, d)
