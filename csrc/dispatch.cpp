@@ -98,6 +98,14 @@ void over_blocks(const Operation& operation, void (*kernel)(const Operation&, Ra
 
 // The fused decode step
 
+// Less work than this for each thread does not pay for waking it.
+constexpr int64_t PAIRS_PER_THREAD = 4;  // of batch row and KV head, apart from their packed tokens
+constexpr int64_t BLOCKS_PER_THREAD = 48;  // of all pairs
+
+int64_t worth_waking(int64_t threads, int64_t work, int64_t work_per_thread) {
+    return std::min(threads, (work + work_per_thread - 1) / work_per_thread);
+}
+
 struct OverItems {
     const QjlStep& step;
     void (*kernel)(const QjlStep&, int64_t, int);
@@ -155,8 +163,10 @@ int64_t qjl_step_workspace(const QjlStep* step, int64_t threads) { return kernel
 void qjl_step(const QjlStep* step, int64_t threads) {
     const Kernels& table = kernels();
     const int64_t pairs = step->batch * step->heads;
+    const int64_t few = worth_waking(threads, pairs, PAIRS_PER_THREAD);
     const OverItems ask{*step, table.step_ask}, packed{*step, table.step_packed}, finish{*step, table.step_finish};
-    parallel_for(pairs, threads, OverItems::run, &ask);
-    parallel_for(pairs * step->splits, threads, OverItems::run, &packed);
-    if (!step->scores) parallel_for(pairs, threads, OverItems::run, &finish);
+    parallel_for(pairs, few, OverItems::run, &ask);
+    parallel_for(pairs * step->splits, worth_waking(threads, pairs * step->blocks, BLOCKS_PER_THREAD), OverItems::run,
+                 &packed);
+    if (!step->scores) parallel_for(pairs, few, OverItems::run, &finish);
 }

@@ -62,7 +62,8 @@ def _tiled(
         _attend_rows(query[:, :, start:stop], exact, packed, _rows(scoring, start, stop, tokens, columns))
         for start, stop in _query_tiles(query, columns)
     ]
-    return torch.cat(outputs, dim=2).to(query.dtype)
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return out.to(query.dtype)
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,7 @@ class CacheLayer:
         self._window: Window | None = None
         self._kept: Kept | None = None
         self._marks = Marks(0)
+        self.is_settled = False  # whether nothing was added since all that is due was quantized
         self._packed: tuple[Packed, Packed] | None = None
         self._forget_segments()
         self._attention = AttentionMoments()
@@ -158,7 +159,7 @@ class CacheLayer:
     @property
     def wants_queries(self) -> bool:
         """Whether ``observe`` is needed: a codec waits for statistics of the queries."""
-        return self._needs_queries and self._codecs() is None
+        return self._packed is None and self._needs_queries and self._codecs() is None
 
     @property
     def _needs_queries(self) -> bool:
@@ -183,6 +184,7 @@ class CacheLayer:
         else:
             self._window.append(keys, values)
         self.length += keys.shape[2]
+        self.is_settled = False
 
     def set_padding(self, padding: Sequence[int], origin: Sequence[int] | None = None) -> None:
         """Left padding of each row in tokens, and the RoPE position of its first real token.
@@ -197,6 +199,7 @@ class CacheLayer:
         for row in (row for row, tokens in enumerate(self._settled) if not tokens):
             self.padding[row], self.origin[row] = padding[row], origin[row]
         self._forget_segments()
+        self.is_settled = False
 
     def mark(self, mask: Tensor) -> None:
         """Say which of the next T tokens may be quantized: ``bool [B, T]``, padding included.
@@ -227,11 +230,15 @@ class CacheLayer:
 
     def settle(self) -> None:
         """Quantize every block of 64 tokens that has left the window; what cannot be part of one is kept exact."""
-        if self._window is None:
+        if self._window is None or self.is_settled:
             return
         due = [self._due(row) for row in range(self.batch)]
-        if not any(due):
-            return
+        if any(due):
+            self._quantize(due)
+        self.is_settled = True
+
+    def _quantize(self, due: list[Runs]) -> None:
+        assert self._window is not None
         codecs = self._codecs() or self._measure_and_fit()
         if codecs is None:
             return
@@ -379,7 +386,7 @@ class CacheLayer:
     def _codec_key(self) -> tuple[Hashable, ...]:
         """A model may be moved to another device or dtype between two caches."""
         assert self._window is not None
-        return self.key, self.value, self.pre_rope, self._window.keys.device, self._window.keys.dtype
+        return self.key, self.value, self.pre_rope, self._window.device, self._window.dtype
 
     def _fit(self, statistics: LayerStatistics | None) -> tuple[Codec, Codec]:
         assert self._window is not None
@@ -555,13 +562,10 @@ class CacheLayer:
             raise QJLError(
                 f"keys {list(keys.shape)} and values {list(values.shape)} must be [B, H, T, D] with equal B, H and T."
             )
-        for quantizer, tensor in ((self.key, keys), (self.value, values)):
-            quantizer.layout(tensor.shape[3])
-        if self._window is not None and (
-            keys.shape[:2] != self._window.keys.shape[:2]
-            or keys.shape[3] != self._window.keys.shape[3]
-            or values.shape[3] != self._window.values.shape[3]
-        ):
+        if self._window is None:
+            self.key.layout(keys.shape[3])
+            self.value.layout(values.shape[3])
+        elif not self._window.fits(keys, values):
             raise QJLError(
                 f"{self.name} holds {list(self._window.keys.shape)} and cannot append {list(keys.shape)}: batch, heads "
                 "and head_dim must stay the same."

@@ -27,12 +27,25 @@ class Window:
         return self._values[:, :, : self.length]
 
     @property
+    def device(self) -> torch.device:
+        return self._keys.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._keys.dtype
+
+    @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
     @property
     def allocated_nbytes(self) -> int:
         return self._keys.nbytes + self._values.nbytes
+
+    def fits(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether tokens have the batch, the heads and the dimensions of those held."""
+        pairs = ((keys, self._keys), (values, self._values))
+        return all(new.shape[:2] == old.shape[:2] and new.shape[3] == old.shape[3] for new, old in pairs)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         stop = self.length + keys.shape[2]

@@ -40,12 +40,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _without_autograd(function: _Function) -> _Function:
     """Its tensors are ordinary ones, also under ``inference_mode``: later calls may write to them outside."""
-    guarded = torch.inference_mode(False)(torch.no_grad()(function))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        needs_guard = torch.is_inference_mode_enabled() or torch.is_grad_enabled()
-        return (guarded if needs_guard else function)(*args, **kwargs)
+        if not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
 
     return cast(_Function, call)
 
@@ -269,7 +270,8 @@ class KVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self.settle()
+        if self._unsettled is not None and not self._unsettled.is_settled:
+            self.settle()
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         if isinstance(layer, QuantizedLayer):
