@@ -21,6 +21,12 @@ QJL_INLINE void arrange_by_four(const F16 (&tokens)[4], F16 (&by_four)[4]) {
     by_four[1] = evens(odd[0], odd[1]), by_four[3] = odds(odd[0], odd[1]);
 }
 
+QJL_INLINE void store_in_order(float* tokens, const F16& a, const F16& b, const F16& c, const F16& d) {
+    const auto even = in_turn(a, c), odd = in_turn(b, d);
+    const auto first = in_turn(even.low, odd.low), last = in_turn(even.high, odd.high);
+    store(tokens, first.low), store(tokens + 16, first.high), store(tokens + 32, last.low), store(tokens + 48, last.high);
+}
+
 template <class Floats>
 QJL_INLINE auto round(const Floats& x) {
     using Integers = Vector<int32_t, sizeof(Floats) / 4>;
@@ -900,7 +906,10 @@ inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch&
             for (int64_t r = 0; r < rows; ++r) {
                 float* to = s.scores + (pair * s.rows + row + r) * s.blocks * 64 + block * 64;
                 const float* from = room.scores + r * TILE * 64;
-                for (int64_t i = 0; i < blocks * 64; ++i) to[i] = from[i / 64 * 64 + i % 4 * 16 + i % 64 / 4];
+                for (int64_t i = 0; i < blocks * 64; i += 64) {
+                    const auto at = [&](int c) { return load<F16>(from + i + 16 * c); };
+                    store_in_order(to + i, at(0), at(1), at(2), at(3));
+                }
             }
         });
     }

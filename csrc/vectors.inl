@@ -184,6 +184,22 @@ QJL_INLINE Floats reversed(const Floats& x) {
     return chosen<sizeof(Floats) / 4 - 1, -1>(x, x, Lanes<Floats>());
 }
 
+// The lanes of a and b in turn, from lane FIRST of each.
+template <int FIRST, class Floats, int... I>
+QJL_INLINE Floats in_turn(const Floats& a, const Floats& b, Indices<I...>) {
+    return __builtin_shufflevector(a, b, (FIRST + I / 2 + I % 2 * int(sizeof...(I)))...);
+}
+
+template <class Floats>
+QJL_INLINE Twice<Floats> in_turn(const Floats& a, const Floats& b) {
+    return {in_turn<0>(a, b, Lanes<Floats>()), in_turn<sizeof(Floats) / 8>(a, b, Lanes<Floats>())};
+}
+
+template <class Half>
+QJL_INLINE Twice<Twice<Half>> in_turn(const Twice<Half>& a, const Twice<Half>& b) {
+    return {in_turn(a.low, b.low), in_turn(a.high, b.high)};
+}
+
 template <class Half>
 QJL_INLINE Twice<Half> evens(const Twice<Half>& a, const Twice<Half>& b) {
     return {evens(a.low, a.high), evens(b.low, b.high)};
