@@ -41,7 +41,7 @@ struct RowSums {
         b = _mm512_dpwssd_epi32(b, odd, low);
         c = _mm512_dpwssd_epi32(c, even, high);
         d = _mm512_dpwssd_epi32(d, odd, high);
-        QJL_KEEP(a, b, c, d);
+        keep(a, b, c, d);
     }
 
     inline __attribute__((always_inline)) void add(const Places& at, const uint8_t* tables, const int32_t* factor) {
@@ -139,7 +139,7 @@ struct PairSums {
         high_second = _mm512_dpbusd_epi32(high_second, high, second);
         low_first = _mm512_dpbusd_epi32(low_first, low, first);
         low_second = _mm512_dpbusd_epi32(low_second, low, second);
-        QJL_KEEP(high_first, low_first, high_second, low_second);
+        keep(high_first, low_first, high_second, low_second);
     }
 
     static __m512 joined(__m512i high, __m512i low) {

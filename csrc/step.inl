@@ -120,7 +120,7 @@ struct Numbers {
             for (int64_t row = 0; row < rows; ++row) {
                 const F16 x = sixteen(row, i);
                 a += factors[0][row] * x, b += factors[1][row] * x, c += factors[2][row] * x, d += factors[3][row] * x;
-                QJL_KEEP(a, b, c, d);
+                keep(a, b, c, d);
             }
             store(to[3] + i, d), store(to[2] + i, c), store(to[1] + i, b), store(to[0] + i, a);
         }
@@ -525,7 +525,7 @@ struct Turn {
                 const Native cosines = load<Native>(table), sines = load<Native>(table + 4 * RANK);
                 a += repeated(even + f) * cosines, b += repeated(odd + f) * sines;
                 if constexpr (ROWS > 1) c += repeated(other_even + f) * cosines, d += repeated(other_odd + f) * sines;
-                QJL_KEEP(a, b, c, d);
+                keep(a, b, c, d);
             }
             store(parts[0] + i, a), store(parts[1] + i, b), store(parts[2] + i, c), store(parts[3] + i, d);
         }
@@ -561,7 +561,7 @@ struct Turn {
                                                        Native next_cosine, Native sine, Native next_sine) {
             even += even_part * cosine, next_even += even_part * next_cosine;
             odd += odd_part * sine, next_odd += odd_part * next_sine;
-            QJL_KEEP(even, next_even, odd, next_odd);
+            keep(even, next_even, odd, next_odd);
         }
 
         void leave(float* evens, float* odds) const {
@@ -577,7 +577,7 @@ struct Turn {
         constexpr int LANES = sizeof(Native) / sizeof(float);
         Native cosine = load<Native>(table), next_cosine = load<Native>(table + LANES);
         Native sine = load<Native>(table + 64), next_sine = load<Native>(table + 64 + LANES);
-        QJL_KEEP(cosine, next_cosine, sine, next_sine);
+        keep(cosine, next_cosine, sine, next_sine);
         first.add(even, odd, cosine, next_cosine, sine, next_sine);
         if constexpr (ROWS > 1) second.add(other_even, other_odd, cosine, next_cosine, sine, next_sine);
     }

@@ -43,22 +43,22 @@ using Native = Vector<float, NATIVE_BYTES / 4>;
 // GCC 12 passes vectors through memory where it does not inline.
 #define QJL_INLINE inline __attribute__((always_inline))
 
-#define QJL_BY_HALVES(op)                                                                                             \
-    template <class Half>                                                                                             \
-    QJL_INLINE Twice<Half> operator op(const Twice<Half>& a, const Twice<Half>& b) {                                      \
-        return {a.low op b.low, a.high op b.high};                                                                    \
-    }                                                                                                                 \
-    template <class Half, class Number>                                                                               \
-    QJL_INLINE Twice<Half> operator op(const Twice<Half>& a, Number b) {                                                  \
-        return {a.low op b, a.high op b};                                                                             \
-    }                                                                                                                 \
-    template <class Half, class Number>                                                                               \
-    QJL_INLINE Twice<Half> operator op(Number a, const Twice<Half>& b) {                                                  \
-        return {a op b.low, a op b.high};                                                                             \
-    }                                                                                                                 \
-    template <class Half, class Other>                                                                                \
-    QJL_INLINE Twice<Half>& operator op##=(Twice<Half>& a, const Other& b) {                                              \
-        return a = a op b;                                                                                            \
+#define QJL_BY_HALVES(op)                                                            \
+    template <class Half>                                                            \
+    QJL_INLINE Twice<Half> operator op(const Twice<Half>& a, const Twice<Half>& b) { \
+        return {a.low op b.low, a.high op b.high};                                   \
+    }                                                                                \
+    template <class Half, class Number>                                              \
+    QJL_INLINE Twice<Half> operator op(const Twice<Half>& a, Number b) {             \
+        return {a.low op b, a.high op b};                                            \
+    }                                                                                \
+    template <class Half, class Number>                                              \
+    QJL_INLINE Twice<Half> operator op(Number a, const Twice<Half>& b) {             \
+        return {a op b.low, a op b.high};                                            \
+    }                                                                                \
+    template <class Half, class Other>                                               \
+    QJL_INLINE Twice<Half>& operator op##=(Twice<Half>& a, const Other& b) {         \
+        return a = a op b;                                                           \
     }
 QJL_BY_HALVES(+)
 QJL_BY_HALVES(-)
@@ -323,5 +323,3 @@ template <class... Vectors>
 QJL_INLINE void keep(Vectors&... vectors) {
     (Kept<Vectors>::keep(vectors), ...);
 }
-
-#define QJL_KEEP(a, b, c, d) keep(a, b, c, d)
