@@ -15,7 +15,7 @@ needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) |
 
 setup: .venv/installed
 
-.venv/installed: requirements.lock pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+.venv/installed: requirements.lock pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .

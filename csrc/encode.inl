@@ -1,15 +1,15 @@
 // encode and encode_grid (src/qjl/ops/__init__.py): one pass over each block of 64 tokens, from the tokens to their
 // packed codes.
 
-#include "rows.inl"
+#include "encode/rows.inl"
 
-#include "maps.inl"
+#include "encode/maps.inl"
 
-#include "products.inl"
+#include "encode/products.inl"
 
-#include "levels.inl"
-#include "signs.inl"
-#include "trellis.inl"
+#include "encode/levels.inl"
+#include "encode/signs.inl"
+#include "encode/trellis.inl"
 
 namespace encode {
 

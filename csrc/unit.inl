@@ -5,7 +5,7 @@
 
 #include "encode.inl"
 
-#include "grid.inl"
+#include "encode/grid.inl"
 
 constexpr Kernels table_named(const char* name) {
     return {

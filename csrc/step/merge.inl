@@ -1,0 +1,52 @@
+// Joins the splits and the exact tokens of one pair in a fixed order; the sums of the codes are mapped back once.
+
+struct Merge {
+    const QjlStep& s;
+    const Head h;
+    int64_t pair;
+    Scratch& room;
+
+    float* out(int64_t r) const { return s.out + (pair * s.rows + r) * s.values.head_dim; }
+    const float* exact(int64_t r) const { return exact_of(s, pair) + r * (2 + s.values.head_dim); }
+    const float* split(int64_t k, int64_t r) const { return split_of(s, pair, k) + r * (2 + s.values.code_dim); }
+
+    void run() const {
+        for (int64_t r = 0; r < s.rows; r += MAX_ROWS) {
+            const int64_t rows = fewer(MAX_ROWS, s.rows - r);
+            for (int64_t i = 0; i < rows; ++i) join(r + i, room.mapped + i * s.values.code_dim);
+            map_back(r, rows);
+        }
+    }
+
+    // Leaves sums of codes and of exact tokens, both over the whole weight.
+    void join(int64_t r, float* sums) const {
+        const QjlSide& side = s.values;
+        float maximum = exact(r)[0];
+        for (int64_t k = 0; k < s.splits; ++k) maximum = split(k, r)[0] > maximum ? split(k, r)[0] : maximum;
+        float packed = 0;
+        for (int64_t k = 0; k < s.splits; ++k) packed += split(k, r)[1] * exp2(split(k, r)[0] - maximum);
+        const float factor = exp2(exact(r)[0] - maximum), weight = packed + exact(r)[1] * factor;
+        const bool sees_any = maximum > LOWEST;
+        const float share = sees_any ? 1 / weight : 0;
+        __builtin_memset(sums, 0, side.code_dim * sizeof(float));
+        __builtin_memset(out(r), 0, side.head_dim * sizeof(float));
+        for (int64_t k = 0; k < s.splits; ++k) {
+            add_scaled(sums, split(k, r) + 2, exp2(split(k, r)[0] - maximum) * share, side.code_dim);
+        }
+        add_scaled(out(r), exact(r) + 2, factor * share, side.head_dim);
+        if (side.mean) add_scaled(out(r), side.mean + h.head * side.head_dim, packed * share, side.head_dim);
+        s.lse[pair * s.rows + r] = sees_any ? (maximum + __builtin_log2f(weight)) / LOG2E : -__builtin_inff();
+    }
+
+    void map_back(int64_t first_row, int64_t rows) const {
+        const QjlSide& side = s.values;
+        const auto to = [&](int64_t r) { return out(first_row + (r < rows ? r : 0)); };
+        const auto sums = [&](int64_t r) { return room.mapped + (r < rows ? r : 0) * side.code_dim; };
+        if (side.map) {
+            map_of(side, h.head)
+                .add_to({to(0), to(1), to(2), to(3)}, {sums(0), sums(1), sums(2), sums(3)}, side.code_dim, side.head_dim);
+        } else {
+            for (int64_t r = 0; r < rows; ++r) add_scaled(to(r), sums(r), 1, side.code_dim);
+        }
+    }
+};

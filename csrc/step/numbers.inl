@@ -1,0 +1,127 @@
+// Vectors of numbers: order, exponentials, products; and rows of numbers of any type.
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOWEST = -1e30f;
+
+inline int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t more(int64_t a, int64_t b) { return a > b ? a : b; }
+
+QJL_INLINE void arrange_by_four(const F16 (&tokens)[4], F16 (&by_four)[4]) {
+    const F16 even[2] = {evens(tokens[0], tokens[1]), evens(tokens[2], tokens[3])};
+    const F16 odd[2] = {odds(tokens[0], tokens[1]), odds(tokens[2], tokens[3])};
+    by_four[0] = evens(even[0], even[1]), by_four[2] = odds(even[0], even[1]);
+    by_four[1] = evens(odd[0], odd[1]), by_four[3] = odds(odd[0], odd[1]);
+}
+
+QJL_INLINE void store_in_order(float* tokens, const F16& a, const F16& b, const F16& c, const F16& d) {
+    const auto even = in_turn(a, c), odd = in_turn(b, d);
+    const auto first = in_turn(even.low, odd.low), last = in_turn(even.high, odd.high);
+    store(tokens, first.low), store(tokens + 16, first.high), store(tokens + 32, last.low), store(tokens + 48, last.high);
+}
+
+template <class Floats>
+QJL_INLINE auto round(const Floats& x) {
+    using Integers = Vector<int32_t, sizeof(Floats) / 4>;
+    const float magic = 12582912.0f;
+    return as<Integers>(x + magic) - as<Integers>(magic - Floats{});
+}
+
+template <class Floats>
+QJL_INLINE Floats exp2(Floats x) {
+    x = larger(x, -126.0f - Floats{});
+    const auto whole = round(x);
+    const Floats part = x - converted<Floats>(whole);
+    Floats power = 1.5403530e-4f - Floats{};
+    power = power * part + 1.3333558e-3f;
+    power = power * part + 9.6181291e-3f;
+    power = power * part + 5.5504109e-2f;
+    power = power * part + 2.4022651e-1f;
+    power = power * part + 6.9314718e-1f;
+    power = power * part + 1.0f;
+    return as<Floats>(as<decltype(whole)>(power) + (whole << 23));
+}
+
+inline float exp2(float x) { return exp2(x - F4{})[0]; }
+
+inline float dot(const float* a, const float* b, int64_t n) {
+    F16 total{};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) total += load<F16>(a + i) * load<F16>(b + i);
+    float rest = 0;
+    for (; i < n; ++i) rest += a[i] * b[i];
+    return sum(total) + rest;
+}
+
+// <x, r> for four rows r, `stride` apart.
+inline F4 dots(const float* x, const float* rows, int64_t stride, int64_t n) {
+    F16 a{}, b{}, c{}, d{};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const F16 at = load<F16>(x + i);
+        a += at * load<F16>(rows + i);
+        b += at * load<F16>(rows + stride + i);
+        c += at * load<F16>(rows + 2 * stride + i);
+        d += at * load<F16>(rows + 3 * stride + i);
+    }
+    F4 total = sums(a, b, c, d);
+    for (; i < n; ++i) total += x[i] * F4{rows[i], rows[stride + i], rows[2 * stride + i], rows[3 * stride + i]};
+    return total;
+}
+
+inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store(to + i, load<F16>(to + i) + factor * load<F16>(from + i));
+    for (; i < n; ++i) to[i] += factor * from[i];
+}
+
+// Rows of numbers of one type, `stride` numbers apart.
+struct Numbers {
+    const void* data;
+    int64_t stride, dtype;  // 0 float32, 1 bfloat16, 2 float16
+
+    const uint16_t* halves(int64_t place) const { return static_cast<const uint16_t*>(data) + place; }
+
+    F16 sixteen(int64_t row, int64_t i) const {
+        const int64_t place = row * stride + i;
+        if (dtype == 0) return load<F16>(static_cast<const float*>(data) + place);
+        const H16 bits = load<H16>(halves(place));
+        return dtype == 1 ? as<F16>(converted<U16>(bits) << 16) : floats_of_halves(bits);
+    }
+
+    float one(int64_t row, int64_t i) const {
+        const int64_t place = row * stride + i;
+        if (dtype == 0) return static_cast<const float*>(data)[place];
+        if (dtype == 2) return float_of_half(*halves(place));
+        const uint32_t bits = uint32_t(*halves(place)) << 16;
+        float number;
+        __builtin_memcpy(&number, &bits, 4);
+        return number;
+    }
+
+    void copy(int64_t row, float* to, int64_t n) const {
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) store(to + i, sixteen(row, i));
+        for (; i < n; ++i) to[i] = one(row, i);
+    }
+
+    // to[r] += sum over rows of factors[r][row] * row, for four r, of which some may be the same.
+    __attribute__((noinline)) void add_to(float* const (&to)[4], const float* const (&factors)[4], int64_t rows, int64_t n) const {
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) {
+            F16 a = load<F16>(to[0] + i), b = load<F16>(to[1] + i), c = load<F16>(to[2] + i), d = load<F16>(to[3] + i);
+            for (int64_t row = 0; row < rows; ++row) {
+                const F16 x = sixteen(row, i);
+                a += factors[0][row] * x, b += factors[1][row] * x, c += factors[2][row] * x, d += factors[3][row] * x;
+                keep(a, b, c, d);
+            }
+            store(to[3] + i, d), store(to[2] + i, c), store(to[1] + i, b), store(to[0] + i, a);
+        }
+        for (; i < n; ++i) {
+            F4 total = {to[0][i], to[1][i], to[2][i], to[3][i]};
+            for (int64_t row = 0; row < rows; ++row) {
+                total += one(row, i) * F4{factors[0][row], factors[1][row], factors[2][row], factors[3][row]};
+            }
+            for (int r = 3; r >= 0; --r) to[r][i] = total[r];
+        }
+    }
+};

@@ -1,0 +1,107 @@
+// What lies where in the workspace: what splits and exact tokens leave, what queries ask, and room for each worker.
+
+// Room that one worker and one piece of work need; the order of the members is the order in memory.
+struct Room {
+    uintptr_t at;
+
+    template <class T>
+    T* take(int64_t count) {
+        T* here = reinterpret_cast<T*>(at);
+        at += (count * sizeof(T) + 63) / 64 * 64;
+        return here;
+    }
+};
+
+constexpr int RANK = 4;  // functions that slow frequencies share
+
+// Slow frequencies are read four at a time, from any place on.
+inline int64_t room_for_parts(int64_t pairs) { return (pairs + 4 + 15) / 16 * 16; }
+
+// What up to MAX_ROWS query rows ask of the packed keys: prepared once, read by all splits.
+struct Asked {
+    uint8_t* tables;                // [nibbles / 2][rows][64 bytes] of integers
+    int32_t* factors;               // [groups][quads][rows][2]
+    float *units, *sums_of_groups;  // [groups][rows]
+    float* constants;               // [rows]: what of the mean adds to all scores alike
+    float* turned;                  // [rows][real, imaginary][pairs]: what RoPE turns
+    uintptr_t end;
+
+    Asked(const QjlStep& s, Room room) {
+        tables = room.take<uint8_t>(s.keys.nibbles / 2 * MAX_ROWS * 64);
+        factors = room.take<int32_t>((s.keys.nibbles / 4 + s.keys.groups) * MAX_ROWS * 2);
+        units = room.take<float>(s.keys.groups * MAX_ROWS);
+        sums_of_groups = room.take<float>(s.keys.groups * MAX_ROWS);
+        constants = room.take<float>(MAX_ROWS);
+        turned = room.take<float>(s.turn ? MAX_ROWS * 2 * s.turn->pairs : 0);
+        end = room.at;
+    }
+};
+
+// What a worker needs.
+struct Scratch {
+    float *row, *queries, *mapped, *tables_of_floats, *bounds;
+    float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs;
+    double* phasors;
+    uint8_t *weights, *codes, *nibbles;
+    int32_t* sums;
+    uintptr_t end;
+
+    Scratch(const QjlStep& s, Room room) {
+        const int64_t dim = more(s.keys.head_dim, s.values.head_dim);
+        const int64_t code_dim = more(s.keys.code_dim, s.values.code_dim);
+        row = room.take<float>(more(dim, code_dim) + 16);
+        queries = room.take<float>(MAX_ROWS * s.keys.head_dim);
+        mapped = room.take<float>(MAX_ROWS * code_dim);
+        tables_of_floats = room.take<float>(s.keys.nibbles * MAX_ROWS * 16);
+        bounds = room.take<float>(s.keys.nibbles / 4 + 1);
+        sums = room.take<int32_t>(MAX_ROWS * 64);
+        scores = room.take<float>(MAX_ROWS * TILE * 64);
+        scales = room.take<float>(TILE * 64);
+        products = room.take<float>(MAX_ROWS * TILE * 64);
+        weights = room.take<uint8_t>(TILE * MAX_ROWS * 128);
+        codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
+        nibbles = room.take<uint8_t>(s.values.nibbles);
+        const int64_t pairs = s.turn ? s.turn->pairs : 0;
+        phasors = room.take<double>(2 * pairs);
+        phasors_of_centre = room.take<float>(2 * pairs);
+        parts = room.take<float>(4 * room_for_parts(pairs));
+        shared = room.take<float>(4 * RANK);
+        sums_of_pairs = room.take<float>(s.values.pair_count * 8);
+        end = room.at;
+    }
+};
+
+inline int64_t asked_bytes(const QjlStep& s) { return int64_t(Asked(s, {0}).end); }
+inline int64_t scratch_bytes(const QjlStep& s) { return int64_t(Scratch(s, {0}).end); }
+
+// What a split leaves for the merge: per row, [maximum, weight, code_dim sums]; the exact tokens leave head_dim sums.
+inline int64_t split_floats(const QjlStep& s) { return s.rows * (2 + s.values.code_dim); }
+inline int64_t exact_floats(const QjlStep& s) { return s.rows * (2 + s.values.head_dim); }
+
+inline int64_t left_bytes(const QjlStep& s) {  // of one batch row and KV head
+    return (exact_floats(s) + s.splits * split_floats(s) + 15) / 16 * 64;
+}
+
+inline int64_t row_groups(const QjlStep& s) { return (s.rows + MAX_ROWS - 1) / MAX_ROWS; }
+
+inline int64_t shared_bytes(const QjlStep& s) {
+    return s.batch * s.heads * (left_bytes(s) + row_groups(s) * asked_bytes(s));
+}
+
+inline float* exact_of(const QjlStep& s, int64_t pair) {
+    return reinterpret_cast<float*>(s.workspace + pair * left_bytes(s));
+}
+
+inline float* split_of(const QjlStep& s, int64_t pair, int64_t split) {
+    return exact_of(s, pair) + exact_floats(s) + split * split_floats(s);
+}
+
+inline Asked asked_of(const QjlStep& s, int64_t pair, int64_t first_row) {
+    const int64_t place = pair * row_groups(s) + first_row / MAX_ROWS;
+    const uint8_t* first = s.workspace + s.batch * s.heads * left_bytes(s);
+    return {s, {reinterpret_cast<uintptr_t>(first + place * asked_bytes(s))}};
+}
+
+inline Scratch scratch_of(const QjlStep& s, int64_t worker) {
+    return {s, {reinterpret_cast<uintptr_t>(s.workspace + shared_bytes(s) + worker * scratch_bytes(s))}};
+}
