@@ -46,12 +46,39 @@ def attend(query: Tensor, layer: CacheLayer, scoring: Scoring) -> Tensor:
     plain = packed is None and len(exact) == 1 and exact[0].valid is None and exact[0].columns == 0
     if plain and scoring.softcap is None and scoring.sink_logits is None:
         return _fused(query, exact[0], scoring)
+    if packed is not None and _takes_one_step(query, exact[0], packed):
+        return _one_step(query, exact, packed, scoring, layer.length)
     return _tiled(query, exact, packed, scoring, layer.length)
 
 
 def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
     """The same over plain ``keys, values [B, H, T, D]``, for layers that are not quantized."""
     return _tiled(query, [ExactSegment(keys, values, 0, None)], None, scoring, keys.shape[2])
+
+
+def _takes_one_step(query: Tensor, exact: ExactSegment, packed: PackedSegment) -> bool:
+    """Whether the backend takes packed and exact tokens at once: few rows, for which looking up beats decoding."""
+    rows = query.shape[1] // exact.keys.shape[1] * query.shape[2]
+    return rows < EXPAND_FROM_ROWS and ops.offers("attend", query) and packed.as_operand is not None
+
+
+def _one_step(
+    query: Tensor, exact: list[ExactSegment], packed: PackedSegment, scoring: Scoring, columns: int
+) -> Tensor:
+    batch, query_heads, tokens, head_dim = query.shape
+    if tokens > 1:
+        scoring = _rows(scoring, 0, tokens, tokens, columns)
+    rows = query.reshape(batch, exact[0].keys.shape[1], -1, head_dim).float().contiguous()
+    exact_tokens = [
+        ExactTokens(segment.keys, segment.values, _bias(segment, scoring, segment.keys.shape[2]))
+        for segment in exact
+        if segment.keys.shape[2]
+    ]
+    bias = _bias(packed, scoring, packed.blocks * BLOCK)
+    assert packed.as_operand is not None
+    part = ops.attend(rows, packed.as_operand, bias, exact_tokens, tokens, scoring.scaling, scoring.softcap or 0.0)
+    parts = [part] if scoring.sink_logits is None else [part, _sink_part(part[0], scoring.sink_logits, tokens)]
+    return merge(parts)[0].reshape(batch, query_heads, tokens, -1).to(query.dtype)
 
 
 def _tiled(
@@ -121,8 +148,7 @@ def _attend_rows(query: Tensor, exact: list[ExactSegment], packed: PackedSegment
     batch, query_heads, tokens, _ = query.shape
     heads = exact[0].keys.shape[1]
     rows = query.float().reshape(batch, heads, -1, query.shape[3])  # [B, H, group * Q, D]
-    whole = None if packed is None else _one_op(rows, exact, packed, scoring, tokens)
-    parts = list(_parts(rows, exact, packed, scoring, tokens)) if whole is None else [whole]
+    parts = list(_parts(rows, exact, packed, scoring, tokens))
     if scoring.sink_logits is not None:
         parts.append(_sink_part(parts[0][0], scoring.sink_logits, tokens))
     return merge(parts)[0].reshape(batch, query_heads, tokens, -1)
@@ -138,22 +164,6 @@ def _parts(
     if packed is not None:
         for tile in _tiles(rows, packed):
             yield _packed_part(rows, tile, scoring, tokens)
-
-
-def _one_op(
-    rows: Tensor, exact: list[ExactSegment], packed: PackedSegment, scoring: Scoring, tokens: int
-) -> tuple[Tensor, Tensor] | None:
-    """The whole step at once, where the backend takes it; few rows, for which looking up beats decoding."""
-    if rows.shape[2] >= EXPAND_FROM_ROWS or not ops.offers("attend", rows) or packed.as_operand is None:
-        return None
-    exact_tokens = [
-        ExactTokens(segment.keys, segment.values, _bias(segment, scoring, segment.keys.shape[2]))
-        for segment in exact
-        if segment.keys.shape[2]
-    ]
-    bias = _bias(packed, scoring, packed.blocks * BLOCK)
-    softcap = scoring.softcap or 0.0
-    return ops.attend(rows.contiguous(), packed.as_operand, bias, exact_tokens, tokens, scoring.scaling, softcap)
 
 
 def _bias(segment: ExactSegment | PackedSegment, scoring: Scoring, length: int) -> Tensor | None:
