@@ -18,6 +18,7 @@ from qjl.cache import CacheLayer
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext
 from qjl.ops.cpu import library
+from qjl.ops.triton import runtime
 from qjl.packed import BLOCK
 from qjl.rope import Rope
 from qjl.statistics import AttentionMoments, measure
@@ -39,25 +40,39 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def _backends():
-    yield "reference"
-    if library.is_installed():
-        yield from (f"cpu-{name}" for name in library.instruction_sets())
+def _kernels():
+    """Backends that have kernels of their own; Triton's interpreter changes a process, and is tested in another."""
+    if runtime.is_interpreted():
+        return ["triton"]
+    return [f"cpu-{name}" for name in library.instruction_sets()] if library.is_installed() else []
 
 
-@pytest.fixture(params=_backends())
-def backend(request):
-    """Every backend in turn, and every instruction set of the compiled one."""
+@contextmanager
+def _using(backend):
     before = ops.active_backend()
-    name, _, instructions = request.param.partition("-")
+    name, _, instructions = backend.partition("-")
     ops.use_backend(name)
     if instructions:
         fastest = library.instruction_set()
         library.use_instruction_set(instructions)
-    yield request.param
+    yield backend
     if instructions:
         library.use_instruction_set(fastest)
     ops.use_backend(before)
+
+
+@pytest.fixture(params=["reference", *_kernels()])
+def backend(request):
+    """Every backend in turn, and every instruction set of the compiled one."""
+    with _using(request.param) as backend:
+        yield backend
+
+
+@pytest.fixture(params=_kernels())
+def kernels(request):
+    """The same without the reference."""
+    with _using(request.param) as backend:
+        yield backend
 
 
 @pytest.fixture
