@@ -48,7 +48,8 @@ def _kernels():
 
 
 @contextmanager
-def _using(backend):
+def using_backend(backend):
+    """With one of ``_kernels`` or the reference."""
     before = ops.active_backend()
     name, _, instructions = backend.partition("-")
     ops.use_backend(name)
@@ -64,23 +65,28 @@ def _using(backend):
 @pytest.fixture(params=["reference", *_kernels()])
 def backend(request):
     """Every backend in turn, and every instruction set of the compiled one."""
-    with _using(request.param) as backend:
+    with using_backend(request.param) as backend:
         yield backend
 
 
 @pytest.fixture(params=_kernels())
 def kernels(request):
     """The same without the reference."""
-    with _using(request.param) as backend:
+    with using_backend(request.param) as backend:
         yield backend
 
 
 @pytest.fixture
+def cpu_kernels(kernels):
+    """Those of the compiled backend alone."""
+    if not kernels.startswith("cpu"):
+        pytest.skip("of the cpu backend")
+
+
+@pytest.fixture
 def reference_backend():
-    before = ops.active_backend()
-    ops.use_backend("reference")
-    yield
-    ops.use_backend(before)
+    with using_backend("reference"):
+        yield
 
 
 @pytest.fixture

@@ -95,11 +95,11 @@ def backend_of(device: torch.device) -> str:
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    return _modules(backend_of(tensor.device))
+    return _module(backend_of(tensor.device))
 
 
 @cache
-def _modules(name: str) -> ModuleType:
+def _module(name: str) -> ModuleType:
     return {"cpu": cpu, "reference": reference}.get(name) or import_module("qjl.ops.triton.ops")
 
 

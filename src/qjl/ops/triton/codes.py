@@ -142,6 +142,6 @@ def _expand(entries, stride, codes, expanded, heads, count, width):
     present = nibble < count
     entry = _nibbles_at(_place(codes, heads), codes, nibble, present)
     table = entries + (tl.program_id(1) % heads) * stride[0] + nibble[None, :] * stride[1] + entry * stride[2]
-    for slot in range(0, width):
+    for slot in range(width):
         looked_up = tl.load(table + slot * stride[3], mask=present[None, :], other=0.0)
         tl.store(_numbers_at(expanded, heads, nibble * width + slot), looked_up, mask=present[None, :])
