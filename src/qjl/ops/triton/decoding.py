@@ -189,6 +189,7 @@ def _packed_parts(
         DTYPE=tl.float16 if is_half else tl.float32,
         PRECISION=_precision(is_half),
         num_warps=8 if max(keys.pairs.count, values.pairs.count, work.tile) > 64 else 4,
+        num_stages=1,  # looking ahead would copy every look-up through shared memory
     )
     return parts
 
@@ -211,7 +212,8 @@ def _places(packed: PackedTokens | PagedTokens) -> tuple[step.Pages | None, Tens
     """Pages, or the positions of blocks."""
     if isinstance(packed, PackedTokens):
         return None, packed.first.contiguous()
-    return step.Pages(packed.table, packed.table.stride(0), packed.lengths, packed.origins), None
+    table = packed.table.contiguous()
+    return step.Pages(table, table.stride(0), packed.lengths.contiguous(), packed.origins.contiguous()), None
 
 
 def _exact_parts(work: _Work, exact: Sequence[ExactTokens], value_dim: int) -> step.Parts | None:

@@ -99,10 +99,10 @@ class Pages(NamedTuple):
 class Exact(NamedTuple):
     """Tokens ``[B, H, t, D]`` with strides in elements."""
 
-    keys: Tensor
-    keys_stride: tuple[int, ...]
-    values: Tensor
-    values_stride: tuple[int, ...]
+    key: Tensor
+    key_stride: tuple[int, ...]
+    value: Tensor
+    value_stride: tuple[int, ...]
 
 
 @triton.jit
@@ -194,8 +194,10 @@ def _scales(side, head, at, present):
     """Decoded scales, of the shape of ``at``."""
     stored = tl.load(side.scale + at, mask=present, other=0).to(tl.float32)
     if side.unit is None:
-        return stored
-    return tl.where(stored == 0, 0.0, tl.exp2((stored - 128) / 12)) * tl.load(side.unit + head)
+        scale = stored
+    else:
+        scale = tl.where(stored == 0, 0.0, tl.exp2((stored - 128) / 12)) * tl.load(side.unit + head)
+    return scale
 
 
 @triton.jit
@@ -203,11 +205,12 @@ def _dequantized(low, high, side, head, scale_at, middle_at, present, PAIRS: tl.
     """Both halves times the scales of their groups, plus the middles."""
     group = tl.load(side.groups + head * side.per_head * PAIRS + tl.arange(0, PAIRS))[:, None]
     scale = _scales(side, head, scale_at[None, :] + group * side.scale_stride[3], present[None, :])
-    if side.middle is None:
-        return low * scale, high * scale
-    at = side.middle + middle_at[None, :] + group * side.middle_stride[3]
-    middle = tl.load(at, mask=present[None, :], other=0.0).to(tl.float32)
-    return low * scale + middle, high * scale + middle
+    low, high = low * scale, high * scale
+    if side.middle is not None:
+        at = side.middle + middle_at[None, :] + group * side.middle_stride[3]
+        middle = tl.load(at, mask=present[None, :], other=0.0).to(tl.float32)
+        low, high = low + middle, high + middle
+    return low, high
 
 
 @triton.jit
@@ -219,13 +222,12 @@ def _capped(scores, softcap):
 
 @triton.jit
 def _biased(scores, bias, row, head, query_row, rows, queries, token, present):
-    if bias is None:
-        return tl.where(present[None, :], scores, float("-inf"))
-    query_head = head * (rows // queries) + query_row // queries
-    at = row * bias.stride[0] + query_head[:, None] * bias.stride[1] + (query_row % queries)[:, None] * bias.stride[2]
-    wanted = (query_row < rows)[:, None] & present[None, :]
-    added = tl.load(bias.data + at + token[None, :] * bias.stride[3], mask=wanted, other=float("-inf"))
-    return scores + added
+    if bias is not None:
+        of_head = row * bias.stride[0] + (head * (rows // queries) + query_row // queries) * bias.stride[1]
+        at = (of_head + (query_row % queries) * bias.stride[2])[:, None] + token[None, :] * bias.stride[3]
+        wanted = (query_row < rows)[:, None] & present[None, :]
+        scores += tl.load(bias.data + at, mask=wanted, other=float("-inf"))
+    return tl.where(present[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -406,8 +408,8 @@ def exact_part(
     dim, value = tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
     at = query + (tl.program_id(1).to(tl.int64) * rows + query_row)[:, None] * key_dim + dim[None, :]
     q = tl.load(at, mask=is_row[:, None] & (dim < key_dim)[None, :], other=0.0)
-    keys = exact.keys + row * exact.keys_stride[0] + head * exact.keys_stride[1]
-    values = exact.values + row * exact.values_stride[0] + head * exact.values_stride[1]
+    keys = exact.key + row * exact.key_stride[0] + head * exact.key_stride[1]
+    values = exact.value + row * exact.value_stride[0] + head * exact.value_stride[1]
     start, stop = _share(tokens, tl.num_programs(0))
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -415,14 +417,14 @@ def exact_part(
     for tile in range(start, stop):
         token = tile * TILE + tl.arange(0, TILE)
         present = token < tokens
-        at = keys + dim[:, None] * exact.keys_stride[3] + token[None, :] * exact.keys_stride[2]
-        key = tl.load(at, mask=(dim < key_dim)[:, None] & present[None, :], other=0.0)
+        key_at = keys + dim[:, None] * exact.key_stride[3] + token[None, :] * exact.key_stride[2]
+        key = tl.load(key_at, mask=(dim < key_dim)[:, None] & present[None, :], other=0.0)
         scores = tl.dot(q, key.to(tl.float32), input_precision=PRECISION)
         scores = _capped(scores * scaling, softcap)
         scores = _biased(scores, bias, row, head, query_row, rows, queries, token, present)
         weights, most, total, keep = _weights(scores, most, total)
-        at = values + token[:, None] * exact.values_stride[2] + value[None, :] * exact.values_stride[3]
-        tile_values = tl.load(at, mask=present[:, None] & (value < value_dim)[None, :], other=0.0)
+        value_at = values + token[:, None] * exact.value_stride[2] + value[None, :] * exact.value_stride[3]
+        tile_values = tl.load(value_at, mask=present[:, None] & (value < value_dim)[None, :], other=0.0)
         sums = tl.dot(weights, tile_values.to(tl.float32), sums * keep[:, None], input_precision=PRECISION)
     place = (tl.program_id(1).to(tl.int64) * slots + slot + tl.program_id(0)) * rows + query_row
     to = parts.out + place[:, None] * value_dim + value[None, :]
@@ -465,9 +467,9 @@ def join(packed, exact, side, map, mean, out, lse, heads, rows, ROWS: tl.constex
     total = tl.zeros([ROWS], tl.float32)
     for split in range(packed.splits):
         weight, place = _share_of(packed, split, row, rows, is_row, shift)
-        at = packed.out + place[:, None] * (2 * PAIRS) + pair[None, :]
-        low += weight[:, None] * tl.load(at, mask=is_row[:, None], other=0.0)
-        high += weight[:, None] * tl.load(at + PAIRS, mask=is_row[:, None], other=0.0)
+        low_at = packed.out + place[:, None] * (2 * PAIRS) + pair[None, :]
+        low += weight[:, None] * tl.load(low_at, mask=is_row[:, None], other=0.0)
+        high += weight[:, None] * tl.load(low_at + PAIRS, mask=is_row[:, None], other=0.0)
         total += weight
     sums = tl.dot(low, _map_rows(side, map, head, 0, pair, dim, PAIRS), input_precision="tf32x3")
     sums = tl.dot(high, _map_rows(side, map, head, 1, pair, dim, PAIRS), sums, input_precision="tf32x3")
@@ -477,8 +479,8 @@ def join(packed, exact, side, map, mean, out, lse, heads, rows, ROWS: tl.constex
     if exact is not None:
         for split in range(exact.splits):
             weight, place = _share_of(exact, split, row, rows, is_row, shift)
-            at = exact.out + place[:, None] * map.head_dim + dim[None, :]
-            sums += weight[:, None] * tl.load(at, mask=is_row[:, None] & is_dim[None, :], other=0.0)
+            out_at = exact.out + place[:, None] * map.head_dim + dim[None, :]
+            sums += weight[:, None] * tl.load(out_at, mask=is_row[:, None] & is_dim[None, :], other=0.0)
             total += weight
     begin = tl.program_id(1).to(tl.int64) * rows
     to = out + (begin + row)[:, None] * map.head_dim + dim[None, :]
