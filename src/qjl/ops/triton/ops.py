@@ -2,5 +2,6 @@
 
 from qjl.ops.triton.codes import expand, pack, scan, unpack
 from qjl.ops.triton.decoding import attend, attend_paged
+from qjl.ops.triton.encoding import encode, encode_grid
 
-__all__ = ["attend", "attend_paged", "expand", "pack", "scan", "unpack"]
+__all__ = ["attend", "attend_paged", "encode", "encode_grid", "expand", "pack", "scan", "unpack"]
