@@ -16,6 +16,7 @@ from qjl.methods.nibble import NibbleCodec
 from qjl.methods.transform import Transform
 from qjl.methods.uniform import TokenUniform
 from qjl.ops.cpu import decoding
+from qjl.ops.triton import runtime
 
 pytestmark = pytest.mark.usefixtures("kernels")
 TOLERANCE = 1e-4
@@ -75,13 +76,13 @@ def test_every_method_with_a_nibble_form(role, quantizer, error):
     assert error(layer, queries[:, :, -1:], Scoring(0.125 / 4)) < TOLERANCE
 
 
-@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256, 512])
+@pytest.mark.parametrize("head_dim", [8, 80, 256] if runtime.is_interpreted() else [8, 64, 80, 96, 128, 256, 512])
 def test_every_head_dim(head_dim, error):
     layer, queries = _layer(Transform(3), Balanced(2, "trellis", metric=False), 460, head_dim=head_dim)
     assert error(layer, queries[:, :, -1:], Scoring(head_dim**-0.5)) < TOLERANCE
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("group", [1, 7] if runtime.is_interpreted() else [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_any_number_of_rows(group, tokens, error):
     """Rows are taken four at a time; several query tokens are causal among themselves."""

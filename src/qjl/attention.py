@@ -142,8 +142,9 @@ def _parts(
 def _one_op(
     rows: Tensor, exact: list[ExactSegment], packed: PackedSegment, scoring: Scoring, tokens: int
 ) -> tuple[Tensor, Tensor] | None:
-    """The whole step at once, where the backend takes it; few rows, for which looking up beats decoding."""
-    if rows.shape[2] >= EXPAND_FROM_ROWS or not ops.offers("attend", rows) or packed.as_operand is None:
+    """The whole step at once, where the backend takes it: on a CPU few rows, for which looking up beats decoding."""
+    looks_up = ops.backend_of(rows.device) == "cpu"
+    if not ops.offers("attend", rows) or packed.as_operand is None or (looks_up and rows.shape[2] >= EXPAND_FROM_ROWS):
         return None
     exact_tokens = [
         ExactTokens(segment.keys, segment.values, _bias(segment, scoring, segment.keys.shape[2]))
@@ -160,9 +161,11 @@ def _bias(segment: ExactSegment | PackedSegment, scoring: Scoring, length: int) 
     bias = None
     if scoring.mask is not None:
         mask = _segment_mask(scoring.mask, segment.columns, length)
-        bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask.float()
+        mask = mask.to(segment.device)
+        is_bool = mask.dtype == torch.bool
+        bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf) if is_bool else mask.float()
     if segment.valid is not None:
-        bias = torch.zeros(1, 1, 1, 1) if bias is None else bias
+        bias = torch.zeros(1, 1, 1, 1, device=segment.device) if bias is None else bias
         bias = bias.masked_fill(~segment.valid[:, None, None], -torch.inf)
     return bias
 
