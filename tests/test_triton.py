@@ -9,6 +9,8 @@ from conftest import Model, using_backend
 from qjl import ops
 from qjl.cache import CacheLayer, LayerSource
 from qjl.methods.balanced import Balanced
+from qjl.methods.grid import RotatedGridCodec
+from qjl.methods.qjl import QJL
 from qjl.methods.quarot import QuaRot
 from qjl.methods.transform import Transform
 from qjl.ops.forms import ExactTokens
@@ -171,6 +173,31 @@ def test_operations_on_codes_compile(capability, monkeypatch):
         triton_ops.scan(torch.zeros(1, 2, 3, 16, 16), codes)
         triton_ops.expand(torch.zeros(2, 16, 16, 3), codes)
     assert len(launches) == 4
+    _compile(launches, capability)
+
+
+ENCODERS = {
+    "levels": (Transform(3), torch.bfloat16),
+    "trellis and levels": (Balanced(3.5, "trellis"), torch.float32),
+    "signs": (Balanced(2, "signs"), torch.bfloat16),
+    "sketch": (QJL(2, "hadamard"), torch.float16),
+    "grid": (QuaRot(3, 32), torch.bfloat16),
+}
+
+
+@compiled
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_encoders_compile(name, capability, fitted, monkeypatch):
+    quantizer, dtype = ENCODERS[name]
+    codec = fitted("key", quantizer, 64).codec
+    tokens = torch.zeros(1, 2, 64, 64, dtype=dtype)
+    with recorded(monkeypatch) as launches:
+        if isinstance(codec, RotatedGridCodec):
+            triton_ops.encode_grid(tokens, codec.recipe)
+        else:
+            turn = codec.mean.turn(torch.arange(64)[None]) if codec.mean else None
+            triton_ops.encode(tokens, codec.recipe, turn)
     _compile(launches, capability)
 
 
