@@ -157,7 +157,7 @@ BUDGETS = {
     ("key", TurboESM(residual=False)): 0.465,
     ("value", TurboESM(residual=False)): 0.22,
 }
-SHARE = 8 if runtime.is_interpreted() else 1  # Triton's interpreter takes a thousand times as long
+SHARE = 5 if runtime.is_interpreted() else 1  # Triton's interpreter takes a thousand times as long
 QUANTIZERS = list(BUDGETS)[::SHARE]
 
 

@@ -18,7 +18,7 @@ pytest_plugins = "guarded"
 pytestmark = pytest.mark.usefixtures("compiled")
 TOLERANCE = 1e-3
 IN_HALF_PRECISION = 4e-3  # where a GPU multiplies in it
-EXAMPLES = 6 if runtime.is_interpreted() else 60
+EXAMPLES = 12 if runtime.is_interpreted() else 60
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

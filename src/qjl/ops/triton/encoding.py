@@ -46,9 +46,10 @@ def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Ten
     sites, width = (batch, heads, length // BLOCK), dim // recipe.groups
     numbers = tokens.new_empty((*sites, dim, BLOCK), dtype=torch.uint8)
     steps, middles = (tokens.new_empty((*sites, recipe.groups, BLOCK), dtype=torch.float16) for _ in range(2))
+    room = max(LEAST, triton.next_power_of_2(width))
     coding.grids[(sites[2], batch * heads, recipe.groups)](
         Rows.of(tokens), numbers, steps, middles, heads, dim, recipe.size, recipe.size**-0.5, recipe.clip, width,
-        WIDTH=max(LEAST, triton.next_power_of_2(width)), TOP=2**recipe.num_bits - 1,
+        WIDTH=room, TOP=2**recipe.num_bits - 1, num_warps=8 if room > 64 else 4,
     )  # fmt: skip
     codes = tokens.new_empty((*sites, dim * recipe.num_bits // 8, BLOCK), dtype=torch.uint8)
     _pack(numbers, _side_by_side(dim * recipe.num_bits, recipe.num_bits, tokens.device), codes, 0)

@@ -53,12 +53,12 @@ def pairs_of(form: NibbleForm) -> Pairs:
     return Pairs(*(torch.from_numpy(array).to(form.entries.device) for array in stacked))
 
 
-Pair = tuple[tuple[int, int], list[int]]  # two coordinates, the second -1 for none, and the sources of both
+Pair = tuple[tuple[int, int], list[int]]  # two coordinates, the second -1 for none, and the look-ups of both
 
 
 def _of_head(form: NibbleForm, head: int) -> list[Pair]:
     """Each coordinate with the one whose sources are most like its own; those with the most sources first."""
-    adds = _adds(form, head)
+    adds = _by_coordinate(form, head).any(axis=2)
     together = adds.astype(np.int32) @ adds.T.astype(np.int32)
     counts = together.diagonal()
     left = [c for c in np.argsort(-counts, kind="stable") if counts[c] or form.middle is not None]
@@ -73,34 +73,35 @@ def _of_head(form: NibbleForm, head: int) -> list[Pair]:
     return sorted(pairs, key=lambda pair: -len(pair[1]))
 
 
-def _adds(form: NibbleForm, head: int) -> np.ndarray:
-    """Whether a nibble adds to a coordinate: ``bool [D' / groups, N]``."""
-    return _by_coordinate(form, head).any(axis=2)
-
-
 def _by_coordinate(form: NibbleForm, head: int) -> np.ndarray:
-    """What every value of every nibble adds to each coordinate: ``[D' / groups, N, 16]``."""
+    """What every value of every nibble adds to each coordinate: ``[D' / groups, M N, 16]``.
+
+    M is 1 unless a nibble adds to a coordinate several times: the sum of two float16 may not be one.
+    """
     places, entries = form.coordinates[head].cpu().numpy(), form.entries[head].float().cpu().numpy()
-    tables = np.zeros((form.code_dim // form.groups, len(places), 16), np.float32)
-    for nibble, (of_slots, by_value) in enumerate(zip(places, entries, strict=True)):
-        np.add.at(tables[:, nibble], of_slots, by_value.T)
-    return tables
+    count, slots = places.shape
+    tables = np.zeros((slots, form.code_dim // form.groups, count, 16), np.float32)
+    for nibble, slot in zip(*np.nonzero(entries.any(axis=1)), strict=True):
+        times = int((places[nibble, :slot] == places[nibble, slot])[entries[nibble, :, :slot].any(axis=0)].sum())
+        tables[times, places[nibble, slot], nibble] = entries[nibble, :, slot]
+    most = max((times + 1 for times in range(slots) if tables[times].any()), default=1)
+    return np.concatenate(list(tables[:most]), axis=1)
 
 
 def _arrays(form: NibbleForm, head: int, pairs: list[Pair], terms: int, count: int) -> tuple[np.ndarray, ...]:
     """Sources, tables, coordinates and groups of one head, the groups side by side."""
     added = _by_coordinate(form, head).astype(np.float16)
-    nibbles, dim = added.shape[1], added.shape[0]
+    nibbles, dim = form.coordinates.shape[1], added.shape[0]
     sources, coordinates = np.full((terms, count), -1, np.int32), np.full((2, count), -1, np.int32)
     tables = np.zeros((terms, count, 16, 2), np.float16)
     groups = np.zeros(count, np.int32)
-    for place, (both, from_nibbles) in enumerate(pairs):
+    for place, (both, look_ups) in enumerate(pairs):
         for group in range(form.groups):
             at = group * len(pairs) + place
             groups[at] = group
-            sources[: len(from_nibbles), at] = np.array(from_nibbles, np.int32) + group * nibbles
+            sources[: len(look_ups), at] = np.array(look_ups, np.int32) % nibbles + group * nibbles
             for half, coordinate in enumerate(both):
                 if coordinate >= 0:
                     coordinates[half, at] = coordinate + group * dim
-                    tables[: len(from_nibbles), at, :, half] = added[coordinate, from_nibbles]
+                    tables[: len(look_ups), at, :, half] = added[coordinate, look_ups]
     return sources, tables.view(np.int32)[..., 0], coordinates, groups
