@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
-from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens
+from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, Turn
 from qjl.ops.triton import runtime, step
 from qjl.ops.triton.pairs import Pairs, pairs_of
 from qjl.packed import BLOCK, Blocks
@@ -285,8 +286,8 @@ def _derived(form: NibbleForm) -> _Constants:
     strides = (maps.stride(0) if maps.shape[0] > 1 else 0, *maps.stride()[1:])
     mean = None if form.mean is None else form.mean.float().contiguous()
     still, turned = mean, None
-    if form.turn is not None:
-        still, turned = _turned(form, mean)
+    if form.turn is not None and mean is not None:
+        still, turned = _turned(form.turn, mean)
     return _Constants(
         pairs=pairs_of(form),
         map=step.Map(maps, strides, maps.shape[2]),
@@ -299,18 +300,24 @@ def _derived(form: NibbleForm) -> _Constants:
     )
 
 
-def _turned(form: NibbleForm, mean: Tensor) -> tuple[Tensor, step.Turned]:
+def _turned(turn: Turn, mean: Tensor) -> tuple[Tensor, step.Turned]:
     """What does not turn, and what does: padded to a power of two with pairs of no mean."""
     device = mean.device
-    first, second = (x.to(device, torch.int64) for x in (form.turn.first, form.turn.second))
+    first, second = (x.to(device, torch.int64) for x in (turn.first, turn.second))
     room = max(LEAST, triton.next_power_of_2(len(first))) - len(first)
     still = mean.clone()
     still[:, first] = still[:, second] = 0
-    inv_freq = torch.nn.functional.pad(form.turn.inv_freq.to(device).float(), (0, room))
+    inv_freq = pad(turn.inv_freq.to(device).float(), (0, room))
     angles = inv_freq[:, None] * torch.arange(BLOCK, device=device)
-    of_pairs = [torch.nn.functional.pad(mean[:, x] * form.turn.scaling, (0, room)) for x in (first, second)]
-    padded = [torch.nn.functional.pad(x, (0, room)).int() for x in (first, second)]
-    return still, step.Turned(*padded, *of_pairs, inv_freq, angles.cos(), angles.sin())
+    return still, step.Turned(
+        first=pad(first, (0, room)).int(),
+        second=pad(second, (0, room)).int(),
+        mean_first=pad(mean[:, first] * turn.scaling, (0, room)),
+        mean_second=pad(mean[:, second] * turn.scaling, (0, room)),
+        inv_freq=inv_freq,
+        cos=angles.cos(),
+        sin=angles.sin(),
+    )
 
 
 def _side(form: NibbleForm, blocks: Blocks, constants: _Constants) -> step.Side:

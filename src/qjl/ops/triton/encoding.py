@@ -89,30 +89,50 @@ def _encode_parts(mapped: Tensor, recipe: Recipe, sizes: coding.Sizes) -> Tensor
 
 def _numbers(part: Part, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, first: int) -> Tensor:
     """What the bits of a part's nibbles are taken from, ``uint8 [B, H, blocks, numbers, 64]``."""
-    batch, heads, blocks, rows, _ = mapped.shape
-    grid, scratch = (blocks, batch * heads), {"dtype": torch.uint8}
     if isinstance(part, LevelsPart):
-        numbers = mapped.new_empty((batch, heads, blocks, part.dim, BLOCK), **scratch)
-        tables = part.tables
-        per_head = int(part.kinds.shape[0] > 1)
-        search = coding.Search(part.kinds, tables.tree, tables.levels, tables.patterns, per_head)
-        gains = _gains(recipe.gains, mapped.device)
-        coding.levels[grid](
-            mapped, recipe.weights, sizes, search, gains, len(recipe.gains), numbers, heads, first, rows, part.dim,
-            DEPTH=_depth(part),
-        )  # fmt: skip
-    elif isinstance(part, TrellisPart):
-        numbers = mapped.new_empty((batch, heads, blocks, part.nibbles, BLOCK), **scratch)
-        came = mapped.new_empty((batch, heads, blocks, part.nibbles, 16, BLOCK), **scratch)
-        coding.trellis[grid](
-            mapped, recipe.weights, sizes, _points(part), came, numbers, heads, first, rows, part.nibbles,
-            WIDTH=part.own.shape[1],
-        )  # fmt: skip
-    else:
-        numbers = mapped.new_empty((batch, heads, blocks, part.dim, BLOCK), **scratch)
-        refined = None if part.gram is None else _refined(mapped[:, :, :, first : first + part.dim], part)
-        coding.signs[grid](mapped, recipe.weights, sizes, refined, numbers, heads, first, rows, part.dim)
+        return _levels(part, mapped, recipe, sizes, first)
+    if isinstance(part, TrellisPart):
+        return _trellis(part, mapped, recipe, sizes, first)
+    return _signs(part, mapped, recipe, sizes, first)
+
+
+def _levels(part: LevelsPart, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, first: int) -> Tensor:
+    numbers, heads, rows = _room(mapped, part.dim), mapped.shape[1], mapped.shape[3]
+    tables, per_head = part.tables, int(part.kinds.shape[0] > 1)
+    search = coding.Search(part.kinds, tables.tree, tables.levels, tables.patterns, per_head)
+    coding.levels[_blocks(mapped)](
+        mapped, recipe.weights, sizes, search, _gains(recipe.gains, mapped.device), len(recipe.gains), numbers, heads,
+        first, rows, part.dim, DEPTH=_depth(part),
+    )  # fmt: skip
     return numbers
+
+
+def _trellis(part: TrellisPart, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, first: int) -> Tensor:
+    numbers, heads, rows = _room(mapped, part.nibbles), mapped.shape[1], mapped.shape[3]
+    came = _room(mapped, part.nibbles * len(part.own))
+    coding.trellis[_blocks(mapped)](
+        mapped, recipe.weights, sizes, _points(part), came, numbers, heads, first, rows, part.nibbles,
+        WIDTH=part.own.shape[1],
+    )  # fmt: skip
+    return numbers
+
+
+def _signs(part: SignsPart, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, first: int) -> Tensor:
+    numbers, heads, rows = _room(mapped, part.dim), mapped.shape[1], mapped.shape[3]
+    refined = None if part.gram is None else _refined(mapped[:, :, :, first : first + part.dim], part)
+    coding.signs[_blocks(mapped)](mapped, recipe.weights, sizes, refined, numbers, heads, first, rows, part.dim)
+    return numbers
+
+
+def _blocks(mapped: Tensor) -> tuple[int, int]:
+    """A program for each block of each head."""
+    batch, heads, blocks = mapped.shape[:3]
+    return blocks, batch * heads
+
+
+def _room(mapped: Tensor, count: int) -> Tensor:
+    """For so many small numbers of each token."""
+    return mapped.new_empty((*mapped.shape[:3], count, BLOCK), dtype=torch.uint8)
 
 
 def _refined(y: Tensor, part: SignsPart) -> Tensor:

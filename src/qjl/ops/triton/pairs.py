@@ -58,8 +58,8 @@ Pair = tuple[tuple[int, int], list[int]]  # two coordinates, the second -1 for n
 
 def _of_head(form: NibbleForm, head: int) -> list[Pair]:
     """Each coordinate with the one whose sources are most like its own; those with the most sources first."""
-    adds = _by_coordinate(form, head).any(axis=2)
-    together = adds.astype(np.int32) @ adds.T.astype(np.int32)
+    adds = np.any(_by_coordinate(form, head), axis=2).astype(np.float32)
+    together = np.matmul(adds, adds.T).astype(np.int32)
     counts = together.diagonal()
     left = [c for c in np.argsort(-counts, kind="stable") if counts[c] or form.middle is not None]
     pairs = []
@@ -67,7 +67,7 @@ def _of_head(form: NibbleForm, head: int) -> list[Pair]:
         first = left.pop(0)
         if left:
             second = left.pop(int(np.lexsort((counts[left], -together[first, left]))[0]))
-            pairs.append(((int(first), int(second)), np.flatnonzero(adds[first] | adds[second]).tolist()))
+            pairs.append(((int(first), int(second)), np.flatnonzero(adds[first] + adds[second]).tolist()))
         else:
             pairs.append(((int(first), -1), np.flatnonzero(adds[first]).tolist()))
     return sorted(pairs, key=lambda pair: -len(pair[1]))
@@ -81,8 +81,9 @@ def _by_coordinate(form: NibbleForm, head: int) -> np.ndarray:
     places, entries = form.coordinates[head].cpu().numpy(), form.entries[head].float().cpu().numpy()
     count, slots = places.shape
     tables = np.zeros((slots, form.code_dim // form.groups, count, 16), np.float32)
-    for nibble, slot in zip(*np.nonzero(entries.any(axis=1)), strict=True):
-        times = int((places[nibble, :slot] == places[nibble, slot])[entries[nibble, :, :slot].any(axis=0)].sum())
+    adds = np.any(entries, axis=1)  # [N, w]
+    for nibble, slot in np.argwhere(adds):
+        times = int(np.sum(adds[nibble, :slot] & (places[nibble, :slot] == places[nibble, slot])))
         tables[times, places[nibble, slot], nibble] = entries[nibble, :, slot]
     most = max((times + 1 for times in range(slots) if tables[times].any()), default=1)
     return np.concatenate(list(tables[:most]), axis=1)
