@@ -25,6 +25,7 @@ from qjl.ops.triton.pairs import Pairs, pairs_of
 from qjl.packed import BLOCK, Blocks
 
 MOST_SPLITS = 64  # of one KV head
+MOST_NUMBERS = 64 * 128  # of a tile of tokens in half precision, so that shared memory holds what a program needs
 MOST_ROWS = 64  # that share what a program decodes
 LEAST = 16  # what a matrix product takes
 
@@ -91,9 +92,11 @@ def _attend(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
-    tile = min(MOST_ROWS, max(LEAST, triton.next_power_of_2(rows)))
-    work = _Work(query.contiguous(), heads, rows, queries, scaling, softcap, tile)
     keys, values = _constants(packed.key_form), _constants(packed.value_form)
+    widest = max(keys.pairs.count, values.pairs.count, keys.map.head_dim // 2, values.map.head_dim // 2) * 2
+    most_rows = MOST_ROWS if widest * _tile_type(exact).itemsize <= 256 else LEAST
+    tile = min(most_rows, max(LEAST, triton.next_power_of_2(rows)))
+    work = _Work(query.contiguous(), heads, rows, queries, scaling, softcap, tile)
     parts = _packed_parts(work, packed, blocks, keys, values, bias, _tile_type(exact))
     exact_parts = _exact_parts(work, exact, values.map.head_dim)
     out = query.new_empty((batch, heads, rows, values.map.head_dim))
@@ -143,6 +146,11 @@ def _tile_type(exact: Sequence[ExactTokens]) -> torch.dtype:
     return torch.float16 if any(tokens.keys.itemsize == 2 for tokens in exact) else torch.float32
 
 
+def _tokens_at_once(dims: int, dtype: torch.dtype) -> int:
+    """A block of 64, or half of one where its numbers take too much room."""
+    return BLOCK if dims * BLOCK * dtype.itemsize <= 2 * MOST_NUMBERS else BLOCK // 2
+
+
 def _precision(is_half: bool) -> str:
     """How float32 numbers are multiplied on tensor cores, 16 or 21 bits of each; the interpreter knows the latter."""
     return "bf16x3" if is_half and not runtime.is_interpreted() else "tf32x3"
@@ -179,6 +187,7 @@ def _packed_parts(
         work.scaling,
         work.softcap,
         ROWS=work.tile,
+        TILE=_tokens_at_once(2 * max(keys.pairs.count, values.pairs.count), dtype),
         KEY_PAIRS=keys.pairs.count,
         KEY_TERMS=keys.pairs.terms,
         KEYS_GROUPED=keys.is_grouped,
@@ -240,10 +249,12 @@ def _exact_parts(work: _Work, exact: Sequence[ExactTokens], value_dim: int) -> s
             sum(splits[:place]),
             parts.splits,
             ROWS=work.tile,
+            TILE=_tokens_at_once(max(key_dim, value_dim), torch.float32),
             KEY_DIM=max(LEAST, triton.next_power_of_2(key_dim)),
             VALUE_DIM=max(LEAST, triton.next_power_of_2(value_dim)),
             PRECISION=_precision(tokens.keys.dtype == torch.bfloat16),
             num_warps=8 if max(key_dim, value_dim) > 128 else 4,
+            num_stages=1,  # ahead of the products there is no room
         )
     return parts
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qjl.packed import BLOCK
 
-TILE = tl.constexpr(BLOCK)  # tokens at once
+TOKENS = tl.constexpr(BLOCK)  # of a block; TILE, of one or half of one, are taken at once
 CHUNK = tl.constexpr(32)  # coordinates of a map at once
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -166,8 +166,8 @@ def _project_turned(query, head_dim, head, turned, out, begin, row, rows, F: tl.
 
 
 @triton.jit
-def _decoded(side, head, codes, present, PAIRS: tl.constexpr, TERMS: tl.constexpr):
-    """Both halves of all pairs, float32 ``[P, 64]`` each; ``codes`` points to the first byte of each token."""
+def _decoded(side, head, codes, present, PAIRS: tl.constexpr, TERMS: tl.constexpr, TILE: tl.constexpr):
+    """Both halves of all pairs, float32 ``[P, TILE]`` each; ``codes`` points to the first byte of each token."""
     pair = tl.arange(0, PAIRS)
     low = tl.zeros([PAIRS, TILE], tl.float32)
     high = tl.zeros([PAIRS, TILE], tl.float32)
@@ -185,7 +185,7 @@ def _decoded(side, head, codes, present, PAIRS: tl.constexpr, TERMS: tl.constexp
 
 @triton.jit
 def _at(stride, row, head, block, slot):
-    """Where the tokens of a tile begin, ``int64 [64]``."""
+    """Where the tokens of a tile begin, ``int64 [TILE]``."""
     return row * stride[0] + head * stride[1] + block * stride[2] + slot * stride[4]
 
 
@@ -248,7 +248,7 @@ def _store_lse(parts, place, most, total, present):
 
 
 @triton.jit
-def _share(tokens, splits):
+def _share(tokens, splits, TILE: tl.constexpr):
     """Tiles of this program's split: the first, and where the next begins."""
     tiles = (tokens + TILE - 1) // TILE
     share = (tiles + splits - 1) // splits
@@ -273,6 +273,7 @@ def packed_part(
     scaling,
     softcap,
     ROWS: tl.constexpr,
+    TILE: tl.constexpr,
     KEY_PAIRS: tl.constexpr,
     KEY_TERMS: tl.constexpr,
     KEYS_GROUPED: tl.constexpr,
@@ -309,13 +310,13 @@ def packed_part(
         along = tl.load(at, mask=is_row[:, None], other=0.0)
         across = tl.load(at + F, mask=is_row[:, None], other=0.0)
         inv_freq = tl.load(turned.inv_freq + f)
-        at = f[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        at = f[:, None] * TOKENS + tl.arange(0, TILE)[None, :]
         cos_table, sin_table = tl.load(turned.cos + at), tl.load(turned.sin + at)
 
-    tokens = blocks * TILE
+    tokens = blocks * TOKENS
     if pages is not None:
         tokens = tl.load(pages.lengths + row)
-    start, stop = _share(tokens, parts.splits)
+    start, stop = _share(tokens, parts.splits, TILE)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     unit = 1e-30  # the largest scale so far
@@ -325,14 +326,14 @@ def packed_part(
         token = tile * TILE + tl.arange(0, TILE)
         present = token < tokens
         if pages is None:
-            block = tl.full([TILE], 0, tl.int64) + tile
-            slot = tl.arange(0, TILE)
+            block = (token // TOKENS).to(tl.int64)
+            slot = token % TOKENS
         else:
             block = tl.load(pages.table + row * pages.table_stride + token // PAGE, mask=present, other=0).to(tl.int64)
             slot = token % PAGE
 
         codes = keys.codes + _at(keys.codes_stride, row, head, block, slot)
-        low, high = _decoded(keys, head, codes, present, KEY_PAIRS, KEY_TERMS)
+        low, high = _decoded(keys, head, codes, present, KEY_PAIRS, KEY_TERMS, TILE)
         scale_at = _at(keys.scale_stride, row, head, block, slot)
         if KEYS_GROUPED:
             middle_at = _at(keys.middle_stride, row, head, block, slot)
@@ -343,7 +344,8 @@ def packed_part(
             scores *= _scales(keys, head, scale_at, present)[None, :]
         if turned is not None:
             if pages is None:
-                position = tl.load(first + row * blocks + tile)
+                begin = tile * TILE
+                position = tl.load(first + row * blocks + begin // TOKENS) + begin % TOKENS
             else:
                 position = tl.load(pages.origins + row) + tile * TILE
             angle = position.to(tl.float32) * inv_freq
@@ -355,7 +357,7 @@ def packed_part(
         weights, most, total, keep = _weights(scores, most, total)
 
         codes = values.codes + _at(values.codes_stride, row, head, block, slot)
-        low, high = _decoded(values, head, codes, present, VALUE_PAIRS, VALUE_TERMS)
+        low, high = _decoded(values, head, codes, present, VALUE_PAIRS, VALUE_TERMS, TILE)
         scale_at = _at(values.scale_stride, row, head, block, slot)
         if VALUES_GROUPED:
             middle_at = _at(values.middle_stride, row, head, block, slot)
@@ -397,6 +399,7 @@ def exact_part(
     slot,
     slots,
     ROWS: tl.constexpr,
+    TILE: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -410,7 +413,7 @@ def exact_part(
     q = tl.load(at, mask=is_row[:, None] & (dim < key_dim)[None, :], other=0.0)
     keys = exact.key + row * exact.key_stride[0] + head * exact.key_stride[1]
     values = exact.value + row * exact.value_stride[0] + head * exact.value_stride[1]
-    start, stop = _share(tokens, tl.num_programs(0))
+    start, stop = _share(tokens, tl.num_programs(0), TILE)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE_DIM], tl.float32)
