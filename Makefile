@@ -3,6 +3,7 @@ BIN := .venv/bin
 CMAKE ?= cmake
 WORKERS ?= 2
 KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_kernels.py fuzz_step.py)
+GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_step.py triton.py)
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 CROSS_CXX ?= aarch64-linux-gnu-g++
 # A machine with no more than NEON; and a memset without DC ZVA, in which QEMU 7 does not survive a page fault.
@@ -35,6 +36,7 @@ test: setup
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -k triton $(GPU_TESTS)
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python.
 sanitize: setup

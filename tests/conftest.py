@@ -18,6 +18,7 @@ from qjl.cache import CacheLayer
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext
 from qjl.ops.cpu import library
+from qjl.ops.triton import runtime
 from qjl.packed import BLOCK
 from qjl.rope import Rope
 from qjl.statistics import AttentionMoments, measure
@@ -39,33 +40,56 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def _backends():
-    yield "reference"
-    if library.is_installed():
-        yield from (f"cpu-{name}" for name in library.instruction_sets())
+slow_when_interpreted = pytest.mark.skipif(runtime.is_interpreted(), reason="takes minutes under Triton's interpreter")
 
 
-@pytest.fixture(params=_backends())
-def backend(request):
-    """Every backend in turn, and every instruction set of the compiled one."""
+def _kernels():
+    """Backends that have kernels of their own; Triton's interpreter changes a process, and is tested in another."""
+    if runtime.is_interpreted():
+        return ["triton"]
+    return [f"cpu-{name}" for name in library.instruction_sets()] if library.is_installed() else []
+
+
+@contextmanager
+def using_backend(backend):
+    """With one of ``_kernels`` or the reference."""
     before = ops.active_backend()
-    name, _, instructions = request.param.partition("-")
+    name, _, instructions = backend.partition("-")
     ops.use_backend(name)
     if instructions:
         fastest = library.instruction_set()
         library.use_instruction_set(instructions)
-    yield request.param
+    yield backend
     if instructions:
         library.use_instruction_set(fastest)
     ops.use_backend(before)
 
 
+@pytest.fixture(params=["reference", *_kernels()])
+def backend(request):
+    """Every backend in turn, and every instruction set of the compiled one."""
+    with using_backend(request.param) as backend:
+        yield backend
+
+
+@pytest.fixture(params=_kernels())
+def kernels(request):
+    """The same without the reference."""
+    with using_backend(request.param) as backend:
+        yield backend
+
+
+@pytest.fixture
+def cpu_kernels(kernels):
+    """Those of the compiled backend alone."""
+    if not kernels.startswith("cpu"):
+        pytest.skip("of the cpu backend")
+
+
 @pytest.fixture
 def reference_backend():
-    before = ops.active_backend()
-    ops.use_backend("reference")
-    yield
-    ops.use_backend(before)
+    with using_backend("reference"):
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""encode and encode_grid, under every instruction set, against the codecs' own composition of torch operations.
+"""encode and encode_grid of every backend that has them against the codecs' own composition of torch operations.
 
 Sums in another order may turn a tie over: few tokens differ, and those are coded as well as before.
 """
@@ -6,7 +6,7 @@ Sums in another order may turn a tie over: few tokens differ, and those are code
 import pytest
 import torch
 
-from conftest import Model
+from conftest import Model, slow_when_interpreted, using_backend
 from method_cases import every_head_dim, label, of_type
 from qjl import ops
 from qjl.codebook import SignCode, joined_code, refined_sign_code, scalar_code, sign_code
@@ -20,35 +20,16 @@ from qjl.methods.quarot import QuaRot
 from qjl.methods.rabitq import RaBitQ
 from qjl.methods.saw import SAW
 from qjl.methods.transform import GAINS, Transform
-from qjl.ops.cpu import library
+from qjl.ops.triton import runtime
 from qjl.packed import BLOCK
 from qjl.rope import Rope
 from qjl.sketch import Sketch, haar_rotation
 from qjl.trellis import WIDTHS, even_trellis, trellis_code
 
-pytestmark = [
-    pytest.mark.skipif("cpu" not in ops.backends(), reason="the cpu backend was not compiled"),
-    pytest.mark.usefixtures("cpu_backend"),
-]
+pytestmark = pytest.mark.usefixtures("kernels")
 CPU = torch.device("cpu")
 FEW = 0.005  # of the tokens
 FEW_OF_FINE_CODES = 2e-4  # for each nibble, where there are more than 3 bits per coordinate: candidates lie close
-
-
-@pytest.fixture(params=library.instruction_sets() if library.is_installed() else [])
-def instruction_set(request):
-    before = library.instruction_set()
-    library.use_instruction_set(request.param)
-    yield request.param
-    library.use_instruction_set(before)
-
-
-@pytest.fixture
-def cpu_backend():
-    before = ops.active_backend()
-    ops.use_backend("cpu")
-    yield
-    ops.use_backend(before)
 
 
 @pytest.fixture
@@ -56,10 +37,8 @@ def reference_blocks():
     """The blocks that the reference makes of tokens."""
 
     def quantize(codec, x, first):
-        ops.use_backend("reference")
-        blocks = codec.quantize(x, first)
-        ops.use_backend("cpu")
-        return blocks
+        with using_backend("reference"):
+            return codec.quantize(x, first)
 
     return quantize
 
@@ -134,9 +113,7 @@ GRIDS = [*of_type(QuaRot), *of_type(SAW)]
 
 @every_head_dim
 @pytest.mark.parametrize(("role", "quantizer"), NIBBLES)
-def test_codes_and_scales_are_those_of_the_reference(
-    role, quantizer, head_dim, fitted, instruction_set, reference_blocks
-):
+def test_codes_and_scales_are_those_of_the_reference(role, quantizer, head_dim, fitted, reference_blocks):
     case = fitted(role, quantizer, head_dim)
     assert case.codec.recipe is not None
     _check(case.codec, case.x, case.first, reference_blocks)
@@ -144,7 +121,7 @@ def test_codes_and_scales_are_those_of_the_reference(
 
 @every_head_dim
 @pytest.mark.parametrize(("role", "quantizer"), GRIDS)
-def test_grids_are_those_of_the_reference(role, quantizer, head_dim, fitted, instruction_set, reference_blocks):
+def test_grids_are_those_of_the_reference(role, quantizer, head_dim, fitted, reference_blocks):
     case = fitted(role, quantizer, head_dim)
     assert case.codec.recipe is not None
     _check_grid(case.codec, case.x, case.first, reference_blocks)
@@ -199,8 +176,8 @@ def _tokens(batch, heads, blocks, dim, generator):
 
 
 @every_encoder
-@pytest.mark.parametrize("dim", [8, 16, 24, 40, 72, 136, 512])
-def test_any_dimension(encoder, dim, generator, instruction_set, reference_blocks):
+@pytest.mark.parametrize("dim", [8, 24, 40] if runtime.is_interpreted() else [8, 16, 24, 40, 72, 136, 512])
+def test_any_dimension(encoder, dim, generator, reference_blocks):
     if encoder == "refined" and dim > 136:
         dim = 200
     codec = _codec(encoder, dim, 2, generator, half=dim % 16 == 0)
@@ -208,9 +185,10 @@ def test_any_dimension(encoder, dim, generator, instruction_set, reference_block
     _check(codec, x, _firsts(x), reference_blocks)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "hadamard"])
 @pytest.mark.parametrize(("m", "dim"), [(8, 8), (8, 96), (128, 64), (200, 72), (640, 512), (1000, 24)])
-def test_signs_of_any_sketch(kind, m, dim, generator, instruction_set, reference_blocks):
+def test_signs_of_any_sketch(kind, m, dim, generator, reference_blocks):
     sketch = Sketch(m, dim, kind)
     x = _tokens(2, 2, 1, dim, generator)
     x[..., 1] *= 10 ** torch.linspace(-3, 3, BLOCK)
@@ -218,7 +196,7 @@ def test_signs_of_any_sketch(kind, m, dim, generator, instruction_set, reference
     _check(SignCodec(sketch, sketch.matrix, 2), x, _firsts(x), reference_blocks)
 
 
-def test_signs_of_a_product_near_zero(generator, instruction_set, reference_blocks):
+def test_signs_of_a_product_near_zero(generator, reference_blocks):
     """Tokens at right angles to a row but for a thousandth: integers of 16 bits alone cannot tell."""
     sketch = Sketch(256, 128)
     row = sketch.matrix[17] / 128**0.5
@@ -234,7 +212,7 @@ def test_signs_of_a_product_near_zero(generator, instruction_set, reference_bloc
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
 @pytest.mark.parametrize(("dim", "group_size"), [(8, 8), (24, 128), (40, 8), (512, 64)])
-def test_grids_of_any_dimension(num_bits, dim, group_size, generator, instruction_set, reference_blocks):
+def test_grids_of_any_dimension(num_bits, dim, group_size, generator, reference_blocks):
     layout, size = grid_layout(dim, num_bits, group_size), block_size(dim)
     rotation = block_hadamard(dim, size, CPU).expand(2, -1, -1)
     x = _tokens(1, 2, 2, dim, generator)
@@ -243,7 +221,7 @@ def test_grids_of_any_dimension(num_bits, dim, group_size, generator, instructio
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rotary", "scaling"), [(40, 1.0), (16, 1.19)])
-def test_the_mean_turns_with_rope(interleaved, rotary, scaling, generator, instruction_set, reference_blocks):
+def test_the_mean_turns_with_rope(interleaved, rotary, scaling, generator, reference_blocks):
     rope = Rope(10000.0 ** (-torch.arange(0, rotary, 2) / rotary), scaling, interleaved)
     mean = Mean(5 * torch.randn(3, 40, generator=generator), rope)
     codec = _codec("three-bits", 40, 3, generator, mean)
@@ -252,8 +230,9 @@ def test_the_mean_turns_with_rope(interleaved, rotary, scaling, generator, instr
     _check(codec, x, first, reference_blocks)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_tokens_of_any_type_and_stride(dtype, generator, instruction_set):
+def test_tokens_of_any_type_and_stride(dtype, generator):
     codec = _codec("scalar", 72, 2, generator)
     x = _tokens(2, 2, 3, 72, generator).to(dtype)
     first = _firsts(x)
@@ -271,9 +250,10 @@ def test_tokens_of_any_type_and_stride(dtype, generator, instruction_set):
         assert all(torch.equal(found[name][rows], expected[name][rows]) for name in expected)
 
 
+@slow_when_interpreted
 @pytest.mark.parametrize("value", [0.0, 6e-8, 1.0, -65504.0])
 @pytest.mark.parametrize("encoder", ENCODERS)
-def test_extreme_halves_are_widened_exactly(value, encoder, generator, instruction_set):
+def test_extreme_halves_are_widened_exactly(value, encoder, generator):
     codec = _codec(encoder, 16, 1, generator)
     x = torch.full((1, 1, BLOCK, 16), value, dtype=torch.float16)
     x[..., ::3] *= -1
@@ -281,9 +261,10 @@ def test_extreme_halves_are_widened_exactly(value, encoder, generator, instructi
     assert all(torch.equal(low[name], high[name]) for name in low)
 
 
+@slow_when_interpreted
 @every_encoder
 @pytest.mark.parametrize("constant", [0.0, 1.0, -300.0, 1e-20])
-def test_tokens_of_one_number(encoder, constant, generator, instruction_set, reference_blocks):
+def test_tokens_of_one_number(encoder, constant, generator, reference_blocks):
     """And of zeros, whose scale is zero whatever their codes."""
     codec = _codec(encoder, 24, 2, generator, half=False)
     x = torch.full((1, 2, BLOCK, 24), constant)
@@ -295,7 +276,7 @@ def test_tokens_of_one_number(encoder, constant, generator, instruction_set, ref
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 0), (0, 2, 3)])
-def test_no_tokens_and_no_rows(shape, generator, instruction_set):
+def test_no_tokens_and_no_rows(shape, generator):
     batch, heads, blocks = shape
     x = torch.empty(batch, heads, blocks * BLOCK, 16)
     codes, scales = ops.encode(x, _codec("scalar", 16, heads, generator).recipe)
@@ -307,8 +288,9 @@ def test_no_tokens_and_no_rows(shape, generator, instruction_set):
 # In any company
 
 
+@slow_when_interpreted
 @every_encoder
-def test_threads_and_company_change_nothing(encoder, generator, instruction_set):
+def test_threads_and_company_change_nothing(encoder, generator):
     mean = Mean(torch.randn(3, 40, generator=generator), Rope(10000.0 ** (-torch.arange(0, 40, 2) / 40)))
     codec = _codec(encoder, 40, 3, generator, mean)
     x = _tokens(2, 3, 7, 40, generator)
@@ -362,7 +344,7 @@ def test_the_reference_composes(fitted, monkeypatch):
     assert _operations_called(monkeypatch, case.codec, case.x) == []
 
 
-def test_an_even_trellis_of_two_parts_fills_both(generator, instruction_set, reference_blocks):
+def test_an_even_trellis_of_two_parts_fills_both(generator, reference_blocks):
     """3.5 bits: half of the coordinates on a trellis of 4 bits, half on levels of 3."""
     code = even_trellis(7 * 128 // 2, 128, CPU)
     assert len(code.parts) == 2

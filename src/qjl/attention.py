@@ -5,7 +5,7 @@ Fresh tokens of a prefill attend exactly; tokens that were quantized before are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,51 +46,72 @@ def attend(query: Tensor, layer: CacheLayer, scoring: Scoring) -> Tensor:
     plain = packed is None and len(exact) == 1 and exact[0].valid is None and exact[0].columns == 0
     if plain and scoring.softcap is None and scoring.sink_logits is None:
         return _fused(query, exact[0], scoring)
-    if packed is not None and _takes_one_step(query, exact[0], packed):
-        return _one_step(query, exact, packed, scoring, layer.length)
-    return _tiled(query, exact, packed, scoring, layer.length)
+    attend_tile = _one_step if packed is not None and _takes_one_step(query, exact[0], packed) else _by_parts
+    return _tiled(attend_tile, query, exact, packed, scoring, layer.length)
 
 
 def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
     """The same over plain ``keys, values [B, H, T, D]``, for layers that are not quantized."""
-    return _tiled(query, [ExactSegment(keys, values, 0, None)], None, scoring, keys.shape[2])
+    return _tiled(_by_parts, query, [ExactSegment(keys, values, 0, None)], None, scoring, keys.shape[2])
 
 
 def _takes_one_step(query: Tensor, exact: ExactSegment, packed: PackedSegment) -> bool:
-    """Whether the backend takes packed and exact tokens at once: few rows, for which looking up beats decoding."""
+    """Whether the backend takes packed and exact tokens at once: on a CPU few rows, for which looking up beats decoding."""
     rows = query.shape[1] // exact.keys.shape[1] * query.shape[2]
-    return rows < EXPAND_FROM_ROWS and ops.offers("attend", query) and packed.as_operand is not None
+    is_worth_it = rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
+    return is_worth_it and ops.offers("attend", query) and packed.as_operand is not None
 
 
-def _one_step(
-    query: Tensor, exact: list[ExactSegment], packed: PackedSegment, scoring: Scoring, columns: int
+def _tiled(
+    attend_tile: Callable[[Tensor, list[ExactSegment], PackedSegment | None, Scoring], Tensor],
+    query: Tensor,
+    exact: list[ExactSegment],
+    packed: PackedSegment | None,
+    scoring: Scoring,
+    columns: int,
 ) -> Tensor:
-    batch, query_heads, tokens, head_dim = query.shape
-    if tokens > 1:
-        scoring = _rows(scoring, 0, tokens, tokens, columns)
-    rows = query.reshape(batch, exact[0].keys.shape[1], -1, head_dim).float().contiguous()
+    """Some query tokens at a time."""
+    tokens = query.shape[2]
+    if tokens == 1:
+        return attend_tile(query, exact, packed, scoring)
+    outputs = [
+        attend_tile(query[:, :, start:stop], exact, packed, _rows(scoring, start, stop, tokens, columns))
+        for start, stop in _query_tiles(query, columns)
+    ]
+    return torch.cat(outputs, dim=2)
+
+
+def _one_step(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring) -> Tensor:
+    assert packed is not None
+    assert packed.as_operand is not None
+    rows = _grouped(query, exact[0]).contiguous()
     exact_tokens = [
         ExactTokens(segment.keys, segment.values, _bias(segment, scoring, segment.keys.shape[2]))
         for segment in exact
         if segment.keys.shape[2]
     ]
     bias = _bias(packed, scoring, packed.blocks * BLOCK)
-    assert packed.as_operand is not None
-    part = ops.attend(rows, packed.as_operand, bias, exact_tokens, tokens, scoring.scaling, scoring.softcap or 0.0)
-    parts = [part] if scoring.sink_logits is None else [part, _sink_part(part[0], scoring.sink_logits, tokens)]
+    softcap = scoring.softcap or 0.0
+    part = ops.attend(rows, packed.as_operand, bias, exact_tokens, query.shape[2], scoring.scaling, softcap)
+    return _joined([part], query, scoring)
+
+
+def _by_parts(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring) -> Tensor:
+    rows = _grouped(query, exact[0])
+    return _joined(list(_parts(rows, exact, packed, scoring, query.shape[2])), query, scoring)
+
+
+def _grouped(query: Tensor, exact: ExactSegment) -> Tensor:
+    """``float32 [B, H, group * Q, D]``."""
+    return query.float().reshape(query.shape[0], exact.keys.shape[1], -1, query.shape[3])
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]], query: Tensor, scoring: Scoring) -> Tensor:
+    """Merged, with what sinks weigh, in the shape and dtype of the query's."""
+    batch, query_heads, tokens, _ = query.shape
+    if scoring.sink_logits is not None:
+        parts.append(_sink_part(parts[0][0], scoring.sink_logits, tokens))
     return merge(parts)[0].reshape(batch, query_heads, tokens, -1).to(query.dtype)
-
-
-def _tiled(
-    query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring, columns: int
-) -> Tensor:
-    tokens = query.shape[2]
-    outputs = [
-        _attend_rows(query[:, :, start:stop], exact, packed, _rows(scoring, start, stop, tokens, columns))
-        for start, stop in _query_tiles(query, columns)
-    ]
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    return out.to(query.dtype)
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -144,16 +165,6 @@ def _query_tiles(query: Tensor, columns: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, tokens)
 
 
-def _attend_rows(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring) -> Tensor:
-    batch, query_heads, tokens, _ = query.shape
-    heads = exact[0].keys.shape[1]
-    rows = query.float().reshape(batch, heads, -1, query.shape[3])  # [B, H, group * Q, D]
-    parts = list(_parts(rows, exact, packed, scoring, tokens))
-    if scoring.sink_logits is not None:
-        parts.append(_sink_part(parts[0][0], scoring.sink_logits, tokens))
-    return merge(parts)[0].reshape(batch, query_heads, tokens, -1)
-
-
 def _parts(
     rows: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring, tokens: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -171,9 +182,11 @@ def _bias(segment: ExactSegment | PackedSegment, scoring: Scoring, length: int) 
     bias = None
     if scoring.mask is not None:
         mask = _segment_mask(scoring.mask, segment.columns, length)
-        bias = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask.float()
+        mask = mask.to(segment.device)
+        is_bool = mask.dtype == torch.bool
+        bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf) if is_bool else mask.float()
     if segment.valid is not None:
-        bias = torch.zeros(1, 1, 1, 1) if bias is None else bias
+        bias = torch.zeros(1, 1, 1, 1, device=segment.device) if bias is None else bias
         bias = bias.masked_fill(~segment.valid[:, None, None], -torch.inf)
     return bias
 

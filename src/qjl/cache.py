@@ -52,6 +52,10 @@ class ExactSegment:
     columns: Tensor | int
     valid: Tensor | None
 
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
 
 @dataclass(frozen=True, eq=False)
 class PackedSegment:
@@ -68,6 +72,10 @@ class PackedSegment:
     @property
     def blocks(self) -> int:
         return self.first.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
 
     @cached_property
     def as_operand(self) -> PackedTokens | None:

@@ -19,10 +19,11 @@ token, w coordinates per nibble, 64 tokens per block.
 - ``encode_grid(tokens, recipe)``: the same onto uniform grids: codes, and steps and middles
   ``float16 [B, H, T / 64, groups, 64]``.
 
-``reference`` (torch) is the living definition of every op; ``cpu`` is C++. A backend may lack an op that others
-make up: ``offers`` tells. ``reference`` lacks the encoders, which the codecs of ``qjl.methods`` compose and define.
-``QJL_BACKEND=reference|cpu|auto`` chooses; automatically it is ``cpu`` where that was compiled. Tensors that are not
-on a CPU always meet ``reference``.
+``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs. A backend may lack
+an op that others make up: ``offers`` tells. ``reference`` lacks the encoders, which the codecs of ``qjl.methods``
+compose and define. ``QJL_BACKEND=reference|cpu|triton|auto`` chooses. Automatically tensors on a CPU meet ``cpu`` where
+that was compiled, and those on a CUDA device ``triton`` where that is installed, also if ``cpu`` was chosen; all others
+meet ``reference``. ``triton`` takes tensors on a CPU under ``TRITON_INTERPRET=1`` alone.
 """
 
 from __future__ import annotations
@@ -30,25 +31,28 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.ops import cpu, reference
 from qjl.ops.cpu import library
+from qjl.ops.triton import runtime
 
 AUTOMATIC = "auto"
 VARIABLE = "QJL_BACKEND"
 
 _log = logging.getLogger("qjl")
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_IS_HERE = {"cpu": library.is_installed, "triton": runtime.is_usable, "reference": lambda: True}
 _chosen: str | None = None
 
 
 def backends() -> list[str]:
     """Names of the backends that this installation can run."""
-    return [name for name in _BACKENDS if name != "cpu" or library.is_installed()]
+    return [name for name, is_here in _IS_HERE.items() if is_here()]
 
 
 def use_backend(name: str) -> None:
@@ -74,16 +78,48 @@ def offers(op: str, tensor: Tensor) -> bool:
     return hasattr(_backend(tensor), op)
 
 
+def backend_of(device: torch.device) -> str:
+    """Name of the backend that tensors on this device meet.
+
+    Raises:
+        QJLError: if ``triton`` was chosen, and cannot take them.
+    """
+    chosen = active_backend()
+    if device.type == "cuda" and chosen != "reference":
+        return _automatic_on_gpu()
+    if device.type != "cpu":
+        return "reference"
+    if chosen == "triton" and not runtime.is_interpreted():
+        raise QJLError("the triton backend takes tensors on a GPU: move the model there, or choose another backend.")
+    return chosen
+
+
 def _backend(tensor: Tensor) -> ModuleType:
-    return _BACKENDS[active_backend()] if tensor.device.type == "cpu" else reference
+    return _module(backend_of(tensor.device))
+
+
+@cache
+def _module(name: str) -> ModuleType:
+    return {"cpu": cpu, "reference": reference}.get(name) or import_module("qjl.ops.triton.ops")
 
 
 def _checked(name: str) -> str:
-    if name not in _BACKENDS:
+    if name not in _IS_HERE:
         raise QJLError(f"backend {name!r} is not available here: choose one of {', '.join(backends())}.")
     if name == "cpu":
         library.load()
+    if name == "triton":
+        runtime.require()
     return name
+
+
+@cache
+def _automatic_on_gpu() -> str:
+    if not runtime.is_usable():
+        _log.warning("Triton is not installed: on the GPU the slow reference backend is in use.")
+        return "reference"
+    _log.info("The triton backend is in use on the GPU.")
+    return "triton"
 
 
 @cache  # so that it is said once
