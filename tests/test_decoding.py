@@ -156,8 +156,8 @@ def test_one_token_that_takes_all_weight(error):
     assert error(layer, 20 * queries[:, :, -1:], Scoring(0.125)) < 20 * TOLERANCE
 
 
-def test_far_positions_turn_the_mean_as_the_model_does(error):
-    """Angles of 100,000 radians are rounded to float32 by models, and the mean must be turned by the same ones."""
+def test_far_positions_turn_the_mean_exactly(error):
+    """Angles of 100,000 radians lose three digits in float32."""
     model = Model(group=2)
     layer = CacheLayer(Transform(2), Balanced(2, metric=False), source=LayerSource(rope=model.rope))
     made = model.tokens(100_000 + torch.arange(460)[None])

@@ -56,7 +56,7 @@ def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) 
 
 
 def _takes_one_step(query: Tensor, exact: ExactSegment, packed: PackedSegment) -> bool:
-    """Whether the backend takes packed and exact tokens at once: on a CPU few rows, for which looking up beats decoding."""
+    """Whether the backend takes all tokens at once: on a CPU for few rows, where looking up beats decoding."""
     rows = query.shape[1] // exact.keys.shape[1] * query.shape[2]
     is_worth_it = rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
     return is_worth_it and ops.offers("attend", query) and packed.as_operand is not None

@@ -19,6 +19,7 @@ TOKENS = tl.constexpr(BLOCK)  # of a block; TILE, of one or half of one, are tak
 CHUNK = tl.constexpr(32)  # coordinates of a map at once
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+TAU = tl.constexpr(6.283185307179586)
 TINY = tl.constexpr(1e-30)
 
 
@@ -348,7 +349,8 @@ def packed_part(
                 position = tl.load(first + row * blocks + begin // TOKENS) + begin % TOKENS
             else:
                 position = tl.load(pages.origins + row) + tile * TILE
-            angle = position.to(tl.float32) * inv_freq
+            turns = position.to(tl.float64) * inv_freq.to(tl.float64) / TAU
+            angle = ((turns - tl.floor(turns)) * TAU).to(tl.float32)
             cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
             scores = tl.dot(along * cos + across * sin, cos_table, scores, input_precision=PRECISION)
             scores = tl.dot(across * cos - along * sin, sin_table, scores, input_precision=PRECISION)
