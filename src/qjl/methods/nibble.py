@@ -105,7 +105,7 @@ class Mean:
         """What takes mu to ``R_n mu``."""
         if self.rope is None:
             return None
-        angles = self.rope.angles(positions).transpose(1, 2).contiguous()
+        angles = self.rope.angles(positions).transpose(1, 2)
         return Turn(angles.cos() * self.rope.scaling, angles.sin() * self.rope.scaling, self.rope.interleaved)
 
     def turned(self) -> forms.Turn | None:

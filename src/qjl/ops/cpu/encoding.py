@@ -1,9 +1,10 @@
-"""encode and encode_grid in C++ (``csrc/encode.inl``, ``csrc/grid.inl``)."""
+"""encode and encode_grid in C++ (``csrc/encode.inl``, ``csrc/encode/grid.inl``)."""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,6 +93,8 @@ class _EncodeGrid(ctypes.Structure):
 
 def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Tensor, Tensor]:
     tokens = _readable(tokens)
+    if turn is not None:
+        turn = replace(turn, cos=turn.cos.contiguous(), sin=turn.sin.contiguous())
     codes = _empty_codes(tokens, sum(part.nibbles for part in recipe.parts) // 2)
     scales = torch.empty((*codes.shape[:3], BLOCK), dtype=torch.float16 if recipe.units is None else torch.uint8)
     operation = _Encode(
