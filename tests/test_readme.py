@@ -82,13 +82,30 @@ def test_the_readme_names_every_preset():
 
 def test_the_speed_of_the_readme_is_the_measured_one():
     text = (ROOT / "README.md").read_text()
-    rows = [json.loads(line) for line in (ROOT / "docs/results/decode.jsonl").read_text().splitlines()]
-    for row in rows:
-        ratios = " | ".join(
-            f"{row[f'ratio_{name}']:.1f} ({row[f'spread_{name}'][0]:.1f} to {row[f'spread_{name}'][1]:.1f})"
-            for name in ("torch_bf16", "torch_fp32", "fp16_avx2")
-        )
+    for row in _measured("decode"):
+        ratios = _ratios(row, "torch_bf16", "torch_fp32", "fp16_avx2")
         assert f"| `{row['preset']}` | {row['tokens']:,} | {row['head_dim']} | {row['ms']:.1f} | {ratios} |" in text
+
+
+def test_the_speed_of_a_whole_model_is_the_measured_one():
+    text = (ROOT / "README.md").read_text()
+    ours = [row for row in _measured("generate") if row["preset"].startswith("b3")]
+    assert ours
+    for row in ours:
+        ratios = _ratios(row, "dynamic_bf16", "dynamic_fp32")
+        dtype = row["preset"].split()[1]
+        assert f"| `b3`, model in {dtype} | {row['tokens']:,} | {row['tokens_per_second']:.1f} | {ratios} |" in text
+
+
+def _measured(name):
+    return [json.loads(line) for line in (ROOT / f"docs/results/{name}.jsonl").read_text().splitlines()]
+
+
+def _ratios(row, *baselines):
+    return " | ".join(
+        f"{row[f'ratio_{name}']:.1f} ({row[f'spread_{name}'][0]:.1f} to {row[f'spread_{name}'][1]:.1f})"
+        for name in baselines
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

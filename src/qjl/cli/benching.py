@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qjl.bench.protocol import Settings
 
 Row = dict[str, Any]
+LONG = 32768  # tokens: what a step costs at any length hardly counts there
 _Presets = Annotated[
     list[str] | None,
     typer.Option("--preset", "-p", show_default=DEFAULT_PRESET, help="May be given several times."),
@@ -236,9 +237,11 @@ def _tell_growth(rows: Sequence[Row]) -> None:
 
     for preset in dict.fromkeys(row["preset"] for row in rows):
         chosen = [row for row in rows if row["preset"] == preset]
-        sizes = [row["tokens"] for row in chosen]
-        growth = exponent(sizes, [row["ms"] for row in chosen])
-        notes.print(f"{preset}: time grows as n^{growth:.2f} from {min(sizes)} to {max(sizes)} tokens.", soft_wrap=True)
+        for part in (chosen, [row for row in chosen if row["tokens"] >= LONG]):
+            sizes, times = [row["tokens"] for row in part], [row["ms"] for row in part]
+            if len(set(sizes)) > 1:
+                growth = f"n^{exponent(sizes, times):.2f} from {min(sizes)} to {max(sizes)} tokens"
+                notes.print(f"{preset}: time grows as {growth}.", soft_wrap=True)
 
 
 def _draw(rows: list[Row], plot: Path) -> None:
