@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 import xml.etree.ElementTree as ET
 from types import SimpleNamespace
 
@@ -155,6 +156,12 @@ def test_ratios_are_taken_round_by_round():
 
 def test_copies_fill_the_caches_twice():
     assert [timing.copies_for(nbytes) for nbytes in (1 << 20, 1 << 17, 1 << 16, 50_000)] == [1, 1, 2, 3]
+
+
+def test_work_of_another_process_is_timed_by_the_wall():
+    works = {"elsewhere": [lambda: time.sleep(0.02)]}
+    assert timing.interleave(works, 1, threads=1).ms("elsewhere") < 10
+    assert timing.interleave(works, 1, threads=1, clock=time.perf_counter_ns).ms("elsewhere") >= 20
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.3])

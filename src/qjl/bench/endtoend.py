@@ -6,6 +6,7 @@ takes is the time beyond that of a step over ``BASE`` tokens, timed in the same 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -173,7 +174,7 @@ class Race:
                     base.fill(BASE)
             works: dict[str, Sequence[Work]] = {name: [one.step] for name, one in self.contestants.items()}
             works |= {_base(name): [base.step] for name, base in self.bases.items()}
-            timings = interleave(works, repeats, self.threads, on_round)
+            timings = interleave(works, repeats, self.threads, on_round, clock=time.perf_counter_ns)
             for name in self.contestants:
                 yield self._row(name, context, repeats, timings, errors.get(name))
 

@@ -63,10 +63,14 @@ def spread(numbers: Sequence[float]) -> Spread:
 
 
 def interleave(
-    works: Mapping[str, Sequence[Work]], repeats: int, threads: int, on_round: Callable[[], None] = lambda: None
+    works: Mapping[str, Sequence[Work]],
+    repeats: int,
+    threads: int,
+    on_round: Callable[[], None] = lambda: None,
+    clock: Callable[[], int] | None = None,
 ) -> Timings:
     """Time each work once per round, in an order that changes; a first round does not count."""
-    clock = clock_of(threads)
+    clock = clock or clock_of(threads)
     shuffled = random.Random(0)
     rounds: dict[str, list[float]] = {name: [] for name in works}
     with use_threads(threads), torch.inference_mode():

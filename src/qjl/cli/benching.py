@@ -38,7 +38,9 @@ _Presets = Annotated[
 _HeadDim = Annotated[int, typer.Option(min=8, help="Numbers per key.")]
 _KVHeads = Annotated[int, typer.Option(min=1, help="Key-value heads of the layer.")]
 _Group = Annotated[int, typer.Option(min=1, help="Query heads that share a key-value head.")]
-_Threads = Annotated[int, typer.Option(min=1, help="One is timed by its CPU time, several by the clock on the wall.")]
+_Threads = Annotated[
+    int, typer.Option(min=1, help="One is timed by its CPU time; several, and whole models, by the clock on the wall.")
+]
 _Repeats = Annotated[int, typer.Option(min=1, help="Rounds, each of which times everything once.")]
 _Dtype = Annotated[str, typer.Option(help="Of queries and exact tokens: float32, bfloat16 or float16.")]
 _Output = Annotated[Path | None, typer.Option("--out", help="Append JSON lines to this file.")]
