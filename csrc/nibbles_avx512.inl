@@ -72,8 +72,8 @@ struct RowSums {
 // codes [bytes][64], tables [bytes][ROWS][64 bytes], factors [(bytes + 1) / 2][ROWS][2] -> sums [ROWS][64] by four;
 // `soon` is what will be read next: as many bytes as codes
 template <int ROWS>
-__attribute__((noinline)) void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors, int32_t* sums,
-                const uint8_t* soon) {
+__attribute__((noinline)) void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables,
+                                          const int32_t* factors, int32_t* sums, const uint8_t* soon) {
     constexpr int64_t NEXT = ROWS * 64;
     const int64_t ahead = bytes * 64;  // the next block, as a rule
     RowSums first, second, third, fourth;

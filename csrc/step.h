@@ -4,7 +4,8 @@
 #include <stdint.h>
 
 // Packed keys or values of a layer: code_dim coordinates, each a sum of nibble look-ups, times a scale per token (and
-// group of coordinates), plus a middle where there is one; `map` takes a query to that space and, transposed, sums back.
+// group of coordinates), plus a middle where there is one; `map` takes a query to that space, and, transposed, sums
+// back.
 // Strides count bytes over batch, head and block.
 struct QjlSide {
     const uint8_t* codes;   // [nibbles / 2][64] in each block
@@ -55,8 +56,9 @@ struct QjlTurn {
     const float* step;          // [2][pairs]: cos and sin of 128 inv_freq
     const double* anchor_step;  // the same of 8 * 128 inv_freq
     const int32_t* coordinates;                  // [2][pairs]: first and second coordinate of each pair
-    const float* down;  // [(pairs - direct) / 4, rounded up][cosine, sine][RANK][4 pairs]: slow frequencies by what they share
-    const float* up;    // [direct + RANK][cosine, sine][64]: at inv_freq times .5, 4.5, ... 60.5, 1.5, ...; then what they share
+    const float* down;  // [(pairs - direct) / 4, rounded up][cosine, sine][RANK][4 pairs]: slow frequencies
+    const float* up;    // [direct + RANK][cosine, sine][64]: at inv_freq times .5, 4.5, ... 60.5, 1.5, ...; then what
+                        // slow frequencies share
     int64_t pairs, direct;
     float scaling;
 };

@@ -29,7 +29,8 @@ using namespace nibbles;
 // Pieces of work
 
 // Caps and masks scores; their base is 2 from here on.
-inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, int64_t blocks, float* scores) {
+inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, int64_t blocks,
+                          float* scores) {
     const QjlStep& s = h.s;
     const int64_t step = s.bias_stride[3];
     for (int64_t r = 0; r < rows; ++r) {

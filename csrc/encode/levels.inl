@@ -1,4 +1,4 @@
-// Scalar quantizers: the nearest level of each coordinate at the best of a few gains (ScalarCode of src/qjl/codebook.py).
+// Scalar quantizers (ScalarCode of src/qjl/codebook.py): nearest levels of coordinates at the best of a few gains.
 //
 // A level is found by comparisons with edges, from the middle one on. Bit d of its path tells whether x lay above the
 // edge at depth d; the edges of depth d lie at tree[2^d + path so far], levels and patterns of bits at [path].

@@ -36,7 +36,9 @@ inline void round_tokens(const float* rows, int64_t dim, const float* norms, int
 template <class Stored>
 float product(const float* row, const Stored* token, int64_t dim) {
     Wide sums{};
-    for (int64_t i = 0; i < dim; i += WIDTH) sums += first_widened(row + i, dim - i) * first_widened(token + i, dim - i);
+    for (int64_t i = 0; i < dim; i += WIDTH) {
+        sums += first_widened(row + i, dim - i) * first_widened(token + i, dim - i);
+    }
     float total = 0;
     for (int lane = 0; lane < WIDTH; ++lane) total += sums[lane];
     return total;

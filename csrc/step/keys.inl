@@ -22,7 +22,10 @@ struct Question {
     const float* query(int64_t r) const { return room.queries + r * side.head_dim; }
 
     __attribute__((noinline)) void map_queries() {
-        if (!side.map) return void(__builtin_memcpy(room.mapped, room.queries, MAX_ROWS * side.code_dim * sizeof(float)));
+        if (!side.map) {
+            __builtin_memcpy(room.mapped, room.queries, MAX_ROWS * side.code_dim * sizeof(float));
+            return;
+        }
         const Numbers map = map_of(side, h.head);
         for (int64_t i = 0; i < side.code_dim; ++i) {
             map.copy(i, room.row, side.head_dim);
@@ -104,7 +107,9 @@ struct Question {
         const float* mean = side.mean ? side.mean + h.head * side.head_dim : nullptr;
         for (int64_t r = 0; r < rows; ++r) {
             asked.constants[r] = mean ? dot(query(r), mean, side.head_dim) : 0;
-            if (h.s.turn) asked.constants[r] -= turn_apart(*h.s.turn, query(r), mean, asked.turned + r * 2 * h.s.turn->pairs);
+            if (const QjlTurn* turn = h.s.turn) {
+                asked.constants[r] -= turn_apart(*turn, query(r), mean, asked.turned + r * 2 * turn->pairs);
+            }
         }
     }
 

@@ -44,7 +44,8 @@ struct Merge {
         const auto sums = [&](int64_t r) { return room.mapped + (r < rows ? r : 0) * side.code_dim; };
         if (side.map) {
             map_of(side, h.head)
-                .add_to({to(0), to(1), to(2), to(3)}, {sums(0), sums(1), sums(2), sums(3)}, side.code_dim, side.head_dim);
+                .add_to({to(0), to(1), to(2), to(3)}, {sums(0), sums(1), sums(2), sums(3)}, side.code_dim,
+                        side.head_dim);
         } else {
             for (int64_t r = 0; r < rows; ++r) add_scaled(to(r), sums(r), 1, side.code_dim);
         }

@@ -16,7 +16,8 @@ QJL_INLINE void arrange_by_four(const F16 (&tokens)[4], F16 (&by_four)[4]) {
 QJL_INLINE void store_in_order(float* tokens, const F16& a, const F16& b, const F16& c, const F16& d) {
     const auto even = in_turn(a, c), odd = in_turn(b, d);
     const auto first = in_turn(even.low, odd.low), last = in_turn(even.high, odd.high);
-    store(tokens, first.low), store(tokens + 16, first.high), store(tokens + 32, last.low), store(tokens + 48, last.high);
+    store(tokens, first.low), store(tokens + 16, first.high);
+    store(tokens + 32, last.low), store(tokens + 48, last.high);
 }
 
 template <class Floats>
@@ -105,7 +106,8 @@ struct Numbers {
     }
 
     // to[r] += sum over rows of factors[r][row] * row, for four r, of which some may be the same.
-    __attribute__((noinline)) void add_to(float* const (&to)[4], const float* const (&factors)[4], int64_t rows, int64_t n) const {
+    __attribute__((noinline)) void add_to(float* const (&to)[4], const float* const (&factors)[4], int64_t rows,
+                                          int64_t n) const {
         int64_t i = 0;
         for (; i + 16 <= n; i += 16) {
             F16 a = load<F16>(to[0] + i), b = load<F16>(to[1] + i), c = load<F16>(to[2] + i), d = load<F16>(to[3] + i);

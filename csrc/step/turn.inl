@@ -92,7 +92,8 @@ struct Turn {
     __attribute__((noinline)) void join_slow() const {
         constexpr int LANES = sizeof(Native) / sizeof(float);
         alignas(64) float parts[4][4 * RANK]{};
-        const float *even = even_of(0), *odd = odd_of(0), *other_even = even_of(ROWS - 1), *other_odd = odd_of(ROWS - 1);
+        const float *even = even_of(0), *odd = odd_of(0);
+        const float *other_even = even_of(ROWS - 1), *other_odd = odd_of(ROWS - 1);
         for (int i = 0; i < 4 * RANK; i += LANES) {
             Native a{}, b{}, c{}, d{};
             const float* table = t.down + i;
@@ -118,7 +119,8 @@ struct Turn {
             Parts first, second;
             const float *table = t.up + step, *of_function = room.shared;
             for (int64_t f = 0; f < t.direct; ++f, table += 128) {
-                add_steps<ROWS>(first, second, table, even_of(0)[f], odd_of(0)[f], even_of(ROWS - 1)[f], odd_of(ROWS - 1)[f]);
+                add_steps<ROWS>(first, second, table, even_of(0)[f], odd_of(0)[f], even_of(ROWS - 1)[f],
+                                odd_of(ROWS - 1)[f]);
             }
             for (int k = 0; k < RANK; ++k, table += 128, of_function += 4) {
                 add_steps<ROWS>(first, second, table, of_function[0], of_function[1], of_function[2], of_function[3]);
