@@ -63,7 +63,7 @@ def _coded(codec, x, first, blocks):
 
 
 def _are_as_good(codec, x, first, expected, found):
-    """Whether two codes of a token are a tie: in angle, or in distance at one of the gains.
+    """Whether the code found is no worse than the one expected: in angle, or in distance at one of the gains.
 
     With several gains a tie with a third code at one of them changes which angles are compared at all, so that these
     may differ by a little more than rounding.
@@ -73,7 +73,7 @@ def _are_as_good(codec, x, first, expected, found):
     _, after, _ = _coded(codec, x, first, found)
     angle_before, angle_after = (_sine_squared(z * root, decoded * root) for decoded in (before, after))
     tolerance = 0.02 if isinstance(getattr(codec, "encoder", None), SignCode) else 2e-3 if len(gains) > 1 else 1e-4
-    is_tie = (angle_after - angle_before).abs() <= tolerance * angle_before + 2e-5
+    is_tie = angle_after - angle_before <= tolerance * angle_before + 2e-5
     for gain in gains:
         distances = [(gain * z - decoded).square().mean(-1) for decoded in (before, after)]
         is_tie |= (distances[1] - distances[0]).abs() <= 1e-4 * distances[0]
