@@ -156,5 +156,5 @@ def _explanation(result: Comparison, dtype: str) -> str:
     return (
         f"Cache: {result.prompt_tokens:,} prompt tokens and the answer, against 16 bits per number{exact}. "
         f"KL and likeliest token: over the next {result.checked_tokens} tokens of the essay, decoded over the "
-        "packed codes. Speed: of decoding; the quantized attention is plain torch so far, without kernels."
+        "packed codes. Speed: of decoding."
     )
