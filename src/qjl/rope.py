@@ -29,12 +29,20 @@ class Rope:
         """R_n x for ``x [B, H, T, D]`` and ``positions [B, T]``."""
         return self._apply(x, self.angles(positions)[:, None], self.scaling)
 
+    def rotate_exactly(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The same by exact angles."""
+        return self._apply(x, self.exact_angles(positions)[:, None], self.scaling)
+
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """R_n^-1 x, the same shapes."""
         return self._apply(x, -self.angles(positions)[:, None], 1 / self.scaling)
 
     def angles(self, positions: Tensor) -> Tensor:
-        """``[...] -> float32 [..., F]``, less whole turns: exact at any position, unlike a product in float32."""
+        """``[...] -> float32 [..., F]``, rounded as models round them."""
+        return positions[..., None].float() * self.inv_freq.to(positions.device)
+
+    def exact_angles(self, positions: Tensor) -> Tensor:
+        """The same less whole turns, exact at any position; takes eighty times as long."""
         return (positions[..., None].double() * self.inv_freq.double().to(positions.device)).remainder(math.tau).float()
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -99,13 +99,13 @@ class Mean:
         mean = self.vector.float()[None, :, None, :]
         if self.rope is None:
             return mean
-        return self.rope.rotate(mean.expand(positions.shape[0], -1, positions.shape[1], -1), positions)
+        return self.rope.rotate_exactly(mean.expand(positions.shape[0], -1, positions.shape[1], -1), positions)
 
     def turn(self, positions: Tensor) -> Turn | None:
         """What takes mu to ``R_n mu``."""
         if self.rope is None:
             return None
-        angles = self.rope.angles(positions).transpose(1, 2)
+        angles = self.rope.exact_angles(positions).transpose(1, 2)
         return Turn(angles.cos() * self.rope.scaling, angles.sin() * self.rope.scaling, self.rope.interleaved)
 
     def turned(self) -> forms.Turn | None:
@@ -131,11 +131,11 @@ class Mean:
         m_first, m_second, m_rest = rope.split(mean)
         real = (q_first * m_first + q_second * m_second) * rope.scaling
         imaginary = (q_second * m_first - q_first * m_second) * rope.scaling
-        start = rope.angles(first)[:, None, None]  # [B, 1, 1, blocks, F]
+        start = rope.exact_angles(first)[:, None, None]  # [B, 1, 1, blocks, F]
         cos, sin = start.cos(), start.sin()
         real, imaginary = real[..., None, :], imaginary[..., None, :]
         turned = torch.cat([real * cos + imaginary * sin, imaginary * cos - real * sin], dim=-1)
-        steps = rope.angles(torch.arange(BLOCK, device=query.device))  # [64, F]
+        steps = rope.exact_angles(torch.arange(BLOCK, device=query.device))  # [64, F]
         table = torch.cat([steps.cos(), steps.sin()], dim=-1)
         return (turned @ table.T).flatten(3) + (q_rest * m_rest).sum(-1, keepdim=True)
 
