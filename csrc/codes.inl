@@ -9,13 +9,6 @@ namespace codes {
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
-// The lanes of a and b in turn, from lane FIRST of each.
-template <int FIRST, class Vector, int... I>
-Vector interleave(Vector a, Vector b, Indices<I...>) {
-    constexpr int N = sizeof...(I);
-    return __builtin_shufflevector(a, b, (FIRST + I / 2 + I % 2 * N)...);
-}
-
 template <int N, class Vector>
 void transpose(Vector (&rows)[N]) {
     using Lanes = typename Count<N>::Up;
@@ -24,8 +17,8 @@ void transpose(Vector (&rows)[N]) {
         Vector turned[N];
 #pragma GCC unroll 16
         for (int i = 0; i < N / 2; ++i) {
-            turned[2 * i] = interleave<0>(rows[i], rows[i + N / 2], Lanes());
-            turned[2 * i + 1] = interleave<N / 2>(rows[i], rows[i + N / 2], Lanes());
+            turned[2 * i] = in_turn<0>(rows[i], rows[i + N / 2], Lanes());
+            turned[2 * i + 1] = in_turn<N / 2>(rows[i], rows[i + N / 2], Lanes());
         }
 #pragma GCC unroll 16
         for (int i = 0; i < N; ++i) rows[i] = turned[i];
@@ -84,8 +77,8 @@ inline void unpack_square(const uint8_t* block, uint8_t* nibbles, int64_t count)
     transpose(rows);
     for (int t = 0; t < SIDE; ++t) {
         const Bytes low = rows[t] & 15, high = rows[t] >> 4;
-        store(nibbles + t * count, interleave<0>(low, high, Count<SIDE>::Up()));
-        store(nibbles + t * count + SIDE, interleave<SIDE / 2>(low, high, Count<SIDE>::Up()));
+        store(nibbles + t * count, in_turn<0>(low, high, Count<SIDE>::Up()));
+        store(nibbles + t * count + SIDE, in_turn<SIDE / 2>(low, high, Count<SIDE>::Up()));
     }
 }
 

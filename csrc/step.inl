@@ -43,15 +43,6 @@ inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_
     }
 }
 
-inline void ask(const QjlStep& s, int64_t pair, Scratch& room) {
-    const Head h{s, pair / s.heads, pair % s.heads};
-    for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
-        const Asked asked = asked_of(s, pair, row);
-        const float factor = s.scores ? 1 : s.softcap > 0 ? s.scaling : s.scaling * LOG2E;
-        Question{h, s.keys, room, asked, fewer(MAX_ROWS, s.rows - row)}.ask(row, factor);
-    }
-}
-
 // Calls `use(block, blocks)` for every tile of a split, with its scores in the room: [rows][TILE][64].
 template <class Use>
 void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked, Scratch& room,
@@ -68,7 +59,7 @@ void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked,
 }
 
 inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
-    const Head h{s, pair / s.heads, pair % s.heads};
+    const Head h = head_of(s, pair);
     for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
         const int64_t rows = fewer(MAX_ROWS, s.rows - row);
         Sums sums(h, room, row, rows);
@@ -82,7 +73,7 @@ inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch
 
 // Raw scores of the packed tokens alone, as the benchmark of the scan wants them.
 inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
-    const Head h{s, pair / s.heads, pair % s.heads};
+    const Head h = head_of(s, pair);
     for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
         const int64_t rows = fewer(MAX_ROWS, s.rows - row);
         score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
@@ -100,7 +91,12 @@ inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch&
 
 inline void ask_item(const QjlStep& s, int64_t pair, int worker) {
     Scratch room = scratch_of(s, worker);
-    ask(s, pair, room);
+    const Head h = head_of(s, pair);
+    for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
+        const Asked asked = asked_of(s, pair, row);
+        const float factor = s.scores ? 1 : s.softcap > 0 ? s.scaling : s.scaling * LOG2E;
+        Question{h, s.keys, room, asked, fewer(MAX_ROWS, s.rows - row)}.ask(row, factor);
+    }
 }
 
 inline void packed_item(const QjlStep& s, int64_t item, int worker) {
@@ -111,7 +107,7 @@ inline void packed_item(const QjlStep& s, int64_t item, int worker) {
 inline void finish_item(const QjlStep& s, int64_t pair, int worker) {
     Scratch room = scratch_of(s, worker);
     attend_exact(s, pair, room);
-    Merge{s, {s, pair / s.heads, pair % s.heads}, pair, room}.run();
+    Merge{s, head_of(s, pair), pair, room}.run();
 }
 
 inline int64_t workspace(const QjlStep& s, int64_t workers) { return shared_bytes(s) + workers * scratch_bytes(s); }

@@ -35,7 +35,6 @@ inline Wide square_root(Wide x) {
 }
 
 inline Wide smaller(Wide a, Wide b) { return a < b ? a : b; }
-inline Wide larger(Wide a, Wide b) { return a > b ? a : b; }
 
 inline void zero(float* to, int64_t count) { __builtin_memset(to, 0, count * sizeof(float)); }
 

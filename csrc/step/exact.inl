@@ -1,5 +1,3 @@
-// Tokens in full precision.
-
 // Tokens in full precision, MOST of them at a time.
 struct ExactTokens {
     static constexpr int64_t MOST = 64;
@@ -80,7 +78,7 @@ struct ExactTokens {
 };
 
 inline void attend_exact(const QjlStep& s, int64_t pair, Scratch& room) {
-    const Head h{s, pair / s.heads, pair % s.heads};
+    const Head h = head_of(s, pair);
     const ExactTokens tokens{h, room, exact_of(s, pair)};
     tokens.clear();
     for (int64_t i = 0; i < s.exact_count; ++i) tokens.add(s.exact[i]);

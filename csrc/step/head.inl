@@ -17,6 +17,8 @@ struct Head {
     }
 };
 
+inline Head head_of(const QjlStep& s, int64_t pair) { return {s, pair / s.heads, pair % s.heads}; }
+
 inline Numbers map_of(const QjlSide& side, int64_t head) {
     const int64_t bytes = head * side.map_stride * (side.map_is_half ? 2 : 4);
     return {static_cast<const uint8_t*>(side.map) + bytes, side.head_dim, side.map_is_half ? 2 : 0};
