@@ -11,16 +11,33 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn.attention.flex_attention import flex_attention
 from typer.testing import CliRunner
 
 import tiny_checkpoint
 from qjl import attention, cli, models, ops, plots, texts
-from qjl.bench import baselines, decode, endtoend, faiss_scans, kernels, llama, timing
-from qjl.bench.protocol import Inaccurate, relative_error, require_accurate, using_backend
+from qjl.bench import (
+    baselines,
+    caches,
+    decode,
+    encode,
+    endtoend,
+    faiss_scans,
+    kernels,
+    llama,
+    peak,
+    places,
+    random_models,
+    throughput,
+    timing,
+)
+from qjl.bench.protocol import Inaccurate, Settings, relative_error, require_accurate, using_backend
 from qjl.bench.synthetic import DISTINCT, Maker, Shape, fill
 from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
 from qjl.ops.cpu import library
+from qjl.plots import steps
 from qjl.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(not library.is_installed(), reason="needs the compiled baselines")
@@ -36,7 +53,7 @@ SHAPE = Shape(head_dim=64, kv_heads=2, group=2)
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
     """Caches and reads of a few kilobytes, so that few copies are made."""
-    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(places.OnCPU, "cache_bytes", 1 << 16)
     monkeypatch.setattr(baselines, "READ_BYTES", 1 << 20)
 
 
@@ -75,20 +92,21 @@ def test_flash_decode_is_attention(heads, group, tokens, head_dim, threads, gene
     scores = query.double() @ keys.double().transpose(1, 2) * head_dim**-0.5
     expected = scores.softmax(-1) @ values.double()
     with timing.use_threads(threads):
-        out = baselines.flash_decode(query, keys, values, head_dim**-0.5)
-    assert relative_error(out, expected) < 3e-6
+        out = baselines.flash_decode(query[None], keys[None], values[None], head_dim**-0.5)
+    assert relative_error(out[0], expected) < 3e-6
 
 
 def test_flash_decode_of_scores_that_overflow_an_exponential(generator):
     query, (keys, values) = torch.full((1, 1, 64), 40.0), torch.randn(2, 1, 100, 64, generator=generator).half()
     expected = (query.double() @ keys.double().transpose(1, 2)).softmax(-1) @ values.double()
-    assert relative_error(baselines.flash_decode(query, keys, values, 1.0), expected) < 1e-4
+    out = baselines.flash_decode(query[None], keys[None], values[None], 1.0)
+    assert relative_error(out[0], expected) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_attention_is_that_of_every_query_head(dtype, generator):
     query, keys, values = (torch.randn(2, n, 64, generator=generator).to(dtype) for n in (3, 100, 100))
-    out = baselines.grouped_attention(query, keys, values, 0.125)
+    out = baselines.grouped_attention(query[None], keys[None], values[None], 0.125)[0]
     for head in range(3):
         alone = (query[:, head, None].double() @ keys.double().transpose(1, 2) * 0.125).softmax(-1) @ values.double()
         assert relative_error(out[:, head, None], alone) < (0.02 if dtype == torch.bfloat16 else 1e-5)
@@ -121,11 +139,31 @@ def test_the_popcount_scan_is_not_asked_for_what_it_cannot_do():
 @pytest.mark.skipif(not faiss_scans.is_installed(), reason="needs faiss-cpu")
 def test_faiss_scans_with_equally_many_bits():
     for name in (faiss_scans.PQ, faiss_scans.RABITQ):
-        work, *_ = faiss_scans.works(name, 128, 4096, SHAPE)
+        (work,) = faiss_scans.works(name, 128, 4096, SHAPE, copies=1)
         (distances, _), *others = work()
         assert distances.shape == (SHAPE.group, faiss_scans.TOP)
         assert len(others) == SHAPE.kv_heads - 1
-    assert faiss_scans.works(faiss_scans.PQ, 512, 4096, SHAPE) == []
+    assert faiss_scans.works(faiss_scans.PQ, 512, 4096, SHAPE, copies=1) == []
+
+
+@pytest.mark.parametrize("attend", [baselines.flash_attention, baselines.flexible_attention])
+def test_what_a_gpu_is_compared_with_is_attention_too(attend, monkeypatch, generator):
+    monkeypatch.setattr(baselines, "_compiled_flex_attention", lambda: flex_attention)
+    query, keys, values = (torch.randn(2, 3, n, 64, generator=generator).bfloat16() for n in (4, 128, 128))
+    out = attend(query, keys, values, 0.125)
+    assert relative_error(out, baselines.grouped_attention(query, keys, values, 0.125)) < 0.02
+
+
+def test_what_does_not_compile_is_not_compared_with(monkeypatch):
+    def broken():
+        raise TorchDynamoException
+
+    monkeypatch.setattr(baselines, "_compiled_flex_attention", broken)
+    result = run("decode", "-n", "200", *SMALL, "--against", "flash_bf16", "--against", "flex_bf16", "--json")
+    (row,) = rows_of(result)
+    assert row["ratio_flash_bf16"] > 0
+    assert row["ratio_flex_bf16"] is None
+    assert "Not compared at b3, 200 tokens: flex_bf16." in result.stderr
 
 
 # Timing
@@ -155,13 +193,14 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_copies_fill_the_caches_twice():
-    assert [timing.copies_for(nbytes) for nbytes in (1 << 20, 1 << 17, 1 << 16, 50_000)] == [1, 1, 2, 3]
+    place = places.OnCPU(threads=1)
+    assert [places.copies_for(nbytes, place) for nbytes in (1 << 20, 1 << 17, 1 << 16, 50_000)] == [1, 1, 2, 3]
 
 
 def test_work_of_another_process_is_timed_by_the_wall():
     works = {"elsewhere": [lambda: time.sleep(0.02)]}
     assert timing.interleave(works, 1, threads=1).ms("elsewhere") < 10
-    assert timing.interleave(works, 1, threads=1, clock=time.perf_counter_ns).ms("elsewhere") >= 20
+    assert timing.interleave(works, 1, threads=1, stopwatch=timing.wall_ms).ms("elsewhere") >= 20
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.3])
@@ -244,6 +283,15 @@ def test_decode_tells_what_it_measured(backend):
         assert row["operations"] == 4 * 4 * 64 * row["tokens"]
 
 
+def test_a_batch_is_so_many_layers_in_one():
+    (one,) = rows_of(run("decode", "-n", "200", *SMALL, "--json"))
+    (three,) = rows_of(run("decode", "-n", "200", *SMALL, "--batch", "3", "--json"))
+    assert three["batch"] == 3
+    for field in ("bytes", "packed_bytes", "operations"):
+        assert three[field] == 3 * one[field]
+    assert three["exact_tokens"] == one["exact_tokens"]
+
+
 @pytest.mark.usefixtures("compiled")
 def test_the_gate_does_not_see_the_rounding_of_bfloat16():
     (row,) = rows_of(run("decode", "-n", "200", *SMALL, "--dtype", "bfloat16", "--json"))
@@ -291,9 +339,9 @@ def test_what_is_wrong_gets_no_speed(error, monkeypatch):
 
 
 def test_the_gate_lets_small_errors_through():
-    require_accurate(1e-4, "this")
+    require_accurate(1e-4, "this", "cpu")
     with pytest.raises(Inaccurate):
-        require_accurate(1.1e-4, "this")
+        require_accurate(1.1e-4, "this", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +355,14 @@ def test_the_gate_lets_small_errors_through():
         (["decode", "--plot", "a.pdf"], "give a name that ends in .svg or .png"),
         (["decode", "--out", "/nowhere/rows.jsonl"], "cannot write to /nowhere/rows.jsonl"),
         (["kernels", "--signs", "100"], "m=100 does not pack into bytes"),
+        (["decode", "--against", "cudnn"], "'cudnn' is no baseline: choose from"),
+        (["decode", "--device", "tpu"], "device 'tpu' is unknown or not available here"),
+        (["encode", "--out", "/nowhere/rows.jsonl"], "cannot write to /nowhere/rows.jsonl"),
         (["generate", "--against", "vllm"], "'vllm' is not compared with"),
+        (["memory", "--against", "llama.cpp"], "'llama.cpp' is not compared with: choose from dynamic, quanto, hqq"),
+        (["memory", "--random", "llama-9"], "no shape is known by the name 'llama-9': choose from llama-3.1-8b, toy"),
+        (["throughput", "--random", "toy", "--memory", "1M", "-n", "64"], "the weights alone take"),
+        (["throughput", "--memory", "much"], "memory 'much' is not a size"),
     ],
 )
 def test_refusals_are_one_sentence_and_exit_with_2(arguments, message):
@@ -362,7 +417,7 @@ def test_worse_codes_are_an_error():
         quantize=lambda x, first: x if ops.active_backend() == "reference" else 0.99 * x,
         dequantize=lambda blocks, first: 0.5 * blocks,
     )
-    error = kernels._encoding_error(codec, torch.ones(1, 1, 64, 8), torch.zeros(1, 1), 1)
+    error = encode.encoding_error(codec, torch.ones(1, 1, 64, 8), torch.zeros(1, 1), 1)
     assert error == pytest.approx(0.01, rel=1e-4)
 
 
@@ -396,7 +451,7 @@ def test_generate_compares_caches(checkpoint):
 
 @pytest.mark.usefixtures("essays")
 def test_caches_of_generate_hold_the_same_tokens(checkpoint):
-    race = endtoend.Race(checkpoint, [PRESETS["full"]], [endtoend.DYNAMIC], 300, 1)
+    race = endtoend.Race(checkpoint, [PRESETS["full"]], [caches.DYNAMIC], 300, 1)
     logits = {}
     for name, one in race.contestants.items():
         one.fill(300)
@@ -476,6 +531,107 @@ def test_a_gguf_for_other_engines_is_kept(tmp_path, monkeypatch):
         models.fetch_gguf(str(own))
 
 
+# bench encode
+
+
+@pytest.mark.usefixtures("reference")
+def test_encode_tells_how_the_share_of_a_prompt_falls():
+    rows = rows_of(run("encode", "-p", "b2", "-n", "128", "-n", "256", *SMALL, "--json"))
+    assert [(row["tokens"], row["role"]) for row in rows] == [(n, role) for n in (128, 256) for role in encode.ROLES]
+    for row in rows:
+        assert row["case"] == "encode"
+        assert row["share_of_prefill"] == pytest.approx(row["ms"] / row["prefill_ms"])
+        assert row["ms"] == pytest.approx(row["ns_per_vector"] * row["tokens"] * 2 / 1e6)
+
+
+def test_a_whole_prefill_is_causal_attention_of_all_queries():
+    settings = Settings(Shape(16, 2, 3, batch=2), torch.float32)
+    work = encode.whole_prefill(64, settings)
+    out = work()
+    assert out.shape == (2, 6, 64, 16)
+    query, keys, values = (x.double() for x in work.args)
+    scores = query.unflatten(1, (2, 3)) @ keys[:, :, None].transpose(3, 4) * 16**-0.5
+    scores = scores.masked_fill(~torch.ones(64, 64).tril().bool(), -torch.inf)
+    assert relative_error(out, (scores.softmax(-1) @ values[:, :, None]).flatten(1, 2)) < 1e-5
+
+
+# bench memory and bench throughput
+
+TOY = ("--random", "toy", "--against", "dynamic", "--dtype", "float32", "--threads", "1")
+
+
+def test_memory_weighs_and_times_every_cache(tmp_path):
+    picture = tmp_path / "memory.svg"
+    arguments = ("-n", "200", "-n", "400", "--steps", "2", "--repeats", "2", "--plot", str(picture))
+    rows = rows_of(run("memory", *TOY, *arguments, "--json"))
+    assert [(row["tokens"], row["preset"]) for row in rows] == [(n, p) for n in (200, 400) for p in ("b3", "dynamic")]
+    for ours, own in zip(rows[::2], rows[1::2], strict=True):
+        assert own["cache_bytes"] == 2 * 2 * 2 * 64 * 4 * (own["tokens"] + 2)  # layers, keys and values, heads, numbers
+        assert ours["smaller_than_dynamic"] == own["cache_bytes"] / ours["cache_bytes"]
+        assert own["ratio_dynamic"] == own["ratio_prefill_dynamic"] == 1
+        assert min(ours["ms"], ours["prefill_ms"], ours["ratio_dynamic"], ours["ratio_prefill_dynamic"]) > 0
+        assert ours["max_error"] <= 1e-4
+        assert own["max_error"] is own["backend"] is None
+        assert own["weights_bytes"] == ours["weights_bytes"] > 4 * 512 * 256
+    assert rows[2]["smaller_than_dynamic"] > rows[0]["smaller_than_dynamic"]
+    assert ET.fromstring(picture.read_text()).tag.endswith("svg")
+
+
+@pytest.mark.skipif(not peak.CLEAR.exists(), reason="the peak of a process is told on Linux")
+def test_throughput_fills_the_memory(tmp_path):
+    rows_file, picture = tmp_path / "rows.jsonl", tmp_path / "throughput.svg"
+    arguments = ("-n", "256", "--memory", "24M", "--steps", "2", "--out", str(rows_file), "--plot", str(picture))
+    result = run("throughput", *TOY, *arguments)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    largest = {row["preset"]: row for row in rows if row["is_largest"]}
+    assert list(largest) == ["dynamic", "b3"]
+    for row in rows:
+        assert row["weights_bytes"] + row["peak_bytes"] <= 24 << 20
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["ms"])
+        assert row["batch"] <= largest[row["preset"]]["batch"]
+    assert largest["b3"]["batch"] > 2 * largest["dynamic"]["batch"]
+    speeds = [largest[name]["tokens_per_second"] for name in ("b3", "dynamic")]
+    assert largest["b3"]["ratio_dynamic"] == pytest.approx(speeds[0] / speeds[1])
+    assert ET.fromstring(picture.read_text()).tag.endswith("svg")
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 64, 1000])
+def test_the_largest_batch_is_found_to_one_part_in_twenty(most):
+    asked = []
+
+    def fits(batch):
+        asked.append(batch)
+        return batch <= most
+
+    throughput.search(fits)
+    found = max((batch for batch in asked if batch <= most), default=0)
+    assert most - found <= most / 20
+    assert len(asked) == len(set(asked)) <= 2 * 11
+
+
+@pytest.mark.skipif(not peak.CLEAR.exists(), reason="the peak of a process is told on Linux")
+def test_the_peak_is_the_most_that_was_held_at_once():
+    most = peak.Peak(torch.device("cpu"))
+    kept = torch.ones(4 << 20)
+    most.restart()
+    for _ in range(3):
+        torch.ones(8 << 20)
+    assert 0.9 * (12 << 22) < most.nbytes < 1.3 * (12 << 22)
+    most.restart()
+    assert 0.9 * kept.nbytes < most.nbytes < 1.5 * kept.nbytes
+
+
+@pytest.mark.parametrize("peer", [peer for peer in caches.QUANTIZED if caches.is_installed(peer)])
+def test_bytes_of_transformers_quantized_caches_are_those_of_their_codes(peer):
+    model = random_models.make("toy", torch.device("cpu"), torch.float32)
+    make = caches.makers(model, [], [peer])[peer]
+    cache, numbers = make(), 2 * 2 * 2 * 64 * 512
+    with torch.inference_mode():
+        model(input_ids=torch.ones(1, 512, dtype=torch.int64), past_key_values=cache)
+    assert 0.5 * numbers < caches.nbytes(cache) < 0.7 * numbers
+
+
 # Pictures
 
 
@@ -504,9 +660,9 @@ def rows():
 
 
 def test_the_picture_tells_how_time_grows(rows):
-    curves = plots._curves(rows)
+    curves = steps._curves(rows)
     assert [curve.label for curve in curves] == ["b3, n^1.00", "b2, n^1.00", "torch bf16, n^1.00", "fp16 avx2, n^1.50"]
-    assert [curve.label for curve in plots._curves(rows[:1])] == ["b3", "torch bf16", "fp16 avx2"]
+    assert [curve.label for curve in steps._curves(rows[:1])] == ["b3", "torch bf16", "fp16 avx2"]
     picture = plots.benchmark(rows)
     assert ET.fromstring(picture).tag.endswith("svg")
     assert plots.benchmark(list(reversed(rows))).count(b"<path") == picture.count(b"<path")
@@ -521,7 +677,7 @@ def test_a_png_and_nothing_to_draw(rows, refuses):
         plots.benchmark([])
 
 
-@pytest.mark.parametrize("command", [[], ["decode"], ["kernels"], ["generate"]], ids=lambda command: " ".join(command))
+@pytest.mark.parametrize("command", ["", "decode", "encode", "kernels", "generate", "memory", "throughput"])
 def test_help_ends_in_an_example(command):
-    example = run(*command, "--help").stdout.strip().splitlines()[-1]
-    assert example.strip().startswith(f"Example: qjl bench {' '.join(command)}".strip())
+    example = run(*command.split(), "--help").stdout.strip().splitlines()[-1]
+    assert example.strip().startswith(f"Example: qjl bench {command}".strip())

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from qjl import plots
+from qjl.plots import pareto
 
 PRESETS = {
     "b2": (2.1, 0.03),
@@ -87,7 +88,7 @@ def test_names_are_there_and_hide_no_point_and_no_other_name(rows, monkeypatch):
     ],
 )
 def test_a_family_is_what_stands_before_the_size(preset, stem):
-    assert plots._stem(preset) == stem
+    assert pareto._stem(preset) == stem
 
 
 def test_full_precision_is_not_drawn(rows, refuses):

@@ -168,7 +168,7 @@ def load(
         QJLError: the model is missing, damaged or out of reach, the device or dtype is unknown or not
             available, or the cache folder cannot take the converted model.
     """
-    place, number_type = _device(device), _dtype(dtype)
+    place, number_type = as_device(device), _dtype(dtype)
     source = _source(name, local_files_only, progress)
     with _load_errors(name, source), _transformers_bars(source == name and progress):
         model = AutoModelForCausalLM.from_pretrained(
@@ -248,7 +248,8 @@ def weights_bytes(config: PretrainedConfig) -> int:
     return sum(weight.numel() * weight.element_size() for weight in _skeleton(config).parameters())
 
 
-def _device(device: torch.device | str) -> torch.device:
+def as_device(device: torch.device | str) -> torch.device:
+    """Raises QJLError unless tensors can be put there."""
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -257,14 +258,21 @@ def _device(device: torch.device | str) -> torch.device:
         ) from error
 
 
+def as_dtype(name: str) -> torch.dtype:
+    """One of the ``DTYPES``.
+
+    Raises:
+        QJLError: if it is none.
+    """
+    if name not in DTYPES:
+        raise QJLError(f"dtype {name!r} is unknown: use one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     if dtype is None:
         return "auto"
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise QJLError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return dtype if isinstance(dtype, torch.dtype) else as_dtype(dtype)
 
 
 def _source(name: str, local_files_only: bool, progress: bool) -> str:

@@ -6,15 +6,21 @@ import ctypes
 from collections.abc import Callable
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 from qjl.errors import QJLError
 from qjl.ops.cpu import library
 
 READ_BYTES = 1 << 28
+BF16, FP32, FP16 = "torch_bf16", "torch_fp32", "fp16_avx2"
+FLASH, FLEX = "flash_bf16", "flex_bf16"
 
 
 class _FlashDecode(ctypes.Structure):
@@ -43,27 +49,70 @@ def require_compiled() -> None:
 
 
 def flash_decode(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """Attention of ``query [H, group, D]`` over float16 ``keys, values [H, T, D]``: float32 ``[H, group, D]``."""
+    """Attention of ``query [B, H, group, D]`` over float16 ``keys, values [B, H, T, D]``, in float32."""
     query = query.float().contiguous()
     out = torch.empty_like(query)
     pointers = (x.data_ptr() for x in (query, keys, values, out))
-    heads, group, head_dim = query.shape
-    library.call("qjl_flash_decode", _FlashDecode(*pointers, heads, group, keys.shape[1], head_dim, scaling))
+    batch, heads, group, head_dim = query.shape
+    sizes = (batch * heads, group, keys.shape[2], head_dim)
+    library.call("qjl_flash_decode", _FlashDecode(*pointers, *sizes, scaling))
     return out
 
 
 def grouped_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
-    """torch's, of ``query [H, group, D]`` over ``keys, values [H, T, D]``: the group takes the place of the tokens.
+    """torch's, of ``query [B, H, group, D]`` over ``keys, values [B, H, T, D]``: the group takes the tokens' place.
 
     With ``enable_gqa`` torch takes about ten times as long on a CPU.
     """
-    return F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scaling)[0]
+    return F.scaled_dot_product_attention(query, keys, values, scale=scaling)
 
 
-def multiply(size: int) -> Callable[[], Tensor]:
-    """A product of square float32 matrices that stay in the caches: as much arithmetic as the machine can do."""
-    a, b = torch.randn(2, size, size)
-    return lambda: a @ b
+def flash_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """The same by torch's flash backend and no other."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return grouped_attention(query, keys, values, scaling)
+
+
+def flexible_attention(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    """The same by FlexAttention, compiled."""
+    return _compiled_flex_attention()(query, keys, values, scale=scaling)
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Attention over keys and values in full, in this dtype."""
+
+    dtype: torch.dtype
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+    def runs_on(self, device: torch.device) -> bool:
+        """Whether it can be compiled there."""
+        tokens = torch.zeros(1, 1, 128, 64, dtype=self.dtype, device=device)
+        try:
+            self.attend(tokens[:, :, :16], tokens, tokens, 1.0)
+        except TorchDynamoException:
+            return False
+        return True
+
+
+BASELINES = {
+    FP16: Baseline(torch.float16, flash_decode),
+    BF16: Baseline(torch.bfloat16, grouped_attention),
+    FP32: Baseline(torch.float32, grouped_attention),
+    FLASH: Baseline(torch.bfloat16, flash_attention),
+    FLEX: Baseline(torch.bfloat16, flexible_attention),
+}
+
+
+def multiply(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Tensor], int]:
+    """A product of square matrices: as much arithmetic as the machine can do, and how many operations it is."""
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device)
+    return partial(torch.matmul, a, b), 2 * size**3
 
 
 @dataclass(frozen=True, eq=False)

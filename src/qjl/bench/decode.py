@@ -10,17 +10,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from qjl.attention import Scoring, attend
-from qjl.bench import baselines
-from qjl.bench.baselines import Reader, flash_decode, grouped_attention, multiply
+from qjl.bench.baselines import BASELINES, Baseline
+from qjl.bench.places import Place, copies_for
 from qjl.bench.protocol import (
-    BF16,
-    FP16,
-    FP32,
+    LIMIT,
     OURS,
-    READ,
     REFERENCE,
     Settings,
     compared,
@@ -32,13 +28,12 @@ from qjl.bench.protocol import (
     using_backend,
 )
 from qjl.bench.synthetic import Shape, Subject, fill
-from qjl.bench.timing import Timings, Work, copies_for, interleave, use_threads
+from qjl.bench.timing import Timings, Work, interleave, use_threads
 from qjl.cache import CacheLayer
 from qjl.presets import CacheConfig
 from qjl.records import Row
 
-BASELINES = {FP16: torch.float16, BF16: torch.bfloat16, FP32: torch.float32}  # the first keep their place in memory
-PEAK, PEAK_SIZE = "matmul", 768
+PEAK, EAGER = "matmul", "eager"
 SWEEP = tuple(2**power for power in range(10, 20))
 
 
@@ -49,26 +44,29 @@ def measure(config: CacheConfig, tokens: int, settings: Settings, on_round: Call
         Inaccurate: if the backend in use and the reference do not agree on it.
         QJLError: if no token would be packed, or the preset does not take this head_dim.
     """
-    baselines.require_compiled()
-    subject = fill(config, tokens, settings.shape, settings.dtype)
+    place = settings.place
+    limit = place.limit()
+    subject = fill(config, tokens, settings.shape, settings.dtype, settings.device)
     scoring = Scoring(settings.shape.scaling)
     error = max_error(subject, scoring, settings.threads)
-    require_accurate(error, f"{config.name} at {tokens} tokens")
-    layers = subject.copies(copies_for(subject.layer.nbytes))
-    reader = Reader()
-    works: dict[str, Sequence[Work]] = {
-        OURS: [partial(attend, subject.query, layer, scoring) for layer in layers],
-        READ: [reader],
-        PEAK: [multiply(PEAK_SIZE)],
-    }
-    works |= {name: works_of(name, tokens, settings) for name in affordable(tokens, settings)}
-    timings = interleave(works, settings.repeats, settings.threads, on_round)
+    require_accurate(error, f"{config.name} at {tokens} tokens", settings.backend, settings.most_error)
+    layers = subject.copies(copies_for(subject.layer.nbytes, place))
+    eager: list[Work] = [partial(attend, subject.query, layer, scoring) for layer in layers]
+    peak, operations = place.peak()
+    ours = [place.ready(work) for work in eager]
+    works: dict[str, Sequence[Work]] = {OURS: ours, LIMIT: [limit], PEAK: [peak]}
+    if ours != eager:
+        works[EAGER] = eager
+    names = settings.against or place.baselines
+    works |= {name: works_of(BASELINES[name], tokens, settings) for name in affordable(names, tokens, settings)}
+    timings = interleave(works, settings.repeats, settings.threads, on_round, place.stopwatch)
     return (
         head("decode", config.name, tokens, settings)
-        | compared(timings, (BF16, FP32, FP16))
-        | of_the_limit(subject.layer.nbytes, timings.ms(OURS), timings, reader)
+        | compared(timings, names)
+        | {"eager_ms": timings.ms(EAGER) if EAGER in works else None}
+        | of_the_limit(subject.layer.nbytes, timings.ms(OURS), timings, limit)
         | {"max_error": error}
-        | operations(tokens, settings.shape, timings)
+        | _operations(tokens, settings.shape, operations, timings)
         | _layer_facts(subject.layer)
         | conditions(settings)
     )
@@ -84,44 +82,44 @@ def max_error(subject: Subject, scoring: Scoring, threads: int) -> float:
     return relative_error(out, expected)
 
 
-def affordable(tokens: int, settings: Settings) -> list[str]:
-    """The baselines that fit into memory together."""
-    names, room = [], settings.memory
-    for name, dtype in BASELINES.items():
-        nbytes = baseline_bytes(tokens, settings.shape, dtype)
-        room -= nbytes * copies_for(nbytes)
-        if room >= 0:
-            names.append(name)
-    return names
+def affordable(names: Sequence[str], tokens: int, settings: Settings) -> list[str]:
+    """The baselines that run on the device and fit into memory together."""
+    found, room = [], settings.memory
+    for name in names:
+        nbytes = baseline_bytes(tokens, settings.shape, BASELINES[name].dtype)
+        room -= nbytes * copies_for(nbytes, settings.place)
+        if room >= 0 and BASELINES[name].runs_on(settings.device):
+            found.append(name)
+    return found
 
 
 def baseline_bytes(tokens: int, shape: Shape, dtype: torch.dtype) -> int:
     """Of keys and values in full."""
-    return 2 * shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
+    return 2 * shape.batch * shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
 
 
-def works_of(name: str, tokens: int, settings: Settings) -> list[Work]:
+def works_of(baseline: Baseline, tokens: int, settings: Settings) -> list[Work]:
     """A baseline on as many copies of keys and values as it takes to find none of them in a cache."""
-    shape, dtype = settings.shape, BASELINES[name]
-    query = torch.randn(shape.kv_heads, shape.group, shape.head_dim).to(dtype)
-    run = flash_decode if name == FP16 else grouped_attention
-    count = copies_for(baseline_bytes(tokens, shape, dtype))
-    pairs = [_keys_and_values(tokens, shape, dtype) for _ in range(count)]
-    return [partial(run, query, keys, values, shape.scaling) for keys, values in pairs]
+    shape, place = settings.shape, settings.place
+    query = _normal(shape.group, shape, baseline.dtype, place)
+    count = copies_for(baseline_bytes(tokens, shape, baseline.dtype), place)
+    states = (_normal(tokens, shape, baseline.dtype, place) for _ in range(2 * count))
+    pairs = zip(states, states, strict=True)
+    return [place.ready(partial(baseline.attend, query, keys, values, shape.scaling)) for keys, values in pairs]
 
 
-def _keys_and_values(tokens: int, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    keys, values = (torch.empty(shape.kv_heads, tokens, shape.head_dim, dtype=dtype).normal_() for _ in range(2))
-    return keys, values
+def _normal(length: int, shape: Shape, dtype: torch.dtype, place: Place) -> torch.Tensor:
+    size = (shape.batch, shape.kv_heads, length, shape.head_dim)
+    return torch.empty(size, dtype=dtype, device=place.device).normal_()
 
 
-def operations(tokens: int, shape: Shape, timings: Timings) -> Row:
-    """Multiplications and additions of attention in full precision, and the most a second of this machine, in float32.
+def _operations(tokens: int, shape: Shape, of_peak: int, timings: Timings) -> Row:
+    """Multiplications and additions of attention in full precision, and the most a second of this machine.
 
     Codes need fewer: on a roofline they may lie above it.
     """
-    peak = 2 * PEAK_SIZE**3 / timings.least_ms(PEAK) / 1e6
-    return {"operations": 4 * shape.kv_heads * shape.group * tokens * shape.head_dim, "peak_gflops": peak}
+    count = 4 * shape.batch * shape.kv_heads * shape.group * tokens * shape.head_dim
+    return {"operations": count, "peak_gflops": of_peak / timings.least_ms(PEAK) / 1e6}
 
 
 def _layer_facts(layer: CacheLayer) -> Row:

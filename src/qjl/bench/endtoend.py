@@ -6,40 +6,31 @@ takes is the time beyond that of a step over ``BASE`` tokens, timed in the same 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, QuantizedCache
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import models, ops, texts
-from qjl.architecture import layer_shapes, text_config
-from qjl.bench import llama, machine
+from qjl.architecture import layer_shapes
+from qjl.bench import caches, llama, machine
 from qjl.bench.protocol import REFERENCE, relative_error, require_accurate, using_backend
-from qjl.bench.timing import Timings, Work, interleave, use_threads
+from qjl.bench.timing import Timings, Work, interleave, use_threads, wall_ms
 from qjl.errors import QJLError
-from qjl.evals.decoding import prefill, refill
+from qjl.evals.decoding import prefill
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig
 from qjl.records import Row
 
 BASE = 16
-FITTED = 512  # tokens of the prompt that statistics come from
 MOST_LOGIT_ERROR = 1e-3  # attention's error, after all the layers of a model
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-DYNAMIC, LLAMA = "dynamic", "llama.cpp"
-QUANTIZED: Mapping[str, tuple[str, Mapping[str, int]]] = {  # transformers' own: package, settings
-    "quanto": ("optimum.quanto", {"nbits": 4}),
-    "hqq": ("hqq", {"nbits": 4, "axis_key": 1, "axis_value": 1}),
-}
-PEERS = (DYNAMIC, *QUANTIZED, LLAMA)
-EXTRA_PACKAGES = ("optimum-quanto", "hqq", "llama-cpp-python")
+LLAMA = "llama.cpp"
+PEERS = (*caches.PEERS, LLAMA)
 
 
 class Contestant(Protocol):
@@ -69,17 +60,7 @@ class Transformer:
     @torch.inference_mode()
     def fill(self, context: int) -> None:
         self.cache = self.make()
-        if isinstance(self.cache, KVCache):
-            first = DynamicCache(config=text_config(self.model.config))
-            self._update(first, context)
-            refill(self.cache, first)
-        else:
-            self._update(self.cache, context)
-
-    def _update(self, cache: Cache, context: int) -> None:
-        for index, pair in enumerate(self.exact):
-            keys, values = (x[:, :, :context].to(self.model.dtype) for x in pair)
-            cache.update(keys, values, index)
+        caches.refill(self.cache, self.exact, context, batch=1, dtype=self.model.dtype)
 
     def step(self) -> Tensor:
         token = torch.ones(1, 1, dtype=torch.int64)
@@ -87,17 +68,15 @@ class Transformer:
 
 
 def installed(peers: Sequence[str] = PEERS) -> list[str]:
-    """Those whose packages are here."""
-    return [peer for peer in peers if _is_installed(peer)]
+    """Those whose packages are here.
 
-
-def _is_installed(peer: str) -> bool:
-    if peer not in PEERS:
-        raise QJLError(f"{peer!r} is not compared with: choose from {', '.join(PEERS)}.")
-    if peer in QUANTIZED:
-        package, _ = QUANTIZED[peer]
-        return find_spec(package.partition(".")[0]) is not None and find_spec(package) is not None
-    return peer == DYNAMIC or llama.is_installed()
+    Raises:
+        QJLError: if one is none of the ``PEERS``.
+    """
+    for peer in peers:
+        if peer not in PEERS:
+            raise QJLError(f"{peer!r} is not compared with: choose from {', '.join(PEERS)}.")
+    return [peer for peer in peers if (llama.is_installed() if peer == LLAMA else caches.is_installed(peer))]
 
 
 class Race:
@@ -122,7 +101,7 @@ class Race:
         self.shapes = layer_shapes(network.config)
         self.contestants: dict[str, Contestant] = {}
         self.bases: dict[str, Contestant] = {}
-        ids = _ids(tokenizer, max(longest, FITTED))
+        ids = _ids(tokenizer, max(longest, caches.FITTED))
         with use_threads(threads):
             exact = _states(prefill(network, ids))
             for label, (model, _) in loaded.items():
@@ -139,17 +118,11 @@ class Race:
         exact: Sequence[tuple[Tensor, Tensor]],
         ids: Tensor,
     ) -> None:
-        config = text_config(model.config)
-        makers: dict[str, Callable[[], Cache]] = {one.name: partial(KVCache, model, one) for one in presets}
-        for make in makers.values():
-            with torch.inference_mode():
-                model(input_ids=ids[:, :FITTED], past_key_values=make(), logits_to_keep=1)  # fits the codecs
-        if DYNAMIC in peers:
-            makers[DYNAMIC] = partial(DynamicCache, config=config)
-        for peer in [peer for peer in peers if peer in QUANTIZED]:
-            makers[peer] = partial(QuantizedCache, peer, config, **QUANTIZED[peer][1])
+        made = caches.makers(model, presets, peers)
+        for preset in presets:
+            caches.warm(model, made[preset.name], ids)
         for side in (self.contestants, self.bases):
-            side |= {f"{name} {label}": Transformer(model, make, exact) for name, make in makers.items()}
+            side |= {f"{name} {label}": Transformer(model, make, exact) for name, make in made.items()}
 
     def _add_llamas(self, path: Path, ids: list[int]) -> None:
         base = llama.Llama(path, llama.CACHES[0], ids[:BASE], self.threads)
@@ -174,7 +147,7 @@ class Race:
                     base.fill(BASE)
             works: dict[str, Sequence[Work]] = {name: [one.step] for name, one in self.contestants.items()}
             works |= {_base(name): [base.step] for name, base in self.bases.items()}
-            timings = interleave(works, repeats, self.threads, on_round, clock=time.perf_counter_ns)
+            timings = interleave(works, repeats, self.threads, on_round, wall_ms)
             for name in self.contestants:
                 yield self._row(name, context, repeats, timings, errors.get(name))
 
@@ -191,22 +164,22 @@ class Race:
             one.fill(context)
             with using_backend(REFERENCE):
                 error = relative_error(logits, one.step())
-        require_accurate(error, f"{name} at {context} tokens", MOST_LOGIT_ERROR)
+        require_accurate(error, f"{name} at {context} tokens", ops.active_backend(), MOST_LOGIT_ERROR)
         return error
 
     def _row(self, name: str, context: int, repeats: int, timings: Timings, error: float | None) -> Row:
         ms, beyond = timings.ms(name), timings.difference(name, _base(name))
         low, attention, high = (part / len(self.shapes) for part in (beyond.low, beyond.median, beyond.high))
-        ratios = {label: timings.ratio(f"{DYNAMIC} {label}", name) for label in DTYPES}
+        ratios = {label: timings.ratio(f"{caches.DYNAMIC} {label}", name) for label in DTYPES}
         return (
             {"case": "generate", "backend": ops.active_backend(), "preset": name, "tokens": context}
             | {"head_dim": self.shapes[0].head_dim, "ms": ms, "tokens_per_second": 1e3 / ms}
-            | {f"ratio_{DYNAMIC}_{label}": ratio and ratio.median for label, ratio in ratios.items()}
-            | {f"spread_{DYNAMIC}_{label}": ratio and [ratio.low, ratio.high] for label, ratio in ratios.items()}
+            | {f"ratio_{caches.DYNAMIC}_{label}": ratio and ratio.median for label, ratio in ratios.items()}
+            | {f"spread_{caches.DYNAMIC}_{label}": ratio and [ratio.low, ratio.high] for label, ratio in ratios.items()}
             | {"attention_ms_per_layer": attention, "spread_attention_ms_per_layer": [low, high], "max_error": error}
             | {"model": self.name, "threads": self.threads, "repeats": repeats, "isa": machine.instruction_set()}
             | {"machine": machine.describe()}
-            | {"versions": machine.versions((*machine.PACKAGES, *EXTRA_PACKAGES))}
+            | {"versions": machine.versions((*machine.PACKAGES, *caches.EXTRA_PACKAGES))}
         )
 
 

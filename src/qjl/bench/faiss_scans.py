@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qjl.bench.synthetic import Shape
-from qjl.bench.timing import Work, copies_for
+from qjl.bench.timing import Work
 
 PQ, RABITQ = "faiss_pq", "faiss_rabitq"
 TOP = 10
@@ -20,7 +20,7 @@ def is_installed() -> bool:
     return find_spec("faiss") is not None
 
 
-def works(name: str, m: int, tokens: int, shape: Shape) -> list[Work]:
+def works(name: str, m: int, tokens: int, shape: Shape, copies: int) -> list[Work]:
     """The best ten of all tokens for each query of every KV head, with m bits per token; none where FAISS cannot."""
     make = {PQ: _pq, RABITQ: _rabitq}[name]
     if not is_installed() or (name == PQ and shape.head_dim % (m // 4)):
@@ -31,7 +31,6 @@ def works(name: str, m: int, tokens: int, shape: Shape) -> list[Work]:
     index.train(generator.standard_normal((TRAINED, dim), dtype=np.float32))
     index.add(generator.standard_normal((tokens, dim), dtype=np.float32))
     queries = generator.standard_normal((shape.group, dim), dtype=np.float32)
-    copies = copies_for(shape.kv_heads * tokens * m // 8)
     return [_work(_clones(index, shape.kv_heads), queries) for _ in range(copies)]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qjl.ops.cpu import library
 
-PACKAGES = ("qjl", "torch", "transformers")
+PACKAGES = ("qjl", "torch", "transformers", "triton")
 CPU_INFO = Path("/proc/cpuinfo")
 
 

@@ -20,17 +20,19 @@ from qjl.presets import CacheConfig
 from qjl.rope import Rope
 from qjl.statistics import AttentionMoments, LayerStatistics, measure
 
+CPU = torch.device("cpu")
 DISTINCT = 2048
 MEASURED = 600  # tokens that statistics come from
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one attention layer."""
+    """Of one attention layer, and of how many sequences."""
 
     head_dim: int = 128
     kv_heads: int = 8
     group: int = 4
+    batch: int = 1
 
     @property
     def scaling(self) -> float:
@@ -82,7 +84,7 @@ class Maker:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A filled layer and the queries of its last token, ``[1, H * group, 1, D]``."""
+    """A filled layer and the queries of its last token, ``[B, H * group, 1, D]``."""
 
     layer: CacheLayer
     query: Tensor
@@ -93,8 +95,8 @@ class Subject:
 
 
 @torch.no_grad()
-def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype) -> Subject:
-    """A layer that holds ``tokens`` tokens.
+def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype, device: torch.device = CPU) -> Subject:
+    """A layer that holds ``tokens`` tokens, the same in each row of the batch, each row with bytes of its own.
 
     Raises:
         QJLError: if none of them would be packed, or the preset does not take this head_dim.
@@ -104,7 +106,7 @@ def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype) -> 
         raise QJLError(f"{config.name} keeps the last of {tokens} tokens exact and packs none: give {least} or more.")
     maker = Maker(shape)
     source = LayerSource(maker.rope, maker.statistics)
-    _fit(_layer(config, source), maker, dtype)
+    _fit(_layer(config, source), maker, dtype, device)
     fitted = dict(source.codecs)
     source.codecs |= {key: (_Repeating(keys), _Repeating(values)) for key, (keys, values) in fitted.items()}
     layer = _layer(config, source)
@@ -112,11 +114,14 @@ def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype) -> 
         count = min(DISTINCT, tokens - first)
         if first <= DISTINCT:  # what is encoded must have been made where it stands; all else is in its place
             positions = torch.arange(first, first + count)[None]
-            keys, values = maker.keys(positions).to(dtype), maker.values(count).to(dtype)
+            keys, values = (x.to(device, dtype) for x in (maker.keys(positions), maker.values(count)))
         layer.append(keys[:, :, :count], values[:, :, :count])
         layer.settle()
     source.codecs.update(fitted)
-    return Subject(layer, maker.queries(torch.tensor([[tokens - 1]])).to(dtype))
+    if shape.batch > 1:
+        layer.select(torch.zeros(shape.batch, dtype=torch.int64))
+    query = maker.queries(torch.tensor([[tokens - 1]])).to(device, dtype)
+    return Subject(layer, query.repeat(shape.batch, 1, 1, 1))
 
 
 def _layer(config: CacheConfig, source: LayerSource) -> CacheLayer:
@@ -130,10 +135,10 @@ def _layer(config: CacheConfig, source: LayerSource) -> CacheLayer:
     )
 
 
-def _fit(layer: CacheLayer, maker: Maker, dtype: torch.dtype) -> None:
+def _fit(layer: CacheLayer, maker: Maker, dtype: torch.dtype, device: torch.device) -> None:
     """Leave codecs in the layer's source: the first block that is packed does."""
     count = layer.sinks + layer.recent + BLOCK
-    layer.append(maker.keys(torch.arange(count)[None]).to(dtype), maker.values(count).to(dtype))
+    layer.append(maker.keys(torch.arange(count)[None]).to(device, dtype), maker.values(count).to(device, dtype))
     layer.settle()
 
 

@@ -1,7 +1,7 @@
 """Interleaved repeats: what is compared is timed in turn, so that a busy machine slows all of it alike.
 
 Every piece of work comes as several copies on buffers of their own, taken in rotation, so that what a run reads has
-left the processor's caches since it was read last.
+left the caches since it was read last. A stopwatch runs a piece of work and gives its milliseconds.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from qjl.errors import QJLError
 
 Work = Callable[[], object]
-CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-ASSUMED_CACHE_BYTES = 32 << 20  # where the system does not tell
-_UNITS = {"K": 1 << 10, "M": 1 << 20}
+Stopwatch = Callable[[Work], float]
 
 
 @dataclass(frozen=True)
@@ -67,26 +64,37 @@ def interleave(
     repeats: int,
     threads: int,
     on_round: Callable[[], None] = lambda: None,
-    clock: Callable[[], int] | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Timings:
     """Time each work once per round, in an order that changes; a first round does not count."""
-    clock = clock or clock_of(threads)
+    stopwatch = stopwatch or stopwatch_of(threads)
     shuffled = random.Random(0)
     rounds: dict[str, list[float]] = {name: [] for name in works}
     with use_threads(threads), torch.inference_mode():
         for turn in range(repeats + 1):
             for name in shuffled.sample(list(works), len(works)):
-                work = works[name][turn % len(works[name])]
-                start = clock()
-                work()
-                rounds[name].append((clock() - start) / 1e6)
+                rounds[name].append(stopwatch(works[name][turn % len(works[name])]))
             on_round()
     return Timings({name: times[1:] for name, times in rounds.items()})
 
 
-def clock_of(threads: int) -> Callable[[], int]:
+def stopwatch_of(threads: int) -> Stopwatch:
     """CPU time of one thread, which other programs disturb least; the wall clock for several."""
-    return time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    return thread_ms if threads == 1 else wall_ms
+
+
+def thread_ms(work: Work) -> float:
+    return _ms(time.thread_time_ns, work)
+
+
+def wall_ms(work: Work) -> float:
+    return _ms(time.perf_counter_ns, work)
+
+
+def _ms(clock: Callable[[], int], work: Work) -> float:
+    start = clock()
+    work()
+    return (clock() - start) / 1e6
 
 
 @contextmanager
@@ -97,16 +105,6 @@ def use_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def copies_for(nbytes: int) -> int:
-    """How many copies of ``nbytes`` must be read in turn for each to have left the caches."""
-    return -(-2 * last_level_cache_bytes() // max(nbytes, 1))
-
-
-def last_level_cache_bytes() -> int:
-    sizes = (path.read_text().strip() for path in CACHES.glob("index*/size"))
-    return max((int(size[:-1]) * _UNITS[size[-1]] for size in sizes), default=ASSUMED_CACHE_BYTES)
 
 
 def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:

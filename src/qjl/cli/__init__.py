@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qjl
-from qjl.cli import benching, demonstrating, measuring, planning, writing
+from qjl.cli import benching, demonstrating, measuring, planning, racing, writing
 from qjl.cli.common import EXAMPLES, Commands
 
 ENVIRONMENT = {
@@ -55,9 +55,14 @@ evaluations.command("frontier", epilog=EXAMPLES.format("qjl eval frontier --bits
 )
 app.add_typer(evaluations, name="eval")
 benchmarks.command("decode", epilog=EXAMPLES.format("qjl bench decode --sweep --plot decode.svg"))(benching.decode)
+benchmarks.command("encode", epilog=EXAMPLES.format("qjl bench encode --preset b3 --tokens 8192"))(benching.encode)
 benchmarks.command("kernels", epilog=EXAMPLES.format("qjl bench kernels --signs 256"))(benching.kernels)
 benchmarks.command("generate", epilog=EXAMPLES.format("qjl bench generate --tokens 8192 --against dynamic"))(
-    benching.generate
+    racing.generate
+)
+benchmarks.command("memory", epilog=EXAMPLES.format("qjl bench memory --tokens 4096 --plot memory.svg"))(racing.memory)
+benchmarks.command("throughput", epilog=EXAMPLES.format("qjl bench throughput --tokens 4096 --memory 2G"))(
+    racing.throughput
 )
 app.add_typer(benchmarks, name="bench")
 

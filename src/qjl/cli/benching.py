@@ -1,4 +1,4 @@
-"""Commands that time this machine: bench decode, bench kernels, bench generate."""
+"""Commands that time kernels: bench decode, bench encode, bench kernels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import typer
 
 from qjl.cli.common import (
     DEFAULT_PRESET,
-    EMBEDDED,
+    DeviceOption,
     JsonOption,
-    ModelOption,
     notes,
     out,
     print_json,
@@ -25,65 +24,86 @@ from qjl.cli.common import (
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
-    import torch
-
     from qjl.bench.protocol import Settings
+    from qjl.bench.synthetic import Shape
 
 Row = dict[str, Any]
 LONG = 32768  # tokens: what a step costs at any length hardly counts there
-_Presets = Annotated[
+PresetsOption = Annotated[
     list[str] | None,
     typer.Option("--preset", "-p", show_default=DEFAULT_PRESET, help="May be given several times."),
 ]
 _HeadDim = Annotated[int, typer.Option(min=8, help="Numbers per key.")]
 _KVHeads = Annotated[int, typer.Option(min=1, help="Key-value heads of the layer.")]
 _Group = Annotated[int, typer.Option(min=1, help="Query heads that share a key-value head.")]
-_Threads = Annotated[
+ThreadsOption = Annotated[
     int, typer.Option(min=1, help="One is timed by its CPU time; several, and whole models, by the clock on the wall.")
 ]
-_Repeats = Annotated[int, typer.Option(min=1, help="Rounds, each of which times everything once.")]
-_Dtype = Annotated[str, typer.Option(help="Of queries and exact tokens: float32, bfloat16 or float16.")]
-_Output = Annotated[Path | None, typer.Option("--out", help="Append JSON lines to this file.")]
-_Plot = Annotated[Path | None, typer.Option(help="Draw time against context, and a roofline: a .svg or .png file.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Rounds, each of which times everything once.")]
+_Batch = Annotated[int, typer.Option(min=1, help="Sequences of the same length.")]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        show_default="float32, on a GPU bfloat16", help="Of queries and exact tokens: float32, bfloat16 or float16."
+    ),
+]
+OutputOption = Annotated[Path | None, typer.Option("--out", help="Append JSON lines to this file.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(help="Draw time against context, and a roofline: a .svg or .png file.")
+]
 
 
 def decode(
-    preset: _Presets = None,
+    preset: PresetsOption = None,
     tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", show_default="32768", min=1)] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="1k to 512k tokens, and how the time grows.")] = False,
     head_dim: _HeadDim = 128,
     kv_heads: _KVHeads = 8,
     group: _Group = 4,
-    threads: _Threads = 1,
-    repeats: _Repeats = 15,
-    dtype: _Dtype = "float32",
-    memory: Annotated[str, typer.Option(help="Of the baselines; those that do not fit are left out.")] = "3G",
-    output: _Output = None,
-    plot: _Plot = None,
+    batch: _Batch = 1,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 1,
+    repeats: RepeatsOption = 15,
+    dtype: _Dtype = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default="the strongest of the device", help="torch_bf16, torch_fp32, fp16_avx2, flash_bf16, flex_bf16."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(show_default="3G, on a GPU 48G", help="Of the baselines; those that do not fit are left out."),
+    ] = None,
+    output: OutputOption = None,
+    plot: PlotOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Time one token's attention over a packed layer, beside full precision. First it must be right.
 
-    Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
-    line.
+    On a GPU, kernels are timed as a CUDA graph that is replayed. Exits with 1, and no speed, where the backend in use
+    and the reference differ. With --json, one object per case and line.
     """
     from qjl.bench.decode import SWEEP, measure
+    from qjl.bench.synthetic import Shape
     from qjl.plan import parse_memory
     from qjl.presets import resolve
 
-    settings = _settings(head_dim, kv_heads, group, threads, repeats, dtype, parse_memory(memory))
+    shape = Shape(head_dim, kv_heads, group, batch)
+    room = parse_memory(memory or ("48G" if device.startswith("cuda") else "3G"))
+    settings = _settings(shape, device, dtype, threads, repeats, room, _known(against))
     configs = [resolve(name) for name in preset or [DEFAULT_PRESET]]
     if sweep and tokens:
         raise QJLError("--sweep and --tokens were both given: give one of them.")
     lengths = SWEEP if sweep else tokens or [32768]
-    _require_places(output, plot)
+    require_places(output, plot)
     rows = []
-    with _passing(), _rounds(len(configs) * len(lengths), repeats, json_output) as on_round:
+    with passing(), rounds(len(configs) * len(lengths), repeats, json_output) as on_round:
         for config in configs:
             for length in lengths:
                 rows.append(measure(config, length, settings, on_round))
-                _report(rows[-1], output, json_output)
-    _tell_missing(rows)
+                report(rows[-1], output, json_output)
+    tell_missing(rows)
     if not json_output:
         out.print(_decode_table(rows))
     if len(lengths) > 1:
@@ -92,103 +112,113 @@ def decode(
         _draw(rows, plot)
 
 
+def encode(
+    preset: PresetsOption = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", show_default="1k to 128k", min=64)] = None,
+    head_dim: _HeadDim = 128,
+    kv_heads: _KVHeads = 8,
+    group: _Group = 4,
+    batch: _Batch = 1,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 1,
+    repeats: RepeatsOption = 5,
+    dtype: _Dtype = None,
+    output: OutputOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time the encoding of a prompt's keys and values, beside the attention of its prefill.
+
+    Exits with 1, and no speed, where codes are worse than the reference's. With --json, one object per case and line.
+    """
+    from qjl.bench.encode import PROMPTS, ROLES, measure
+    from qjl.bench.synthetic import Shape
+    from qjl.presets import resolve
+
+    settings = _settings(Shape(head_dim, kv_heads, group, batch), device, dtype, threads, repeats)
+    configs, lengths, rows = [resolve(name) for name in preset or [DEFAULT_PRESET]], tokens or PROMPTS, []
+    require_places(output, None)
+    with passing(), rounds(len(configs) * len(ROLES) * len(lengths), repeats, json_output) as on_round:
+        for config in configs:
+            for length in lengths:
+                for role in ROLES:
+                    rows.append(measure(config, role, length, settings, on_round))
+                    report(rows[-1], output, json_output)
+    if not json_output:
+        out.print(_encode_table(rows))
+
+
 def kernels(
-    preset: _Presets = None,
+    preset: PresetsOption = None,
     signs: Annotated[list[int] | None, typer.Option("--signs", show_default="128, 256, 512")] = None,
     bits: Annotated[list[int] | None, typer.Option("--bits", show_default="1, 2, 3, 4", min=1, max=4)] = None,
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=64)] = 32768,
     head_dim: _HeadDim = 128,
     kv_heads: _KVHeads = 8,
     group: _Group = 4,
-    threads: _Threads = 1,
-    repeats: _Repeats = 15,
-    dtype: _Dtype = "float32",
-    output: _Output = None,
+    threads: ThreadsOption = 1,
+    repeats: RepeatsOption = 15,
+    dtype: _Dtype = None,
+    output: OutputOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Time the scan of packed keys, for sketches of so many signs and codes of so many bits, and encoding.
+    """Time the CPU's scan of packed keys, for sketches of so many signs and codes of so many bits, and encoding.
 
     Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
     line.
     """
-    from qjl.bench.kernels import ROLES, encode, scan, scanned
+    from qjl.bench.encode import ROLES
+    from qjl.bench.encode import measure as measure_encoding
+    from qjl.bench.kernels import scan, scanned
+    from qjl.bench.synthetic import Shape
     from qjl.presets import resolve
 
-    settings = _settings(head_dim, kv_heads, group, threads, repeats, dtype)
+    settings = _settings(Shape(head_dim, kv_heads, group), "cpu", dtype, threads, repeats)
     configs = [resolve(name) for name in preset or [DEFAULT_PRESET]]
     codes = scanned(signs or [128, 256, 512], bits or [1, 2, 3, 4], head_dim)
-    _require_places(output, None)
+    require_places(output, None)
     scans, encodings = [], []
     cases = len(codes) + len(ROLES) * len(configs)
-    with _passing(), _rounds(cases, repeats, json_output) as on_round:
+    with passing(), rounds(cases, repeats, json_output) as on_round:
         for name, quantizer in codes.items():
             scans.append(scan(name, quantizer, tokens, settings, on_round))
-            _report(scans[-1], output, json_output)
+            report(scans[-1], output, json_output)
         for config in configs:
             for role in ROLES:
-                encodings.append(encode(config, role, tokens, settings, on_round))
-                _report(encodings[-1], output, json_output)
-    _tell_missing(scans)
+                encodings.append(measure_encoding(config, role, tokens, settings, on_round))
+                report(encodings[-1], output, json_output)
+    tell_missing(scans)
     if not json_output:
         out.print(_scan_table(scans))
         out.print(_encode_table(encodings))
 
 
-def generate(
-    model: ModelOption = EMBEDDED,
-    preset: _Presets = None,
-    tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", show_default="512, 2048, 8192", min=1)] = None,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(show_default="all that are installed", help="dynamic, quanto, hqq or llama.cpp."),
-    ] = None,
-    threads: _Threads = 2,
-    repeats: _Repeats = 16,
-    output: _Output = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Time decoding with a whole model, beside other caches and engines.
-
-    Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
-    line.
-    """
-    from qjl.bench.endtoend import PEERS, Race, installed
-    from qjl.presets import resolve
-
-    configs = [resolve(name) for name in preset or [DEFAULT_PRESET]]
-    peers, contexts = installed(against or PEERS), tokens or [512, 2048, 8192]
-    for peer in against or PEERS:
-        if peer not in peers:
-            notes.print(f"Left out: {peer}, whose package is not installed.")
-    _require_places(output, None)
-    rows = []
-    race = Race(model, configs, peers, max(contexts), threads, progress=notes.is_terminal and not json_output)
-    with _passing(), _rounds(len(contexts), repeats, json_output) as on_round:
-        for row in race.measure(contexts, repeats, on_round):
-            rows.append(row)
-            _report(row, output, json_output)
-    if not json_output:
-        out.print(_generate_table(rows))
-
-
 def _settings(
-    head_dim: int, kv_heads: int, group: int, threads: int, repeats: int, dtype: str, memory: int = 0
+    shape: Shape,
+    device: str,
+    dtype: str | None,
+    threads: int,
+    repeats: int,
+    memory: int = 0,
+    against: Sequence[str] = (),
 ) -> Settings:
     from qjl.bench.protocol import Settings
-    from qjl.bench.synthetic import Shape
+    from qjl.models import as_device, as_dtype
 
-    return Settings(Shape(head_dim, kv_heads, group), _dtype(dtype), threads, repeats, memory)
-
-
-def _dtype(name: str) -> torch.dtype:
-    from qjl.models import DTYPES
-
-    if name not in DTYPES:
-        raise QJLError(f"dtype {name!r} is unknown: use one of {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    place = as_device(device)
+    numbers = as_dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+    return Settings(shape, numbers, place, threads, repeats, memory, tuple(against))
 
 
-def _require_places(output: Path | None, plot: Path | None) -> None:
+def _known(baselines: list[str] | None) -> list[str]:
+    from qjl.bench.baselines import BASELINES
+
+    for name in baselines or []:
+        if name not in BASELINES:
+            raise QJLError(f"{name!r} is no baseline: choose from {', '.join(BASELINES)}.")
+    return baselines or []
+
+
+def require_places(output: Path | None, plot: Path | None) -> None:
     from qjl import plots, records
 
     if plot is not None:
@@ -198,7 +228,7 @@ def _require_places(output: Path | None, plot: Path | None) -> None:
 
 
 @contextmanager
-def _passing() -> Iterator[None]:
+def passing() -> Iterator[None]:
     """Ends with exit code 1 where the correctness gate does not open."""
     from qjl.bench.protocol import Inaccurate
 
@@ -210,12 +240,12 @@ def _passing() -> Iterator[None]:
 
 
 @contextmanager
-def _rounds(cases: int, repeats: int, quiet: bool) -> Iterator[Callable[[], None]]:
+def rounds(cases: int, repeats: int, quiet: bool) -> Iterator[Callable[[], None]]:
     with progress("Timing", cases * (repeats + 1), quiet) as advance:
         yield lambda: advance(1)
 
 
-def _report(row: Row, output: Path | None, json_output: bool) -> None:
+def report(row: Row, output: Path | None, json_output: bool) -> None:
     from qjl import records
 
     if json_output:
@@ -224,7 +254,7 @@ def _report(row: Row, output: Path | None, json_output: bool) -> None:
         records.append(output, row)
 
 
-def _tell_missing(rows: Iterable[Row]) -> None:
+def tell_missing(rows: Iterable[Row]) -> None:
     """What was not compared with, and where."""
     for row in rows:
         missing = [name.removeprefix("ms_") for name, value in row.items() if name.startswith("ms_") and value is None]
@@ -254,14 +284,15 @@ def _draw(rows: list[Row], plot: Path) -> None:
 
 
 def _decode_table(rows: list[Row]) -> Any:
-    columns = ("tokens", "ms", "x torch\nbf16", "x torch\nfp32", "x fp16\nAVX2", "of\nbandwidth", "error")
-    table = results_table("preset", *columns)
+    baselines = [name.removeprefix("ratio_") for name in rows[0] if name.startswith("ratio_")]
+    headings = [f"x {name.replace('_', chr(10))}" for name in baselines]
+    table = results_table("preset", "tokens", "ms", *headings, "of\nbandwidth", "error")
     for row in rows:
         table.add_row(
             row["preset"],
             str(row["tokens"]),
             f"{row['ms']:.3g}",
-            *(_ratio(row, name) for name in ("torch_bf16", "torch_fp32", "fp16_avx2")),
+            *(ratio(row, name) for name in baselines),
             f"{row['fraction_of_bandwidth']:.2f}",
             f"{row['max_error']:.0e}",
         )
@@ -277,7 +308,7 @@ def _scan_table(rows: list[Row]) -> Any:
             row["preset"],
             str(row["bits_per_key"]),
             f"{row['ns_per_vector']:.2f}",
-            *(_ratio(row, name) for name in ("popcount", "faiss_pq", "faiss_rabitq")),
+            *(ratio(row, name) for name in ("popcount", "faiss_pq", "faiss_rabitq")),
             f"{row['fraction_of_bandwidth']:.2f}",
         )
     table.caption = f"{rows[0]['tokens']} tokens, {_caption(rows[0])}"
@@ -285,36 +316,26 @@ def _scan_table(rows: list[Row]) -> Any:
 
 
 def _encode_table(rows: list[Row]) -> Any:
-    table = results_table("encoding", "of", "bits\nper vector", "ns\nper vector", "of the prefill's\nattention, %")
+    table = results_table(
+        "encoding", "of", "tokens", "bits\nper vector", "ns\nper vector", "of the prefill's\nattention, %"
+    )
     for row in rows:
         share = f"{100 * row['share_of_prefill']:.2f}"
         numbers = (f"{row['bits_per_vector']:.0f}", f"{row['ns_per_vector']:.0f}", share)
-        table.add_row(row["preset"], f"{row['role']}s", *numbers)
+        table.add_row(row["preset"], f"{row['role']}s", str(row["tokens"]), *numbers)
+    table.caption = _caption(rows[0])
     return table
 
 
-def _generate_table(rows: list[Row]) -> Any:
-    columns = ("context", "tokens/s", "x dynamic\nbf16", "x dynamic\nfp32", "attention,\nms/layer")
-    table = results_table("cache", *columns)
-    for row in rows:
-        table.add_row(
-            row["preset"],
-            str(row["tokens"]),
-            f"{row['tokens_per_second']:.1f}",
-            *(_ratio(row, f"dynamic_{label}") for label in ("bf16", "fp32")),
-            f"{row['attention_ms_per_layer']:.3f}",
-        )
-    table.caption = f"{rows[0]['model']}, {rows[0]['threads']} threads, {rows[0]['machine']}"
-    return table
-
-
-def _ratio(row: Row, name: str) -> str:
+def ratio(row: Row, name: str) -> str:
     """The median, and its quartiles."""
     ratio, spread = row[f"ratio_{name}"], row[f"spread_{name}"]
     return "-" if ratio is None else f"{times(ratio)} ({spread[0]:.1f}-{spread[1]:.1f})"
 
 
 def _caption(row: Row) -> str:
-    shape = f"{row['kv_heads']} x {row['group']} heads of {row['head_dim']}"
-    conditions = f"{row['threads']} thread(s), {row['backend']} backend ({row['isa']}), {row['machine']}"
-    return f"{shape}, {conditions}; memory reads at {row['bandwidth_gbs']:.1f} GB/s"
+    batch = f"{row['batch']} x " if row["batch"] > 1 else ""
+    shape = f"{batch}{row['kv_heads']} x {row['group']} heads of {row['head_dim']}"
+    how = f"{row['threads']} thread(s), " if row["device"] == "cpu" else ""
+    which = f"{row['backend']} backend" + (f" ({row['isa']})" if row["isa"] else "")
+    return f"{shape}, {how}{which}, {row['machine']}; memory moves at {row['bandwidth_gbs']:.1f} GB/s"
