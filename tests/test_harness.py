@@ -30,7 +30,10 @@ from tiny_checkpoint import CONTEXT, byte_tokenizer
 EXAMPLES = "Question: is grass green? Answer: yes. Question: is snow black? Answer: no. " * 3  # 228 tokens: bytes
 ASKED = [
     (EXAMPLES + "Question: is coal white? Answer:", " no."),
-    (EXAMPLES + "Question: is coal white? Answer:", " yes, but only in the longest of nights, when nobody looks at it."),
+    (
+        EXAMPLES + "Question: is coal white? Answer:",
+        " yes, but only in the longest of nights, when nobody looks at it.",
+    ),
     (EXAMPLES + "Question: is milk white? Answer:", " yes."),
     (EXAMPLES, "Question:"),
     ("Is milk white?", " Yes."),
@@ -116,6 +119,11 @@ def test_one_bit_hurts_where_codes_are_read_and_nowhere_else(packed):
     assert one_bit.reads.share == 0
 
 
+def test_a_context_read_in_chunks_reads_codes_itself(packed):
+    whole, chunks = (packed(ONE_BIT, chunk=chunk).loglikelihood(asked(*ASKED[:3])) for chunk in (None, 64))
+    assert (log_likelihoods(whole) - log_likelihoods(chunks)).abs().min() > 0.01
+
+
 def test_what_is_read_is_counted_by_token(packed):
     one_bit = packed(ONE_BIT)
     one_bit.loglikelihood(asked((EXAMPLES[:200], "abc")))
@@ -123,6 +131,13 @@ def test_what_is_read_is_counted_by_token(packed):
     one_bit = packed(ONE_BIT)
     one_bit.loglikelihood(asked((EXAMPLES[:200], "a" * 63)))
     assert one_bit.reads.codes == 61 * 192 + 2 * 256  # what is scored is quantized too, once it fills a block
+
+
+def test_what_is_read_while_generating_is_counted_by_row(packed):
+    one_bit, settings = packed(ONE_BIT), {"until": ["never"], "max_gen_toks": 3}
+    one_bit.generate_until(asked((EXAMPLES[:200], settings), (EXAMPLES[:100], settings), kind="generate_until"))
+    assert one_bit.reads.codes == 2 * 192 + 2 * 64  # the first token comes out of the exact prefill
+    assert one_bit.reads.tokens == 200 + 201 + 202 + 100 + 101 + 102
 
 
 def test_an_answer_does_not_depend_on_the_other_questions(packed):
@@ -239,6 +254,13 @@ def test_the_prebuilt_tasks_have_names(prebuilt, refuses):
         harness.load_tasks(["olmes/answers/rc_5shot"], shots=2)
 
 
+def test_a_task_of_no_name_is_refused(monkeypatch, refuses):
+    empty = harness.TaskManager(include_defaults=False)
+    monkeypatch.setattr(harness, "_manager", lambda include, include_defaults: empty)
+    with refuses("there is no task 'colors': take a name of lm-eval"):
+        harness.load_tasks(["colors"])
+
+
 # The command
 
 
@@ -258,6 +280,9 @@ def folder(tmp_path, monkeypatch):
     docs = [{"question": f"{EXAMPLES}Is {thing} white?", "label": label} for thing, label in things]
     (tmp_path / "colours.jsonl").write_text("\n".join(map(json.dumps, docs)))
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "broken.yaml").write_text(
+        "{task: broken, dataset_path: json, dataset_kwargs: {data_files: none.jsonl}}"
+    )
     (tmp_path / "colours.yaml").write_text(
         f"""
         task: colours
@@ -315,7 +340,8 @@ def test_a_result_without_codes_is_told(folder, checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "colors"], "there is no task 'colors'"),
+        (["--task", "olmes/colours/rc_5shot", "--shots", "1"], "has its examples written out"),
+        (["--task", "broken"], "task 'broken' cannot be loaded ("),
         (["--include", "{folder}/none"], "none is no folder"),
         (["--preset", "b17"], "unknown preset 'b17'"),
         (["--recent", "x"], "recent 'x' is no number of tokens"),

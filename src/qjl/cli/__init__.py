@@ -53,10 +53,9 @@ evaluations.command("fidelity", epilog=EXAMPLES.format("qjl eval fidelity --pres
 evaluations.command("frontier", epilog=EXAMPLES.format("qjl eval frontier --bits 2..4 --plot frontier.svg"))(
     measuring.frontier
 )
-evaluations.command(
-    "harness",
-    epilog=EXAMPLES.format("qjl eval harness --task olmes/piqa/rc_5shot --preset full --preset b3 --limit 100"),
-)(evaluating.harness)
+evaluations.command("harness", epilog=EXAMPLES.format("qjl eval harness --task olmes/piqa/rc_5shot --limit 100"))(
+    evaluating.harness
+)
 app.add_typer(evaluations, name="eval")
 benchmarks.command("decode", epilog=EXAMPLES.format("qjl bench decode --sweep --plot decode.svg"))(benching.decode)
 benchmarks.command("kernels", epilog=EXAMPLES.format("qjl bench kernels --signs 256"))(benching.kernels)

@@ -307,7 +307,7 @@ def load_tasks(names: Iterable[str], include: Path | None = None, shots: int | N
     """Tasks by name: prebuilt ones (``olmes/...``), those of a folder with YAML files, YAML files, lm-eval's own.
 
     Raises:
-        QJLError: for a task that is unknown, or whose data cannot be loaded, or that cannot have other ``shots``.
+        QJLError: for a task that is unknown, that cannot be loaded, or that cannot have other ``shots``.
     """
     if include is not None and not include.is_dir():
         raise QJLError(f"{include} is no folder: give one with the YAML files of your tasks.")
@@ -325,18 +325,24 @@ def _load_prebuilt(name: str, shots: int | None) -> Task:
 
 def _load(name: str, include: Path | None) -> Task:
     random.seed(0)  # as the harness does: some tasks shuffle their answers when they are loaded
-    for include_defaults in (False, True):  # which takes seconds
-        with contextlib.suppress(KeyError):
-            try:
-                return dict(_manager(include, include_defaults).load([name]))
-            except OSError as error:
-                raise QJLError(
-                    f"the data of task {name!r} cannot be loaded ({_first_line(error)}): where there is no hub, take "
-                    f"a prebuilt task such as {requests.PREFIX}hellaswag/rc_5shot, or a local one by --include."
-                ) from error
+    try:
+        return dict(_manager_of(name, include).load([name]))
+    except (OSError, KeyError, ValueError) as error:
+        raise QJLError(
+            f"task {name!r} cannot be loaded ({_first_line(error)}): where there is no hub, take a prebuilt task such "
+            f"as {requests.PREFIX}hellaswag/rc_5shot, or a local one by --include."
+        ) from error
+
+
+def _manager_of(name: str, include: Path | None) -> TaskManager:
+    """The smaller one that knows the task: to look through all of the harness's own takes seconds."""
+    for include_defaults in (False, True):
+        manager = _manager(include, include_defaults)
+        if name in manager.all_tasks or name.endswith(".yaml"):
+            return manager
     raise QJLError(
-        f"there is no task {name!r}: take a name of lm-eval, one in the folder given by --include, or a prebuilt one "
-        f"such as {requests.PREFIX}hellaswag/rc_5shot."
+        f"there is no task {name!r}: take a name of lm-eval, one in the folder given by --include, a .yaml file, or a "
+        f"prebuilt one such as {requests.PREFIX}hellaswag/rc_5shot."
     )
 
 
