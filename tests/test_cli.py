@@ -26,6 +26,7 @@ COMMANDS = (
     ["eval"],
     ["eval", "fidelity"],
     ["eval", "frontier"],
+    ["eval", "harness"],
 )
 DEMO_KEYS = {
     "preset",

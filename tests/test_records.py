@@ -69,3 +69,21 @@ def test_the_front_is_what_no_other_beats():
     ]
     assert [row["preset"] for row in records.pareto_front(rows)] == ["a", "b", "d"]
     assert records.pareto_front([]) == []
+
+
+def test_a_journal_keeps_answers_by_run(tmp_path):
+    path, run = tmp_path / "answers.jsonl", {"preset": "b2", "seed": 0}
+    journal = records.Journal(path, run)
+    assert [journal.answer([1, "a"], lambda: [0.1, None]) for _ in range(2)] == [[0.1, None]] * 2
+    with path.open("a") as file:
+        file.write('{"run": "half a li')
+    again = records.Journal(path, {"seed": 0, "preset": "b2"})
+    assert again.answer([1, "a"], lambda: "asked again") == [0.1, None]
+    assert again.answer([2, "a"], lambda: "another") == "another"
+    assert records.Journal(path, {"preset": "b3", "seed": 0}).answer([1, "a"], lambda: "another run") == "another run"
+    assert [row["answer"] for row in records.read(path)] == [[0.1, None], "another", "another run"]
+
+
+def test_a_journal_without_a_file_forgets():
+    assert records.Journal().answer("a", lambda: 1) == 1
+    assert records.Journal().answer("a", lambda: 2) == 2

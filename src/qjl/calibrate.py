@@ -39,12 +39,20 @@ def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
     path = statistics_path(model)
     if path is None:
         raise QJLError("statistics of a model sharded over processes or offloaded cannot be saved.")
+    statistics.save(path, measure(model, rows_of(model, tokenizer, text)), path.stem)
+    forget_statistics(model)
+    return path
+
+
+def rows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """The beginning of a text as a model is measured on it: ``int64 [at most 4, T]``, T at most 1,024.
+
+    Raises:
+        QJLError: if the text is shorter than 256 tokens.
+    """
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", ROW_TOKENS)
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, : ROWS * ROW_TOKENS]
     row = min(ROW_TOKENS, context, len(tokens))
     if row < MIN_TOKENS:
         raise QJLError(f"calibration needs a text of at least {MIN_TOKENS} tokens, this one has {row}.")
-    rows = tokens[: len(tokens) // row * row].view(-1, row)
-    statistics.save(path, measure(model, rows), path.stem)
-    forget_statistics(model)
-    return path
+    return tokens[: len(tokens) // row * row].view(-1, row)

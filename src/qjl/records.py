@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,37 @@ def append(path: Path, row: Row) -> None:
     """Write a row at the end of a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def digest(value: Any) -> str:
+    """A short name, the same for equal JSON: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Journal:
+    """Answers to requests, kept in JSON lines as soon as they are known, so that a killed run goes on where it was.
+
+    Args:
+        path: a file, which other runs may share; None keeps nothing.
+        run: all that answers depend on, but for the requests themselves.
+
+    Raises:
+        QJLError: if the file cannot be read or is no JSON lines.
+    """
+
+    def __init__(self, path: Path | None = None, run: Any = None) -> None:
+        self._path, self._run = path, digest(run)
+        rows = [] if path is None else resume(path)
+        self._answers = {row["request"]: row["answer"] for row in rows if row.get("run") == self._run}
+
+    def answer(self, request: Any, work: Callable[[], Any]) -> Any:
+        """What ``work()`` gives for this request, or gave before; all is plain JSON."""
+        name = digest(request)
+        if name not in self._answers:
+            self._answers[name] = work()
+            if self._path is not None:
+                append(self._path, {"run": self._run, "request": name, "answer": self._answers[name]})
+        return self._answers[name]
 
 
 def require_writable(path: Path) -> None:

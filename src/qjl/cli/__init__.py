@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qjl
-from qjl.cli import benching, demonstrating, measuring, planning, racing, writing
+from qjl.cli import benching, demonstrating, evaluating, measuring, planning, racing, writing
 from qjl.cli.common import EXAMPLES, Commands
 
 ENVIRONMENT = {
@@ -52,6 +52,9 @@ evaluations.command("fidelity", epilog=EXAMPLES.format("qjl eval fidelity --pres
 )
 evaluations.command("frontier", epilog=EXAMPLES.format("qjl eval frontier --bits 2..4 --plot frontier.svg"))(
     measuring.frontier
+)
+evaluations.command("harness", epilog=EXAMPLES.format("qjl eval harness --task olmes/piqa/rc_5shot --limit 100"))(
+    evaluating.harness
 )
 app.add_typer(evaluations, name="eval")
 benchmarks.command("decode", epilog=EXAMPLES.format("qjl bench decode --sweep --plot decode.svg"))(benching.decode)

@@ -53,6 +53,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothin
 DataOption = Annotated[
     Path | None, typer.Option("--data", help="A UTF-8 text file; Paul Graham's essays if not given.")
 ]
+RecentOption = Annotated[str, typer.Option(help="Exact tokens at the end; own keeps each preset's.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 SeedOption = Annotated[int, typer.Option(help="Of the random choice of tokens.")]
@@ -73,6 +74,19 @@ def sentence(error: QJLError) -> str:
     """The message, from its capital letter to its full stop."""
     message = str(error).rstrip(".")
     return f"Error: {message}."
+
+
+def parse_recent(recent: str) -> int | None:
+    """Tokens of ``--recent``; None for each preset's own.
+
+    Raises:
+        QJLError: if it is neither.
+    """
+    if recent == "own":
+        return None
+    if not recent.isdecimal():
+        raise QJLError(f"recent {recent!r} is no number of tokens: give one, or own for that of each preset.")
+    return int(recent)
 
 
 def print_json(fields: dict[str, Any]) -> None:

@@ -17,11 +17,13 @@ from qjl.cli.common import (
     JsonOption,
     ModelArgument,
     ModelOption,
+    RecentOption,
     asked,
     configuration,
     load,
     notes,
     out,
+    parse_recent,
     print_json,
     progress,
     read_data,
@@ -100,7 +102,7 @@ def frontier(
     decode: _DecodeOption = 512,
     chunks: _ChunksOption = 4,
     seeds: _SeedsOption = 3,
-    recent: Annotated[str, typer.Option(help="Exact tokens at the end; own keeps each preset's.")] = "32",
+    recent: RecentOption = "32",
     retrieval: _RetrievalOption = True,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
@@ -119,7 +121,7 @@ def frontier(
     from qjl.evals.frontier import Frontier, parse_bits, within
     from qjl.presets import PRESETS
 
-    protocol = Protocol(prefix, decode, chunks, seeds, _parse_recent(recent), retrieval)
+    protocol = Protocol(prefix, decode, chunks, seeds, parse_recent(recent), retrieval)
     interval, text = parse_bits(bits), read_data(data)
     _require_drawable(plot)
     for path in filter(None, (output, plot)):
@@ -157,14 +159,6 @@ def _draw(rows: list[dict[str, Any]], plot: Path) -> None:
 
     plot.write_bytes(plots.frontier(rows, plot.suffix))
     notes.print(f"The picture is in {plot}.", soft_wrap=True)
-
-
-def _parse_recent(recent: str) -> int | None:
-    if recent == "own":
-        return None
-    if not recent.isdecimal():
-        raise QJLError(f"recent {recent!r} is no number of tokens: give one, or own for that of each preset.")
-    return int(recent)
 
 
 def _tell_refusal(name: str, error: QJLError) -> None:

