@@ -19,7 +19,7 @@ from qjl.hf import KVCache
 PAIRS = 30
 FILLER_BEFORE, FILLER_AFTER = 256, 128
 # fmt: off
-_WORDS = (
+WORDS = (
     "angel", "apple", "beach", "blood", "brain", "bread", "candy", "chair", "clock", "cloud", "crown", "dance",
     "devil", "dream", "eagle", "earth", "field", "flame", "fruit", "ghost", "glass", "grass", "green", "heart",
     "honey", "horse", "hotel", "house", "island", "ivory", "jewel", "juice", "knife", "lemon", "light", "lunch",
@@ -42,7 +42,7 @@ class RetrievalTask:
 def make_task(tokenizer: PreTrainedTokenizerBase, filler: Tensor, seed: int) -> RetrievalTask:
     """30 pairs of words and codes inside ``filler``, token ids of real text (at least 384)."""
     draw = random.Random(seed)
-    pairs = [(word, draw.randrange(1000, 10000)) for word in draw.sample(_WORDS, PAIRS)]
+    pairs = [(word, draw.randrange(1000, 10000)) for word in draw.sample(WORDS, PAIRS)]
     tokens = filler[:FILLER_BEFORE].tolist()
     for word, code in pairs:
         tokens += _tokens(tokenizer, f"\nThe code for {word} is") + _tokens(tokenizer, f" {code}.")

@@ -1,0 +1,222 @@
+"""Problems with a final answer, worked out over the packed codes: GSM8K, MATH, or JSON lines of one's own.
+
+The prompt but for its last token is prefilled and quantized; that token, and all that the model writes, are decoded
+over the codes. Problems go through the model in left-padded batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList
+
+from qjl.conversation import chat_tokens
+from qjl.errors import QJLError
+from qjl.evals.reads import Reads, Watch
+from qjl.evals.subject import Subject, end_tokens
+from qjl.generation import FULL
+from qjl.presets import CacheConfig, resolve
+from qjl.records import Journal, Row
+
+ASK = "{}\n\nThink step by step, and end with the final answer alone on a line that begins with ####."
+_QUESTIONS, _ANSWERS = ("question", "problem", "prompt"), ("answer", "solution", "target")
+_MARKED = re.compile(r"####\s*(.+)")
+_SAID = re.compile(r"answer is:?\s*\$?\\?\(?([^\n]+?)\.?\s*$", re.IGNORECASE | re.MULTILINE)
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, and the final answer alone."""
+
+    question: str
+    answer: str
+
+
+def read(path: Path, limit: int | None = None) -> list[Problem]:
+    """The first ``limit`` problems of a file: an object per line with ``question`` and ``answer``.
+
+    ``problem`` or ``prompt`` will do for the former, ``solution`` or ``target`` for the latter, from which the final
+    answer is taken as it is from a model's.
+
+    Raises:
+        QJLError: if the file cannot be read, or a line is no such object.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in lines[:limit]]
+        problems = [Problem(_field(row, _QUESTIONS), final_answer(_field(row, _ANSWERS))) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QJLError(f"{path} does not hold problems: give JSON lines with a question and an answer each.") from error
+    if not problems:
+        raise QJLError(f"{path} holds no problem: give JSON lines with a question and an answer each.")
+    return problems
+
+
+def _field(row: dict[str, str], names: Iterable[str]) -> str:
+    return str(row[next(name for name in names if name in row)])
+
+
+def final_answer(text: str) -> str:
+    """What a solution comes to: after ``####``, in ``\\boxed{}``, after "the answer is", or else its last number."""
+    if found := _boxed(text):
+        return found
+    for pattern in (_MARKED, _SAID, _NUMBER):
+        if matches := pattern.findall(text):
+            return str(matches[-1]).strip()
+    return text.strip()
+
+
+def _boxed(text: str) -> str:
+    """The content of the last ``\\boxed{...}``, braces in it included; empty if there is none."""
+    _, mark, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for index, letter in enumerate(rest if mark else ""):
+        depth += (letter == "{") - (letter == "}")
+        if not depth:
+            return rest[:index].strip()
+    return ""
+
+
+def is_same(found: str, expected: str) -> bool:
+    """Whether two final answers are the same number, or else the same text but for blanks, dollars and full stops."""
+    numbers = [_number(answer) for answer in (found, expected)]
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return _plain(found) == _plain(expected)
+
+
+def _number(answer: str) -> float | None:
+    plain = _plain(answer).replace(",", "").removesuffix("%").removesuffix("\\")
+    top, _, bottom = plain.partition("/")
+    try:
+        return float(top) / float(bottom or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _plain(answer: str) -> str:
+    return re.sub(r"[\s$]|\\left|\\right|\\!|\.$", "", answer).lower()
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How problems are asked; ``recent`` is the exact window of every preset, None its own."""
+
+    max_new_tokens: int = 320
+    batch: int = 16
+    recent: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.max_new_tokens, self.batch) < 1:
+            raise QJLError("max_new_tokens and batch must be at least 1.")
+
+    def configure(self, preset: str | Path | CacheConfig) -> CacheConfig:
+        """The preset with this protocol's window and seed."""
+        config = resolve(preset).with_seed(self.seed)
+        return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
+
+
+def measure(
+    subject: Subject,
+    presets: Iterable[str | Path | CacheConfig],
+    task: str,
+    problems: list[Problem],
+    protocol: Protocol = Protocol(),
+    answers: Path | None = None,
+    on_problems: Callable[[int], None] = lambda count: None,
+) -> Iterator[Row]:
+    """A row per preset, as soon as it is measured.
+
+    ``accuracy`` with its standard error; ``right``, "1" or "0" for each problem, so that presets can be compared
+    problem by problem; ``tokens`` written on average; ``unfinished``, the share of texts cut at ``max_new_tokens``;
+    ``read_as_codes``, the share of codes among all tokens attended to, None for full precision.
+
+    ``answers`` is a JSON lines file in which each batch is kept at once, and found by a run that goes on.
+
+    Raises:
+        QJLError: if the model has no chat template, or cannot have a preset.
+    """
+    if not subject.tokenizer.chat_template:
+        raise QJLError("problems are asked in a chat, and this model has no chat template: take an instruct model.")
+    configs = [protocol.configure(preset) for preset in presets]
+    facts = [subject.facts(config, subject.cache(config)) for config in configs]
+    asked = [chat_tokens(subject.tokenizer, [{"role": "user", "content": ASK.format(p.question)}])[0] for p in problems]
+    for config, fact in zip(configs, facts, strict=True):
+        identity = subject.identity(config) | {"case": "problems", "protocol": dataclasses.asdict(protocol)}
+        journal, found = Journal(answers, identity), []
+        for first in range(0, len(asked), protocol.batch):
+            batch = asked[first : first + protocol.batch]
+            found += journal.answer(batch, functools.partial(_solve, subject, config, batch, protocol))
+            on_problems(len(batch))
+        yield identity | {"task": task} | _summary(problems, found, protocol.max_new_tokens) | fact
+
+
+def _solve(subject: Subject, config: CacheConfig, prompts: list[list[int]], protocol: Protocol) -> list[Row]:
+    """What the model writes, for each prompt of a batch."""
+    model, tokenizer, reads = subject.model, subject.tokenizer, Reads()
+    prompt = _left_padded(prompts, model.device)
+    cache = DynamicCache(config=model.config) if config.name == FULL else subject.cache(config)
+    watches = [] if isinstance(cache, DynamicCache) else [Watch(cache, reads)]
+    torch.manual_seed(protocol.seed)
+    with torch.inference_mode():
+        before = {name: x[:, :-1] for name, x in prompt.items()}
+        model(**before, position_ids=_positions(before["attention_mask"]), past_key_values=cache, logits_to_keep=1)
+        out = model.generate(
+            **prompt,
+            past_key_values=cache,
+            max_new_tokens=protocol.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            logits_processor=LogitsProcessorList(watches),
+        )
+    ends = end_tokens(model)
+    written = [row[: _length(row, ends)] for row in out[:, prompt["input_ids"].shape[1] :].tolist()]
+    share = reads.share if watches else None
+    return [
+        {"text": tokenizer.decode(row, skip_special_tokens=True), "tokens": len(row), "read_as_codes": share}
+        for row in written
+    ]
+
+
+def _left_padded(prompts: list[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, ``int64 [B, T]``."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """As ``generate`` counts them: padding has none."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def _length(row: list[int], ends: set[int]) -> int:
+    """Tokens before the one that ends the text."""
+    return next((index for index, token in enumerate(row) if token in ends), len(row))
+
+
+def _summary(problems: list[Problem], found: list[Row], most: int) -> Row:
+    right = [is_same(final_answer(row["text"]), problem.answer) for row, problem in zip(found, problems, strict=True)]
+    count, accuracy = len(right), sum(right) / len(right)
+    shares = [row["read_as_codes"] for row in found if row["read_as_codes"] is not None]
+    return {
+        "n": count,
+        "accuracy": accuracy,
+        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / count),
+        "right": "".join(map(str, map(int, right))),
+        "tokens": sum(row["tokens"] for row in found) / count,
+        "unfinished": sum(row["tokens"] == most for row in found) / count,
+        "read_as_codes": sum(shares) / len(shares) if shares else None,
+    }

@@ -1,0 +1,98 @@
+"""The model that evaluations are about: its caches, fitted to one text, and what a result must say of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qjl import calibrate
+from qjl.evals.decoding import calibrated_cache, feed
+from qjl.hf import KVCache
+from qjl.presets import CacheConfig, to_dict
+from qjl.records import Row, digest
+from qjl.statistics import LayerStatistics
+
+PACKAGES = ("qjl", "torch", "transformers")
+_WORDS = ("name", "summary", "paper")  # of a preset, that no measurement depends on
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model by the name that results give it; codecs are fitted to ``text`` and to nothing else."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+
+    @functools.cached_property
+    def statistics(self) -> Mapping[int, LayerStatistics]:
+        return calibrate.measure(self.model, calibrate.rows_of(self.model, self.tokenizer, self.text))
+
+    def cache(self, config: CacheConfig) -> KVCache:
+        """An empty one, ready to quantize.
+
+        Raises:
+            QJLError: if the model cannot have it.
+        """
+        return calibrated_cache(self.model, config, lambda: self.statistics)
+
+    def tokens(self, text: str) -> Tensor:
+        """``int64 [1, T]``, as part of a longer text."""
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
+
+    def identity(self, config: CacheConfig) -> Row:
+        """All of the model and the preset that an answer depends on."""
+        return {
+            "model": self.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "preset": config.name,
+            "settings": {name: value for name, value in to_dict(config).items() if name not in _WORDS},
+            "fitted_to": digest(self.text),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+
+    def facts(self, config: CacheConfig, cache: KVCache) -> Row:
+        """What a row tells of a preset besides."""
+        keys, values = cache.bits
+        return {
+            "bits_keys": keys,
+            "bits_values": values,
+            "bits": (keys + values) / 2,
+            "recent": config.recent,
+            "sinks": config.sinks,
+            "method_keys": config.key.method,
+            "method_values": config.value.method,
+            "source": config.source,
+        }
+
+
+@torch.inference_mode()
+def continue_greedily(
+    subject: Subject, cache: KVCache, question: Tensor, max_new_tokens: int, stop: str = "\n\n"
+) -> str:
+    """The likeliest text after ``question [1, T]``, read over a cache of what comes before it, up to ``stop``."""
+    model, tokenizer = subject.model, subject.tokenizer
+    ends = end_tokens(model)
+    feed(model, cache, question[:, :-1])
+    token, found = question[:, -1:], []
+    for _ in range(max_new_tokens):
+        token = model(input_ids=token.to(model.device), past_key_values=cache).logits[:, -1:].argmax(-1)
+        if int(token) in ends:
+            break
+        found.append(int(token))
+        if stop in tokenizer.decode(found[-8:]):
+            break
+    return str(tokenizer.decode(found, skip_special_tokens=True)).partition(stop)[0]
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Those that end a text."""
+    end = model.generation_config.eos_token_id if model.generation_config else None
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
