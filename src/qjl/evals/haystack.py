@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def multivalue(draw: random.Random) -> Task:
 def tracking(draw: random.Random) -> Task:
     names = ["".join(draw.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 3)) for _ in range(HOPS + 1)]
     (number,) = _numbers(draw, 1)
-    needles = (f"VAR {names[0]} = {number}.", *(f"VAR {b} = VAR {a}." for a, b in zip(names, names[1:], strict=False)))
+    needles = (f"VAR {names[0]} = {number}.", *(f"VAR {b} = VAR {a}." for a, b in itertools.pairwise(names)))
     return Task(needles, ASK_VARIABLES.format(number), tuple(names))
 
 
@@ -102,7 +103,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is asked. ``depths``: that many, evenly from the start to the end; ``recent``: exact window, None its own."""
+    """What is asked. ``depths``: so many, evenly from start to end; ``recent``: exact window, None a preset's own."""
 
     tasks: tuple[str, ...] = ("needle",)
     contexts: tuple[int, ...] = (1024, 2048, 4096)

@@ -27,7 +27,7 @@ from qjl.generation import FULL
 from qjl.presets import CacheConfig, resolve
 from qjl.records import Journal, Row
 
-ASK = "{}\n\nThink step by step, and end with the final answer alone on a line that begins with ####."
+ASK = "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 _QUESTIONS, _ANSWERS = ("question", "problem", "prompt"), ("answer", "solution", "target")
 _MARKED = re.compile(r"####\s*(.+)")
 _SAID = re.compile(r"answer is:?\s*\$?\\?\(?([^\n]+?)\.?\s*$", re.IGNORECASE | re.MULTILINE)
@@ -112,8 +112,8 @@ def _plain(answer: str) -> str:
 class Protocol:
     """How problems are asked; ``recent`` is the exact window of every preset, None its own."""
 
-    max_new_tokens: int = 320
-    batch: int = 16
+    max_new_tokens: int = 384
+    batch: int = 25
     recent: int | None = None
     seed: int = 0
 
@@ -172,7 +172,7 @@ def _solve(subject: Subject, config: CacheConfig, prompts: list[list[int]], prot
     with torch.inference_mode():
         before = {name: x[:, :-1] for name, x in prompt.items()}
         model(**before, position_ids=_positions(before["attention_mask"]), past_key_values=cache, logits_to_keep=1)
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]
             **prompt,
             past_key_values=cache,
             max_new_tokens=protocol.max_new_tokens,
