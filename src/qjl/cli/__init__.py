@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qjl
-from qjl.cli import benching, demonstrating, evaluating, measuring, planning, racing, writing
+from qjl.cli import benching, demonstrating, evaluating, harnessing, measuring, planning, racing, writing
 from qjl.cli.common import EXAMPLES, Commands
 
 ENVIRONMENT = {
@@ -54,7 +54,20 @@ evaluations.command("frontier", epilog=EXAMPLES.format("qjl eval frontier --bits
     measuring.frontier
 )
 evaluations.command("harness", epilog=EXAMPLES.format("qjl eval harness --task olmes/piqa/rc_5shot --limit 100"))(
-    evaluating.harness
+    harnessing.harness
+)
+evaluations.command("distortion", epilog=EXAMPLES.format("qjl eval distortion --preset b3 --preset turboquant-3"))(
+    evaluating.distortion
+)
+evaluations.command("perplexity", epilog=EXAMPLES.format("qjl eval perplexity --preset b3 --context 1024"))(
+    evaluating.perplexity
+)
+evaluations.command("seeds", epilog=EXAMPLES.format("qjl eval seeds --preset qjl-2 --seeds 10"))(evaluating.seeds)
+evaluations.command("retrieval", epilog=EXAMPLES.format("qjl eval retrieval --preset b3 --task multikey"))(
+    evaluating.retrieval
+)
+evaluations.command("generate", epilog=EXAMPLES.format("qjl eval generate gsm8k.test.jsonl --preset b3 --limit 50"))(
+    evaluating.generate
 )
 app.add_typer(evaluations, name="eval")
 benchmarks.command("decode", epilog=EXAMPLES.format("qjl bench decode --sweep --plot decode.svg"))(benching.decode)

@@ -1,12 +1,11 @@
-"""Commands that ask a model questions over a quantized cache: eval harness."""
+"""Commands that measure a model over the packed codes: eval distortion, perplexity, seeds, retrieval, generate."""
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +18,6 @@ from qjl.cli.common import (
     ModelOption,
     RecentOption,
     load,
-    notes,
     out,
     parse_recent,
     print_json,
@@ -27,97 +25,285 @@ from qjl.cli.common import (
     read_data,
     results_table,
 )
+from qjl.errors import QJLError
 
-_QUIET = {
-    "TQDM_DISABLE": "1",  # bars are our own, and for a terminal only
-    "DISABLE_MULTIPROC": "1",  # a bootstrap takes less time than starting processes with torch in them
-}
+if TYPE_CHECKING:
+    from qjl.evals.subject import Subject
+
+Row = dict[str, Any]
+_Presets = Annotated[
+    list[str] | None,
+    typer.Option("--preset", "-p", show_default="full, b3, b2, qjl-paper, kivi-2", help="May be given several times."),
+]
+_Output = Annotated[
+    Path | None,
+    typer.Option("--out", help="Append JSON lines to this file; a run that was killed goes on where it stopped."),
+]
+_Fitted = Annotated[
+    Path | None, typer.Option("--fit", help="A text that codecs are fitted to; Paul Graham's essays if not given.")
+]
+DEFAULT_PRESETS = ("full", "b3", "b2", "qjl-paper", "kivi-2")
 
 
-def harness(
-    task: Annotated[
-        list[str], typer.Option("--task", "-t", help="A name of lm-eval, of --include, or olmes/...; may be repeated.")
-    ],
+def distortion(
     model: ModelOption = EMBEDDED,
-    preset: Annotated[
-        list[str] | None, typer.Option("--preset", "-p", help="May be given several times; full and b3 if not given.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions per task; all if not given.")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Examples in front; the task's own if not given.")] = None,
-    include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")] = None,
+    preset: _Presets = None,
     data: DataOption = None,
-    recent: RecentOption = "0",
-    chunk: Annotated[
-        int | None, typer.Option(help="Read contexts so many tokens at a time, over the codes of those before.")
+    fit: _Fitted = None,
+    tokens: Annotated[int, typer.Option(help="Of each stretch of the text.")] = 1024,
+    rows: Annotated[int, typer.Option(help="Stretches of the text.")] = 4,
+    recent: RecentOption = "32",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    output: _Output = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Errors of scores and attention outputs on real keys, layer by layer, beside what theory says.
+
+    With --json, one object per preset, layer and role, and line.
+    """
+    from qjl.evals.distortion import Protocol, measure
+
+    protocol, text = Protocol(tokens, rows, parse_recent(recent)), read_data(data)
+    names = _quantized(preset)
+    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    with progress("Quantizing", len(names), quiet=json_output) as advance:
+        for row in measure(subject, names, text, protocol, _answers(output), advance):
+            found.add(row)
+    found.show(_distortion_table)
+
+
+def perplexity(
+    model: ModelOption = EMBEDDED,
+    preset: _Presets = None,
+    data: DataOption = None,
+    fit: _Fitted = None,
+    context: Annotated[list[int] | None, typer.Option("--context", "-n", show_default="1024, 2048, 4096")] = None,
+    chunks: Annotated[int, typer.Option(help="Stretches of the text.")] = 4,
+    recent: RecentOption = "32",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    output: _Output = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Perplexity at growing contexts: half of each is prefilled, the other half decoded over the packed codes.
+
+    With --json, one object per context and preset, and line.
+    """
+    from qjl.evals.perplexity import measure
+
+    contexts, text, names = context or [1024, 2048, 4096], read_data(data), _quantized(preset)
+    window = parse_recent(recent)
+    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    total = len(names) * sum(length - length // 2 for length in contexts)
+    with progress("Decoding", total, quiet=json_output) as advance:
+        for row in measure(subject, names, text, contexts, chunks, window, _answers(output), advance):
+            found.add(row)
+    found.show(_perplexity_table)
+
+
+def seeds(
+    model: ModelOption = EMBEDDED,
+    preset: _Presets = None,
+    data: DataOption = None,
+    fit: _Fitted = None,
+    count: Annotated[int, typer.Option("--seeds", min=2, help="Of projections and of what statistics come from.")] = 10,
+    prefix: Annotated[int, typer.Option(help="Tokens that are prefilled.")] = 512,
+    decode: Annotated[int, typer.Option(help="Tokens decoded over the packed codes.")] = 256,
+    chunks: Annotated[int, typer.Option(help="Stretches of the text.")] = 4,
+    recent: RecentOption = "32",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    output: _Output = None,
+    json_output: JsonOption = False,
+) -> None:
+    """How much a result owes to its seed: mean and deviation over ten of them.
+
+    With --json, one object per preset and seed, and line.
+    """
+    from qjl.evals.fidelity import Protocol
+    from qjl.evals.seeds import measure
+
+    protocol = Protocol(prefix, decode, chunks, count, parse_recent(recent), retrieval=False)
+    text, names = read_data(data), _quantized(preset)
+    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    with progress("Decoding", len(names) * protocol.tokens, quiet=json_output) as advance:
+        for row in measure(subject, names, text, protocol, _answers(output), advance):
+            found.add(row)
+    found.show(_seeds_table)
+
+
+def retrieval(
+    model: ModelOption = EMBEDDED,
+    preset: _Presets = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", "-t", show_default="needle", help="needle, passkey, multikey, multivalue, tracking."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Answers, or prompts, that go through the model together.")] = 8,
+    context: Annotated[list[int] | None, typer.Option("--context", "-n", show_default="1024, 2048, 4096")] = None,
+    depths: Annotated[int, typer.Option(help="Places of a needle, from the start to the end.")] = 5,
+    count: Annotated[int, typer.Option("--seeds", help="Haystacks for each place.")] = 1,
+    data: DataOption = None,
+    fit: _Fitted = None,
+    recent: RecentOption = "own",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    output: _Output = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Needles in a haystack, and RULER's variants of them, asked for over the packed codes.
+
+    With --json, one object per haystack and preset, and line.
+    """
+    from qjl.evals.haystack import Protocol, measure
+
+    contexts = tuple(context or (1024, 2048, 4096))
+    protocol = Protocol(tuple(task or ("needle",)), contexts, depths, count, parse_recent(recent))
+    text, names = read_data(data), preset or DEFAULT_PRESETS
+    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    with progress("Asking", len(protocol.cells), quiet=json_output) as advance:
+        for row in measure(subject, names, text, protocol, _answers(output), advance):
+            found.add(row)
+    found.show(_retrieval_table)
+
+
+def generate(
+    data: Annotated[Path, typer.Option(help="JSON lines with a question and an answer each, such as GSM8K's.")],
+    model: ModelOption = EMBEDDED,
+    preset: _Presets = None,
+    name: Annotated[
+        str | None, typer.Option("--task", help="What results call it; the file's name if not given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Problems, the first ones; all if not given.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest solution, in tokens.")] = 384,
+    batch: Annotated[int, typer.Option(min=1, help="Problems that go through the model together.")] = 25,
+    fit: _Fitted = None,
+    recent: RecentOption = "own",
     seed: Annotated[int, typer.Option(help="Of the projections.")] = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--out", help="Append JSON lines to this file, and every answer at once to one beside it."),
-    ] = None,
+    output: _Output = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Tasks of lm-evaluation-harness, answered over the packed codes.
+    """Problems worked out step by step over the packed codes, the final answer compared: GSM8K, MATH, or your own.
 
-    What --data says fits the codecs, never the questions. With --out, a run that was killed goes on where it stopped.
-    With --json, one object per preset, task and metric, and line.
+    With --json, one object per preset and line.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    from qjl import records
-    from qjl.evals.harness import Harness, Protocol, load_tasks
-    from qjl.presets import resolve
+    from qjl.evals.problems import Protocol, measure, read
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    protocol = Protocol(shots, limit, parse_recent(recent), chunk, batch, seed)
-    configs = [resolve(name) for name in preset or ("full", "b3")]
-    text = read_data(data)
+    protocol = Protocol(max_new_tokens, batch, parse_recent(recent), seed)
+    asked, names = read(data, limit), preset or DEFAULT_PRESETS
+    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    with progress("Solving", len(asked) * len(names), quiet=json_output) as advance:
+        for row in measure(subject, names, task or data.stem, asked, protocol, _answers(output), advance):
+            found.add(row)
+    found.show(_problems_table)
+
+
+class _Rows:
+    """What a command found: told as soon as it is known, kept once however often a run goes on."""
+
+    def __init__(self, output: Path | None, json_output: bool) -> None:
+        from qjl import records
+
+        self._output, self._json = output, json_output
+        self._kept = [] if output is None else records.resume(output)
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        from qjl import records
+
+        self.rows.append(row)
+        if self._json:
+            print_json(row)
+        if self._output is not None and row not in self._kept:
+            records.append(self._output, row)
+
+    def show(self, table: Callable[[list[Row]], Any]) -> None:
+        if not self._json:
+            out.print(table(self.rows))
+
+
+def _subject(
+    model: str, fit: Path | None, device: str, dtype: str | None, output: Path | None, json_output: bool
+) -> Subject:
+    from qjl import records
+    from qjl.evals.subject import Subject
+
     if output is not None:
         records.require_writable(output)
-    kept = [] if output is None else records.resume(output)
-    tasks = load_tasks(task, include, shots)
+    text = read_data(fit)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
-    answers = None if output is None else output.with_suffix(f".answers{output.suffix}")
-    trial = Harness(model, network, tokenizer, text, protocol, answers)
-    rows = []
-    for found in trial.measure(configs, tasks, lambda what: functools.partial(progress, what, quiet=json_output)):
-        for row in found:
-            rows.append(row)
-            if json_output:
-                print_json(row)
-            if output is not None and row not in kept:
-                records.append(output, row)
-        for row in found[:1]:
-            _tell_if_no_codes(row)
-    if not json_output:
-        out.print(_table(rows))
+    return Subject(model, network, tokenizer, text)
 
 
-def _tell_if_no_codes(row: dict[str, Any]) -> None:
-    if not row["read_as_codes"]:
-        notes.print(
-            f"{row['task']} says nothing of {row['preset']}: no token was read as a code, since its contexts are "
-            "shorter than a block of 64 and the exact tokens. Take more shots, or a smaller window.",
-            markup=False,
-            soft_wrap=True,
-        )
+def _answers(output: Path | None) -> Path | None:
+    """Where answers are kept, beside the results."""
+    return None if output is None else output.with_suffix(f".answers{output.suffix}")
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
-    table = results_table("preset", "task", "metric", "value", "n", "read as\ncodes, %", "bits")
-    table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"
+def _quantized(presets: Iterable[str] | None) -> list[str]:
+    """Full precision has no errors to measure."""
+    names = [name for name in presets or DEFAULT_PRESETS if name != "full"]
+    if not names:
+        raise QJLError("full precision loses nothing: give another preset beside it.")
+    return names
+
+
+def _distortion_table(rows: list[Row]) -> Any:
+    table = results_table("preset", "bits", "scores", "theory", "outputs")
+    for name in dict.fromkeys(row["preset"] for row in rows):
+        of = {
+            role: [row for row in rows if (row["preset"], row["role"]) == (name, role)] for role in ("score", "output")
+        }
+        theory = [row["theory"] for row in of["score"] if row["theory"] is not None]
+        errors = {role: f"{mean([row['error'] for row in part]):.4f}" for role, part in of.items()}
+        expected = f"{mean(theory):.4f}" if theory else "-"
+        table.add_row(name, f"{of['score'][0]['bits']:.2f}", errors["score"], expected, errors["output"])
+    table.caption = "means over layers; scores over ||q|| ||k||, outputs over their norm; --json has every layer"
+    return table
+
+
+def _perplexity_table(rows: list[Row]) -> Any:
+    contexts = list(dict.fromkeys(row["context"] for row in rows))
+    table = results_table("preset", "bits", *(f"{context} tokens" for context in contexts))
+    full = [next(row for row in rows if row["context"] == context)["ppl_full"] for context in contexts]
+    table.add_row("full", "16.00", *(f"{ppl:.2f}" for ppl in full))
+    for name in dict.fromkeys(row["preset"] for row in rows):
+        of = [row for row in rows if row["preset"] == name]
+        table.add_row(name, f"{of[0]['bits']:.2f}", *(f"{row['ppl']:.2f} ({row['dppl_percent']:+.1f} %)" for row in of))
+    return table
+
+
+def _seeds_table(rows: list[Row]) -> Any:
+    table = results_table("preset", "bits", "seeds", "KL", "deviation", "least", "most")
+    for name in dict.fromkeys(row["preset"] for row in rows):
+        of = [row for row in rows if row["preset"] == name]
+        kl = [row["kl"] for row in of]
+        numbers = (mean(kl), stdev(kl) if len(kl) > 1 else None, min(kl), max(kl))
+        shown = ("-" if number is None else f"{number:.4f}" for number in numbers)
+        table.add_row(name, f"{of[0]['bits']:.2f}", str(len(of)), *shown)
+    table.caption = "a single seed: nothing in this preset is random"
+    return table
+
+
+def _retrieval_table(rows: list[Row]) -> Any:
+    columns = list(dict.fromkeys((row["task"], row["context"]) for row in rows))
+    table = results_table("preset", "bits", *(f"{task}\n{context}" for task, context in columns))
+    for name in dict.fromkeys(row["preset"] for row in rows):
+        of = [row for row in rows if row["preset"] == name]
+        found = ([row["found"] for row in of if (row["task"], row["context"]) == column] for column in columns)
+        table.add_row(name, f"{of[0]['bits']:.2f}", *(f"{mean(one):.2f}" for one in found))
+    table.caption = "share of what was hidden that was found, over all depths"
+    return table
+
+
+def _problems_table(rows: list[Row]) -> Any:
+    table = results_table("preset", "bits", "solved, %", "tokens", "unfinished, %", "read as\ncodes, %")
     for row in rows:
-        error = "" if row["value_se"] is None else f" ± {row['value_se']:.3f}"
-        table.add_row(
-            row["preset"],
-            row["task"],
-            row["metric"],
-            f"{row['value']:.3f}{error}",
-            str(row["n"]),
-            f"{100 * row['read_as_codes']:.0f}",
-            f"{row['bits']:.2f}",
-        )
+        solved = f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}"
+        codes = "-" if row["read_as_codes"] is None else f"{100 * row['read_as_codes']:.0f}"
+        numbers = (f"{row['tokens']:.0f}", f"{100 * row['unfinished']:.0f}", codes)
+        table.add_row(row["preset"], f"{row['bits']:.2f}", solved, *numbers)
+    table.caption = f"{rows[0]['task']}, {rows[0]['n']} problems, {rows[0]['model']} in {rows[0]['dtype']}"
     return table

@@ -78,18 +78,16 @@ def measure(
     """One JSON-ready object per preset, as soon as it is measured.
 
     ``kl`` in nats per token with its standard error over chunks and seeds, ``ppl`` over the decoded tokens,
-    ``dppl_percent`` against full precision, ``top1`` agreement, ``retrieval`` and ``retrieval_full`` shares of 30
-    codes (None if not asked for), bits per number without and with the exact window and the codecs.
+    ``dppl_percent`` against full precision with its error, ``top1`` agreement, ``retrieval`` and ``retrieval_full``
+    shares of 30 codes (None if not asked for), bits per number without and with the exact window and the codecs.
 
     Raises:
         QJLError: if the text is too short, or the chunk does not fit the model's context.
     """
     configs = [protocol.configure(preset) for preset in presets]
-    trial = _Trial(model, tokenizer, text, protocol)
+    trial = Trial(model, tokenizer, text, protocol)
     for config in configs:
-        runs = trial.runs(config, on_tokens)
-        on_tokens((protocol.seeds - len(runs)) * protocol.decode)
-        yield _summary(config, protocol, runs) | {"retrieval_full": trial.retrieval_full}
+        yield trial.row(config, on_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +100,7 @@ class _Run:
     bits_with_window: float
 
 
-class _Trial:
+class Trial:
     """A model on a text, in full precision: all that does not depend on the preset, worked out once."""
 
     def __init__(
@@ -118,6 +116,18 @@ class _Trial:
         full = KVCache(model, CacheConfig(Identity(), Identity()), share=False)
         self.retrieval_full = _mean([self._retrieved(full, seed) for seed in seeds])
         self._statistics: dict[int, dict[int, LayerStatistics]] = {}
+
+    def row(self, config: CacheConfig, on_tokens: Callable[[int], None]) -> dict[str, Any]:
+        """What ``measure`` gives for one preset that the protocol has configured."""
+        runs = self.runs(config, on_tokens)
+        on_tokens((self.protocol.seeds - len(runs)) * self.protocol.decode)
+        return _summary(config, self.protocol, runs) | {"retrieval_full": self.retrieval_full}
+
+    def rows_by_seed(self, config: CacheConfig, on_tokens: Callable[[int], None]) -> list[dict[str, Any]]:
+        """The same for each seed alone; a single row where no seed makes a difference."""
+        runs = self.runs(config, on_tokens)
+        on_tokens((self.protocol.seeds - len(runs)) * self.protocol.decode)
+        return [_summary(config, self.protocol, [run]) | {"seed": seed} for seed, run in enumerate(runs)]
 
     def runs(self, config: CacheConfig, on_tokens: Callable[[int], None]) -> list[_Run]:
         """One per seed; a single one where neither a projection nor statistics of a prompt could make a difference."""
@@ -158,6 +168,7 @@ class _Trial:
 def _summary(config: CacheConfig, protocol: Protocol, runs: list[_Run]) -> dict[str, Any]:
     agreements = [run.agreement for run in runs]
     kl = torch.stack([agreement.kl for agreement in agreements])  # [seeds, chunks, decode]
+    worse = torch.stack([agreement.nll - agreement.nll_full for agreement in agreements]).mean(-1).flatten()
     ppl, ppl_full = (
         math.exp(float(torch.stack([getattr(agreement, name) for agreement in agreements]).mean()))
         for name in ("nll", "nll_full")
@@ -170,6 +181,7 @@ def _summary(config: CacheConfig, protocol: Protocol, runs: list[_Run]) -> dict[
         "ppl": ppl,
         "ppl_full": ppl_full,
         "dppl_percent": 100 * (ppl / ppl_full - 1),
+        "dppl_percent_se": _scaled(_standard_error(worse), 100 * ppl / ppl_full),
         "top1": float(torch.stack([agreement.same_top.float() for agreement in agreements]).mean()),
         "retrieval": _mean([share for run in runs for share in run.retrieval]),
         "bits_keys": bits_keys,
@@ -206,6 +218,10 @@ def _chunks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
         )
     starts = torch.linspace(0, len(tokens) - length, protocol.chunks).long()
     return torch.stack([tokens[start : start + length] for start in starts])
+
+
+def _scaled(error: float | None, factor: float) -> float | None:
+    return None if error is None else factor * error
 
 
 def _mean(numbers: list[float]) -> float | None:

@@ -1,0 +1,123 @@
+"""Commands that ask a model questions over a quantized cache: eval harness."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qjl.cli.common import (
+    EMBEDDED,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RecentOption,
+    load,
+    notes,
+    out,
+    parse_recent,
+    print_json,
+    progress,
+    read_data,
+    results_table,
+)
+
+_QUIET = {
+    "TQDM_DISABLE": "1",  # bars are our own, and for a terminal only
+    "DISABLE_MULTIPROC": "1",  # a bootstrap takes less time than starting processes with torch in them
+}
+
+
+def harness(
+    task: Annotated[
+        list[str], typer.Option("--task", "-t", help="A name of lm-eval, of --include, or olmes/...; may be repeated.")
+    ],
+    model: ModelOption = EMBEDDED,
+    preset: Annotated[
+        list[str] | None, typer.Option("--preset", "-p", help="May be given several times; full and b3 if not given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions per task; all if not given.")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Examples in front; the task's own if not given.")] = None,
+    include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")] = None,
+    data: DataOption = None,
+    recent: RecentOption = "0",
+    chunk: Annotated[
+        int | None, typer.Option(help="Read contexts so many tokens at a time, over the codes of those before.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Answers, or prompts, that go through the model together.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the projections.")] = 0,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", help="Append JSON lines to this file, and every answer at once to one beside it."),
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Tasks of lm-evaluation-harness, answered over the packed codes.
+
+    What --data says fits the codecs, never the questions. With --out, a run that was killed goes on where it stopped.
+    With --json, one object per preset, task and metric, and line.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    from qjl import records
+    from qjl.evals.harness import Harness, Protocol, load_tasks
+    from qjl.presets import resolve
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    protocol = Protocol(shots, limit, parse_recent(recent), chunk, batch, seed)
+    configs = [resolve(name) for name in preset or ("full", "b3")]
+    text = read_data(data)
+    if output is not None:
+        records.require_writable(output)
+    kept = [] if output is None else records.resume(output)
+    tasks = load_tasks(task, include, shots)
+    network, tokenizer = load(model, device, dtype, json_output=json_output)
+    answers = None if output is None else output.with_suffix(f".answers{output.suffix}")
+    trial = Harness(model, network, tokenizer, text, protocol, answers)
+    rows = []
+    for found in trial.measure(configs, tasks, lambda what: functools.partial(progress, what, quiet=json_output)):
+        for row in found:
+            rows.append(row)
+            if json_output:
+                print_json(row)
+            if output is not None and row not in kept:
+                records.append(output, row)
+        for row in found[:1]:
+            _tell_if_no_codes(row)
+    if not json_output:
+        out.print(_table(rows))
+
+
+def _tell_if_no_codes(row: dict[str, Any]) -> None:
+    if not row["read_as_codes"]:
+        notes.print(
+            f"{row['task']} says nothing of {row['preset']}: no token was read as a code, since its contexts are "
+            "shorter than a block of 64 and the exact tokens. Take more shots, or a smaller window.",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    table = results_table("preset", "task", "metric", "value", "n", "read as\ncodes, %", "bits")
+    table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"
+    for row in rows:
+        error = "" if row["value_se"] is None else f" ± {row['value_se']:.3f}"
+        table.add_row(
+            row["preset"],
+            row["task"],
+            row["metric"],
+            f"{row['value']:.3f}{error}",
+            str(row["n"]),
+            f"{100 * row['read_as_codes']:.0f}",
+            f"{row['bits']:.2f}",
+        )
+    return table

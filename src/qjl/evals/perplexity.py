@@ -1,0 +1,39 @@
+"""Perplexity over the packed codes at growing contexts: half of one is prefilled, the other half decoded and scored."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from qjl.evals.fidelity import Protocol, Trial
+from qjl.evals.subject import Subject
+from qjl.presets import CacheConfig, resolve
+from qjl.records import Journal, Row, digest
+
+
+def measure(
+    subject: Subject,
+    presets: Iterable[str | Path | CacheConfig],
+    text: str,
+    contexts: Sequence[int],
+    chunks: int,
+    recent: int | None = 32,
+    answers: Path | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Iterator[Row]:
+    """A row per context and preset: what fidelity tells, with ``context``.
+
+    ``answers`` is a JSON lines file in which each row is kept at once, and found by a run that goes on.
+
+    Raises:
+        QJLError: if the text is too short, or a context does not fit the model or is shorter than 512.
+    """
+    configs = [resolve(preset) for preset in presets]
+    for context in sorted(contexts):
+        protocol = Protocol(context // 2, context - context // 2, chunks, seeds=1, recent=recent, retrieval=False)
+        trial = functools.cache(functools.partial(Trial, subject.model, subject.tokenizer, text, protocol))
+        for config in map(protocol.configure, configs):
+            run = subject.identity(config) | {"case": "perplexity", "text": digest(text), "context": context}
+            asked = {"chunks": chunks, "recent": recent}
+            yield run | Journal(answers, run).answer(asked, lambda: trial().row(config, on_tokens))  # noqa: B023

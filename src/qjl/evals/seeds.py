@@ -1,0 +1,36 @@
+"""How much a result owes to its seed: the fidelity of each, to be averaged over ten or more."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from qjl.evals.fidelity import Protocol, Trial
+from qjl.evals.subject import Subject
+from qjl.presets import CacheConfig
+from qjl.records import Journal, Row, digest
+
+
+def measure(
+    subject: Subject,
+    presets: Iterable[str | Path | CacheConfig],
+    text: str,
+    protocol: Protocol,
+    answers: Path | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Iterator[Row]:
+    """A row per preset and seed, of projections and of the prompt that statistics come from.
+
+    ``answers`` is a JSON lines file in which each preset's rows are kept at once, and found by a run that goes on.
+
+    Raises:
+        QJLError: if the text is too short, or the chunk does not fit the model's context.
+    """
+    trial = functools.cache(functools.partial(Trial, subject.model, subject.tokenizer, text, protocol))
+    for config in map(protocol.configure, presets):
+        run = subject.identity(config) | {"case": "seeds", "text": digest(text)}
+        asked = dataclasses.asdict(protocol)
+        found = Journal(answers, run).answer(asked, lambda: trial().rows_by_seed(config, on_tokens))  # noqa: B023
+        yield from (run | row for row in found)
