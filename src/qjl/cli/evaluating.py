@@ -171,9 +171,7 @@ def generate(
     data: Annotated[Path, typer.Option(help="JSON lines with a question and an answer each, such as GSM8K's.")],
     model: ModelOption = EMBEDDED,
     preset: _Presets = None,
-    name: Annotated[
-        str | None, typer.Option("--task", help="What results call it; the file's name if not given.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="What results call it; the file's name if not given.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Problems, the first ones; all if not given.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest solution, in tokens.")] = 384,
     batch: Annotated[int, typer.Option(min=1, help="Problems that go through the model together.")] = 25,
