@@ -82,12 +82,15 @@ class _Factories(TorchDispatchMode):
     """Tensors that are made on the device come from no other tensor there."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
-            return NotImplemented
-        return _operation(func, args, kwargs or {})
+        kwargs = kwargs or {}
+        if any(kind not in _KNOWN for kind in types):
+            return NotImplemented  # of another subclass, which knows better
+        if OnGpu in types or kwargs.get("device") is not None:
+            return _operation(func, args, kwargs)
+        return func(*args, **kwargs)
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter, OnGpu}
+_KNOWN = {torch.Tensor, torch.nn.Parameter, OnGpu}
 
 
 def on_gpu(tree):
