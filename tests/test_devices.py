@@ -110,7 +110,7 @@ def _filled(config, length, padding=(0, 0)):
 
 
 @not_interpreted
-@pytest.mark.parametrize("padding", [(0, 0), (0, 9)], ids=["even", "padded"])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 50)], ids=["even", "uneven"])
 @pytest.mark.parametrize("name", FUSED)
 def test_a_step_with_triton_waits_for_nothing(name, padding, gpu):
     layer, tokens = _filled(FUSED[name], 330, padding)
@@ -124,7 +124,7 @@ def test_a_step_with_triton_waits_for_nothing(name, padding, gpu):
 @not_interpreted
 @pytest.mark.parametrize("preset", ["b2-pre", "kivi-2", "turboquant-prod-2", "fp8", "vidkv", "kvquant-3"])
 def test_a_step_by_parts_waits_for_nothing(preset, gpu):
-    layer, tokens = _filled(preset, 330, (0, 9))
+    layer, tokens = _filled(preset, 330, (0, 50))
     for count in (1, 3):
         with watched() as seen:
             _step(layer, tokens, layer.length, layer.length + count)
@@ -134,7 +134,7 @@ def test_a_step_by_parts_waits_for_nothing(preset, gpu):
 @not_interpreted
 @pytest.mark.parametrize("is_bool", [True, False])
 def test_a_masked_step_waits_for_nothing(is_bool, gpu):
-    layer, tokens = _filled("b3", 330, (0, 9))
+    layer, tokens = _filled("b3", 330, (0, 50))
     mask = torch.ones(2, 1, 1, 332, dtype=torch.bool, device=GPU)
     with watched() as seen:
         _step(layer, tokens, 331, 332, mask if is_bool else mask.float())
@@ -142,7 +142,7 @@ def test_a_masked_step_waits_for_nothing(is_bool, gpu):
 
 
 @not_interpreted
-@pytest.mark.parametrize("padding", [(0, 0), (0, 9)], ids=["even", "padded"])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 50)], ids=["even", "uneven"])
 @pytest.mark.parametrize("name", FUSED)
 def test_what_a_step_with_triton_allocates_does_not_grow(name, padding, gpu):
     allocated = []
@@ -156,7 +156,7 @@ def test_what_a_step_with_triton_allocates_does_not_grow(name, padding, gpu):
 
 
 @not_interpreted
-@pytest.mark.parametrize("padding", [(0, 0), (0, 9)], ids=["even", "padded"])
+@pytest.mark.parametrize("padding", [(0, 0), (0, 50)], ids=["even", "uneven"])
 @pytest.mark.parametrize("name", FUSED)
 def test_packing_with_triton_waits_for_nothing_but_a_look_at_the_numbers(name, padding, gpu):
     layer, tokens = _filled(FUSED[name], 330, padding)
