@@ -109,8 +109,9 @@ def _operation(func, args, kwargs):
     given = _tensors((args, kwargs))
     goes_to_gpu = _goes_to_gpu(func, args, kwargs, given)
     if func in (aten._to_copy.default, aten.copy_.default):
-        source, is_free = (args[1], args[2:]) if func is aten.copy_.default else (args[0], kwargs.get("non_blocking"))
-        _note_copy(source, goes_to_gpu, bool(is_free))
+        is_in_place = func is aten.copy_.default
+        is_free = any(args[2:]) if is_in_place else kwargs.get("non_blocking", False)
+        _note_copy(args[1] if is_in_place else args[0], goes_to_gpu, is_free)
     elif func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
         _note_indexing(args[0], args[1], args[2:3])
     else:
@@ -205,6 +206,7 @@ _METHODS = {
     torch.Tensor.__setitem__: _set_item,
     torch.Tensor.tolist: _to_list,
     torch.Tensor.nonzero: _nonzero,
+    torch.Tensor.copy_: lambda x, source, non_blocking=False: aten.copy_.default(x, source, non_blocking),
     torch.Tensor.contiguous: lambda x: x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format),
     torch.Tensor.__invert__: lambda x: x.bitwise_not(),
     torch.Tensor.__int__: lambda x: int(x.item()),

@@ -49,6 +49,47 @@ def gpu(monkeypatch):
         yield
 
 
+MIXED = {
+    "operands": lambda here, there: here + there,
+    "a list": lambda here, there: torch.cat([here, there]),
+    "an index": lambda here, there: here[there.long()],
+    "an operand in place": lambda here, there: there.mul_(here),
+}
+WAITING = {
+    "a number": lambda there: there.sum().item(),
+    "a truth": lambda there: bool(there.any()),
+    "a list": lambda there: there.tolist(),
+    "a mask": lambda there: there[there > 0],
+    "list of indices": lambda there: there[[0, 1]],
+    "to the host": lambda there: there.cpu(),
+    "to the device": lambda there: torch.tensor([1.0, 2.0], device=there.device),
+    "into a slice": lambda there: there[:2].copy_(torch.ones(2)),
+}
+FREE = {
+    "a launch": lambda there: there[:2] * 2 + there.new_ones(2),
+    "a copy": lambda there: torch.ones(2).to(there.device, non_blocking=True),
+    "a gather": lambda there: there[torch.zeros(2, dtype=torch.int64, device=there.device)],
+}
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", MIXED)
+def test_the_pretended_gpu_refuses_tensors_of_the_host(name, gpu):
+    with pytest.raises(RuntimeError, match="device"):
+        MIXED[name](torch.ones(3), torch.ones(3, device=GPU))
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    ("operation", "waits"), [(f, 1) for f in WAITING.values()] + [(f, 0) for f in FREE.values()], ids=[*WAITING, *FREE]
+)
+def test_the_pretended_gpu_notes_waits(operation, waits, gpu):
+    there = torch.ones(3, device=GPU)
+    with watched() as seen:
+        operation(there)
+    assert len(seen.waits) == waits
+
+
 def _layer(config, rope):
     config = replace(resolve(config), sinks=SINKS, recent=RECENT)
     key, value = config.for_layer(0)
