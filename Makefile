@@ -3,7 +3,7 @@ BIN := .venv/bin
 CMAKE ?= cmake
 WORKERS ?= 2
 KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_kernels.py fuzz_step.py)
-GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_step.py triton.py triton_benches.py)
+GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_step.py triton.py triton_benches.py devices.py)
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 CROSS_CXX ?= aarch64-linux-gnu-g++
 # A machine with no more than NEON; and a memset without DC ZVA, in which QEMU 7 does not survive a page fault.

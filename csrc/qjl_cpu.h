@@ -84,7 +84,7 @@ struct QjlPart {   // encodes `dim` coordinates in `nibbles` nibbles
     const float *own, *next;                      // trellis: [16, width]
     int64_t width;
     const float* gram;                            // signs: [dim, dim], or null where they are not refined
-    int64_t block;
+    int64_t block, sweeps;                        // of rows that are orthogonal; over the blocks, at most
 };
 
 struct QjlEncode {

@@ -40,9 +40,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-slow_when_interpreted = pytest.mark.skipif(runtime.is_interpreted(), reason="takes minutes under Triton's interpreter")
-
-
 def _kernels():
     """Backends that have kernels of their own; Triton's interpreter changes a process, and is tested in another."""
     if runtime.is_interpreted():

@@ -6,7 +6,7 @@ Sums in another order may turn a tie over: few tokens differ, and those are code
 import pytest
 import torch
 
-from conftest import Model, slow_when_interpreted, using_backend
+from conftest import Model, using_backend
 from method_cases import every_head_dim, label, of_type
 from qjl import ops
 from qjl.codebook import SignCode, joined_code, refined_sign_code, scalar_code, sign_code
@@ -28,6 +28,7 @@ from qjl.trellis import WIDTHS, even_trellis, trellis_code
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPU = torch.device("cpu")
+IS_SLOW = runtime.is_interpreted()  # a thousand times
 FEW = 0.005  # of the tokens
 FEW_OF_FINE_CODES = 2e-4  # for each nibble, where there are more than 3 bits per coordinate: candidates lie close
 
@@ -176,7 +177,7 @@ def _tokens(batch, heads, blocks, dim, generator):
 
 
 @every_encoder
-@pytest.mark.parametrize("dim", [8, 24, 40] if runtime.is_interpreted() else [8, 16, 24, 40, 72, 136, 512])
+@pytest.mark.parametrize("dim", [8, 24, 40] if IS_SLOW else [8, 16, 24, 40, 72, 136, 512])
 def test_any_dimension(encoder, dim, generator, reference_blocks):
     if encoder == "refined" and dim > 136:
         dim = 200
@@ -185,9 +186,11 @@ def test_any_dimension(encoder, dim, generator, reference_blocks):
     _check(codec, x, _firsts(x), reference_blocks)
 
 
-@slow_when_interpreted
+SKETCHES = [(8, 8), (40, 24)] if IS_SLOW else [(8, 8), (8, 96), (128, 64), (200, 72), (640, 512), (1000, 24)]
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "hadamard"])
-@pytest.mark.parametrize(("m", "dim"), [(8, 8), (8, 96), (128, 64), (200, 72), (640, 512), (1000, 24)])
+@pytest.mark.parametrize(("m", "dim"), SKETCHES)
 def test_signs_of_any_sketch(kind, m, dim, generator, reference_blocks):
     sketch = Sketch(m, dim, kind)
     x = _tokens(2, 2, 1, dim, generator)
@@ -230,11 +233,11 @@ def test_the_mean_turns_with_rope(interleaved, rotary, scaling, generator, refer
     _check(codec, x, first, reference_blocks)
 
 
-@slow_when_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_tokens_of_any_type_and_stride(dtype, generator):
-    codec = _codec("scalar", 72, 2, generator)
-    x = _tokens(2, 2, 3, 72, generator).to(dtype)
+    blocks, dim = (1, 16) if IS_SLOW else (3, 72)
+    codec = _codec("scalar", dim, 2, generator)
+    x = _tokens(2, 2, blocks, dim, generator).to(dtype)
     first = _firsts(x)
     expected = codec.quantize(x.float().contiguous(), first)
     views = (
@@ -250,7 +253,6 @@ def test_tokens_of_any_type_and_stride(dtype, generator):
         assert all(torch.equal(found[name][rows], expected[name][rows]) for name in expected)
 
 
-@slow_when_interpreted
 @pytest.mark.parametrize("value", [0.0, 6e-8, 1.0, -65504.0])
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_extreme_halves_are_widened_exactly(value, encoder, generator):
@@ -261,7 +263,6 @@ def test_extreme_halves_are_widened_exactly(value, encoder, generator):
     assert all(torch.equal(low[name], high[name]) for name in low)
 
 
-@slow_when_interpreted
 @every_encoder
 @pytest.mark.parametrize("constant", [0.0, 1.0, -300.0, 1e-20])
 def test_tokens_of_one_number(encoder, constant, generator, reference_blocks):
@@ -288,23 +289,23 @@ def test_no_tokens_and_no_rows(shape, generator):
 # In any company
 
 
-@slow_when_interpreted
 @every_encoder
 def test_threads_and_company_change_nothing(encoder, generator):
-    mean = Mean(torch.randn(3, 40, generator=generator), Rope(10000.0 ** (-torch.arange(0, 40, 2) / 40)))
-    codec = _codec(encoder, 40, 3, generator, mean)
-    x = _tokens(2, 3, 7, 40, generator)
+    dim, heads, blocks = (16, 2, 2) if IS_SLOW else (40, 3, 7)
+    rope = Rope(10000.0 ** (-torch.arange(0, dim, 2) / dim))
+    codec = _codec(encoder, dim, heads, generator, Mean(torch.randn(heads, dim, generator=generator), rope))
+    x = _tokens(2, heads, blocks, dim, generator)
     first = _firsts(x)
     expected = codec.quantize(x, first)
     before = torch.get_num_threads()
     try:
-        for threads in (2, 5):
+        for threads in () if IS_SLOW else (2, 5):
             torch.set_num_threads(threads)
             found = codec.quantize(x, first)
             assert all(torch.equal(found[name], expected[name]) for name in expected)
     finally:
         torch.set_num_threads(before)
-    for block in range(7):
+    for block in range(blocks):
         alone = codec.quantize(x[1:, :, block * BLOCK : (block + 1) * BLOCK], first[1:, block : block + 1])
         assert all(torch.equal(alone[name][0, :, 0], expected[name][1, :, block]) for name in expected)
 

@@ -2,7 +2,6 @@
 
 namespace encode {
 
-constexpr int REFINEMENTS = 6;
 constexpr int SPACE = 16;  // between tokens, so that not all of them meet in a few sets of the cache
 
 inline void pack_signs(const float* z, int64_t bytes, uint8_t* codes) {
@@ -69,7 +68,7 @@ inline bool refine_block(const QjlPart& part, const Token& token, float c, int64
 
 inline void refine(const QjlPart& part, const Token& token) {
     bool changed = true;
-    for (int sweep = 0; sweep < REFINEMENTS && changed; ++sweep) {
+    for (int sweep = 0; sweep < part.sweeps && changed; ++sweep) {
         const float c = best_factor(part, token);
         changed = false;
         for (int64_t first = 0; first < part.dim; first += part.block) {

@@ -75,8 +75,8 @@ def _tiled(
     if tokens == 1:
         return attend_tile(query, exact, packed, scoring)
     outputs = [
-        attend_tile(query[:, :, start:stop], exact, packed, _rows(scoring, start, stop, tokens, columns))
-        for start, stop in _query_tiles(query, columns)
+        attend_tile(query[:, :, rows], exact, packed, _of_rows(scoring, rows, query, columns))
+        for rows in _query_tiles(query, columns)
     ]
     return torch.cat(outputs, dim=2)
 
@@ -142,27 +142,26 @@ def _fused(query: Tensor, segment: ExactSegment, scoring: Scoring) -> Tensor:
     )
 
 
-def causal_mask(queries: int, columns: int, device: torch.device) -> Tensor:
-    """``bool [1, 1, queries, columns]`` for queries that are the last tokens."""
-    rows = torch.arange(columns - queries, columns, device=device)
-    return (torch.arange(columns, device=device) <= rows[:, None])[None, None]
+def causal_mask(queries: int, columns: int, device: torch.device, rows: slice = slice(None)) -> Tensor:
+    """``bool [1, 1, queries, columns]`` for queries that are the last tokens, or for some ``rows`` of them."""
+    last = torch.arange(columns - queries, columns, device=device)[rows]
+    return (torch.arange(columns, device=device) <= last[:, None])[None, None]
 
 
-def _rows(scoring: Scoring, start: int, stop: int, queries: int, columns: int) -> Scoring:
-    """Scoring of query tokens ``start`` to ``stop``, with the causal mask made explicit where it bites."""
-    mask = scoring.mask
-    if mask is None and queries > 1:
-        mask = causal_mask(queries, columns, torch.device("cpu"))
-    if mask is not None:
-        mask = mask[:, :, start:stop]
+def _of_rows(scoring: Scoring, rows: slice, query: Tensor, columns: int) -> Scoring:
+    """Scoring of some of several query tokens, with the causal mask made explicit."""
+    if scoring.mask is None:
+        mask = causal_mask(query.shape[2], columns, query.device, rows)
+    else:
+        mask = scoring.mask[:, :, rows]
     return Scoring(scoring.scaling, mask, scoring.softcap, scoring.sink_logits)
 
 
-def _query_tiles(query: Tensor, columns: int) -> Iterator[tuple[int, int]]:
+def _query_tiles(query: Tensor, columns: int) -> Iterator[slice]:
     batch, heads, tokens, _ = query.shape
     size = max(1, TILE_NUMBERS // (batch * heads * min(columns, 64 * BLOCK)))
     for start in range(0, tokens, size):
-        yield start, min(start + size, tokens)
+        yield slice(start, min(start + size, tokens))
 
 
 def _parts(
@@ -179,16 +178,12 @@ def _parts(
 
 def _bias(segment: ExactSegment | PackedSegment, scoring: Scoring, length: int) -> Tensor | None:
     """What mask and validity add to the scores, ``float32 [B, 1 or Hq, Q, length]``; None for nothing."""
-    bias = None
-    if scoring.mask is not None:
-        mask = _segment_mask(scoring.mask, segment.columns, length)
-        mask = mask.to(segment.device)
-        is_bool = mask.dtype == torch.bool
-        bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf) if is_bool else mask.float()
-    if segment.valid is not None:
-        bias = torch.zeros(1, 1, 1, 1, device=segment.device) if bias is None else bias
-        bias = bias.masked_fill(~segment.valid[:, None, None], -torch.inf)
-    return bias
+    if scoring.mask is None:
+        return segment.bias
+    mask = _segment_mask(scoring.mask, segment.columns, length).to(segment.device)
+    is_bool = mask.dtype == torch.bool
+    bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf) if is_bool else mask.float()
+    return bias if segment.bias is None else bias + segment.bias
 
 
 def _tiles(rows: Tensor, packed: PackedSegment) -> Iterator[PackedSegment]:

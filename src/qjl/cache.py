@@ -19,10 +19,12 @@ from qjl.errors import QJLError
 from qjl.exact import Kept, Window
 from qjl.methods.base import Codec, LayerContext, Quantizer, Unrotated, require_finite
 from qjl.ops.forms import PackedTokens
-from qjl.packed import BLOCK, Blocks, Packed
+from qjl.packed import BLOCK, Blocks, Packed, to_device
 from qjl.rope import Rope
 from qjl.runs import ENDLESS, Marks, Runs, gaps, since
 from qjl.statistics import MIN_TOKENS, AttentionMoments, LayerStatistics, measure
+
+CPU = torch.device("cpu")
 
 
 @dataclass(eq=False)
@@ -36,14 +38,37 @@ class LayerSource:
     calibrated: Callable[[], LayerStatistics | None] = lambda: None
     announce: Callable[[int], None] = lambda count: None
     codecs: dict[tuple[Hashable, ...], tuple[Codec, Codec]] = field(default_factory=dict)
+    _ropes: dict[torch.device, Rope] = field(default_factory=dict, init=False)
+
+    def rope_on(self, device: torch.device) -> Rope | None:
+        """The RoPE on a device, moved there once."""
+        if self.rope is None:
+            return None
+        if device not in self._ropes:
+            self._ropes[device] = self.rope.to(device)
+        return self._ropes[device]
 
     def __deepcopy__(self, memo: dict[int, object]) -> LayerSource:
         """A copied cache shares it too."""
         return self
 
 
+class _Segment:
+    """Some tokens of all rows."""
+
+    valid: Tensor | None
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """What is added to the scores so that only tokens that count do, ``float32 [B, 1, 1, t]``; None for nothing."""
+        if self.valid is None:
+            return None
+        nothing = torch.zeros(1, 1, 1, 1, device=self.valid.device)
+        return nothing.masked_fill(~self.valid[:, None, None], -torch.inf)
+
+
 @dataclass(frozen=True, eq=False)
-class ExactSegment:
+class ExactSegment(_Segment):
     """Exact tokens ``[B, H, t, D]``; their columns in the attention mask, ``int64 [B, t]`` or a first column shared
     by all rows; which of them count, ``bool [B, t]`` or None for all."""
 
@@ -58,7 +83,7 @@ class ExactSegment:
 
 
 @dataclass(frozen=True, eq=False)
-class PackedSegment:
+class PackedSegment(_Segment):
     """Packed blocks of keys and values with their codecs; ``first [B, blocks]`` are RoPE positions."""
 
     keys: Blocks
@@ -135,7 +160,7 @@ class CacheLayer:
 
     def __getstate__(self) -> dict[str, object]:
         """A copy makes its own segments, on its own storage."""
-        return vars(self) | {"_segment": None, "_kept_segment": None}
+        return vars(self) | {"_segment": None, "_kept_segment": None, "_first_in_window": None}
 
     def reset(self) -> None:
         """Forget all tokens; fitted codecs stay."""
@@ -232,9 +257,9 @@ class CacheLayer:
         assert self._window is not None
         device = query.device
         tokens = torch.arange(self.length - query.shape[2], self.length, device=device)
-        tokens = tokens - torch.tensor(self.padding, device=device)[:, None]
-        positions = tokens + torch.tensor(self.origin, device=device)[:, None]
-        self._attention.add(query, out, positions, tokens >= 0, self._rope_on(device), self._window.keys.shape[1])
+        tokens = tokens - _column(self.padding, device)
+        positions = tokens + _column(self.origin, device)
+        self._attention.add(query, out, positions, tokens >= 0, self.source.rope_on(device), self._window.keys.shape[1])
 
     def settle(self) -> None:
         """Quantize every block of 64 tokens that has left the window; what cannot be part of one is kept exact."""
@@ -284,7 +309,8 @@ class CacheLayer:
         """Keep, repeat or reorder rows: ``int64 [B']``."""
         if self._window is None:
             return
-        self._window.select(indices.to(self._window.keys.device))
+        indices = indices.cpu()
+        self._window.select(indices)
         self._forget_segments()
         for store in self._stores:
             store.select(indices)
@@ -297,6 +323,7 @@ class CacheLayer:
         """To be called where packed or kept tokens, or their columns, change; in between segments serve again."""
         self._segment: PackedSegment | None = None
         self._kept_segment: ExactSegment | None = None
+        self._first_in_window: Tensor | None = None
 
     def segments(self) -> tuple[list[ExactSegment], PackedSegment | None]:
         """What attention reads: exact segments (kept tokens and window) and the packed one."""
@@ -370,15 +397,15 @@ class CacheLayer:
         keys, values = self._window.keys, self._window.values
         device = keys.device
         columns = torch.arange(self._window_column, self.length, device=device)
-        tokens = columns - torch.tensor(self.padding, device=device)[:, None]
+        tokens = columns - _column(self.padding, device)
         require_finite(keys * (tokens >= 0)[:, None, :, None], f"keys of {self.name}")
         return measure(
             keys,
             values,
-            positions=tokens + torch.tensor(self.origin, device=device)[:, None],
+            positions=tokens + _column(self.origin, device),
             valid=tokens >= self.sinks,
             attention=self._attention if self._needs_queries else None,
-            rope=self._rope_on(device),
+            rope=self.source.rope_on(device),
         )
 
     def _measure_and_fit(self) -> tuple[Codec, Codec] | None:
@@ -399,7 +426,7 @@ class CacheLayer:
     def _fit(self, statistics: LayerStatistics | None) -> tuple[Codec, Codec]:
         assert self._window is not None
         keys, values = self._window.keys, self._window.values
-        rope = self._rope_on(keys.device)
+        rope = self.source.rope_on(keys.device)
         is_undone = self.pre_rope and rope is not None and (statistics is None or statistics.is_rotary)
         codec = self.key.fit(
             LayerContext(
@@ -419,9 +446,6 @@ class CacheLayer:
         fitted = (codec, self.value.fit(context))
         self.source.codecs[self._codec_key] = fitted
         return fitted
-
-    def _rope_on(self, device: torch.device) -> Rope | None:
-        return None if self.source.rope is None else self.source.rope.to(device)
 
     # Rows and columns
 
@@ -485,15 +509,17 @@ class CacheLayer:
                 Packed(codecs[1].layout, batch, heads, device),
             )
         everyone = len(rows) == self.batch
-        padding, origin = (torch.tensor([of[row] for row in rows])[:, None] for of in (self.padding, self.origin))
+        padding, origin = (_column([of[row] for row in rows]) for of in (self.padding, self.origin))
         columns = torch.cat([torch.arange(*run) for run in blocks])
         tokens = columns[::BLOCK] - padding
-        place = _place_of(columns, self._window_column)
+        first = to_device(tokens + origin, keys.device)
+        place = _place_of(columns, self._window_column, keys.device)
+        chosen_rows = to_device(torch.tensor(rows), keys.device)
         encoded = []
         for codec, tensor, what in zip(codecs, (keys, values), ("keys", "values"), strict=True):
-            chosen = tensor[:, :, place] if everyone else tensor[:, :, place][list(rows)]
+            chosen = tensor[:, :, place] if everyone else tensor[:, :, place][chosen_rows]
             require_finite(chosen, f"{what} of {self.name}")
-            encoded.append(codec.quantize(chosen, (tokens + origin).to(keys.device)))
+            encoded.append(codec.quantize(chosen, first))
         self._forget_segments()
         for packed, fields in zip(self._packed, encoded, strict=True):
             packed.append(fields, tokens, None if everyone else rows)
@@ -518,8 +544,9 @@ class CacheLayer:
         starts = self._window_starts()
         valid = None
         if any(start > column for start in starts):
-            columns = torch.arange(column, self.length)
-            valid = (columns >= torch.tensor(starts)[:, None]).to(self._window.keys.device)
+            if self._first_in_window is None:
+                self._first_in_window = _column(starts, self._window.device)
+            valid = torch.arange(column, self.length, device=self._window.device) >= self._first_in_window
         return ExactSegment(self._window.keys, self._window.values, column, valid)
 
     def _segment_of_kept(self, kept: Kept) -> ExactSegment:
@@ -528,7 +555,7 @@ class CacheLayer:
             kept.keys,
             kept.values,
             columns=self._columns(kept.indices) if columns is None else columns,
-            valid=None if kept.is_dense else kept.slot_mask().to(kept.keys.device),
+            valid=None if kept.is_dense else to_device(kept.slot_mask(), kept.keys.device),
         )
 
     def _packed_segment(self) -> PackedSegment | None:
@@ -547,7 +574,7 @@ class CacheLayer:
             keys.view(),
             values.view(),
             *codecs,
-            first=(first + torch.tensor(self.origin)[:, None]).to(keys.device),
+            first=to_device(first + _column(self.origin), keys.device),
             columns=self._columns(keys.slot_tokens()) if columns is None else columns,
             valid=None if keys.is_dense else keys.slot_mask(),
         )
@@ -562,8 +589,8 @@ class CacheLayer:
     def _columns(self, tokens: Tensor) -> Tensor:
         """Mask columns of tokens ``[B, t]`` counted within their rows."""
         assert self._window is not None
-        columns = torch.tensor(self.padding)[:, None] + tokens
-        return columns.clamp(max=self.length - 1).to(self._window.keys.device)
+        columns = _column(self.padding) + tokens
+        return to_device(columns.clamp(max=self.length - 1), self._window.device)
 
     def _check(self, keys: Tensor, values: Tensor) -> None:
         if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
@@ -588,10 +615,15 @@ class CacheLayer:
             require_finite(values, f"values of {self.name}")
 
 
-def _place_of(columns: Tensor, window_column: int) -> slice | Tensor:
+def _column(of_rows: Sequence[int], device: torch.device = CPU) -> Tensor:
+    """A number of each row, ``int64 [B, 1]``."""
+    return to_device(torch.tensor(of_rows)[:, None], device)
+
+
+def _place_of(columns: Tensor, window_column: int, device: torch.device) -> slice | Tensor:
     """Where columns are in the window; a slice, which copies nothing, if they are one run."""
     first, stop = int(columns[0]) - window_column, int(columns[-1]) + 1 - window_column
-    return slice(first, stop) if stop - first == len(columns) else columns - window_column
+    return slice(first, stop) if stop - first == len(columns) else to_device(columns - window_column, device)
 
 
 def _place(out: tuple[Tensor, ...], tokens: tuple[Tensor, Tensor], columns: Tensor | int, valid: Tensor | None) -> None:

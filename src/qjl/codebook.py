@@ -19,9 +19,10 @@ from torch import Tensor
 from qjl.errors import QJLError
 from qjl.ops.recipe import LevelsPart, LevelTables, Part, SignsPart
 
+CPU = torch.device("cpu")
 NIBBLE = 4
 MAX_BITS = 8
-REFINEMENTS = 6
+REFINEMENTS = 6  # sweeps over the blocks of a sketch
 
 
 @cache
@@ -139,12 +140,14 @@ class ScalarCode:
 
     ``kinds`` uint8 [H, D]: the row of the scalar quantizer tables that a coordinate uses.
     ``bit_coordinate``, ``bit_index`` int16 [H, N, 4]: which bit of which coordinate each nibble bit is.
+    ``widest``: the most bits that a coordinate has.
     """
 
     kinds: Tensor
     bit_coordinate: Tensor
     bit_index: Tensor
     decoder: NibbleCode
+    widest: int
 
     depends_on_gain: ClassVar[bool] = True
 
@@ -159,7 +162,7 @@ class ScalarCode:
         """
         cells = self._cells(z)
         kinds = self.kinds.long()[None, :, None]
-        patterns = _scalar_tables()[1].to(z.device)[kinds, cells]
+        patterns = _scalar_tables(z.device)[1][kinds, cells]
         nibbles = torch.zeros((*z.shape[:3], self.decoder.nibbles), dtype=torch.uint8, device=z.device)
         for place in range(NIBBLE):
             coordinate = self.bit_coordinate[..., place].long()[None, :, None]
@@ -187,18 +190,16 @@ class ScalarCode:
     def parts(self) -> tuple[Part, ...]:
         tables = _level_tables(self.kinds.device)
         places = self.bit_coordinate.contiguous(), self.bit_index.contiguous()
-        return (LevelsPart(self.kinds.contiguous(), *places, tables),)
+        return (LevelsPart(self.kinds.contiguous(), *places, tables, self.widest),)
 
     @property
     def _levels(self) -> Tensor:
         """Ascending levels of each coordinate, ``[H, D, widest]``."""
-        widest = int((self.kinds % (MAX_BITS + 1)).max())
-        return _scalar_tables()[0].to(self.kinds.device)[self.kinds.long(), : 2**widest]
+        return _scalar_tables(self.kinds.device)[0][self.kinds.long(), : 2**self.widest]
 
     def to(self, device: torch.device) -> ScalarCode:
-        return ScalarCode(
-            self.kinds.to(device), self.bit_coordinate.to(device), self.bit_index.to(device), self.decoder.to(device)
-        )
+        places = self.bit_coordinate.to(device), self.bit_index.to(device)
+        return ScalarCode(self.kinds.to(device), *places, self.decoder.to(device), self.widest)
 
 
 def scalar_code(widths: Sequence[Sequence[int]]) -> ScalarCode:
@@ -217,9 +218,8 @@ def scalar_code(widths: Sequence[Sequence[int]]) -> ScalarCode:
         for part in (coordinates, entries)
     ]
     slots = torch.stack(bits)
-    return ScalarCode(
-        torch.stack(kinds), slots[..., 0], slots[..., 1], NibbleCode(padded[0], padded[1], dim=len(widths[0]))
-    )
+    decoder = NibbleCode(padded[0], padded[1], dim=len(widths[0]))
+    return ScalarCode(torch.stack(kinds), slots[..., 0], slots[..., 1], decoder, max(map(max, widths)))
 
 
 @lru_cache(maxsize=64)
@@ -243,8 +243,8 @@ def _head_code(widths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return torch.tensor(kinds, dtype=torch.uint8), places, coordinates.short(), entries.half()
 
 
-@lru_cache(maxsize=1)
-def _scalar_tables() -> tuple[Tensor, Tensor]:
+@cache
+def _scalar_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """Ascending levels and bit patterns of each kind: Lloyd-Max by width, then sums of signs by width.
 
     float32 and uint8 ``[2 * (MAX_BITS + 1), 2**MAX_BITS]``, levels padded with +inf.
@@ -257,12 +257,12 @@ def _scalar_tables() -> tuple[Tensor, Tensor]:
         ascending, patterns = _levels(width, is_split)
         levels[row, : len(ascending)] = ascending.half().float()
         labels[row, : len(patterns)] = patterns.to(torch.uint8)
-    return levels, labels
+    return levels.to(device), labels.to(device)
 
 
 @cache
 def _level_tables(device: torch.device) -> LevelTables:
-    levels, patterns = _scalar_tables()
+    levels, patterns = _scalar_tables(CPU)
     edges = (levels[:, 1:] + levels[:, :-1]) / 2
     tree, levels_by_path = torch.zeros_like(levels), torch.zeros_like(levels)
     patterns_by_path = torch.zeros_like(patterns, dtype=torch.int32)
@@ -359,7 +359,7 @@ class SignCode:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return (SignsPart(self.decoder.dim, self.gram, self.block),)
+        return (SignsPart(self.decoder.dim, self.gram, self.block, REFINEMENTS),)
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Nibbles ``uint8 [B, H, T, m / 4]`` and signs ``float32`` of ``z [B, H, T, m]``."""

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qjl.packed import to_device
+
 
 class Window:
     """Exact tokens ``[B, H, t, D]`` at the end of the sequence, in a buffer that is reused."""
@@ -63,8 +65,10 @@ class Window:
         self.length -= count
 
     def select(self, indices: Tensor) -> None:
-        self._keys = self._keys.index_select(0, indices)
-        self._values = self._values.index_select(0, indices)
+        """Keep (or repeat, or reorder) the rows ``indices [B']``, a tensor on the CPU."""
+        on_device = to_device(indices, self.device)
+        self._keys = self._keys.index_select(0, on_device)
+        self._values = self._values.index_select(0, on_device)
         self._is_ours = True
 
     def _move(self, first: int, capacity: int) -> None:
@@ -148,10 +152,11 @@ class Kept:
         self._counts = is_held.sum(1).tolist()
 
     def select(self, indices: Tensor) -> None:
-        on_device = indices.to(self._keys.device)
+        """Keep (or repeat, or reorder) the rows ``indices [B']``, a tensor on the CPU."""
+        on_device = to_device(indices, self._keys.device)
         self._keys = self._keys.index_select(0, on_device)
         self._values = self._values.index_select(0, on_device)
-        self._indices = self._indices.index_select(0, indices.cpu())
+        self._indices = self._indices.index_select(0, indices)
         self._counts = [self._counts[row] for row in indices.tolist()]
 
     def _reserve(self, tokens: int) -> None:

@@ -312,6 +312,9 @@ class KVCache(Cache):
         for core in self.cores:
             core.set_padding(padding, origin)
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(cast(torch.LongTensor, beam_idx.cpu()))  # once, since all layers look at it
+
     def reset(self) -> None:
         self._unsettled = None
         super().reset()

@@ -108,7 +108,7 @@ class Packed:
     def slot_mask(self) -> Tensor:
         """Which slots hold a token, ``bool [B, blocks * 64]``."""
         fill = self._fill[:, : self.blocks, None]
-        return (torch.arange(BLOCK) < fill).flatten(1).to(self.device)
+        return to_device((torch.arange(BLOCK) < fill).flatten(1), self.device)
 
     def slot_tokens(self) -> Tensor:
         """Index of the token in each slot within its row, ``int64 [B, blocks * 64]`` on the CPU."""
@@ -140,7 +140,7 @@ class Packed:
         start = self._counts[chosen[0]]
         stop = start + next(iter(blocks.values())).shape[2]
         self.reserve(stop)
-        where: Rows = slice(None) if rows is None else torch.tensor(chosen, device=self.device)
+        where: Rows = slice(None) if rows is None else to_device(torch.tensor(chosen), self.device)
         for name, tensor in blocks.items():
             self._storage[name][where, :, start:stop] = tensor
         self._first[chosen, start:stop] = first_tokens
@@ -157,15 +157,22 @@ class Packed:
         self._tokens = self._fill.sum(1).tolist()
 
     def select(self, indices: Tensor) -> None:
-        """Keep (or repeat, or reorder) the rows ``indices [B']``."""
-        on_device = indices.to(self.device)
+        """Keep (or repeat, or reorder) the rows ``indices [B']``, a tensor on the CPU."""
+        on_device = to_device(indices, self.device)
         used = self.blocks
         self._storage = {name: tensor[:, :, :used].index_select(0, on_device) for name, tensor in self._storage.items()}
-        on_host = indices.cpu()
-        self._first = self._first[:, :used].index_select(0, on_host)
-        self._fill = self._fill[:, :used].index_select(0, on_host)
-        self._counts = [self._counts[row] for row in on_host.tolist()]
-        self._tokens = [self._tokens[row] for row in on_host.tolist()]
+        self._first = self._first[:, :used].index_select(0, indices)
+        self._fill = self._fill[:, :used].index_select(0, indices)
+        self._counts = [self._counts[row] for row in indices.tolist()]
+        self._tokens = [self._tokens[row] for row in indices.tolist()]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host there, without waiting until the device has done its work.
+
+    What is not pinned is read before this returns.
+    """
+    return tensor.to(device, non_blocking=True)
 
 
 def blocks_of_tokens(x: Tensor) -> Tensor:

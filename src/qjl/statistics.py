@@ -74,8 +74,13 @@ class AttentionMoments:
     """Streaming second moments of one layer's queries and of its attention's outputs, per KV head."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._count: Tensor | int = 0
         self._sums: dict[str, Tensor] = {}
+
+    @property
+    def count(self) -> int:
+        """Queries of each KV head so far."""
+        return int(self._count)
 
     def add(self, query: Tensor, out: Tensor, positions: Tensor, real: Tensor, rope: Rope | None, heads: int) -> None:
         """``query``, ``out [B, Hq, Q, D]`` at ``positions [B, Q]``; only ``real`` (bool [B, Q]) tokens count."""
@@ -84,7 +89,7 @@ class AttentionMoments:
             rows = (x.float() * real[:, None, :, None]).unflatten(1, (heads, -1))
             total = torch.einsum("bhgqi,bhgqj->hij", rows, rows)
             self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self.count += int(real.sum()) * (query.shape[1] // heads)
+        self._count = self._count + real.sum() * (query.shape[1] // heads)
 
     def queries(self, is_rotary: bool) -> Tensor:
         """Second moment of the queries before RoPE, or as they met the cache: ``float32 [H, D, D]``.

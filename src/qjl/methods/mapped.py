@@ -12,6 +12,7 @@ from qjl.codebook import Encoder
 from qjl.methods.base import LayerContext
 from qjl.methods.nibble import LogScale, Mean, NibbleCodec, unbiased_scale
 from qjl.ops.recipe import DenseMap, Recipe
+from qjl.packed import to_device
 
 
 class MappedCodec(NibbleCodec):
@@ -70,7 +71,8 @@ class MappedCodec(NibbleCodec):
         if not self.encoder.depends_on_gain:
             return z.new_ones(1)
         cosines = [cosine(z * root, self.encoder.nearest(gain * z) * root) for gain in self.gains]
-        return torch.tensor(self.gains, device=z.device)[torch.stack(cosines).argmax(0)][..., None]
+        gains = to_device(torch.tensor(self.gains), z.device)
+        return gains[torch.stack(cosines).argmax(0)][..., None]
 
 
 def cosine(target: Tensor, decoded: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from qjl.errors import QJLError
 from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import as_half, unpack_tokens
 from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout
-from qjl.ops.recipe import DenseMap, Recipe, SketchMap
+from qjl.ops.recipe import DenseMap, Map, Recipe, SketchMap
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 from qjl.sketch import Sketch, SketchKind, hadamard_draws
 
@@ -96,9 +96,14 @@ class SignCodec(NibbleCodec):
 
     @cached_property
     def recipe(self) -> Recipe:
-        fast = self._sketch.kind == "hadamard"
-        transform = SketchMap(*hadamard_draws(self._sketch)) if fast else DenseMap.of(self.query_map)
-        return Recipe(transform, self._code.parts, norm_factor=self._sign_scale)
+        return Recipe(self._map, self._code.parts, norm_factor=self._sign_scale)
+
+    @property
+    def _map(self) -> Map:
+        if self._sketch.kind != "hadamard":
+            return DenseMap.of(self.query_map)
+        flips, order, size = hadamard_draws(self._sketch)
+        return SketchMap(flips.to(self._matrix.device), order.to(self._matrix.device), size)
 
     def encode(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         return self._code.encode(residual @ self._matrix.T)[0], residual.norm(dim=-1) * self._sign_scale

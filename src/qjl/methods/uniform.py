@@ -53,7 +53,7 @@ class TokenUniform(Quantizer):
 
     def fit(self, context: LayerContext) -> TokenUniformCodec:
         layout = self.layout(context.head_dim)
-        return TokenUniformCodec(layout, self.num_bits, self.groups(context.head_dim))
+        return TokenUniformCodec(layout, self.num_bits, self.groups(context.head_dim), context.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,7 @@ class TokenUniformCodec(Codec):
     layout: Layout
     num_bits: int
     groups: int
+    device: torch.device
 
     @cached_property
     def form(self) -> NibbleForm | None:  # type: ignore[override]
@@ -69,7 +70,7 @@ class TokenUniformCodec(Codec):
         dim = self.layout["codes"].shape[0] * 8 // self.num_bits
         if dim // self.groups * self.num_bits % 8:
             return None
-        code = uniform_code(dim // self.groups, self.num_bits)
+        code = uniform_code(dim // self.groups, self.num_bits).to(self.device)
         return NibbleForm(
             map=None,
             coordinates=code.coordinates,

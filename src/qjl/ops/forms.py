@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,3 +67,15 @@ class ExactTokens:
     keys: Tensor
     values: Tensor
     bias: Tensor | None
+
+
+def once(source: NibbleForm | PackedTokens, name: str, derive: Callable[[Any], Any]) -> Any:
+    """What a backend makes of a form or of packed tokens, made at its first use."""
+    if name not in source.derived:
+        source.derived[name] = derive(source)
+    return source.derived[name]
+
+
+def shared_strides(bias: Tensor) -> tuple[int, ...]:
+    """In elements, 0 where one number serves all."""
+    return tuple(step if size > 1 else 0 for step, size in zip(bias.stride(), bias.shape, strict=True))

@@ -62,12 +62,13 @@ class LevelTables:
 
 @dataclass(frozen=True, eq=False)
 class LevelsPart:
-    """The nearest level of each coordinate; the fields are those of ``ScalarCode``."""
+    """The nearest level of each coordinate, of up to ``widest`` bits; the fields are those of ``ScalarCode``."""
 
     kinds: Tensor
     bit_coordinate: Tensor
     bit_index: Tensor
     tables: LevelTables
+    widest: int
 
     @property
     def dim(self) -> int:
@@ -93,11 +94,12 @@ class TrellisPart:
 
 @dataclass(frozen=True, eq=False)
 class SignsPart:
-    """Signs, refined where there is a ``gram``: the fields are those of ``SignCode``."""
+    """Signs, refined in so many ``sweeps`` where there is a ``gram``: the fields are those of ``SignCode``."""
 
     dim: int
     gram: Tensor | None
     block: int
+    sweeps: int
 
     @property
     def nibbles(self) -> int:

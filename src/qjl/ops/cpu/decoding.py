@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qjl.ops.cpu import library
-from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens
+from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, once, shared_strides
 from qjl.packed import BLOCK, Blocks
 
 PIECES = 16  # of work, at least, whatever the threads: splitting alike makes results alike
@@ -126,7 +126,7 @@ def score(query: Tensor, packed: PackedTokens) -> Tensor:
 
 def _step(query: Tensor, packed: PackedTokens, queries: int) -> _Step:
     batch, heads, rows, _ = query.shape
-    step = _Step.from_buffer_copy(_once(packed, "step", _packed_part))
+    step = _Step.from_buffer_copy(once(packed, "step", _packed_part))
     per_split = max(SPLIT_BLOCKS, -(-step.blocks // -(-PIECES // max(1, batch * heads))))
     step.blocks_per_split, step.splits = per_split, -(-step.blocks // per_split)
     step.batch, step.heads, step.rows, step.queries = batch, heads, rows, queries
@@ -138,7 +138,7 @@ def _packed_part(packed: PackedTokens) -> _Step:
     """What is the same in all steps over the same packed tokens."""
     step = _Step(keys=_side(packed.key_form, packed.keys), values=_side(packed.value_form, packed.values))
     if packed.key_form.turn is not None:
-        step.turn = ctypes.pointer(_once(packed.key_form, "turn", _turn))
+        step.turn = ctypes.pointer(once(packed.key_form, "turn", _turn))
     packed.derived["first"] = first = packed.first.contiguous()
     step.first, step.blocks = first.data_ptr(), first.shape[1]
     return step
@@ -168,14 +168,8 @@ def release() -> None:
     _room.bytes = None
 
 
-def _once(source: Any, name: str, derive: Callable[[Any], Any]) -> Any:
-    if name not in source.derived:
-        source.derived[name] = derive(source)
-    return source.derived[name]
-
-
 def _side(form: NibbleForm, blocks: Blocks) -> _Side:
-    side = _Side.from_buffer_copy(_once(form, "side", _constants))
+    side = _Side.from_buffer_copy(once(form, "side", _constants))
     for place, name in (("codes", "codes"), ("scale", form.scale), ("middle", form.middle)):
         if name is not None:
             tensor = blocks[name]
@@ -222,11 +216,10 @@ def _segment(tokens: ExactTokens) -> _Segment:
 
 
 def _bias(bias: Tensor | None) -> tuple[int | None, Any]:
-    """Where it is, and its strides; what has size 1 serves all."""
+    """Where it is, and its strides."""
     if bias is None:
         return None, (c_int64 * 4)()
-    strides = (step if size > 1 else 0 for step, size in zip(bias.stride(), bias.shape, strict=True))
-    return bias.data_ptr(), (c_int64 * 4)(*strides)
+    return bias.data_ptr(), (c_int64 * 4)(*shared_strides(bias))
 
 
 # Values: 8-bit levels

@@ -61,7 +61,7 @@ class _Part(ctypes.Structure):
         *((name, c_void_p) for name in ("own", "next")),
         ("width", c_int64),
         ("gram", c_void_p),
-        ("block", c_int64),
+        *((name, c_int64) for name in ("block", "sweeps")),
     )
 
 
@@ -189,7 +189,8 @@ def _part(part: Part) -> _Part:
         width = part.own.shape[1]
         return _Part(kind=_TRELLIS, dim=part.dim, nibbles=part.nibbles, own=own, next=following, width=width)
     assert isinstance(part, SignsPart)
-    return _Part(kind=_SIGNS, dim=part.dim, nibbles=part.nibbles, gram=_pointer(part.gram), block=part.block)
+    gram = _pointer(part.gram)
+    return _Part(kind=_SIGNS, dim=part.dim, nibbles=part.nibbles, gram=gram, block=part.block, sweeps=part.sweeps)
 
 
 def _head_stride(tensor: Tensor) -> int:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, Turn
+from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, Turn, once, shared_strides
 from qjl.ops.triton import runtime, step
 from qjl.ops.triton.pairs import Pairs, pairs_of
 from qjl.packed import BLOCK, Blocks
@@ -92,7 +92,7 @@ def _attend(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
-    keys, values = _constants(packed.key_form), _constants(packed.value_form)
+    keys, values = (once(form, "triton", _constants) for form in (packed.key_form, packed.value_form))
     widest = max(keys.pairs.count, values.pairs.count, keys.map.head_dim // 2, values.map.head_dim // 2) * 2
     most_rows = MOST_ROWS if widest * _tile_type(exact).itemsize <= 256 else LEAST
     tile = min(most_rows, max(LEAST, triton.next_power_of_2(rows)))
@@ -260,11 +260,7 @@ def _exact_parts(work: _Work, exact: Sequence[ExactTokens], value_dim: int) -> s
 
 
 def _bias(bias: Tensor | None) -> step.Bias | None:
-    """With a stride of 0 where one number serves all."""
-    if bias is None:
-        return None
-    strides = (step if size > 1 else 0 for step, size in zip(bias.stride(), bias.shape, strict=True))
-    return step.Bias(bias, tuple(strides))
+    return None if bias is None else step.Bias(bias, shared_strides(bias))
 
 
 # What is the same in all steps
@@ -285,12 +281,6 @@ class _Constants:
 
 
 def _constants(form: NibbleForm) -> _Constants:
-    if "triton" not in form.derived:
-        form.derived["triton"] = _derived(form)
-    return form.derived["triton"]
-
-
-def _derived(form: NibbleForm) -> _Constants:
     maps = form.map
     if maps is None:
         maps = torch.eye(form.code_dim, device=form.entries.device)[None]

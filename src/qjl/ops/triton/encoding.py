@@ -14,7 +14,6 @@ from qjl.ops.triton.codes import Rows
 from qjl.packed import BLOCK
 
 NIBBLE = 4
-REFINEMENTS = 6  # as in qjl.codebook
 LEAST = 16  # what a matrix product takes
 
 
@@ -102,7 +101,7 @@ def _levels(part: LevelsPart, mapped: Tensor, recipe: Recipe, sizes: coding.Size
     search = coding.Search(part.kinds, tables.tree, tables.levels, tables.patterns, per_head)
     coding.levels[_blocks(mapped)](
         mapped, recipe.weights, sizes, search, _gains(recipe.gains, mapped.device), len(recipe.gains), numbers, heads,
-        first, rows, part.dim, DEPTH=_depth(part),
+        first, rows, part.dim, DEPTH=part.widest,
     )  # fmt: skip
     return numbers
 
@@ -139,7 +138,7 @@ def _refined(y: Tensor, part: SignsPart) -> Tensor:
     """The signs of ``SignCode.refined``, of coordinates ``[B, H, blocks, m, 64]``: products large enough for cuBLAS."""
     assert part.gram is not None
     signs = torch.where(y >= 0, 1.0, -1.0)
-    for _ in range(REFINEMENTS):
+    for _ in range(part.sweeps):
         decoded = part.gram @ signs
         c = (y * signs).sum(3, keepdim=True) / (decoded * signs).sum(3, keepdim=True)
         target = y / c.clamp(min=torch.finfo(y.dtype).tiny)
@@ -176,12 +175,6 @@ def _side_by_side(bits: int, width: int, device: torch.device) -> coding.Places:
 @lru_cache(maxsize=64)
 def _gains(gains: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(gains, device=device)
-
-
-@lru_cache(maxsize=1024)
-def _depth(part: LevelsPart) -> int:
-    """Bits of its widest coordinate; asked of the device once."""
-    return int((part.kinds % 9).max())
 
 
 @lru_cache(maxsize=64)
