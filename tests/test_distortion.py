@@ -95,8 +95,8 @@ def test_runs_that_are_known_are_not_measured_again(subject, tmp_path, monkeypat
     first = {name: list(measure()) for name, measure in measures.items()}
     content = path.read_bytes()
     for module in (perplexity, seeds):
-        monkeypatch.setattr(module, "Trial", None)
-    monkeypatch.setattr(distortion, "states", None)
+        monkeypatch.setattr(module, "Trial", _unexpected)
+    monkeypatch.setattr(distortion, "states", _unexpected)
     assert {name: list(measure()) for name, measure in measures.items()} == first
     assert path.read_bytes() == content
     assert [row["context"] for row in first["perplexity"]] == [512, 600]
@@ -104,6 +104,10 @@ def test_runs_that_are_known_are_not_measured_again(subject, tmp_path, monkeypat
         ("turboquant-3", 0), ("turboquant-3", 1), ("turboquant-3", 2), ("kivi-2", 0)
     ]  # fmt: skip
     assert len({row["kl"] for row in first["seeds"]}) == 4
+
+
+def _unexpected(*arguments):
+    raise AssertionError("this is known already")
 
 
 def test_too_little_text_or_window_is_refused(subject, refuses):

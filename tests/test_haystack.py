@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused(subject, protocol, message, refuses):
 
 def test_a_context_longer_than_the_model_s_is_refused(refuses):
     model = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=512)
-    with refuses("do not fit the model's context of 512"):
+    with refuses("500 tokens leave no room for an answer in the model's context of 512"):
         list(
             haystack.measure(Subject("tiny", model, byte_tokenizer(), TEXT), ["full"], TEXT, Protocol(contexts=(500,)))
         )

@@ -55,7 +55,7 @@ def read(path: Path, limit: int | None = None) -> list[Problem]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         rows = [json.loads(line) for line in lines[:limit]]
         problems = [Problem(_field(row, _QUESTIONS), final_answer(_field(row, _ANSWERS))) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, IndexError, TypeError) as error:
         raise QJLError(f"{path} does not hold problems: give JSON lines with a question and an answer each.") from error
     if not problems:
         raise QJLError(f"{path} holds no problem: give JSON lines with a question and an answer each.")
@@ -63,7 +63,8 @@ def read(path: Path, limit: int | None = None) -> list[Problem]:
 
 
 def _field(row: dict[str, str], names: Iterable[str]) -> str:
-    return str(row[next(name for name in names if name in row)])
+    found = [row[name] for name in names if name in row]
+    return str(found[0])
 
 
 def final_answer(text: str) -> str:
