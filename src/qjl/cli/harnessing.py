@@ -69,6 +69,7 @@ def harness(
         os.environ.setdefault(name, value)
     from qjl import records
     from qjl.evals.harness import Harness, Protocol, load_tasks
+    from qjl.evals.subject import Subject
     from qjl.presets import resolve
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -81,7 +82,7 @@ def harness(
     tasks = load_tasks(task, include, shots)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     answers = None if output is None else output.with_suffix(f".answers{output.suffix}")
-    trial = Harness(model, network, tokenizer, text, protocol, answers)
+    trial = Harness(Subject(model, network, tokenizer, text), protocol, answers)
     rows = []
     for found in trial.measure(configs, tasks, lambda what: functools.partial(progress, what, quiet=json_output)):
         for row in found:
