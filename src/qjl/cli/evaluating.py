@@ -172,7 +172,7 @@ def retrieval(
 
 
 def generate(
-    data: Annotated[Path, typer.Option(help="JSON lines with a question and an answer each, such as GSM8K's.")],
+    data: Annotated[Path, typer.Argument(help="JSON lines with a question and an answer each, such as GSM8K's.")],
     model: ModelOption = EMBEDDED,
     preset: _Presets = None,
     task: Annotated[str | None, typer.Option(help="What results call it; the file's name if not given.")] = None,
