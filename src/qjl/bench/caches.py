@@ -62,7 +62,7 @@ def makers(model: PreTrainedModel, presets: Sequence[CacheConfig], peers: Sequen
     return made
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def warm(model: PreTrainedModel, make: Make, input_ids: Tensor) -> None:
     """A prompt ``[1, T]``, after which codecs are fitted and kernels compiled."""
     cache = make()

@@ -75,7 +75,7 @@ def measure(config: CacheConfig, tokens: int, settings: Settings, on_round: Call
 def max_error(subject: Subject, scoring: Scoring, threads: int) -> float:
     """Of the backend in use against the reference on the same bytes, before the output is rounded to their dtype."""
     query = subject.query.float()
-    with use_threads(threads), torch.inference_mode():
+    with use_threads(threads), torch.no_grad():
         out = attend(query, subject.layer, scoring)
         with using_backend(REFERENCE):
             expected = attend(query, subject.layer, scoring)

@@ -85,7 +85,7 @@ def encoding_error(codec: Codec, x: Tensor, first: Tensor, threads: int) -> floa
     def lost() -> float:
         return float((codec.dequantize(codec.quantize(x, first), first) - x.float()).norm())
 
-    with use_threads(threads), torch.inference_mode():
+    with use_threads(threads), torch.no_grad():
         ours = lost()
         with using_backend(REFERENCE):
             reference = lost()

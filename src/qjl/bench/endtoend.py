@@ -57,7 +57,7 @@ class Transformer:
         """Whether the reference can tell if its logits are right: those of bfloat16 are too coarse."""
         return isinstance(self.make(), KVCache) and self.model.dtype == torch.float32
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def fill(self, context: int) -> None:
         self.cache = self.make()
         caches.refill(self.cache, self.exact, context, batch=1, dtype=self.model.dtype)
@@ -158,7 +158,7 @@ class Race:
         """Of the next token's logits, of the backend in use against the reference."""
         one = self.contestants[name]
         assert isinstance(one, Transformer)
-        with torch.inference_mode():
+        with torch.no_grad():
             one.fill(context)
             logits = one.step()
             one.fill(context)

@@ -103,7 +103,7 @@ def scores(rows: Tensor, segment: PackedSegment) -> Tensor:
 
 
 def _score_error(rows: Tensor, segment: PackedSegment, threads: int) -> float:
-    with use_threads(threads), torch.inference_mode():
+    with use_threads(threads), torch.no_grad():
         out = scores(rows, segment)
         with using_backend(REFERENCE):
             return relative_error(out, scores(rows, segment))

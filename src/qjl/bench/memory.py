@@ -58,7 +58,7 @@ def measure(
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _run(rig: Rig, make: Make, ids: Tensor, steps: int) -> _Run:
     model, peak, token = rig.model, Peak(rig.device), ids[:, :1]
     cache = make()

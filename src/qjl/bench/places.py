@@ -148,11 +148,11 @@ class Captured:
         self.work = work  # keeps what the graph reads
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.inference_mode(), torch.cuda.stream(stream):
+        with torch.no_grad(), torch.cuda.stream(stream):
             work()  # compiles what must be compiled
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self.graph):
+        with torch.no_grad(), torch.cuda.graph(self.graph):
             self.out = work()
 
     def __call__(self) -> object:

@@ -80,7 +80,7 @@ def search(fits: Callable[[int], bool]) -> None:
         low, high = (middle, high) if fits(middle) else (low, middle)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _run(rig: Rig, name: str, exact: States, context: int, batch: int, steps: int) -> Row | None:
     """None where it does not fit into the device at all."""
     peak, cache = Peak(rig.device), rig.makers[name]()

@@ -70,7 +70,7 @@ def interleave(
     stopwatch = stopwatch or stopwatch_of(threads)
     shuffled = random.Random(0)
     rounds: dict[str, list[float]] = {name: [] for name in works}
-    with use_threads(threads), torch.inference_mode():
+    with use_threads(threads), torch.no_grad():
         for turn in range(repeats + 1):
             for name in shuffled.sample(list(works), len(works)):
                 rounds[name].append(stopwatch(works[name][turn % len(works[name])]))

@@ -72,7 +72,7 @@ def _given(statistics: LayerStatistics) -> LayerStatistics:
     return statistics
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def feed(model: PreTrainedModel, cache: Cache, input_ids: Tensor) -> None:
     """Put ``input_ids [B, T]`` through the model, all at once; none are fine."""
     if input_ids.shape[1]:
