@@ -9,9 +9,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "qjl"
 FLOORS = (
     ("__main__",),
     ("cli",),
+    ("report",),
     ("demo",),
     ("choice", "bench"),
-    ("evals", "plots", "report", "conversation", "plan"),
+    ("evals", "plots", "conversation", "plan"),
     ("calibrate", "generation", "sensitivity"),
     ("hf",),
     ("models", "texts", "records"),

@@ -59,7 +59,7 @@ def tasks(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         figure = Figure((11.2, lines * (1.4 + 0.3 * count)), dpi=DPI, layout="constrained")
         places = figure.subplots(lines, 2, squeeze=False).flatten()
         for axes in places[len(panels) :]:
-            axes.set_visible(False)
+            axes.remove()
         for axes, (task, metric) in zip(places, panels, strict=False):
             chosen = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
             _draw_results(axes, [_result(row, row["value"], row["value_se"] or 0) for row in chosen])
@@ -103,7 +103,7 @@ def heatmap(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         figure = Figure(size, dpi=DPI, layout="constrained")
         panels = figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flatten()
         for axes in panels[len(presets) :]:
-            axes.set_visible(False)
+            axes.remove()
         full = _cells([row for row in rows if row["preset"] == FULL])
         for axes, name in zip(panels, presets, strict=False):
             cells = _cells([row for row in rows if row["preset"] == name])

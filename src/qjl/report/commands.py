@@ -7,7 +7,6 @@ content is among the settings beside the command.
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,18 +15,29 @@ from qjl.presets import PRESETS
 from qjl.records import Row
 
 WIDTH = 96
+_MODEL = ("dtype", "device", "threads", "steps")
 
 
 def _line(command: str, **options: Any) -> str:
     """An option per keyword: repeated for a list, a flag for True, left out for None and False."""
-    words = ["qjl", *command.split()]
+    words = [f"qjl {command}"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         for one in value if isinstance(value, list) else [value]:
             if one is not None and one is not False:
-                words += [flag] if one is True else [flag, str(one)]
-    lines = textwrap.wrap(shlex.join(words), WIDTH, break_long_words=False, break_on_hyphens=False)
-    return " \\\n    ".join(lines)
+                words.append(flag if one is True else f"{flag} {shlex.quote(str(one))}")
+    return _wrapped(words)
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    """As lines that a shell reads as one."""
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) < WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    return " \\\n".join(lines)
 
 
 def _values(rows: Sequence[Row], field: str) -> list[Any]:
@@ -136,25 +146,27 @@ def scan(rows: Sequence[Row]) -> str:
     return _line("bench kernels", **options, tokens=row["tokens"], **shape)
 
 
-def _whole(rows: Sequence[Row], is_ours: Callable[[Row], bool]) -> dict[str, Any]:
+def _whole(rows: Sequence[Row], is_ours: Callable[[Row], bool], *conditions: str) -> dict[str, Any]:
     row = rows[0]
     source = "random" if row["model"] in SHAPES else "model"
     peers = list(dict.fromkeys(row["preset"].split()[0] for row in rows if not is_ours(row)))
     ours = _presets([row for row in rows if is_ours(row)])
     options = {source: row["model"], "preset": ours, "tokens": _values(rows, "tokens"), "against": peers}
-    return options | {name: row.get(name) for name in ("dtype", "device", "threads", "steps", "repeats")}
+    return options | {name: row.get(name) for name in conditions}
 
 
 def memory(rows: Sequence[Row]) -> str:
-    return _line("bench memory", **_whole(rows, _has_backend))
+    return _line("bench memory", **_whole(rows, _has_backend, *_MODEL, "repeats"))
 
 
 def throughput(rows: Sequence[Row]) -> str:
-    return _line("bench throughput", **_whole(rows, _has_backend), memory=rows[0]["memory"])
+    return _line("bench throughput", **_whole(rows, _has_backend, *_MODEL), memory=rows[0]["memory"])
 
 
 def generate(rows: Sequence[Row]) -> str:
-    return _line("bench generate", **_whole(rows, lambda row: row["preset"].split()[0] in PRESETS))
+    return _line(
+        "bench generate", **_whole(rows, lambda row: row["preset"].split()[0] in PRESETS, "threads", "repeats")
+    )
 
 
 def _has_backend(row: Row) -> bool:

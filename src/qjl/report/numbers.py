@@ -26,8 +26,8 @@ def number(value: float | None, digits: int = 3) -> str:
 def with_error(value: float | None, error: float | None) -> str:
     """Two digits of the error, and the value to the same place."""
     if value is None or not error or not math.isfinite(error):
-        return number(value) + (" ± 0" if error == 0 else "")
-    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
+        return number(value) + (" ± 0" if value and error == 0 else "")
+    decimals = max(0, 1 - math.floor(math.log10(error)))
     return f"{_plain(value, decimals)} ± {_plain(error, decimals)}"
 
 

@@ -61,7 +61,7 @@ def _headline(rows: Sequence[Row]) -> tuple[Table, ...]:
         return ()
     caption = (
         "KL to full precision in nats per token (lower is better), of each method's best preset with no more true bits "
-        "than the column says; its name and size stand below. Methods of this project come first."
+        "than the column says; its name stands below. Methods of this project come first."
     )
     named = [Cell(family.name, "ours" if family.is_ours else "") for family in methods]
     return (
@@ -77,7 +77,7 @@ def _within(methods: Sequence[Family], size: float) -> list[Cell]:
         [(row["kl"], row["kl_se"]) if row else None for row in best],
         [with_error(row["kl"], row["kl_se"]) if row else NOTHING for row in best],
         higher=False,
-        notes=[f"{row['preset']}, {row['bits']:.2f}" if row else "" for row in best],
+        notes=[row["preset"] if row else "" for row in best],
     )
 
 
