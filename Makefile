@@ -37,6 +37,7 @@ test: setup
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -k triton $(GPU_TESTS)
+	$(BIN)/qjl eval smoke
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python.
 sanitize: setup

@@ -62,6 +62,14 @@ def using_backend(backend):
     ops.use_backend(before)
 
 
+def _usual():
+    """What is in use where no test chooses another."""
+    return f"cpu-{library.instruction_set()}" if library.is_installed() else "reference"
+
+
+USUAL = _usual()
+
+
 @pytest.fixture(params=["reference", *_kernels()])
 def backend(request):
     """Every backend in turn, and every instruction set of the compiled one."""
@@ -163,6 +171,7 @@ def fitted(model_of):
     statistics_of = cache(lambda head_dim: model_of(head_dim=head_dim).statistics())
 
     @cache  # all of them: fitting takes longer than testing
+    @using_backend(USUAL)  # whichever test asks first
     def case(role, quantizer, head_dim):
         model = model_of(head_dim=head_dim)
         statistics = statistics_of(head_dim)

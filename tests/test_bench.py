@@ -47,6 +47,7 @@ FIELDS = (
     *("ratio_torch_bf16", "ratio_torch_fp32", "ratio_fp16_avx2", "fraction_of_bandwidth", "max_error"),
 )
 SMALL = ("--head-dim", "64", "--kv-heads", "2", "--group", "2", "--repeats", "3")
+OWN = ("--against", "dynamic")
 SHAPE = Shape(head_dim=64, kv_heads=2, group=2)
 
 
@@ -360,8 +361,14 @@ def test_the_gate_lets_small_errors_through():
         (["encode", "--out", "/nowhere/rows.jsonl"], "cannot write to /nowhere/rows.jsonl"),
         (["generate", "--against", "vllm"], "'vllm' is not compared with"),
         (["memory", "--against", "llama.cpp"], "'llama.cpp' is not compared with: choose from dynamic, quanto, hqq"),
-        (["memory", "--random", "llama-9"], "no shape is known by the name 'llama-9': choose from llama-3.1-8b, toy"),
-        (["throughput", "--random", "toy", "--memory", "1M", "-n", "64"], "the weights alone take"),
+        (
+            ["memory", "--against", "dynamic", "--random", "llama-9"],
+            "no shape is known by the name 'llama-9': choose from llama-3.1-8b, toy",
+        ),
+        (
+            ["throughput", "--against", "dynamic", "--random", "toy", "--memory", "1M", "-n", "64"],
+            "the weights alone take",
+        ),
         (["throughput", "--memory", "much"], "memory 'much' is not a size"),
     ],
 )
@@ -557,7 +564,7 @@ def test_a_whole_prefill_is_causal_attention_of_all_queries():
 
 # bench memory and bench throughput
 
-TOY = ("--random", "toy", "--against", "dynamic", "--dtype", "float32", "--threads", "1")
+TOY = ("--random", "toy", *OWN, "--dtype", "float32", "--threads", "1")
 
 
 def test_memory_weighs_and_times_every_cache(tmp_path):

@@ -28,6 +28,7 @@ COMMANDS = (
     ["eval", "fidelity"],
     ["eval", "frontier"],
     ["eval", "harness"],
+    *(["eval", name] for name in ("distortion", "perplexity", "seeds", "retrieval", "generate", "smoke")),
 )
 DEMO_KEYS = {
     "preset",

@@ -20,6 +20,7 @@ SMALLER = {
     "chat": "--max-new-tokens 3",
     "fidelity": "--prefix 256 --decode 70 --chunks 1 --seeds 1",
     "frontier": "--prefix 256 --decode 70 --chunks 1 --seeds 1 --preset b3 --no-retrieval",
+    "retrieval": "--depths 1",
     "bench": "--repeats 1 --kv-heads 1",
 }
 

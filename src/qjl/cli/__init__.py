@@ -70,6 +70,7 @@ evaluations.command("retrieval", epilog=EXAMPLES.format("qjl eval retrieval --pr
 evaluations.command("generate", epilog=EXAMPLES.format("qjl eval generate gsm8k.test.jsonl --preset b3 --limit 50"))(
     evaluating.generate
 )
+evaluations.command("smoke", epilog=EXAMPLES.format("qjl eval smoke"))(evaluating.smoke)
 app.add_typer(evaluations, name="eval")
 benchmarks.command("decode", epilog=EXAMPLES.format("qjl bench decode --sweep --plot decode.svg"))(benching.decode)
 benchmarks.command("encode", epilog=EXAMPLES.format("qjl bench encode --preset b3 --tokens 8192"))(benching.encode)

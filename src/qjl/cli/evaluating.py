@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +26,9 @@ from qjl.cli.common import (
     progress,
     read_data,
     results_table,
+    waiting,
 )
+from qjl.cli.harnessing import quieten
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
@@ -168,7 +172,7 @@ def retrieval(
 
 
 def generate(
-    data: Annotated[Path, typer.Option(help="JSON lines with a question and an answer each, such as GSM8K's.")],
+    data: Annotated[Path, typer.Argument(help="JSON lines with a question and an answer each, such as GSM8K's.")],
     model: ModelOption = EMBEDDED,
     preset: _Presets = None,
     task: Annotated[str | None, typer.Option(help="What results call it; the file's name if not given.")] = None,
@@ -196,6 +200,39 @@ def generate(
         for row in measure(subject, names, task or data.stem, asked, protocol, _answers(output), advance):
             found.add(row)
     found.show(_problems_table)
+
+
+def smoke(
+    model: ModelOption = EMBEDDED,
+    data: DataOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Run every evaluation at toy size, in a few minutes: whether they run here, not what they find.
+
+    Exits with 1 where one finds nothing. With --json, one object per evaluation and line.
+    """
+    quieten()
+    from qjl.evals.smoke import checks
+
+    text = read_data(data)
+    subject, found = _subject(model, data, device, dtype, None, json_output), []
+    with TemporaryDirectory() as folder, waiting("Starting") as show:
+        for name, run in checks(subject, text, Path(folder)):
+            show(name)
+            start = time.perf_counter()
+            rows = run()
+            found.append({"evaluation": name, "rows": len(rows), "seconds": round(time.perf_counter() - start, 1)})
+            if json_output:
+                print_json(found[-1])
+    if not json_output:
+        table = results_table("evaluation", "rows", "seconds")
+        for row in found:
+            table.add_row(*map(str, row.values()))
+        out.print(table)
+    if not all(row["rows"] for row in found):
+        raise typer.Exit(1)
 
 
 class _Rows:

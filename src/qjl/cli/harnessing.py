@@ -34,6 +34,14 @@ _QUIET = {
 }
 
 
+def quieten() -> None:
+    """To be called before the harness is imported."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    for name in ("lm_eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def harness(
     task: Annotated[
         list[str], typer.Option("--task", "-t", help="A name of lm-eval, of --include, or olmes/...; may be repeated.")
@@ -65,13 +73,12 @@ def harness(
     What --data says fits the codecs, never the questions. With --out, a run that was killed goes on where it stopped.
     With --json, one object per preset, task and metric, and line.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    quieten()
     from qjl import records
     from qjl.evals.harness import Harness, Protocol, load_tasks
+    from qjl.evals.subject import Subject
     from qjl.presets import resolve
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     protocol = Protocol(shots, limit, parse_recent(recent), chunk, batch, seed)
     configs = [resolve(name) for name in preset or ("full", "b3")]
     text = read_data(data)
@@ -81,7 +88,7 @@ def harness(
     tasks = load_tasks(task, include, shots)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     answers = None if output is None else output.with_suffix(f".answers{output.suffix}")
-    trial = Harness(model, network, tokenizer, text, protocol, answers)
+    trial = Harness(Subject(model, network, tokenizer, text), protocol, answers)
     rows = []
     for found in trial.measure(configs, tasks, lambda what: functools.partial(progress, what, quiet=json_output)):
         for row in found:

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl import calibrate
 from qjl.errors import QJLError
 from qjl.evals import requests
-from qjl.evals.decoding import calibrated_cache, decode, feed, log_probabilities, prefill, refill
+from qjl.evals.decoding import decode, feed, log_probabilities, prefill, refill
+from qjl.evals.reads import Reads, Watch
+from qjl.evals.subject import Subject
 from qjl.hf import KVCache
-from qjl.presets import CacheConfig, resolve, to_dict
-from qjl.records import Journal, Row, digest
-from qjl.statistics import LayerStatistics
+from qjl.presets import CacheConfig, resolve
+from qjl.records import Journal, Row
 
 try:
     from lm_eval.api.task import ConfigurableTask
@@ -50,7 +50,6 @@ except ImportError as error:
 
 FEW_SHOT_SEED = 1234  # the harness's own
 BOOTSTRAPS = 1000
-_WORDS = ("name", "summary", "paper")  # of a preset, that no measurement depends on
 _QUESTIONS = ("shots", "limit")  # of a protocol, that say what is asked, not how it is answered
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
@@ -87,23 +86,6 @@ class Protocol:
         """The preset with this protocol's window and seed."""
         config = resolve(preset).with_seed(self.seed)
         return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
-
-
-@dataclass
-class Reads:
-    """What scored positions attended to: tokens in all, and those of them that were codes."""
-
-    codes: int = 0
-    tokens: int = 0
-
-    @property
-    def share(self) -> float:
-        """Of codes, 0 to 1."""
-        return self.codes / max(self.tokens, 1)
-
-    def add(self, codes: int, tokens: int) -> None:
-        self.codes += codes
-        self.tokens += tokens
 
 
 def _silent(total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -231,7 +213,7 @@ class PackedModel(HFLM):
             attention_mask=mask,
             past_key_values=cache,
             prefill_chunk_size=self._chunk,
-            logits_processor=LogitsProcessorList([_Watch(cache, reads)]),
+            logits_processor=LogitsProcessorList([Watch(cache, reads)]),
             **settings,
         )
         return {"generated": tokens.tolist(), "codes": reads.codes, "tokens": reads.tokens}
@@ -256,20 +238,6 @@ class _Contexts:
             for piece in _row(context).split(self.chunk, dim=1):
                 feed(self.model, cache, piece)
         return cache
-
-
-class _Watch:
-    """Counts what each step of ``generate`` attended to, called as a processor of its logits."""
-
-    def __init__(self, cache: KVCache, reads: Reads) -> None:
-        self.cache, self.reads = cache, reads
-        self.packed = 0  # before the step
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        core = self.cache.cores[0]
-        self.reads.add(self.packed, core.batch * core.length - sum(core.padding))
-        self.packed = sum(core.packed_tokens)
-        return scores
 
 
 def _common_start(rows: list[_Tokens]) -> Iterator[int]:
@@ -353,16 +321,9 @@ def _manager(include: Path | None, include_defaults: bool) -> TaskManager:
 
 @dataclass(frozen=True, eq=False)
 class Harness:
-    """A model, and how it answers.
+    """A model, and how it answers; in ``answers``, a JSON lines file, every answer is kept, and found again."""
 
-    ``text``: what codecs are fitted to, and nothing else; ``answers``: a JSON lines file in which every answer is kept
-    at once, and found by a run that goes on.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    text: str
+    subject: Subject
     protocol: Protocol = Protocol()
     answers: Path | None = None
 
@@ -381,20 +342,16 @@ class Harness:
             QJLError: for a preset that the model cannot have, before anything is measured.
         """
         configs = [self.protocol.configure(preset) for preset in presets]
-        caches = [calibrated_cache(self.model, config, lambda: self._statistics) for config in configs]
+        caches = [self.subject.cache(config) for config in configs]
         for config, cache in zip(configs, caches, strict=True):
             for name, task in tasks.items():
                 yield self._rows(config, cache, task, progress(f"{config.name}, {name}"))
 
-    @functools.cached_property
-    def _statistics(self) -> Mapping[int, LayerStatistics]:
-        return calibrate.measure(self.model, calibrate.rows_of(self.model, self.tokenizer, self.text))
-
     def _rows(self, config: CacheConfig, cache: KVCache, task: Task, progress: Progress) -> list[Row]:
         identity = self.identity(config)
         model = PackedModel(
-            self.model,
-            self.tokenizer,
+            self.subject.model,
+            self.subject.tokenizer,
             cache,
             chunk=self.protocol.chunk,
             batch=self.protocol.batch,
@@ -402,31 +359,18 @@ class Harness:
             progress=progress,
         )
         results = _evaluate(model, task, self.protocol)
-        bits_keys, bits_values = cache.bits
-        common = {
-            "read_as_codes": model.reads.share,
-            "bits_keys": bits_keys,
-            "bits_values": bits_values,
-            "bits": (bits_keys + bits_values) / 2,
-            "recent": config.recent,
-            "sinks": config.sinks,
-            "method_keys": config.key.method,
-            "method_values": config.value.method,
-            "source": config.source,
-            "limit": self.protocol.limit,
-        }
+        common = {"read_as_codes": model.reads.share, "limit": self.protocol.limit} | self.subject.facts(config, cache)
         return [identity | row | common for row in _results(results)]
 
     def identity(self, config: CacheConfig) -> Row:
         """All that an answer depends on, but for the question."""
+        identity = self.subject.identity(config)
         protocol = {name: value for name, value in dataclasses.asdict(self.protocol).items() if name not in _QUESTIONS}
-        return {
-            "model": self.name,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "preset": config.name,
-            "settings": {name: value for name, value in to_dict(config).items() if name not in _WORDS},
-            "protocol": protocol | {"text": digest(self.text), "few_shot_seed": FEW_SHOT_SEED},
-            "versions": {name: version(name) for name in ("qjl", "torch", "transformers", "lm_eval")},
+        versions = identity["versions"] | {"lm_eval": version("lm_eval")}
+        return identity | {
+            "case": "harness",
+            "protocol": protocol | {"few_shot_seed": FEW_SHOT_SEED},
+            "versions": versions,
         }
 
 

@@ -1,0 +1,98 @@
+"""The commands of the evaluations: what they tell, that a killed run goes on, and what they refuse."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny_checkpoint
+from qjl import cli
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
+PROBLEMS = [{"question": f"What is {n} and {n}?", "answer": f"#### {2 * n}"} for n in range(3)]
+SMALL = {
+    "distortion": ("--tokens", "300", "--rows", "1"),
+    "perplexity": ("--context", "512", "--chunks", "1"),
+    "seeds": ("--seeds", "2", "--prefix", "256", "--decode", "70", "--chunks", "1"),
+    "retrieval": ("--context", "400", "--depths", "2", "--recent", "32"),
+    "generate": ("--max-new-tokens", "5", "--batch", "2", "--task", "sums"),
+}
+CASES = SMALL.keys()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(tiny_checkpoint.save(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """``run(name, ...)``: one evaluation of the tiny model."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "fit.txt").write_text(TEXT.replace("April", "May"))
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, PROBLEMS)))
+
+    def start(name, *more):
+        text, fit = (str(tmp_path / name) for name in ("text.txt", "fit.txt"))
+        data = (str(tmp_path / "sums.jsonl"),) if name == "generate" else ("--data", text)
+        return CliRunner().invoke(cli.app, ["eval", name, *data, "-m", checkpoint, "--fit", fit, *SMALL[name], *more])
+
+    return start
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_preset_is_told_and_kept_once(name, run, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    arguments = ("-p", "full", "-p", "turboquant-3", "-p", "b2", "--out", str(out))
+    first = run(name, *arguments, "--json")
+    assert first.exit_code == 0, first.output
+    rows = [json.loads(line) for line in first.stdout.splitlines()]
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    assert presets == (["full"] if name in ("retrieval", "generate") else []) + ["turboquant-3", "b2"]
+    assert {"model", "dtype", "settings", "versions", "bits", "source"} <= rows[0].keys()
+    kept = out.read_bytes()
+    assert [json.loads(line) for line in kept.splitlines()] == rows
+    again = run(name, *arguments)
+    assert again.exit_code == 0, again.output
+    assert out.read_bytes() == kept
+    assert all(re.search(rf"^ ?{preset} ", again.stdout, re.M) for preset in presets)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_preset_is_enough(name, run):
+    result = run(name, "-p", "kivi-2")
+    assert result.exit_code == 0, result.output
+    assert "kivi-2" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("distortion", ("-p", "full"), "full precision loses nothing: give another preset beside it"),
+        ("distortion", ("--tokens", "99"), "rows of more than 128 tokens"),
+        ("perplexity", ("--context", "100"), "prefix >= 256"),
+        ("perplexity", ("--recent", "some"), "recent 'some' is no number of tokens"),
+        ("seeds", ("--chunks", "0"), "chunks and seeds of at least 1"),
+        ("retrieval", ("--task", "hay"), "there is no task 'hay': choose from needle"),
+        ("retrieval", ("--context", "9000"), "too few for a haystack of 9000"),
+        ("generate", ("--out", "/nowhere/rows.jsonl"), "cannot write to /nowhere/rows.jsonl"),
+        ("generate", ("-p", "b17"), "unknown preset 'b17'"),
+    ],
+)
+def test_refusals_are_one_sentence(name, arguments, message, run):
+    result = run(name, *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr.replace("\n", " ")
+    assert result.stderr.startswith("Error: ")
+
+
+def test_smoke_runs_all_of_them(checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text(2 * TEXT)
+    result = CliRunner().invoke(
+        cli.app, ["eval", "smoke", "-m", checkpoint, "--data", str(tmp_path / "text.txt"), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    told = {row["evaluation"]: row["rows"] for row in map(json.loads, result.stdout.splitlines())}
+    assert {"fidelity", "harness", *CASES} == told.keys()
+    assert all(told.values())
