@@ -228,7 +228,7 @@ def test_without_errors_nothing_is_as_good():
 def test_the_command_is_one_that_the_command_line_takes(kind):
     words = shlex.split(part_of(kind, *EVERY_KIND[kind]).command.replace("\\\n", ""))
     command, name = typer.main.get_command(cli.app), words.pop(0)
-    while words and not words[0].startswith("-"):
+    while hasattr(command, "commands"):
         name = words.pop(0)
         command = command.commands[name]
     command.make_context(name, words)
@@ -238,6 +238,13 @@ def test_a_preset_of_ones_own_is_a_file_with_its_settings():
     part = part_of("frontier", rows_of.frontier("b3", 0.01) | {"preset": "mine"})
     assert "--preset mine.json" in part.command
     assert presets.from_dict(json.loads(part.settings["mine"])).recent == 32
+
+
+def test_tasks_that_were_asked_elsewhere_have_a_command_of_their_own():
+    rows = [*EVERY_KIND["haystack"], rows_of.haystack("b3", 512, 0.5, 1.0, task="tracking")]
+    first, second = part_of("haystack", *rows).command.replace("\\\n", "").splitlines()
+    assert "--task needle --context 1024 --context 2048" in " ".join(first.split())
+    assert "--preset b3 --fit bbf94c53a05abe9e.txt --task tracking --context 512" in " ".join(second.split())
 
 
 def test_windows_that_differ_are_each_presets_own():

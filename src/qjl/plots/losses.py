@@ -12,7 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qjl.plots.answers import FULL
-from qjl.plots.style import DPI, INK, STYLE, Look, content, looks, make_frame, make_logarithmic, mark_contexts, require
+from qjl.plots.style import (
+    DPI,
+    INK,
+    STYLE,
+    Look,
+    content,
+    looks,
+    make_frame,
+    make_logarithmic,
+    mark_contexts,
+    name_below,
+    require,
+)
 from qjl.records import Row
 
 ROLES = {"score": "error of scores, relative to ‖q‖ ‖k‖", "output": "error of attention's output, relative"}
@@ -32,15 +44,8 @@ def distortion(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         for axes, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
             _draw_layers(axes, [row for row in rows if row["role"] == role], look)
             make_frame(axes, "layer", ROLES[role])
-        _name_below(figure)
+        name_below(figure)
         return content(figure, suffix)
-
-
-def _name_below(figure: Figure) -> None:
-    """One legend for all panels."""
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    by_name = dict(sorted(zip(names, handles, strict=True), key=lambda pair: pair[0]))
-    figure.legend(by_name.values(), by_name.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
 
 
 def _draw_layers(axes: Axes, rows: Sequence[Row], look: dict[str, Look]) -> None:
@@ -83,8 +88,7 @@ def perplexity(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         make_logarithmic(right, "context, tokens", "KL to full precision, nats per token")
         for axes in (left, right):
             mark_contexts(axes, full)
-            axes.get_legend().remove()
-        _name_below(figure)
+        name_below(figure)
         return content(figure, suffix)
 
 

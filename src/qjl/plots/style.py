@@ -89,6 +89,15 @@ def make_logarithmic(axes: Axes, x: str, y: str) -> None:
     axes.legend(frameon=False, fontsize=9)
 
 
+def name_below(figure: Figure) -> None:
+    """One legend for all panels, in place of their own."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    by_name = dict(sorted(zip(names, handles, strict=True), key=lambda pair: pair[0]))
+    for legend in filter(None, (axes.get_legend() for axes in figure.axes)):
+        legend.remove()
+    figure.legend(by_name.values(), by_name.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+
+
 def mark_contexts(axes: Axes, contexts: Iterable[int]) -> None:
     """A tick for each, in thousands of tokens; where they would stand too near, for some."""
     ticks = sorted(set(contexts))

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qjl.plots.style import DPI, STYLE, Look, content, looks, make_logarithmic, mark_contexts, require
+from qjl.plots.style import DPI, STYLE, Look, content, looks, make_logarithmic, mark_contexts, name_below, require
 from qjl.records import Row
 
 
@@ -25,6 +25,7 @@ def contexts(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         _draw(panels[0], rows, "prompt, seconds", lambda row: row["prefill_ms"] / 1e3)
         _draw(panels[1], rows, "a token after it, ms", lambda row: row["ms"])
         _draw(panels[2], rows, "cache, MB", lambda row: row["cache_bytes"] / 1e6)
+        name_below(figure)
         figure.suptitle(_title(rows[0]), x=0.01, ha="left", fontsize=10)
         return content(figure, suffix)
 
@@ -42,7 +43,7 @@ def throughput(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         panels = figure.subplots(1, len(lengths), squeeze=False)[0]
         for axes, length in zip(panels, lengths, strict=True):
             _draw_batches(axes, [row for row in rows if row["tokens"] == length])
-        figure.suptitle(f"{_title(rows[0])}, {rows[0]['memory'] / 1e9:.1f} GB", x=0.01, ha="left", fontsize=10)
+        figure.suptitle(f"{_title(rows[0])}, {rows[0]['memory'] / 1e9:.3g} GB", x=0.01, ha="left", fontsize=10)
         return content(figure, suffix)
 
 
@@ -58,6 +59,8 @@ def generation(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         panels = figure.subplots(1, 2)
         _draw(panels[0], rows, "a token, ms", lambda row: row["ms"])
         _draw(panels[1], rows, "attention per layer, ms", lambda row: row["attention_ms_per_layer"])
+        panels[1].set_yscale("linear")  # a difference of two times may be negative
+        name_below(figure)
         threads = ", ".join(f"{count}" for count in sorted({row["threads"] for row in rows}))
         title = f"{rows[0]['model']}, {threads} thread(s), {rows[0]['machine']}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)

@@ -100,21 +100,30 @@ def seeds(rows: Sequence[Row]) -> str:
 
 
 def haystack(rows: Sequence[Row]) -> str:
-    options = {name: _values(rows, name) for name in ("task", "context")}
-    counts = {"depths": len(_values(rows, "depth")), "seeds": len(_values(rows, "seed"))}
-    return _line("eval retrieval", **_evaluated(rows), **options, **counts, recent=_recent(rows))
+    """A command for all tasks that were asked at the same places."""
+    places: dict[tuple[tuple[Any, ...], ...], list[Row]] = {}
+    for task in _values(rows, "task"):
+        of = [row for row in rows if row["task"] == task]
+        places.setdefault(tuple(tuple(_values(of, field)) for field in ("context", "depth", "seed")), []).extend(of)
+    return "\n".join(_retrieval(contexts, depths, seeds, of) for (contexts, depths, seeds), of in places.items())
+
+
+def _retrieval(contexts: Sequence[int], depths: Sequence[float], seeds: Sequence[int], rows: Sequence[Row]) -> str:
+    options = {"task": _values(rows, "task"), "context": list(contexts), "depths": len(depths), "seeds": len(seeds)}
+    return _line("eval retrieval", **_evaluated(rows), **options, recent=_recent(rows))
 
 
 def problems(rows: Sequence[Row]) -> str:
     row, protocol = rows[0], rows[0]["protocol"]
-    options = {"data": f"{row['task']}.jsonl", "task": row["task"], "limit": row["n"]}
+    data = shlex.quote(f"{row['task']}.jsonl")
     told = {name: protocol.get(name) for name in ("max_new_tokens", "batch", "seed")}
-    return _line("eval generate", **_evaluated(rows), **options, **told, recent=_recent(rows))
+    options = {"task": row["task"], "limit": row["n"]}
+    return _line(f"eval generate {data}", **_evaluated(rows), **options, **told, recent=_recent(rows))
 
 
 def harness(rows: Sequence[Row]) -> str:
     row, protocol = rows[0], rows[0]["protocol"]
-    options = {"task": _values(rows, "task"), "limit": row.get("limit"), "data": _text(rows)}
+    options = {"task": _values(rows, "task"), "limit": row.get("limit"), "data": _text(rows, "fitted_to")}
     told = {name: protocol.get(name) for name in ("chunk", "batch", "seed")}
     shared = {name: value for name, value in _evaluated(rows).items() if name != "fit"}
     return _line("eval harness", **shared, **options, **told, recent=_recent(rows))

@@ -97,7 +97,7 @@ KINDS: dict[str, Kind] = {
             "Tasks of lm-evaluation-harness",
             "Log-likelihoods and answers taken over the packed codes of each context.",
             (*_PRESET, "protocol", "task", "metric", "value", "value_se", "read_as_codes"),
-            ("model", "dtype", "protocol", "limit"),
+            ("model", "dtype", "protocol", "limit", "fitted_to"),
             quality.harness,
         ),
         Kind(
