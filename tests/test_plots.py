@@ -182,9 +182,10 @@ def _labels(axis):
     return [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]
 
 
+@pytest.mark.parametrize("most", [1, None], ids=["one row", "all"])
 @pytest.mark.parametrize("kind", DRAWN)
-def test_no_text_is_cut_and_every_axis_has_a_name(kind, drawn):
-    figure = drawn(DRAWN[kind], EVERY_KIND[kind])
+def test_no_text_is_cut_and_every_axis_has_a_name(kind, most, drawn):
+    figure = drawn(DRAWN[kind], EVERY_KIND[kind][:most])
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and not _is_off(text)]
     inside = figure.bbox.padded(1)
     cut = [text for text in texts for corner in text.get_window_extent().corners() if not inside.contains(*corner)]
@@ -209,3 +210,10 @@ def test_theory_is_drawn_where_there_is_a_formula(drawn):
     scores, outputs = drawn(plots.distortion, EVERY_KIND["distortion"]).axes
     assert [line.get_label() for line in scores.lines if line.get_linestyle() == ":"] == ["kivi-2, theory"]
     assert not [line for line in outputs.lines if line.get_linestyle() == ":"]
+
+
+def test_curves_are_named_with_the_power_they_grow_by(drawn):
+    left, _ = drawn(plots.encoding, EVERY_KIND["encode"]).axes
+    names = [text.get_text() for text in left.get_legend().get_texts()]
+    assert names == ["attention of the prefill, n^1.00", "b3, keys, n^1.00", "b3, values, n^1.00"]
+    assert style.with_power("b3", [1024, 1024], [1.0, 2.0]) == "b3"

@@ -22,6 +22,7 @@ from qjl.plots.style import (
     make_logarithmic,
     mark_contexts,
     require,
+    with_power,
 )
 from qjl.records import Row
 
@@ -47,14 +48,16 @@ def encoding(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         figure = Figure((11.2, 4.8), dpi=DPI, layout="constrained")
         left, right = figure.subplots(1, 2)
         prefill = {row["tokens"]: row["prefill_ms"] for row in sorted(rows, key=lambda row: row["tokens"])}
-        left.plot(list(prefill), list(prefill.values()), color=INK, marker="x", label="attention of the prefill")
+        contexts, attention = list(prefill), list(prefill.values())
+        name = with_power("attention of the prefill", contexts, attention)
+        left.plot(contexts, attention, color=INK, marker="x", label=name)
         for preset, role in itertools.product(look, _LINES):
             of = [row for row in rows if (row["preset"], row["role"]) == (preset, role)]
             of.sort(key=lambda row: row["tokens"])
-            tokens, drawn = [row["tokens"] for row in of], look[preset] | _LINES[role]
-            drawn["label"] = f"{preset}, {role}s"
-            left.plot(tokens, [row["ms"] for row in of], **drawn)
-            right.plot(tokens, [100 * row["share_of_prefill"] for row in of], **drawn)
+            tokens, ms = [row["tokens"] for row in of], [row["ms"] for row in of]
+            name, drawn = f"{preset}, {role}s", look[preset] | _LINES[role]
+            left.plot(tokens, ms, label=with_power(name, tokens, ms), **drawn)
+            right.plot(tokens, [100 * row["share_of_prefill"] for row in of], label=name, **drawn)
         make_logarithmic(left, "prompt, tokens", "ms per layer")
         make_logarithmic(right, "prompt, tokens", "encoding, percent of the prefill's attention")
         for axes in (left, right):

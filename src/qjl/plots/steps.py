@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qjl.plots.style import DPI, INK, STYLE, content, looks, make_logarithmic, mark_contexts, require
+from qjl.plots.style import DPI, INK, STYLE, content, looks, make_logarithmic, mark_contexts, require, with_power
 from qjl.records import Row
 
 
@@ -41,14 +41,6 @@ class _Curve:
     color: str
     marker: str
 
-    @property
-    def label(self) -> str:
-        """With the power of the context that the time grows by."""
-        if len(set(self.tokens)) < 2:
-            return self.name
-        power, _ = np.polyfit(np.log(self.tokens), np.log(self.ms), 1)
-        return f"{self.name}, n^{power:.2f}"
-
 
 _FULL_BYTES = {"torch_fp32": 4, "torch_bf16": 2, "fp16_avx2": 2, "flash_bf16": 2, "flex_bf16": 2}  # per number
 
@@ -77,7 +69,14 @@ def _curves(rows: Sequence[Row]) -> list[_Curve]:
 
 def _draw_growth(axes: Axes, curves: Sequence[_Curve], row: Row) -> None:
     for curve in curves:
-        axes.plot(curve.tokens, curve.ms, color=curve.color, marker=curve.marker, label=curve.label, markersize=5)
+        axes.plot(
+            curve.tokens,
+            curve.ms,
+            color=curve.color,
+            marker=curve.marker,
+            label=with_power(curve.name, curve.tokens, curve.ms),
+            markersize=5,
+        )
     make_logarithmic(axes, "tokens in the cache", "ms per layer and token")
     mark_contexts(axes, (count for curve in curves for count in curve.tokens))
     shape = f"{row.get('batch', 1)} x {row['kv_heads']} x {row['group']} heads of {row['head_dim']}"

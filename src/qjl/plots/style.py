@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
@@ -67,6 +68,14 @@ class _WithinADecade(LogFormatter):
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def with_power(name: str, sizes: Sequence[float], values: Sequence[float]) -> str:
+    """A curve's name, and the power of its sizes that the values grow by: the slope of a line through logarithms."""
+    if len(set(sizes)) < 2:
+        return name
+    power, _ = np.polyfit(np.log(sizes), np.log(values), 1)
+    return f"{name}, n^{power:.2f}"
 
 
 def make_frame(axes: Axes, x: str, y: str) -> None:

@@ -73,7 +73,8 @@ def scan(rows: Sequence[Row]) -> Part:
 def encode(rows: Sequence[Row]) -> Part:
     rows = sorted(latest(rows, "preset", "tokens", "role"), key=lambda row: (row["preset"], row["role"], row["tokens"]))
     caption = (
-        "Time of making codes of a prompt's keys and values, beside the attention of its prefill, and its share of it."
+        "Left: time of making codes of a prompt's keys and values, beside the attention of its prefill, with the power "
+        "of n that each grows by. Right: the share of the former in the latter."
     )
     table = Table(
         "Time of making codes of keys and of values, in one layer.",
