@@ -12,9 +12,7 @@ from qjl.errors import QJLError
 
 
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="JSON lines files that --out wrote, or folders of them.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="JSON lines files that --out wrote, or folders of them.")],
     output: Annotated[Path, typer.Option("--out", "-o", help="The page: an .html file.")] = Path("report.html"),
     json_output: JsonOption = False,
 ) -> None:
