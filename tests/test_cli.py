@@ -23,6 +23,7 @@ COMMANDS = (
     ["presets"],
     ["plan"],
     ["calibrate"],
+    ["report"],
     ["eval"],
     ["eval", "fidelity"],
     ["eval", "frontier"],

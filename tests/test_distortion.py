@@ -16,6 +16,7 @@ from qjl.methods.turboquant import TurboQuant
 from qjl.presets import CacheConfig
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
+FIT = "Call me Ishmael, some years ago, never mind how long precisely. " * 35
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
 SMALL = Protocol(tokens=300, rows=2)
 
@@ -27,7 +28,7 @@ def keys_only(key, name="keys only"):
 @pytest.fixture(scope="module")
 def subject():
     model = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
-    return Subject("tiny", model, byte_tokenizer(), TEXT)
+    return Subject("tiny", model, byte_tokenizer(), FIT)
 
 
 def test_a_row_for_every_layer_and_role(subject):

@@ -30,12 +30,13 @@ def checkpoint(tmp_path_factory):
 def run(checkpoint, tmp_path):
     """``run(name, ...)``: one evaluation of the tiny model."""
     (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "fit.txt").write_text(TEXT.replace("April", "May"))
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, PROBLEMS)))
 
     def start(name, *more):
-        text = str(tmp_path / "text.txt")
+        text, fit = (str(tmp_path / name) for name in ("text.txt", "fit.txt"))
         data = (str(tmp_path / "sums.jsonl"),) if name == "generate" else ("--data", text)
-        return CliRunner().invoke(cli.app, ["eval", name, *data, "-m", checkpoint, "--fit", text, *SMALL[name], *more])
+        return CliRunner().invoke(cli.app, ["eval", name, *data, "-m", checkpoint, "--fit", fit, *SMALL[name], *more])
 
     return start
 
@@ -87,7 +88,7 @@ def test_refusals_are_one_sentence(name, arguments, message, run):
 
 
 def test_smoke_runs_all_of_them(checkpoint, tmp_path):
-    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "text.txt").write_text(2 * TEXT)
     result = CliRunner().invoke(
         cli.app, ["eval", "smoke", "-m", checkpoint, "--data", str(tmp_path / "text.txt"), "--json"]
     )

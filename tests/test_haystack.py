@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from models_for_tests import tiny
 from qjl.evals import haystack
@@ -10,6 +11,7 @@ from qjl.evals.haystack import TASKS, Cell, Protocol, Task
 from qjl.evals.subject import Subject
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
+FIT = "Call me Ishmael, some years ago, never mind how long precisely. " * 35
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
 SMALL = Protocol(("needle",), (400,), depths=2)
 
@@ -17,7 +19,7 @@ SMALL = Protocol(("needle",), (400,), depths=2)
 @pytest.fixture(scope="module")
 def subject():
     model = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
-    return Subject("tiny", model, byte_tokenizer(), TEXT)
+    return Subject("tiny", model, byte_tokenizer(), FIT)
 
 
 def haystack_of(subject, cell):
@@ -92,8 +94,6 @@ def test_the_answer_of_full_precision_is_the_model_s(subject):
 
 
 def _joined(one):
-    import torch
-
     return torch.cat([torch.tensor([one.tokens]), one.question], 1)
 
 
@@ -126,9 +126,7 @@ def test_what_does_not_fit_is_refused(subject, protocol, message, refuses):
 def test_a_context_longer_than_the_model_s_is_refused(refuses):
     model = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=512)
     with refuses("500 tokens leave no room for an answer in the model's context of 512"):
-        list(
-            haystack.measure(Subject("tiny", model, byte_tokenizer(), TEXT), ["full"], TEXT, Protocol(contexts=(500,)))
-        )
+        list(haystack.measure(Subject("tiny", model, byte_tokenizer(), FIT), ["full"], TEXT, Protocol(contexts=(500,))))
 
 
 def test_protocols_that_ask_nothing_are_refused(refuses):
@@ -136,6 +134,13 @@ def test_protocols_that_ask_nothing_are_refused(refuses):
         Protocol(("hay",))
     with refuses("at least one depth and seed"):
         Protocol(depths=0)
+
+
+def test_codecs_are_never_fitted_to_the_hay(subject):
+    both = Subject("tiny", subject.model, byte_tokenizer(), TEXT)
+    everything, fitted = both.tokens(TEXT)[0], 2048
+    assert torch.equal(both.unseen(TEXT), everything[fitted:])
+    assert torch.equal(both.unseen(FIT), both.tokens(FIT)[0])
 
 
 def test_needles_begin_where_they_should():

@@ -9,9 +9,10 @@ SOURCE = Path(__file__).parent.parent / "src" / "qjl"
 FLOORS = (
     ("__main__",),
     ("cli",),
+    ("report",),
     ("demo",),
     ("choice", "bench"),
-    ("evals", "plots", "report", "plan"),
+    ("evals", "plots", "plan"),
     ("conversation",),
     ("calibrate", "generation", "sensitivity"),
     ("hf",),

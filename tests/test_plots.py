@@ -1,16 +1,20 @@
 """Pictures: drawn from rows alone, the same for the same rows, with every family's name in them."""
 
 import io
+import itertools
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
+from colours import VISIONS, contrast, distance
 from qjl import plots
-from qjl.plots import pareto
+from qjl.plots import pareto, style
+from report_rows import EVERY_KIND
 
 PRESETS = {
     "b2": (2.1, 0.03),
@@ -106,3 +110,110 @@ def test_one_row_is_enough(rows):
 def test_other_formats_are_refused(name, refuses):
     with refuses("give a name that ends in .svg or .png"):
         plots.require_format(Path(name))
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+def test_tones_are_told_apart_by_the_colour_blind(vision):
+    apart = {pair: distance(*pair, vision) for pair in itertools.combinations((style.OURS, *style.TONES), 2)}
+    assert min(apart.values()) > 16
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#0f1318", "#000000"])
+def test_tones_can_be_seen_on_white_and_on_black(ground):
+    assert min(contrast(tone, ground) for tone in (style.OURS, style.INK, style.GRID, *style.TONES)) >= 3
+
+
+def test_a_tone_and_a_marker_stand_for_one_name_only():
+    looks = style.looks(f"preset-{index}" for index in range(50))
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == 50
+    assert looks["preset-0"]["color"] == style.OURS
+
+
+DRAWN = {
+    "distortion": plots.distortion,
+    "perplexity": plots.perplexity,
+    "seeds": plots.seeds,
+    "haystack": plots.heatmap,
+    "problems": plots.problems,
+    "harness": plots.tasks,
+    "decode": plots.benchmark,
+    "scan": plots.scans,
+    "encode": plots.encoding,
+    "memory": plots.contexts,
+    "throughput": plots.throughput,
+    "generate": plots.generation,
+}
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_each_kind_has_a_picture_the_same_for_the_same_rows(kind, refuses):
+    picture = DRAWN[kind](EVERY_KIND[kind])
+    assert ET.fromstring(picture).tag.endswith("svg")
+    assert DRAWN[kind](EVERY_KIND[kind]) == picture
+    with refuses("there is nothing to draw"):
+        DRAWN[kind]([])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure of a picture, before it is one."""
+
+    def figure_of(draw, rows):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+        draw(rows)
+        figures[0].draw_without_rendering()
+        return figures[0]
+
+    return figure_of
+
+
+def _is_off(text):
+    """Whether it names a tick beyond its axis, which is not drawn."""
+    axis = next((axis for axes in text.figure.axes for axis in axes._axis_map.values() if text in _labels(axis)), None)
+    if axis is None:
+        return False
+    low, high = sorted(axis.get_view_interval())
+    place = text.get_position()[axis.axis_name == "y"]
+    return not low <= place <= high
+
+
+def _labels(axis):
+    return [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]
+
+
+@pytest.mark.parametrize("most", [1, None], ids=["one row", "all"])
+@pytest.mark.parametrize("kind", DRAWN)
+def test_no_text_is_cut_and_every_axis_has_a_name(kind, most, drawn):
+    figure = drawn(DRAWN[kind], EVERY_KIND[kind][:most])
+    texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and not _is_off(text)]
+    inside = figure.bbox.padded(1)
+    cut = [text for text in texts for corner in text.get_window_extent().corners() if not inside.contains(*corner)]
+    assert not cut
+    shared = figure.get_supxlabel()
+    assert all(axes.get_xlabel() or shared for axes in figure.axes if axes.get_visible())
+
+
+def test_a_haystack_tells_where_full_precision_found_more(drawn):
+    full, quantized, _ = drawn(plots.heatmap, EVERY_KIND["haystack"]).axes
+    assert {text.get_text() for text in full.texts} == {"1"}
+    assert {text.get_text() for text in quantized.texts} == {"0.5\nof 1"}
+
+
+def test_full_precision_is_a_line_and_no_contestant(drawn):
+    (axes,) = drawn(plots.problems, EVERY_KIND["problems"]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b3, 2.62 bits", "kivi-2, 3.00 bits"]
+    assert axes.lines[0].get_xdata()[0] == 75
+
+
+def test_theory_is_drawn_where_there_is_a_formula(drawn):
+    scores, outputs = drawn(plots.distortion, EVERY_KIND["distortion"]).axes
+    assert [line.get_label() for line in scores.lines if line.get_linestyle() == ":"] == ["kivi-2, theory"]
+    assert not [line for line in outputs.lines if line.get_linestyle() == ":"]
+
+
+def test_curves_are_named_with_the_power_they_grow_by(drawn):
+    left, _ = drawn(plots.encoding, EVERY_KIND["encode"]).axes
+    names = [text.get_text() for text in left.get_legend().get_texts()]
+    assert names == ["attention of the prefill, n^1.00", "b3, keys, n^1.00", "b3, values, n^1.00"]
+    assert style.with_power("b3", [1024, 1024], [1.0, 2.0]) == "b3"

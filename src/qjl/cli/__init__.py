@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import qjl
-from qjl.cli import benching, demonstrating, evaluating, harnessing, measuring, planning, racing, writing
+from qjl.cli import benching, demonstrating, evaluating, harnessing, measuring, planning, racing, reporting, writing
 from qjl.cli.common import EXAMPLES, Commands
 
 ENVIRONMENT = {
@@ -47,6 +47,7 @@ app.command("chat", epilog=EXAMPLES.format("qjl chat --preset b3"))(writing.chat
 app.command("presets", epilog=EXAMPLES.format("qjl presets --head-dim 64"))(planning.presets)
 app.command("plan", epilog=EXAMPLES.format("qjl plan smollm2 --memory 2G --context 8192"))(planning.plan)
 app.command("calibrate", epilog=EXAMPLES.format("qjl calibrate smollm2 --data my-text.txt"))(measuring.calibrate)
+app.command("report", epilog=EXAMPLES.format("qjl report results/ -o report.html"))(reporting.report)
 evaluations.command("fidelity", epilog=EXAMPLES.format("qjl eval fidelity --preset b3 --chunks 2 --seeds 1"))(
     measuring.fidelity
 )

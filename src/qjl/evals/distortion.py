@@ -185,7 +185,7 @@ def expected_error(quantizer: Quantizer, head_dim: int, cosine: float) -> float 
 
 def _rows(subject: Subject, text: str, protocol: Protocol) -> Tensor:
     """Stretches spread evenly over the text, ``int64 [rows, tokens]``."""
-    tokens = subject.tokens(text)[0]
+    tokens = subject.unseen(text)
     if len(tokens) < protocol.tokens:
         raise QJLError(f"the text has {len(tokens)} tokens, fewer than {protocol.tokens}: give a longer one.")
     starts = torch.linspace(0, len(tokens) - protocol.tokens, protocol.rows).long()

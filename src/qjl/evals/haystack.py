@@ -173,7 +173,7 @@ class _Filler:
 
     def __init__(self, subject: Subject, text: str, longest: int) -> None:
         self.name = digest(text)
-        self.tokens = {False: subject.tokens(text)[0].tolist(), True: _repeated(subject, longest)}
+        self.tokens = {False: subject.unseen(text).tolist(), True: _repeated(subject, longest)}
         if len(self.tokens[False]) < longest:
             raise QJLError(
                 f"the text has {len(self.tokens[False])} tokens, too few for a haystack of {longest}: give a longer "

@@ -33,7 +33,11 @@ class Subject:
 
     @functools.cached_property
     def statistics(self) -> Mapping[int, LayerStatistics]:
-        return calibrate.measure(self.model, calibrate.rows_of(self.model, self.tokenizer, self.text))
+        return calibrate.measure(self.model, self._fitted)
+
+    @functools.cached_property
+    def _fitted(self) -> Tensor:
+        return calibrate.rows_of(self.model, self.tokenizer, self.text)
 
     def cache(self, config: CacheConfig) -> KVCache:
         """An empty one, ready to quantize.
@@ -46,6 +50,11 @@ class Subject:
     def tokens(self, text: str) -> Tensor:
         """``int64 [1, T]``, as part of a longer text."""
         return self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
+
+    def unseen(self, text: str) -> Tensor:
+        """``int64 [T]``: a text without what codecs are fitted to, if that is its beginning."""
+        tokens = self.tokens(text)[0]
+        return tokens[self._fitted.numel() :] if text == self.text else tokens
 
     def identity(self, config: CacheConfig) -> Row:
         """All of the model and the preset that an answer depends on."""

@@ -1,8 +1,26 @@
 """Pictures of measurements, drawn from their rows alone."""
 
+from qjl.plots.answers import heatmap, problems, tasks
+from qjl.plots.codes import encoding, scans
+from qjl.plots.losses import distortion, perplexity, seeds
 from qjl.plots.pareto import frontier
 from qjl.plots.steps import benchmark
 from qjl.plots.style import require_format
-from qjl.plots.whole_models import contexts, throughput
+from qjl.plots.whole_models import contexts, generation, throughput
 
-__all__ = ["benchmark", "contexts", "frontier", "require_format", "throughput"]
+__all__ = [
+    "benchmark",
+    "contexts",
+    "distortion",
+    "encoding",
+    "frontier",
+    "generation",
+    "heatmap",
+    "perplexity",
+    "problems",
+    "require_format",
+    "scans",
+    "seeds",
+    "tasks",
+    "throughput",
+]

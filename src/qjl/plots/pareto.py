@@ -40,17 +40,17 @@ def frontier(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(_SIZE, dpi=DPI, layout="constrained")
         axes = figure.add_subplot()
-        families = _families(rows)
+        found = families(rows)
         _draw_axes(axes, rows)
         _draw_front(axes, rows)
-        for family in families:
+        for family in found:
             _draw_family(axes, family)
-        _Names(axes, families).draw()
+        _Names(axes, found).draw()
         return content(figure, suffix)
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     """The sizes of one method, smallest first."""
 
     name: str
@@ -60,17 +60,17 @@ class _Family:
     marker: str
 
 
-def _families(rows: Sequence[Row]) -> list[_Family]:
-    """Ours last, so that they are drawn above the others."""
+def families(rows: Sequence[Row]) -> list[Family]:
+    """Presets by method; ours last, so that they are drawn above the others."""
     by_name: dict[tuple[bool, str], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["bits"], row["kl"])):
         by_name.setdefault((is_ours(row), _stem(row["preset"])), []).append(row)
-    families = []
+    found = []
     for index, ((ours, stem), members) in enumerate(sorted(by_name.items())):
         name = stem if len(members) > 1 else members[0]["preset"]
         color, marker = (OURS, "o") if ours else (TONES[index % len(TONES)], MARKERS[index % len(MARKERS)])
-        families.append(_Family(name, members, ours, color, marker))
-    return families
+        found.append(Family(name, members, ours, color, marker))
+    return found
 
 
 def _stem(preset: str) -> str:
@@ -107,7 +107,7 @@ def _draw_front(axes: Axes, rows: Sequence[Row]) -> None:
     axes.step([*bits, axes.get_xlim()[1]], [*kl, kl[-1]], where="post", color=OURS, alpha=0.18, linewidth=7)
 
 
-def _draw_family(axes: Axes, family: _Family) -> None:
+def _draw_family(axes: Axes, family: Family) -> None:
     axes.errorbar(
         [row["bits"] for row in family.rows],
         [row["kl"] for row in family.rows],
@@ -135,7 +135,7 @@ class _Place:
 class _Names:
     """Names beside points, each where it hides least: one per family, and one for each point of ours."""
 
-    def __init__(self, axes: Axes, families: Sequence[_Family]) -> None:
+    def __init__(self, axes: Axes, families: Sequence[Family]) -> None:
         self.axes, self.families = axes, families
         self.figure = cast(Figure, axes.get_figure())
         self.figure.draw_without_rendering()  # the layout is known from here on
@@ -150,8 +150,8 @@ class _Names:
             else:
                 self._draw(family.name, family.rows, family)
 
-    def _draw(self, name: str, rows: Sequence[Row], family: _Family) -> None:
-        style: dict[str, Any] = {"color": family.color, "weight": "bold" if family.is_ours else "normal"}
+    def _draw(self, name: str, rows: Sequence[Row], family: Family) -> None:
+        style: dict[str, Any] = {"color": INK, "weight": "bold" if family.is_ours else "normal"}
         best = min(self._places(rows, *self._size(name, style)), key=self._cost)
         self.taken = np.vstack([self.taken, best.box])
         line = {"arrowstyle": "-", "color": family.color, "lw": 0.7, "shrinkA": 0, "shrinkB": 3}
@@ -190,7 +190,7 @@ class _Names:
         outside = (right - left) * (top - bottom) - _overlap(place.box, self.frame)
         return _overlap(place.box, self.taken) + 10 * outside + 2 * place.gap
 
-    def _boxes(self, family: _Family) -> Iterator[_Box]:
+    def _boxes(self, family: Family) -> Iterator[_Box]:
         """Around the family's points and along its line."""
         points = [self._at(row) for row in family.rows]
         for x, y in points:

@@ -9,10 +9,8 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from qjl.errors import QJLError
-from qjl.plots.style import DPI, INK, MARKERS, OURS, STYLE, TONES, content, make_logarithmic
+from qjl.plots.style import DPI, INK, STYLE, content, looks, make_logarithmic, mark_contexts, require, with_power
 from qjl.records import Row
 
 
@@ -22,8 +20,7 @@ def benchmark(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
     Raises:
         QJLError: if there is no row.
     """
-    if not rows:
-        raise QJLError("there is nothing to draw: measure at least one case.")
+    require(rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure((12.0, 5.0), dpi=DPI, layout="constrained")
         growth, roofline = figure.subplots(1, 2)
@@ -44,14 +41,6 @@ class _Curve:
     color: str
     marker: str
 
-    @property
-    def label(self) -> str:
-        """With the power of the context that the time grows by."""
-        if len(set(self.tokens)) < 2:
-            return self.name
-        power, _ = np.polyfit(np.log(self.tokens), np.log(self.ms), 1)
-        return f"{self.name}, n^{power:.2f}"
-
 
 _FULL_BYTES = {"torch_fp32": 4, "torch_bf16": 2, "fp16_avx2": 2, "flash_bf16": 2, "flex_bf16": 2}  # per number
 
@@ -59,14 +48,14 @@ _FULL_BYTES = {"torch_fp32": 4, "torch_bf16": 2, "fp16_avx2": 2, "flash_bf16": 2
 def _curves(rows: Sequence[Row]) -> list[_Curve]:
     """The presets, and what they are compared with, each context once."""
     presets = list(dict.fromkeys(row["preset"] for row in rows))
-    tones = [OURS, *TONES]
+    look = looks([*presets, *_FULL_BYTES])
     curves = []
-    for index, preset in enumerate(presets):
+    for preset in presets:
         chosen = sorted((row for row in rows if row["preset"] == preset), key=lambda row: row["tokens"])
         nbytes = [float(row["bytes"]) for row in chosen]
         tokens, ms = [row["tokens"] for row in chosen], [row["ms"] for row in chosen]
-        curves.append(_Curve(preset, tokens, ms, nbytes, tones[index % len(tones)], "o"))
-    for index, (name, size) in enumerate(_FULL_BYTES.items()):
+        curves.append(_Curve(preset, tokens, ms, nbytes, **look[preset]))
+    for name, size in _FULL_BYTES.items():
         by_tokens = {row["tokens"]: row for row in rows if row.get(f"ms_{name}") is not None}
         if by_tokens:
             tokens, chosen = sorted(by_tokens), [by_tokens[count] for count in sorted(by_tokens)]
@@ -74,16 +63,22 @@ def _curves(rows: Sequence[Row]) -> list[_Curve]:
                 2.0 * size * row.get("batch", 1) * row["kv_heads"] * row["tokens"] * row["head_dim"] for row in chosen
             ]
             ms = [row[f"ms_{name}"] for row in chosen]
-            curves.append(_Curve(name.replace("_", " "), tokens, ms, nbytes, TONES[-1 - index], MARKERS[index]))
+            curves.append(_Curve(name.replace("_", " "), tokens, ms, nbytes, **look[name]))
     return curves
 
 
 def _draw_growth(axes: Axes, curves: Sequence[_Curve], row: Row) -> None:
     for curve in curves:
-        axes.plot(curve.tokens, curve.ms, color=curve.color, marker=curve.marker, label=curve.label, markersize=5)
+        axes.plot(
+            curve.tokens,
+            curve.ms,
+            color=curve.color,
+            marker=curve.marker,
+            label=with_power(curve.name, curve.tokens, curve.ms),
+            markersize=5,
+        )
     make_logarithmic(axes, "tokens in the cache", "ms per layer and token")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
-    axes.xaxis.set_major_locator(FixedLocator(sorted({count for curve in curves for count in curve.tokens})))
+    mark_contexts(axes, (count for curve in curves for count in curve.tokens))
     shape = f"{row.get('batch', 1)} x {row['kv_heads']} x {row['group']} heads of {row['head_dim']}"
     shape += f", {row['threads']} thread(s)" if row.get("device", "cpu") == "cpu" else ""
     axes.set_title(f"One token's attention, {shape}\n{row['machine']}", loc="left", fontsize=10)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from qjl.errors import QJLError
-from qjl.plots.style import DPI, MARKERS, OURS, STYLE, TONES, content, make_logarithmic
+from qjl.plots.style import DPI, STYLE, Look, content, looks, make_logarithmic, mark_contexts, name_below, require
 from qjl.records import Row
-
-_Look = dict[str, Any]
 
 
 def contexts(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
@@ -23,13 +18,14 @@ def contexts(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
     Raises:
         QJLError: if there is no row.
     """
-    _require(rows)
+    require(rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure((14.0, 4.6), dpi=DPI, layout="constrained")
         panels = figure.subplots(1, 3)
         _draw(panels[0], rows, "prompt, seconds", lambda row: row["prefill_ms"] / 1e3)
         _draw(panels[1], rows, "a token after it, ms", lambda row: row["ms"])
         _draw(panels[2], rows, "cache, MB", lambda row: row["cache_bytes"] / 1e6)
+        name_below(figure)
         figure.suptitle(_title(rows[0]), x=0.01, ha="left", fontsize=10)
         return content(figure, suffix)
 
@@ -40,20 +36,35 @@ def throughput(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
     Raises:
         QJLError: if there is no row.
     """
-    _require(rows)
+    require(rows)
     lengths = sorted({row["tokens"] for row in rows})
     with matplotlib.rc_context(STYLE):
         figure = Figure((6.0 * len(lengths), 4.6), dpi=DPI, layout="constrained")
         panels = figure.subplots(1, len(lengths), squeeze=False)[0]
         for axes, length in zip(panels, lengths, strict=True):
             _draw_batches(axes, [row for row in rows if row["tokens"] == length])
-        figure.suptitle(f"{_title(rows[0])}, {rows[0]['memory'] / 1e9:.1f} GB", x=0.01, ha="left", fontsize=10)
+        figure.suptitle(f"{_title(rows[0])}, {rows[0]['memory'] / 1e9:.3g} GB", x=0.01, ha="left", fontsize=10)
         return content(figure, suffix)
 
 
-def _require(rows: Sequence[Row]) -> None:
-    if not rows:
-        raise QJLError("there is nothing to draw: measure at least one case.")
+def generation(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+    """Rows of `qjl bench generate`: a token's time, and that of its attention, against context.
+
+    Raises:
+        QJLError: if there is no row.
+    """
+    require(rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((11.0, 4.8), dpi=DPI, layout="constrained")
+        panels = figure.subplots(1, 2)
+        _draw(panels[0], rows, "a token, ms", lambda row: row["ms"])
+        _draw(panels[1], rows, "attention per layer, ms", lambda row: row["attention_ms_per_layer"])
+        panels[1].set_yscale("linear")  # a difference of two times may be negative
+        name_below(figure)
+        threads = ", ".join(f"{count}" for count in sorted({row["threads"] for row in rows}))
+        title = f"{rows[0]['model']}, {threads} thread(s), {rows[0]['machine']}"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        return content(figure, suffix)
 
 
 def _title(row: Row) -> str:
@@ -61,14 +72,9 @@ def _title(row: Row) -> str:
     return f"{row['model']} in {row['dtype']}{how}, {row['machine']}"
 
 
-def _looks(rows: Sequence[Row]) -> dict[str, _Look]:
+def _looks(rows: Sequence[Row]) -> dict[str, Look]:
     """A tone and a marker per cache, ours first."""
-    names = sorted({row["preset"] for row in rows}, key=lambda name: _is_peer(rows, name))
-    tones = [OURS, *TONES]
-    return {
-        name: {"color": tones[index % len(tones)], "marker": ("o" + MARKERS)[index % len(MARKERS)]}
-        for index, name in enumerate(names)
-    }
+    return looks(sorted({row["preset"] for row in rows}, key=lambda name: _is_peer(rows, name)))
 
 
 def _is_peer(rows: Sequence[Row], name: str) -> tuple[bool, str]:
@@ -80,8 +86,7 @@ def _draw(axes: Axes, rows: Sequence[Row], what: str, number: Callable[[Row], fl
         chosen = sorted((row for row in rows if row["preset"] == name), key=lambda row: row["tokens"])
         axes.plot([row["tokens"] for row in chosen], [number(row) for row in chosen], label=name, markersize=5, **look)
     make_logarithmic(axes, "context, tokens", what)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
-    axes.xaxis.set_major_locator(FixedLocator(sorted({row["tokens"] for row in rows})))
+    mark_contexts(axes, (row["tokens"] for row in rows))
 
 
 def _draw_batches(axes: Axes, rows: Sequence[Row]) -> None:

@@ -1,0 +1,198 @@
+"""The kinds of rows there are, in the order of the page; a new evaluation is one entry here, and its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qjl.errors import QJLError
+from qjl.records import Row
+from qjl.report import quality, speed
+from qjl.report.groups import groups
+from qjl.report.parts import Part, Section
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Rows of one evaluation or benchmark.
+
+    - ``needs``: fields without which a row is damaged.
+    - ``alike``: fields that rows must share to stand in one figure.
+    - ``part``: of a page, made from such rows.
+    """
+
+    name: str
+    title: str
+    text: str
+    needs: tuple[str, ...]
+    alike: tuple[str, ...]
+    part: Callable[[Sequence[Row]], Part]
+
+    def section(self, rows: Sequence[Row]) -> Section:
+        return Section(self.name, self.title, self.text, tuple(map(self.part, groups(rows, *self.alike))))
+
+
+_PRESET = ("model", "preset", "bits", "source")
+_WHERE = ("machine", "device", "threads")
+_LAYER = ("backend", "head_dim", "kv_heads", "group", "batch", "dtype", "repeats", *_WHERE)
+_OURS = ("preset", "tokens", "ms", "backend")
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "frontier",
+            "The frontier: quality against size",
+            "How far the next token's distribution is from that of full precision, with all tokens outside the exact "
+            "window read from packed codes, teacher-forced on real text.",
+            (*_PRESET, "kl", "kl_se", "bits_keys", "bits_values", "bits_with_window", "dppl_percent", "top1", "chunks"),
+            ("model", "dtype", "protocol"),
+            quality.frontier,
+        ),
+        Kind(
+            "distortion",
+            "Distortion of scores and outputs",
+            "What quantization does to the scores and to the outputs of each layer's attention, on real keys, beside "
+            "what theory says.",
+            (*_PRESET, "layer", "role", "error", "theory"),
+            ("model", "dtype", "tokens", "rows", "text", "fitted_to"),
+            quality.distortion,
+        ),
+        Kind(
+            "perplexity",
+            "Perplexity against context",
+            "Half of each context is prefilled and quantized, the other half decoded over the codes.",
+            (*_PRESET, "context", "ppl", "ppl_full", "kl", "kl_se"),
+            ("model", "dtype", "text", "fitted_to", "chunks"),
+            quality.perplexity,
+        ),
+        Kind(
+            "seeds",
+            "Seeds: how much is luck",
+            "The same measurement with other random projections, and with other prompts for the statistics.",
+            (*_PRESET, "seed", "kl"),
+            ("model", "dtype", "text", "fitted_to", "prefix", "decode", "chunks"),
+            quality.seeds,
+        ),
+        Kind(
+            "haystack",
+            "Retrieval: needles in haystacks",
+            "Something is hidden in a long text, which is quantized; the question is asked and answered over codes. "
+            "Answers count by exact match.",
+            (*_PRESET, "task", "context", "depth", "seed", "found", "read_as_codes"),
+            ("model", "dtype", "fitted_to"),
+            quality.haystack,
+        ),
+        Kind(
+            "problems",
+            "Problems with a final answer",
+            "Problems worked out step by step over the codes of the question and of all that was written, the final "
+            "answer compared.",
+            (*_PRESET, "protocol", "task", "n", "accuracy", "accuracy_se", "right", "tokens", "unfinished"),
+            ("model", "dtype", "task", "n", "protocol", "fitted_to"),
+            quality.problems,
+        ),
+        Kind(
+            "harness",
+            "Tasks of lm-evaluation-harness",
+            "Log-likelihoods and answers taken over the packed codes of each context.",
+            (*_PRESET, "protocol", "task", "metric", "value", "value_se", "read_as_codes"),
+            ("model", "dtype", "protocol", "limit", "fitted_to"),
+            quality.harness,
+        ),
+        Kind(
+            "decode",
+            "Decoding: one token's attention",
+            "One token's attention over a packed layer with cold caches, everything included, beside attention in full "
+            "precision. No speed is reported of what is not right.",
+            (
+                *_OURS,
+                "head_dim",
+                "kv_heads",
+                "group",
+                "operations",
+                "bandwidth_gbs",
+                "peak_gflops",
+                "bytes",
+                "max_error",
+                "repeats",
+            ),
+            _LAYER,
+            speed.decode,
+        ),
+        Kind(
+            "scan",
+            "Scanning packed keys",
+            "Scores of a group of queries with all keys, tables and scales included, and nothing else of attention.",
+            (*_OURS, "kv_heads", "group", "head_dim", "bits_per_key", "ns_per_vector"),
+            (*_LAYER, "tokens"),
+            speed.scan,
+        ),
+        Kind(
+            "encode",
+            "Encoding a prompt",
+            "A prompt's keys and values to packed codes, beside the attention of the prefill that they come from.",
+            (*_OURS, "role", "bits_per_vector", "ns_per_vector", "prefill_ms", "share_of_prefill"),
+            _LAYER,
+            speed.encode,
+        ),
+        Kind(
+            "memory",
+            "Whole models: time and memory against context",
+            "Every cache reads the same prompt and decodes the same number of tokens after it.",
+            (*_OURS, "model", "prefill_ms", "cache_bytes", "peak_bytes", "prefill_peak_bytes", "dtype", "device"),
+            ("model", "dtype", *_WHERE, "steps"),
+            speed.memory,
+        ),
+        Kind(
+            "throughput",
+            "Throughput: as many sequences as fit",
+            "All sequences hold the same tokens; batches grow until weights, caches and all else exceed the memory.",
+            (
+                *_OURS,
+                "model",
+                "batch",
+                "tokens_per_second",
+                "is_largest",
+                "memory",
+                "cache_bytes",
+                "peak_bytes",
+                "device",
+            ),
+            ("model", "dtype", *_WHERE, "memory", "steps"),
+            speed.throughput,
+        ),
+        Kind(
+            "generate",
+            "Whole models: a token's time beside other engines",
+            "Decoding with a whole model after a prompt, beside transformers' own caches and llama.cpp.",
+            (*_OURS, "model", "tokens_per_second", "attention_ms_per_layer", "threads"),
+            ("model", *_WHERE),
+            speed.generate,
+        ),
+    )
+}
+
+
+def kind_of(row: Row) -> str:
+    """Told by ``case``, and where there is none by what was measured; a row of another project keeps its own name."""
+    if "case" in row:
+        return f"{row['case']}"
+    if "kl" in row:
+        return "frontier"
+    if {"task", "metric", "value"} <= row.keys():
+        return "harness"
+    return "answers of evaluations" if {"run", "request", "answer"} <= row.keys() else "of no kind"
+
+
+def checked(row: Row, place: str) -> Row:
+    """The row, if nothing is missing.
+
+    Raises:
+        QJLError: if something is.
+    """
+    kind = KINDS.get(kind_of(row))
+    missing = [field for field in kind.needs if field not in row] if kind else []
+    if missing:
+        raise QJLError(f"a row of {kind_of(row)} in {place} has no {missing[0]}: measure it again, or leave it out.")
+    return row

@@ -1,0 +1,230 @@
+"""What is paid: the sections of benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qjl import plots
+from qjl.records import Row
+from qjl.report import commands
+from qjl.report.groups import distinct, facts, groups, latest
+from qjl.report.numbers import NOTHING, number
+from qjl.report.parts import Cell, Figure, Mark, Part, Table
+
+_RATIO = "ratio_"
+LAYER = ("tokens", "head_dim", "kv_heads", "group", "batch", "device", "threads", "repeats")
+MODEL = ("tokens", "device", "threads", "steps", "repeats")
+
+
+def decode(rows: Sequence[Row]) -> Part:
+    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: (row["preset"], row["tokens"]))
+    caption = (
+        "Left: time of one token's attention over one layer against context, with the power of n that it grows by. "
+        "Right: what each reaches at its longest context, beside what memory and arithmetic allow."
+    )
+    against = _compared(rows)
+    table = Table(
+        "Milliseconds per token and layer, and how many times as long others take: medians of rounds in which all were "
+        "timed in turn, quartiles below. The error is that of the output against the reference backend.",
+        ("preset", "tokens", "ms", *(f"x {name.replace('_', ' ')}" for name in against), "of bandwidth, %", "error"),
+        tuple(
+            (
+                Cell(row["preset"]),
+                Cell(f"{row['tokens']:,}"),
+                Cell(number(row["ms"])),
+                *(_ratio(row, name) for name in against),
+                Cell(number(100 * row["fraction_of_bandwidth"], 2)),
+                Cell(f"{row['max_error']:.0e}"),
+            )
+            for row in rows
+        ),
+    )
+    return Part(
+        f"{_shape(rows[0])}, {', '.join(distinct(rows, 'backend'))}, {rows[0]['repeats']} rounds",
+        (Figure(plots.benchmark(rows), caption),) if _grows(rows) else (),
+        (table,),
+        facts(rows, *LAYER),
+        commands.decode(rows),
+    )
+
+
+def scan(rows: Sequence[Row]) -> Part:
+    rows = latest(rows, "preset", "tokens")
+    against = _compared(rows)
+    caption = "Time of scanning all keys once for a group of queries, beside other scans of equally many bits per key."
+    table = Table(
+        "Nanoseconds per key of one head, and how many times as long others take; medians, quartiles below.",
+        ("code", "bits per key", "tokens", "ns per key", *(f"x {name.replace('_', ' ')}" for name in against)),
+        tuple(
+            (
+                Cell(row["preset"]),
+                Cell(f"{row['bits_per_key']:g}"),
+                Cell(f"{row['tokens']:,}"),
+                Cell(number(row["ns_per_vector"])),
+                *(_ratio(row, name) for name in against),
+            )
+            for row in rows
+        ),
+    )
+    figure = Figure(plots.scans(rows), caption)
+    return Part(_shape(rows[0]), (figure,), (table,), facts(rows, *LAYER), commands.scan(rows))
+
+
+def encode(rows: Sequence[Row]) -> Part:
+    rows = sorted(latest(rows, "preset", "tokens", "role"), key=lambda row: (row["preset"], row["role"], row["tokens"]))
+    caption = (
+        "Left: time of making codes of a prompt's keys and values, beside the attention of its prefill, with the power "
+        "of n that each grows by. Right: the share of the former in the latter."
+    )
+    table = Table(
+        "Time of making codes of keys and of values, in one layer.",
+        ("preset", "of", "tokens", "bits per vector", "ns per vector", "ms", "prefill's attention, ms", "share, %"),
+        tuple(
+            (
+                Cell(row["preset"]),
+                Cell(f"{row['role']}s"),
+                Cell(f"{row['tokens']:,}"),
+                Cell(f"{row['bits_per_vector']:g}"),
+                Cell(number(row["ns_per_vector"])),
+                Cell(number(row["ms"])),
+                Cell(number(row["prefill_ms"])),
+                Cell(number(100 * row["share_of_prefill"])),
+            )
+            for row in rows
+        ),
+        words=2,
+    )
+    return Part(
+        _shape(rows[0]),
+        (Figure(plots.encoding(rows), caption),) if _grows(rows) else (),
+        (table,),
+        facts(rows, *LAYER),
+        commands.encode(rows),
+    )
+
+
+def memory(rows: Sequence[Row]) -> Part:
+    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: (row["tokens"], row["backend"] is None))
+    against = _compared(rows, hidden="prefill")
+    caption = "Time of a prompt, of a token after it, and what the cache holds, against context."
+    table = Table(
+        "Time and memory of a whole model. Peaks are beside the weights. x: how many times as long, or as large, the "
+        "named cache is; quartiles below.",
+        (
+            *("cache", "tokens", "prompt, s", "token, ms", *(f"x {name}" for name in against)),
+            *("cache, MB", "x smaller", "peak, MB", "prompt's peak, MB"),
+        ),
+        tuple(
+            (
+                _cache(row),
+                Cell(f"{row['tokens']:,}"),
+                Cell(number(row["prefill_ms"] / 1e3)),
+                Cell(number(row["ms"])),
+                *(_ratio(row, name) for name in against),
+                Cell(_megabytes(row["cache_bytes"])),
+                Cell(number(row["smaller_than_dynamic"])),
+                Cell(_megabytes(row["peak_bytes"])),
+                Cell(_megabytes(row["prefill_peak_bytes"])),
+            )
+            for row in rows
+        ),
+    )
+    figures = (Figure(plots.contexts(rows), caption),) if _grows(rows) else ()
+    return Part(_whole(rows), figures, (table,), facts(rows, *MODEL), commands.memory(rows))
+
+
+def throughput(rows: Sequence[Row]) -> Part:
+    rows = latest(rows, "preset", "tokens", "batch")
+    largest = [row for row in rows if row["is_largest"]]
+    most = {of[0]["tokens"]: max(row["tokens_per_second"] for row in of) for of in groups(largest, "tokens")}
+    caption = f"Tokens per second against batch, up to the largest that fits into {rows[0]['memory'] / 1e9:.3g} GB."
+    table = Table(
+        "The largest batch of each cache that fits into memory. x: tokens per second over those of transformers' own "
+        "cache at its own largest batch.",
+        ("cache", "tokens each", "sequences", "tokens/s", "x dynamic", "step, ms", "cache, MB", "else, MB"),
+        tuple(
+            (
+                _cache(row),
+                Cell(f"{row['tokens']:,}"),
+                Cell(f"{row['batch']:,}"),
+                Cell(number(row["tokens_per_second"]), _best(row["tokens_per_second"] == most[row["tokens"]])),
+                Cell(number(row["ratio_dynamic"])),
+                Cell(number(row["ms"])),
+                Cell(_megabytes(row["cache_bytes"])),
+                Cell(_megabytes(row["peak_bytes"] - row["cache_bytes"])),
+            )
+            for row in sorted(largest, key=lambda row: (row["tokens"], row["backend"] is None, row["preset"]))
+        ),
+    )
+    figure = Figure(plots.throughput(rows), caption)
+    return Part(_whole(rows), (figure,), (table,), facts(rows, *MODEL, "memory"), commands.throughput(rows))
+
+
+def generate(rows: Sequence[Row]) -> Part:
+    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: row["tokens"])
+    against = _compared(rows)
+    caption = (
+        "A token's time with a whole model against context, and the part of it that attention takes in each layer."
+    )
+    table = Table(
+        "Whole models: medians; x: how many times as long transformers' own cache takes, quartiles below. Attention: "
+        "the time beyond that of a step over 16 tokens, per layer.",
+        ("cache", "tokens", "tokens/s", "ms", *(f"x {name.replace('_', ' ')}" for name in against), "attention, ms"),
+        tuple(
+            (
+                Cell(row["preset"]),
+                Cell(f"{row['tokens']:,}"),
+                Cell(number(row["tokens_per_second"])),
+                Cell(number(row["ms"])),
+                *(_ratio(row, name) for name in against),
+                Cell(number(row["attention_ms_per_layer"], 2)),
+            )
+            for row in rows
+        ),
+    )
+    figures = (Figure(plots.generation(rows), caption),) if _grows(rows) else ()
+    return Part(_whole(rows), figures, (table,), facts(rows, *MODEL), commands.generate(rows))
+
+
+def _grows(rows: Sequence[Row]) -> bool:
+    """Whether there is a curve to draw."""
+    return len({row["tokens"] for row in rows}) > 1
+
+
+def _compared(rows: Sequence[Row], hidden: str = "no such") -> list[str]:
+    """What some row has a ratio to."""
+    found = dict.fromkeys(name for row in rows for name in row if name.startswith(_RATIO) and row[name] is not None)
+    return [name.removeprefix(_RATIO) for name in found if not name.startswith(_RATIO + hidden)]
+
+
+def _ratio(row: Row, name: str) -> Cell:
+    """The median, and the quartiles below."""
+    ratio, spread = row.get(_RATIO + name), row.get(f"spread_{name}")
+    if ratio is None:
+        return Cell(NOTHING)
+    return Cell(number(ratio), note=f"{number(spread[0])} to {number(spread[1])}" if spread else "")
+
+
+def _cache(row: Row) -> Cell:
+    return Cell(row["preset"], "" if row["backend"] is None else "ours")
+
+
+def _best(is_best: bool) -> Mark:
+    return "best" if is_best else ""
+
+
+def _megabytes(nbytes: int | None) -> str:
+    return NOTHING if nbytes is None else number(nbytes / 1e6)
+
+
+def _shape(row: Row) -> str:
+    batch = f"{row['batch']} x " if row.get("batch", 1) > 1 else ""
+    threads = f", {row['threads']} thread(s)" if row.get("device", "cpu") == "cpu" else ""
+    return f"{batch}{row['kv_heads']} x {row['group']} heads of {row['head_dim']}{threads}"
+
+
+def _whole(rows: Sequence[Row]) -> str:
+    row = rows[0]
+    dtype = f" in {row['dtype']}" if "dtype" in row else ""
+    where = f"{row['threads']} thread(s)" if row.get("device", "cpu") == "cpu" else row["device"]
+    return f"{row['model']}{dtype}, {where}"

@@ -1,0 +1,147 @@
+"""A few rows of every kind, as our commands write them."""
+
+VERSIONS = {"qjl": "0.1.0", "torch": "2.13.0"}
+BITS = {"full": 16.0, "b3": 2.625, "b2": 2.125, "kivi-2": 3.0}
+OURS = ("full", "b3", "b2")
+TEXT = "bbf94c53a05abe9e"
+HERE = {"machine": "a machine", "versions": VERSIONS, "isa": "avx2", "threads": 1, "device": "cpu", "dtype": "float32"}
+
+
+def preset(name, **fields):
+    """What rows of evaluations share."""
+    bits = {"bits": BITS[name], "bits_keys": BITS[name], "bits_values": BITS[name]}
+    return {
+        "model": "tiny",
+        "dtype": "float32",
+        "preset": name,
+        "settings": {"key": {"method": "balanced", "num_bits": 3}, "value": {"method": "uniform"}, "recent": 32},
+        "fitted_to": TEXT,
+        "versions": VERSIONS,
+        "source": "this project" if name in OURS else "arXiv:2402.02750",
+        "recent": 32,
+        "read_as_codes": 0.9,
+        **bits,
+        **fields,
+    }
+
+
+def frontier(name, kl, kl_se=0.001, **fields):
+    protocol = {"prefix": 512, "decode": 256, "chunks": 4, "seeds": 3, "recent": 32, "retrieval": False, "text": TEXT}
+    found = {"kl": kl, "kl_se": kl_se, "ppl_full": 20.0, "dppl_percent": 1.5, "top1": 0.9, "retrieval": None}
+    size = {"bits_with_window": 5.0, "prefix": 512, "decode": 256, "chunks": 4}
+    return preset(name, protocol=protocol, **found, **size) | fields
+
+
+def distortion(name, layer, role, error, theory=None):
+    where = {"case": "distortion", "text": TEXT, "tokens": 320, "rows": 2, "layer": layer, "role": role}
+    return preset(name, **where, error=error, error_se=error / 10, theory=theory)
+
+
+def perplexity(name, context, ppl, ppl_full=20.0):
+    lost = {"kl": 0.01, "kl_se": 0.001, "dppl_percent_se": 0.5}
+    return preset(name, case="perplexity", text=TEXT, context=context, chunks=2, ppl=ppl, ppl_full=ppl_full, **lost)
+
+
+def seed(name, number, kl):
+    return preset(name, case="seeds", text=TEXT, seed=number, kl=kl, prefix=256, decode=128, chunks=2)
+
+
+def haystack(name, context, depth, found, task="needle"):
+    return preset(name, case="haystack", task=task, context=context, depth=depth, seed=0, found=found)
+
+
+def problems(name, right):
+    accuracy = right.count("1") / len(right)
+    protocol = {"max_new_tokens": 384, "batch": 25, "recent": None, "seed": 0}
+    found = {"accuracy": accuracy, "accuracy_se": (accuracy * (1 - accuracy) / len(right)) ** 0.5, "right": right}
+    asked = {"case": "problems", "task": "gsm8k", "n": len(right), "protocol": protocol}
+    return preset(name, **asked, **found, tokens=180.5, unfinished=0.02)
+
+
+def harness(name, task, metric, value, value_se=0.01):
+    protocol = {"recent": 32, "chunk": None, "batch": 8, "seed": 0, "text": TEXT}
+    asked = {"task": task, "metric": metric, "filter": "none", "n": 100, "shots": 5, "limit": 100}
+    return preset(name, protocol=protocol, **asked, value=value, value_se=value_se)
+
+
+def layer(case, name, tokens, ms, **fields):
+    """What benchmarks of a layer share."""
+    shape = {"head_dim": 64, "kv_heads": 2, "group": 4, "batch": 1, "repeats": 3}
+    found = {"bytes": 1000 * tokens, "bandwidth_gbs": 20.0, "fraction_of_bandwidth": 0.1, "max_error": 2e-5}
+    return {"case": case, "backend": "cpu", "preset": name, "tokens": tokens, "ms": ms} | shape | found | HERE | fields
+
+
+def decode(name, tokens, ms):
+    work = {"operations": 1e4 * tokens, "peak_gflops": 90.0}
+    ratio = {"ratio_torch_bf16": 2.5, "spread_torch_bf16": [2.4, 2.6], "ms_torch_bf16": 2.5 * ms}
+    return layer("decode", name, tokens, ms, **work, **ratio)
+
+
+def scan(name, bits):
+    ratio = {"ratio_popcount": 1.2, "spread_popcount": [1.1, 1.3], "ms_popcount": 2.0}
+    return layer("scan", name, 32768, 1.7, bits_per_key=bits, ns_per_vector=6.6, **ratio)
+
+
+def encode(role, tokens, ms):
+    cost = {"bits_per_vector": 200.0, "ns_per_vector": 900.0, "prefill_ms": 50 * ms, "share_of_prefill": 0.02}
+    return layer("encode", "b3", tokens, ms, role=role, ratio_torch_bf16=None, **cost)
+
+
+def whole(case, name, tokens, ms, **fields):
+    """What benchmarks of whole models share."""
+    backend = "cpu" if name.startswith("b") else None
+    return (
+        {"case": case, "backend": backend, "preset": name, "tokens": tokens, "ms": ms, "model": "toy"} | HERE | fields
+    )
+
+
+def memory(name, tokens, ms):
+    peaks = {"cache_bytes": 100 * tokens, "peak_bytes": 200 * tokens, "prefill_peak_bytes": None}
+    ratio = {"ratio_dynamic": 1.5, "spread_dynamic": [1.4, 1.6], "smaller_than_dynamic": 4.0}
+    return whole("memory", name, tokens, ms, prefill_ms=10 * ms, steps=4, repeats=2, **peaks, **ratio)
+
+
+def throughput(name, batch, is_largest=False):
+    facts = {"cache_bytes": 1000 * batch, "peak_bytes": 2000 * batch, "memory": 1 << 24, "steps": 2}
+    speed = {"batch": batch, "tokens_per_second": 100.0 * batch, "ratio_dynamic": 2.0 if is_largest else None}
+    return whole("throughput", name, 256, 10.0, is_largest=is_largest, **facts, **speed)
+
+
+def generate(name, tokens, ms):
+    ratio = {"ratio_dynamic_bf16": 1.1, "spread_dynamic_bf16": [1.0, 1.2]}
+    attention = {"attention_ms_per_layer": ms / 100, "tokens_per_second": 1e3 / ms, "repeats": 9}
+    return whole("generate", name, tokens, ms, model="smollm2", **attention, **ratio)
+
+
+EVERY_KIND = {
+    "frontier": [frontier("full", 0.0, None), frontier("b3", 0.010), frontier("b2", 0.030), frontier("kivi-2", 0.2)],
+    "distortion": [
+        distortion(name, index, role, error, theory if role == "score" else None)
+        for name, error, theory in (("b3", 0.01, None), ("kivi-2", 0.03, 0.028))
+        for index in (0, 1)
+        for role in ("score", "output")
+    ],
+    "perplexity": [
+        perplexity(name, context, ppl) for name, ppl in (("full", 20.0), ("b3", 20.2)) for context in (512, 1024)
+    ],
+    "seeds": [seed("b3", 0, 0.010), seed("b3", 1, 0.012), seed("kivi-2", 0, 0.2)],
+    "haystack": [
+        haystack(name, context, depth, found)
+        for name, found in (("full", 1.0), ("b3", 1.0), ("kivi-2", 0.5))
+        for context in (1024, 2048)
+        for depth in (0.25, 0.75)
+    ],
+    "problems": [problems("full", "1101"), problems("b3", "1101"), problems("kivi-2", "0001")],
+    "harness": [harness(name, "piqa", "acc", value) for name, value in (("full", 0.66), ("b3", 0.65), ("b2", 0.60))],
+    "decode": [decode("b3", 1024, 1.0), decode("b3", 4096, 2.0)],
+    "scan": [scan("signs-128", 128), scan("levels-2", 128)],
+    "encode": [encode(role, tokens, tokens / 1e3) for role in ("key", "value") for tokens in (1024, 2048)],
+    "memory": [memory(name, tokens, 5.0) for name in ("b3", "dynamic") for tokens in (256, 512)],
+    "throughput": [
+        throughput("dynamic", 1),
+        throughput("dynamic", 2, True),
+        throughput("b3", 1),
+        throughput("b3", 8, True),
+    ],
+    "generate": [generate(name, tokens, 80.0) for name in ("b3 bf16", "dynamic bf16") for tokens in (512, 2048)],
+}

@@ -1,0 +1,317 @@
+"""The page: everything measured is in it, nothing outside is needed, the best is marked, and no row can break it."""
+
+import json
+import re
+import shlex
+from collections import Counter
+from html.parser import HTMLParser
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+import report_rows as rows_of
+from colours import contrast
+from qjl import cli, presets, records, report
+from qjl.plots.style import INK, OURS, TONES
+from qjl.report import numbers
+from qjl.report.kinds import KINDS
+from qjl.report.numbers import MINUS, NOTHING
+from report_rows import EVERY_KIND
+
+VOID = {"meta", "br"}
+
+
+class Page(HTMLParser):
+    """A page's elements, and whether each is closed where it should be."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.attributes, self.text = [], Counter(), [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += attrs
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def page_of(*rows):
+    return report.page([report.Run("rows.jsonl", list(rows))])
+
+
+def part_of(kind, *rows):
+    (section,) = report.sections(rows)
+    assert section.name == kind
+    (part,) = section.parts
+    return part
+
+
+def cells(table, column):
+    """Of one column, by the name of the line: text and mark."""
+    index = table.columns.index(column)
+    return {line[0].text: (line[index].text, line[index].mark) for line in table.lines}
+
+
+@pytest.fixture(scope="module")
+def text():
+    return page_of(*(row for rows in EVERY_KIND.values() for row in rows))
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+# The page
+
+
+def test_every_kind_has_a_sample_here():
+    assert EVERY_KIND.keys() == KINDS.keys()
+
+
+def test_every_element_is_closed_and_every_id_is_one(text, page):
+    assert text.startswith("<!doctype html>")
+    assert page.open == []
+    assert max(Counter(page.ids).values()) == 1
+
+
+def test_it_opens_with_the_frontier_and_has_a_section_of_every_kind(page):
+    assert [name for name in page.ids if name in KINDS] == list(KINDS)
+    assert page.tags["svg"] == page.tags["figure"] == page.tags["figcaption"] == len(KINDS)
+    assert page.tags["table"] == page.tags["caption"] == len(KINDS) + 2  # the headline, and the sources
+    assert page.tags["h1"] == 1
+
+
+def test_nothing_outside_is_needed(text, page):
+    assert not page.tags.keys() & {"script", "link", "img", "iframe", "object"}
+    links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href", "aria-labelledby")]
+    assert {link.removeprefix("#") for link in links} <= set(page.ids)
+    assert "url(http" not in text
+    assert "@import" not in text
+    addresses = [(name, value) for name, value in page.attributes if value and "//" in value]
+    assert {name for name, _ in addresses} <= {"xmlns", "xmlns:xlink"}
+
+
+def test_the_same_rows_give_the_same_page(text):
+    assert page_of(*(row for rows in EVERY_KIND.values() for row in rows)) == text
+
+
+def test_what_rows_say_is_escaped():
+    evil = '</title><script>alert("1")</script> --> $x'
+    rows = [row | {"preset": evil, "model": evil, "machine": evil} for rows in EVERY_KIND.values() for row in rows]
+    rows += [{"case": evil}]
+    page = Page(page_of(*rows))
+    assert page.open == []
+    assert page.tags["script"] == 0
+    assert any(evil in text for text in page.text)
+
+
+def test_rows_of_other_kinds_are_told_at_the_end():
+    page = Page(page_of(*EVERY_KIND["seeds"], {"case": "survey"}, {"case": "survey"}, {"x": 1}))
+    assert [text for text in page.text if text in ("survey: 2", "of no kind: 1")] == ["of no kind: 1", "survey: 2"]
+
+
+def test_configuration_versions_and_machine_are_told():
+    page = " ".join(Page(page_of(*EVERY_KIND["decode"], *EVERY_KIND["seeds"])).text)
+    for words in ("qjl 0.1.0, torch 2.13.0", "a machine", "cpu (avx2)", "prefix 256; decode 128", '"num_bits": 3'):
+        assert words in page
+
+
+def test_what_cannot_be_compared_stands_apart():
+    other = [row | {"model": "other"} for row in EVERY_KIND["frontier"]]
+    (section,) = report.sections([*EVERY_KIND["frontier"], *other])
+    assert [part.title for part in section.parts] == ["tiny", "other"]
+
+
+def test_of_several_measurements_the_last_counts():
+    part = part_of("frontier", rows_of.frontier("b3", 0.5), rows_of.frontier("b3", 0.010))
+    assert cells(part.tables[-1], "KL, nats") == {"b3": ("0.0100 ± 0.0010", "best")}
+
+
+def test_words_can_be_read_by_day_and_by_night(text):
+    day, night = re.findall(r":root {([^}]*)}", text)
+    for theme in (day, night):
+        colours = dict(re.findall(r"--(\w+): (#\w+)", theme))
+        assert min(contrast(colours[name], colours["ground"]) for name in ("ink", "soft", "accent")) >= 4.5
+        assert min(contrast(tone, colours["ground"]) for tone in (OURS, *TONES)) >= 3
+    assert INK not in text
+
+
+# Marks
+
+
+def test_the_best_of_each_size_is_marked_and_what_is_as_good():
+    rows = [rows_of.frontier("full", 0.0, None), rows_of.frontier("b2", 0.0305), rows_of.frontier("b3", 0.010)]
+    rows += [rows_of.frontier("kivi-2", 0.0125), rows_of.frontier("kivi-2", 0.033) | {"preset": "kivi-1", "bits": 2.0}]
+    headline, every = part_of("frontier", *rows).tables
+    assert headline.columns == ("method", "≤ 2.25 bits", "≤ 2.75 bits", "≤ 3.25 bits")
+    marks = [[mark for _, mark in cells(headline, column).values()] for column in headline.columns[1:]]
+    assert marks == [["best", "near"], ["best", ""], ["best", "near"]]
+    assert cells(every, "KL, nats")["full"] == ("0", "best")
+    assert cells(every, "KL, nats")["kivi-2"][1] == ""
+
+
+def test_problems_are_compared_one_by_one():
+    part = part_of("problems", *EVERY_KIND["problems"], rows_of.problems("b2", "1100"))
+    assert cells(part.tables[0], "difference to full") == {
+        "full": ("", ""),
+        "b3": ("0", ""),
+        "b2": (MINUS + "25 ± 25", ""),
+        "kivi-2": (MINUS + "50 ± 29", ""),
+    }
+
+
+def test_what_errs_alike_can_be_told_apart_by_pairs():
+    """Independent errors of 5 % each would hide 10 %; every one of these was lost by the same cache."""
+    best, worse = "1" * 60 + "0" * 40, "1" * 50 + "0" * 50
+    part = part_of("problems", *(rows_of.problems(name, right) for name, right in (("b3", best), ("b2", worse))))
+    assert numbers.is_near((60.0, 4.9), (50.0, 5.0))
+    assert {name: mark for name, (_, mark) in cells(part.tables[0], "solved, %").items()} == {"b2": "", "b3": "best"}
+
+
+def test_full_precision_does_not_compete():
+    part = part_of("harness", *EVERY_KIND["harness"])
+    assert [mark for _, mark in cells(part.tables[0], "piqa, acc").values()] == ["", "", "best"]  # full, b2, b3
+
+
+def test_of_perplexities_the_lower_is_the_better():
+    rows = [rows_of.harness(name, "wiki", "word_perplexity", value) for name, value in (("b3", 20.0), ("b2", 22.0))]
+    assert cells(part_of("harness", *rows).tables[0], "wiki, word_perplexity")["b3"][1] == "best"
+
+
+def test_needles_are_compared_with_full_precision_cell_by_cell():
+    (table,) = part_of("haystack", *EVERY_KIND["haystack"]).tables
+    notes = {line[0].text: line[table.columns.index("needle")].note for line in table.lines}
+    assert notes == {"full": "", "b3": "0", "kivi-2": MINUS + "50.0 ± 0"}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (0.06470, 0.00441, "0.0647 ± 0.0044"),
+        (1.8049, 0.1205, "1.80 ± 0.12"),
+        (-12.34, 3.5, MINUS + "12.3 ± 3.5"),
+        (36450.6, 120.0, "36,451 ± 120"),
+        (0.0123456, None, "0.0123"),
+        (0.5, 0.0, "0.500 ± 0"),
+        (0.0, 0.0, "0"),
+        (float("nan"), None, NOTHING),
+        (None, None, NOTHING),
+    ],
+)
+def test_digits_say_something(value, error, shown):
+    assert numbers.with_error(value, error) == shown
+
+
+def test_without_errors_nothing_is_as_good():
+    assert numbers.marks([(1.0, None), (1.1, None), None, (1.0, None)], higher=False) == ["best", "", "", "best"]
+    assert numbers.marks([(1.0, 0.1)], higher=True) == [""]
+
+
+# Commands
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_is_one_that_the_command_line_takes(kind):
+    words = shlex.split(part_of(kind, *EVERY_KIND[kind]).command.replace("\\\n", ""))
+    command, name = typer.main.get_command(cli.app), words.pop(0)
+    while hasattr(command, "commands"):
+        name = words.pop(0)
+        command = command.commands[name]
+    command.make_context(name, words)
+
+
+def test_a_preset_of_ones_own_is_a_file_with_its_settings():
+    part = part_of("frontier", rows_of.frontier("b3", 0.01) | {"preset": "mine"})
+    assert "--preset mine.json" in part.command
+    assert presets.from_dict(json.loads(part.settings["mine"])).recent == 32
+
+
+def test_tasks_that_were_asked_elsewhere_have_a_command_of_their_own():
+    rows = [*EVERY_KIND["haystack"], rows_of.haystack("b3", 512, 0.5, 1.0, task="tracking")]
+    first, second = part_of("haystack", *rows).command.replace("\\\n", "").splitlines()
+    assert "--task needle --context 1024 --context 2048" in " ".join(first.split())
+    assert "--preset b3 --fit bbf94c53a05abe9e.txt --task tracking --context 512" in " ".join(second.split())
+
+
+def test_windows_that_differ_are_each_presets_own():
+    rows = [rows_of.haystack("b3", 1024, 0.5, 1.0), rows_of.haystack("kivi-2", 1024, 0.5, 1.0) | {"recent": 128}]
+    assert "--recent own" in part_of("haystack", *rows).command
+    assert "--recent 32" in part_of("haystack", rows[0]).command
+
+
+# Reading, and the command
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("seeds", "decode"):
+        for row in EVERY_KIND[name]:
+            records.append(tmp_path / f"{name}.jsonl", row)
+    records.append(tmp_path / "seeds.answers.jsonl", {"run": "a", "request": "b", "answer": []})
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["report", *map(str, arguments)])
+
+
+def test_a_folder_is_all_of_its_files_but_the_kept_answers(folder):
+    assert [found.name for found in report.read([folder, folder / "seeds.jsonl"])] == ["decode.jsonl", "seeds.jsonl"]
+
+
+def test_the_command_writes_the_page_and_says_what_is_in_it(folder):
+    output = folder / "page.html"
+    result = run(folder, "-o", output)
+    assert (result.exit_code, result.stdout.split()[:5]) == (0, ["5", "measurements", "in", "2", "sections"])
+    assert output.read_text() == report.page(report.read([folder]))
+    (line,) = run(folder, "-o", output, "--json").stdout.splitlines()
+    told = {"output": str(output), "bytes": output.stat().st_size, "sections": {"seeds": 3, "decode": 2}, "others": {}}
+    assert json.loads(line) == told
+
+
+def test_rows_of_fidelity_join_those_of_the_frontier(tmp_path):
+    row = rows_of.frontier("b3", 0.01) | {"seeds": 3}
+    del row["protocol"]
+    records.append(tmp_path / "fidelity.jsonl", row)
+    part = part_of("frontier", *report.read([tmp_path])[0].rows)
+    assert "eval frontier" in part.command
+    assert "prefix 512; decode 256; chunks 4; recent 32" in part.facts["Protocol"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, "there is no "),
+        ("", None, "holds no measurements"),
+        ("empty.jsonl", "", "nothing was measured in empty.jsonl"),
+        ("other.jsonl", '{"case": "survey"}\n', "nothing was measured in other.jsonl"),
+        ("broken.jsonl", "{\n{}\n", "cannot read "),
+        ("old.jsonl", '{"case": "seeds", "model": "a"}\n', "a row of seeds in old.jsonl has no preset"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(name, content, message, tmp_path, refuses):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with refuses(message):
+        report.read([tmp_path / name])
+
+
+@pytest.mark.parametrize("name", ["page.pdf", "none/page.html", ""])
+def test_a_page_that_cannot_be_written_is_refused(name, folder):
+    result = run(folder, "-o", folder / name)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
