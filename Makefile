@@ -12,7 +12,7 @@ EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
 
-.PHONY: setup native demo test sanitize emulate clean
+.PHONY: setup native demo test report sanitize emulate clean
 
 setup: .venv/installed
 
@@ -38,6 +38,11 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -k triton $(GPU_TESTS)
 	$(BIN)/qjl eval smoke
+
+# All that the report tells of the embedded model, measured from nothing; what is there already is not measured again.
+report: setup
+	$(BIN)/python scripts/evidence.py
+	$(BIN)/qjl report results --out results/report.html
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python.
 sanitize: setup

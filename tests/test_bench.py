@@ -37,7 +37,7 @@ from qjl.bench.synthetic import DISTINCT, Maker, Shape, fill
 from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
 from qjl.ops.cpu import library
-from qjl.plots import steps
+from qjl.plots import steps, style
 from qjl.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(not library.is_installed(), reason="needs the compiled baselines")
@@ -666,10 +666,13 @@ def rows():
     return [row(preset, tokens, factor) for preset, factor in (("b3", 1e-4), ("b2", 9e-5)) for tokens in (1024, 4096)]
 
 
+def labels(rows):
+    return [style.with_power(curve.name, curve.tokens, curve.ms) for curve in steps._curves(rows)]
+
+
 def test_the_picture_tells_how_time_grows(rows):
-    curves = steps._curves(rows)
-    assert [curve.label for curve in curves] == ["b3, n^1.00", "b2, n^1.00", "torch bf16, n^1.00", "fp16 avx2, n^1.50"]
-    assert [curve.label for curve in steps._curves(rows[:1])] == ["b3", "torch bf16", "fp16 avx2"]
+    assert labels(rows) == ["b3, n^1.00", "b2, n^1.00", "torch bf16, n^1.00", "fp16 avx2, n^1.50"]
+    assert labels(rows[:1]) == ["b3", "torch bf16", "fp16 avx2"]
     picture = plots.benchmark(rows)
     assert ET.fromstring(picture).tag.endswith("svg")
     assert plots.benchmark(list(reversed(rows))).count(b"<path") == picture.count(b"<path")

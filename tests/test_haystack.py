@@ -80,7 +80,7 @@ def test_every_preset_is_asked_in_every_cell(subject):
         assert 0.8 < row["read_as_codes"] < 1
         assert row["found"] in (0, 1)
         assert (row["case"], row["task"], row["context"]) == ("haystack", "needle", 400)
-    assert rows[0]["text"] != ""
+    assert rows[0]["answer"] != ""
 
 
 def test_the_answer_of_full_precision_is_the_model_s(subject):
@@ -90,7 +90,7 @@ def test_the_answer_of_full_precision_is_the_model_s(subject):
         input_ids=_joined(one), max_new_tokens=haystack.ANSWER_TOKENS, do_sample=False, pad_token_id=0
     )
     expected = subject.tokenizer.decode(ids[0, 400:], skip_special_tokens=True).partition("\n\n")[0]
-    assert row["text"] == expected
+    assert row["answer"] == expected
 
 
 def _joined(one):

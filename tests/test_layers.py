@@ -16,7 +16,7 @@ FLOORS = (
     ("conversation",),
     ("calibrate", "generation", "sensitivity"),
     ("hf",),
-    ("models", "texts", "records"),
+    ("models", "texts", "records", "machine"),
     ("architecture", "attention"),
     ("cache",),
     ("exact", "runs"),

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
-from qjl import ops
+from qjl import machine, ops
 from qjl.architecture import layer_shapes, text_config
 from qjl.attention import Scoring
-from qjl.bench import decode, machine
+from qjl.bench import decode
 from qjl.bench.places import Place, place_of
 from qjl.bench.protocol import Settings, require_accurate
 from qjl.bench.synthetic import Shape, fill

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl import models, ops, texts
+from qjl import machine, models, ops, texts
 from qjl.architecture import layer_shapes
-from qjl.bench import caches, llama, machine
+from qjl.bench import caches, llama
 from qjl.bench.protocol import REFERENCE, relative_error, require_accurate, using_backend
 from qjl.bench.timing import Timings, Work, interleave, use_threads, wall_ms
 from qjl.errors import QJLError

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qjl.bench import machine
+from qjl import machine
 from qjl.bench.baselines import BF16, FLASH, FLEX, FP16, FP32, Reader, multiply
 from qjl.bench.timing import Work, stopwatch_of
 

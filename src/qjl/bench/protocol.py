@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qjl import ops
-from qjl.bench import machine
+from qjl import machine, ops
 from qjl.bench.places import Limit, Place, place_of
 from qjl.bench.synthetic import CPU, Shape
 from qjl.bench.timing import Timings

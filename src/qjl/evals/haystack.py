@@ -163,7 +163,7 @@ def measure(
         for config, cache, run, journal in zip(configs, caches, runs, journals, strict=True):
             asked = dataclasses.asdict(cell)
             answer = journal.answer(asked, lambda: haystack.answer(cache))  # noqa: B023 - called at once
-            found = haystack.share(answer["text"])
+            found = haystack.share(answer["answer"])
             yield run | asked | {"found": found} | answer | subject.facts(config, cache)
         on_cell(1)
 
@@ -213,7 +213,7 @@ class _Haystack:
         refill(cache, self._exact)
         share = cache.cores[0].packed_tokens[0] / len(self.tokens)
         text = continue_greedily(self.subject, cache, self.question, ANSWER_TOKENS)
-        return {"text": text, "read_as_codes": share}
+        return {"answer": text, "read_as_codes": share}
 
     def share(self, answer: str) -> float:
         """Of the expected words that stand in an answer."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl import calibrate
+from qjl import calibrate, machine
 from qjl.evals.decoding import calibrated_cache, feed
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig, to_dict
@@ -79,6 +79,7 @@ class Subject:
             "method_keys": config.key.method,
             "method_values": config.value.method,
             "source": config.source,
+            "machine": machine.describe(),
         }
 
 

@@ -110,7 +110,7 @@ def haystack(rows: Sequence[Row]) -> str:
 
 def _retrieval(contexts: Sequence[int], depths: Sequence[float], seeds: Sequence[int], rows: Sequence[Row]) -> str:
     options = {"task": _values(rows, "task"), "context": list(contexts), "depths": len(depths), "seeds": len(seeds)}
-    return _line("eval retrieval", **_evaluated(rows), **options, recent=_recent(rows))
+    return _line("eval retrieval", **_evaluated(rows), data=_text(rows), **options, recent=_recent(rows))
 
 
 def problems(rows: Sequence[Row]) -> str:

@@ -80,7 +80,7 @@ KINDS: dict[str, Kind] = {
             "Something is hidden in a long text, which is quantized; the question is asked and answered over codes. "
             "Answers count by exact match.",
             (*_PRESET, "task", "context", "depth", "seed", "found", "read_as_codes"),
-            ("model", "dtype", "fitted_to"),
+            ("model", "dtype", "text", "fitted_to"),
             quality.haystack,
         ),
         Kind(
