@@ -98,6 +98,16 @@ def test_the_speed_of_a_whole_model_is_the_measured_one():
         assert f"| `b3`, model in {dtype} | {row['tokens']:,} | {row['tokens_per_second']:.1f} | {ratios} |" in text
 
 
+def test_the_throughput_of_the_docs_is_the_measured_one():
+    largest = {row["preset"]: row for row in _measured("throughput") if row["is_largest"]}
+    ours, own = largest["b3"], largest["dynamic"]
+    sentence = (
+        f"{ours['batch']} sequences at once with `b3` and {own['batch']} with `DynamicCache`, "
+        f"{ours['ratio_dynamic']:.1f} times as many tokens per second"
+    )
+    assert sentence in (ROOT / "docs/benchmarks.md").read_text()
+
+
 def _measured(name):
     return [json.loads(line) for line in (ROOT / f"docs/results/{name}.jsonl").read_text().splitlines()]
 
