@@ -27,7 +27,7 @@ from qjl.report.numbers import (
 )
 from qjl.report.parts import Cell, Figure, Part, Table
 
-SIZES = (1.75, 2.25, 2.75, 3.25, 4.25, 5.25, 8.5)  # true bits: a nominal size, and its constants
+SIZES = (1.75, 2.25, 2.75, 3.25, 4.25, 8.5)  # true bits: a nominal size, and its constants
 LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "bits_per_character", "loss", "mse", "mae")
 
 
