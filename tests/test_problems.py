@@ -1,15 +1,16 @@
 """Problems: final answers are found and compared, batches do not matter, and what is written is read from codes."""
 
+import itertools
 import json
 
 import pytest
-import torch
 from transformers import GenerationConfig
 
 from models_for_tests import tiny
-from qjl.evals import problems
+from qjl.evals import problems, writing
 from qjl.evals.problems import Problem, Protocol, final_answer, is_same
 from qjl.evals.subject import Subject
+from qjl.evals.writing import write
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
@@ -128,9 +129,16 @@ def test_a_killed_run_goes_on(subject, tmp_path, monkeypatch):
     assert len(calls) == 4  # one done, one killed, two after it
 
 
-def test_positions_do_not_count_padding():
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    assert problems._positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+@pytest.mark.parametrize("preset", ["full", "b2"])
+def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice(subject, monkeypatch, preset):
+    prompts, widths, config = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3, 3], [11, 12, 13]], [], QUICK.configure(preset)
+    alone = [write(subject.model, subject.cache(config), [prompt], 60)[0] for prompt in prompts]
+    ends = {1, alone[0][20], alone[1][30]}
+    monkeypatch.setattr(writing, "end_tokens", lambda model: ends)
+    cache = subject.cache(config)
+    together = write(subject.model, cache, prompts, 60, lambda: widths.append(cache.cores[0].batch))
+    assert together == [list(itertools.takewhile(lambda token: token not in ends, row)) for row in alone]
+    assert len(set(widths)) > 1
 
 
 def test_a_model_without_a_chat_is_refused(subject, refuses):

@@ -26,7 +26,8 @@ from transformers import DynamicCache
 from qjl.errors import QJLError
 from qjl.evals.decoding import prefill, refill
 from qjl.evals.retrieval import WORDS
-from qjl.evals.subject import Subject, continue_greedily
+from qjl.evals.subject import Subject
+from qjl.evals.writing import continue_greedily
 from qjl.generation import context_length
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig, resolve

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache
 
 from qjl.conversation import chat_tokens
 from qjl.errors import QJLError
-from qjl.evals.reads import Reads, Watch
-from qjl.evals.subject import Subject, end_tokens
+from qjl.evals.reads import Reads
+from qjl.evals.subject import Subject
+from qjl.evals.writing import write
 from qjl.generation import FULL
+from qjl.hf import KVCache
 from qjl.presets import CacheConfig, resolve
 from qjl.records import Journal, Row
 
@@ -165,47 +166,16 @@ def measure(
 
 def _solve(subject: Subject, config: CacheConfig, prompts: list[list[int]], protocol: Protocol) -> list[Row]:
     """What the model writes, for each prompt of a batch."""
-    model, tokenizer, reads = subject.model, subject.tokenizer, Reads()
-    prompt = _left_padded(prompts, model.device)
+    model, reads = subject.model, Reads()
     cache = DynamicCache(config=model.config) if config.name == FULL else subject.cache(config)
-    watches = [] if isinstance(cache, DynamicCache) else [Watch(cache, reads)]
     torch.manual_seed(protocol.seed)
-    with torch.inference_mode():
-        before = {name: x[:, :-1] for name, x in prompt.items()}
-        model(**before, position_ids=_positions(before["attention_mask"]), past_key_values=cache, logits_to_keep=1)
-        out = model.generate(  # type: ignore[operator]
-            **prompt,
-            past_key_values=cache,
-            max_new_tokens=protocol.max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            logits_processor=LogitsProcessorList(watches),
-        )
-    ends = end_tokens(model)
-    written = [row[: _length(row, ends)] for row in out[:, prompt["input_ids"].shape[1] :].tolist()]
-    share = reads.share if watches else None
+    count = functools.partial(reads.add_step, cache) if isinstance(cache, KVCache) else None
+    written = write(model, cache, prompts, protocol.max_new_tokens, count)
+    share = reads.share if count else None
+    texts = subject.tokenizer.batch_decode(written, skip_special_tokens=True)
     return [
-        {"text": tokenizer.decode(row, skip_special_tokens=True), "tokens": len(row), "read_as_codes": share}
-        for row in written
+        {"text": text, "tokens": len(row), "read_as_codes": share} for text, row in zip(texts, written, strict=True)
     ]
-
-
-def _left_padded(prompts: list[list[int]], device: torch.device) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask``, ``int64 [B, T]``."""
-    longest = max(map(len, prompts))
-    ids = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """As ``generate`` counts them: padding has none."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def _length(row: list[int], ends: set[int]) -> int:
-    """Tokens before the one that ends the text."""
-    return next((index for index, token in enumerate(row) if token in ends), len(row))
 
 
 def _summary(problems: list[Problem], found: list[Row], most: int) -> Row:

@@ -25,6 +25,11 @@ class Reads:
         self.codes += codes
         self.tokens += tokens
 
+    def add_step(self, cache: KVCache) -> None:
+        """The step of one token per row that comes next."""
+        core = cache.cores[0]
+        self.add(sum(core.packed_tokens), core.batch * (core.length + 1) - sum(core.padding))
+
 
 class Watch:
     """Counts what each step of ``generate`` attended to, called as a processor of its logits."""

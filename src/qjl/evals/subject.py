@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import calibrate, machine
-from qjl.evals.decoding import calibrated_cache, feed
+from qjl.evals.decoding import calibrated_cache
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig, to_dict
 from qjl.records import Row, digest
@@ -81,28 +80,3 @@ class Subject:
             "source": config.source,
             "machine": machine.describe(),
         }
-
-
-@torch.inference_mode()
-def continue_greedily(
-    subject: Subject, cache: KVCache, question: Tensor, max_new_tokens: int, stop: str = "\n\n"
-) -> str:
-    """The likeliest text after ``question [1, T]``, read over a cache of what comes before it, up to ``stop``."""
-    model, tokenizer = subject.model, subject.tokenizer
-    ends = end_tokens(model)
-    feed(model, cache, question[:, :-1])
-    token, found = question[:, -1:], []
-    for _ in range(max_new_tokens):
-        token = model(input_ids=token.to(model.device), past_key_values=cache).logits[:, -1:].argmax(-1)
-        if int(token) in ends:
-            break
-        found.append(int(token))
-        if stop in tokenizer.decode(found[-8:]):
-            break
-    return str(tokenizer.decode(found, skip_special_tokens=True)).partition(stop)[0]
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Those that end a text."""
-    end = model.generation_config.eos_token_id if model.generation_config else None
-    return set() if end is None else {end} if isinstance(end, int) else set(end)
