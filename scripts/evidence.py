@@ -1,4 +1,4 @@
-"""Measure all that the report tells of the embedded model: `make report`.
+"""Measure what the report tells of a model: `make report` for the embedded one, `scripts/evidence.py MODEL` for others.
 
 Quality is measured by as many processes as there are cores, speed by one at a time after them. What lies in the folder
 already is not measured again: a run that was killed goes on.
@@ -6,7 +6,9 @@ already is not measured again: a run that was killed goes on.
 
 from __future__ import annotations
 
+import argparse
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "smollm2"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 CHOSEN = (
     "b4",
     "b3",
@@ -29,19 +31,36 @@ CHOSEN = (
     "int8",
 )
 FEW = ("b3", "b2", "qjl-paper", "kivi-2", "turboquant-3")
-VARIANTS = "--task passkey --task multikey --task multivalue --task tracking"
 Command = tuple[str, tuple[str, ...]]
-QUALITY: dict[str, Command] = {  # a command and its presets, the longest first
-    "frontier": ("eval frontier --bits 1..9 --decode 256 --chunks 2 --seeds 2 --no-retrieval", ()),
-    "retrieval": ("eval retrieval --context 1024 --context 2048 --context 4096", ("full", *CHOSEN)),
-    "variants": (f"eval retrieval {VARIANTS} --context 1024 --depths 2 --seeds 2", ("full", *CHOSEN)),
-    "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 2", FEW),
-    "seeds": ("eval seeds --seeds 10 --decode 128 --chunks 2", ("qjl-2", "qjl-paper", "turboquant-3", "b3")),
-    "harness": ("eval harness --task olmes/piqa/rc_5shot --limit 50", ("full", *FEW)),
-    "distortion": ("eval distortion --rows 2", CHOSEN),
+VARIANTS = "--task passkey --task multikey --task multivalue --task tracking"
+QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their presets, the longest first
+    "smollm2": {
+        "frontier": ("eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", ()),
+        "retrieval": ("eval retrieval --context 1024 --context 2048 --context 4096 --depths 3", ("full", *CHOSEN)),
+        "variants": (f"eval retrieval {VARIANTS} --context 1024 --depths 2 --seeds 2", ("full", *CHOSEN)),
+        "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 2", FEW),
+        "seeds": ("eval seeds --seeds 10 --decode 128 --chunks 2", ("qjl-2", "qjl-paper", "turboquant-3", "b3")),
+        "harness": ("eval harness --task olmes/piqa/rc_5shot --limit 50", ("full", *FEW)),
+        "distortion": ("eval distortion --rows 2", CHOSEN),
+    },
+    "qwen2.5-coder-0.5b": {
+        "frontier": ("eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", CHOSEN),
+        "generate": (
+            "eval generate {problems} --task gsm8k --dtype bfloat16 --limit 200 --batch 100",
+            ("full", *CHOSEN),
+        ),
+        "retrieval": (
+            "eval retrieval --dtype bfloat16 --context 2048 --context 4096 --context 8192 --depths 3",
+            ("full", *CHOSEN),
+        ),
+    },
+    "qwen2.5-coder-1.5b": {
+        "frontier": ("eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 1 --no-retrieval", CHOSEN),
+        "retrieval": ("eval retrieval --dtype bfloat16 --context 2048 --context 4096 --depths 2", ("full", *FEW)),
+    },
 }
 TOKENS = "--tokens 1024 --tokens 4096 --tokens 16384"
-SPEED: dict[str, Command] = {
+SPEED: dict[str, Command] = {  # of the embedded model
     "decode": (f"bench decode {TOKENS} --repeats 7", ("b3", "b2", "qjl-2")),
     "encode": (f"bench encode {TOKENS} --repeats 3", ("b3", "b2")),
     "memory": (
@@ -53,24 +72,36 @@ SPEED: dict[str, Command] = {
 
 
 def main() -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", nargs="?", default="smollm2", choices=QUALITY)
+    parser.add_argument("--problems", default="gsm8k.test.jsonl", help="GSM8K's test set, for models that are asked it")
+    chosen = parser.parse_args()
+    folder, quality = RESULTS / chosen.model, QUALITY[chosen.model]
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda name: run(name, QUALITY[name], threads=1), QUALITY))
-    for name, command in SPEED.items():
-        if not (RESULTS / f"{name}.jsonl").exists():
-            run(name, command, threads=os.cpu_count() or 1)
+        list(pool.map(lambda name: run(quality[name], folder / f"{name}.jsonl", chosen, threads=1), quality))
+    for name, command in SPEED.items() if chosen.model == "smollm2" else ():
+        if not (folder / f"{name}.jsonl").exists():
+            run(command, folder / f"{name}.jsonl", chosen, threads=os.cpu_count() or 1)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"in all {time.perf_counter() - start:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of processors", flush=True
+    )
 
 
-def run(name: str, command: Command, threads: int) -> None:
+def run(command: Command, output: Path, chosen: argparse.Namespace, threads: int) -> None:
     """One command; ends this program where it fails."""
     start, (text, presets) = time.perf_counter(), command
-    chosen = (word for preset in presets for word in ("--preset", preset))
-    line = [sys.executable, "-m", "qjl", *text.split(), *chosen, "--out", str(RESULTS / f"{name}.jsonl")]
+    words = text.format(problems=chosen.problems).split()
+    wanted = (word for preset in presets for word in ("--preset", preset))
+    model = () if chosen.model == "smollm2" else ("--model", chosen.model)
+    line = [sys.executable, "-m", "qjl", *words, *model, *wanted, "--out", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(line, env=environment, stdout=subprocess.DEVNULL, check=False)
     if done.returncode:
         sys.exit(f"{shlex.join(line)} ended with {done.returncode}")
-    print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{output.stem}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
