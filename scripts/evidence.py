@@ -42,6 +42,10 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
         "seeds": ("eval seeds --seeds 10 --decode 128 --chunks 2", ("qjl-2", "qjl-paper", "turboquant-3", "b3")),
         "harness": ("eval harness --task olmes/piqa/rc_5shot --limit 50", ("full", *FEW)),
         "distortion": ("eval distortion --rows 2", CHOSEN),
+        "values": (
+            "eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval",
+            ("qjl-2", "b2", str(RESULTS / "presets/qjl-for-both.json")),
+        ),
     },
     "qwen2.5-coder-0.5b": {
         "frontier": ("eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", CHOSEN),
@@ -62,7 +66,7 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
 TOKENS = "--tokens 1024 --tokens 4096 --tokens 16384"
 SPEED: dict[str, Command] = {  # of the embedded model
     "decode": (f"bench decode {TOKENS} --repeats 7", ("b3", "b2", "qjl-2")),
-    "encode": (f"bench encode {TOKENS} --repeats 3", ("b3", "b2")),
+    "encode": (f"bench encode {TOKENS} --repeats 3", ("b3", "b2", "quarot-4")),
     "memory": (
         "bench memory --against dynamic --tokens 1024 --tokens 2048 --tokens 4096 --dtype float32 --repeats 1",
         ("b3", "b2"),

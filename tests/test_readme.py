@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from qjl import cli, models, presets, texts, wheels
+from qjl import cli, models, presets, report, texts, wheels
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,23 +81,6 @@ def test_the_readme_names_every_preset():
     assert all(f"`{name}`" in text for name in presets.PRESETS)
 
 
-def test_the_speed_of_the_readme_is_the_measured_one():
-    text = (ROOT / "README.md").read_text()
-    for row in _measured("decode"):
-        ratios = _ratios(row, "torch_bf16", "torch_fp32", "fp16_avx2")
-        assert f"| `{row['preset']}` | {row['tokens']:,} | {row['head_dim']} | {row['ms']:.1f} | {ratios} |" in text
-
-
-def test_the_speed_of_a_whole_model_is_the_measured_one():
-    text = (ROOT / "README.md").read_text()
-    ours = [row for row in _measured("generate") if row["preset"].startswith("b3")]
-    assert ours
-    for row in ours:
-        ratios = _ratios(row, "dynamic_bf16", "dynamic_fp32")
-        dtype = row["preset"].split()[1]
-        assert f"| `b3`, model in {dtype} | {row['tokens']:,} | {row['tokens_per_second']:.1f} | {ratios} |" in text
-
-
 def test_the_throughput_of_the_docs_is_the_measured_one():
     largest = {row["preset"]: row for row in _measured("throughput") if row["is_largest"]}
     ours, own = largest["b3"], largest["dynamic"]
@@ -112,26 +95,37 @@ def _measured(name):
     return [json.loads(line) for line in (ROOT / f"docs/results/{name}.jsonl").read_text().splitlines()]
 
 
-def _ratios(row, *baselines):
-    return " | ".join(
-        f"{row[f'ratio_{name}']:.1f} ({row[f'spread_{name}'][0]:.1f} to {row[f'spread_{name}'][1]:.1f})"
-        for name in baselines
-    )
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text())
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
-def test_the_results_are_the_measured_ones():
-    spec = importlib.util.spec_from_file_location("picture", ROOT / "scripts/picture.py")
-    picture = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(picture)
-    rows = picture.read()
-    for path, tables in ((picture.README, picture.summary(rows)), (picture.PAGE, picture.page(rows))):
-        text = path.read_text()
-        assert picture.filled(text, tables) == text
-    for name, part in picture.models(rows).items():
-        assert (picture.RESULTS / f"frontier-{name}.svg").read_bytes() == picture.plots.frontier(part)
+@pytest.fixture(scope="module")
+def fill():
+    spec = importlib.util.spec_from_file_location("fill", ROOT / "scripts/fill.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_the_measured_ones(page, fill):
+    assert fill.filled(page.read_text()) == page.read_text()
+
+
+def test_a_changed_number_is_noticed(fill):
+    text = (ROOT / "README.md").read_text()
+    for table in fill.FILLED.finditer(text):
+        digit = re.search(r"(?<=\.)\d(?=\d* )", table[0])
+        changed = table[0][: digit.start()] + str((int(digit[0]) + 1) % 10) + table[0][digit.end() :]
+        assert fill.filled(text.replace(table[0], changed)) == text
+
+
+def test_pictures_of_the_frontier_are_the_measured_ones(fill):
+    for name, part in fill.models(_measured("frontier")).items():
+        assert (fill.RESULTS / f"frontier-{name}.svg").read_bytes() == fill.plots.frontier(part)
+
+
+def test_the_report_is_made_of_the_committed_rows():
+    assert (ROOT / "results/report.html").read_text() == report.page(report.read([ROOT / "results"]))
