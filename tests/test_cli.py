@@ -164,6 +164,7 @@ def test_control_c_ends_with_130(monkeypatch):
         (["eval", "frontier", "--data", "{tmp}/wrong.json", "--plot", "{tmp}/a/b.svg"], "cannot write to {tmp}/a/b"),
         (["eval", "frontier", "--data", "{tmp}/wrong.json", "--plot", "{tmp}/a.pdf"], "ends in .svg or .png"),
         (["eval", "frontier", "--preset", "b17", "--data", "{tmp}/wrong.json"], "unknown preset 'b17'"),
+        (["eval", "frontier", "--widths", "--preset", "b3", "--data", "{tmp}/wrong.json"], "leave --preset out"),
         (["demo", "--preset", "b17"], "unknown preset 'b17'"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

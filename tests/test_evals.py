@@ -12,6 +12,7 @@ from qjl import calibrate
 from qjl.evals import decoding, fidelity
 from qjl.evals.fidelity import Protocol
 from qjl.evals.frontier import Frontier, parse_bits, within
+from qjl.evals.widths import WIDTHS, every_width
 from qjl.methods.balanced import Balanced
 from qjl.methods.identity import Identity
 from qjl.methods.qjl import QJL
@@ -169,3 +170,17 @@ def test_a_row_serves_only_what_was_measured_just_so(model):
     assert frontier.known(dataclasses.replace(PLAIN, sinks=0), [row]) is None
     for other in ({"name": "other"}, {"text": TEXT + "more"}, {"protocol": dataclasses.replace(SMALL, seeds=3)}):
         assert dataclasses.replace(frontier, **other).known(PLAIN, [row]) is None
+
+
+def test_every_method_at_every_width():
+    found = {config.name: config for config in every_width()}
+    assert len(found) == len(every_width())
+    for name, config in found.items():
+        if name in PRESETS:
+            assert config == PRESETS[name]
+    assert {name for name in found if name.startswith("b-") and "pre" not in name} == {
+        f"b-{width:g}" for width in WIDTHS
+    }
+    assert found["quarot-2.5"].bits(64) == (3.5, 2.5)
+    assert found["b-8"].bits(64) == (8.125, 8.125)
+    assert not found.keys() & {"kivi-2.5", "turboquant-5"}

@@ -119,8 +119,8 @@ def test_only_a_centroid_needs_statistics():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: RaBitQ(0), "RaBitQ takes 1 to 4 bits, not 0"),
-        (lambda: RaBitQ(5), "RaBitQ takes 1 to 4 bits, not 5"),
+        (lambda: RaBitQ(0), "RaBitQ takes 1 to 4 whole bits, not 0"),
+        (lambda: RaBitQ(5), "RaBitQ takes 1 to 4 whole bits, not 5"),
         (lambda: RaBitQ().layout(100), "head_dim 100 does not pack into bytes"),
         (lambda: RaBitQ().fit(LayerContext("key", 2, 64, CPU, torch.float32)), "this method needs statistics"),
     ],

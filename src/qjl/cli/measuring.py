@@ -97,6 +97,9 @@ def frontier(
     model: ModelOption = EMBEDDED,
     bits: Annotated[str, typer.Option(help="Range of true bits per number, keys and values averaged.")] = "1..8",
     preset: _PresetsOption = None,
+    widths: Annotated[
+        bool, typer.Option("--widths", help="Each method at 1, 1.5, 2, 2.5, 3, 4, 5 and 8 bits, in place of presets.")
+    ] = False,
     data: DataOption = None,
     prefix: _PrefixOption = 512,
     decode: _DecodeOption = 512,
@@ -112,13 +115,14 @@ def frontier(
     plot: Annotated[Path | None, typer.Option(help="Draw KL against true bits: a .svg or .png file.")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Measure every preset in a range of true bits, and show which are the best at their size.
+    """Measure every preset (or every method at every width) in a range of true bits, and show the best at their size.
 
     With --json, one object per preset and line.
     """
     from qjl import models, records
     from qjl.evals.fidelity import Protocol
     from qjl.evals.frontier import Frontier, parse_bits, within
+    from qjl.evals.widths import every_width
     from qjl.presets import PRESETS
 
     protocol = Protocol(prefix, decode, chunks, seeds, parse_recent(recent), retrieval)
@@ -126,7 +130,10 @@ def frontier(
     _require_drawable(plot)
     for path in filter(None, (output, plot)):
         records.require_writable(path)
-    presets = within(models.load_config(model, progress=not json_output), preset or PRESETS, interval, _tell_refusal)
+    if widths and preset:
+        raise QJLError("--widths chooses the presets: leave --preset out.")
+    chosen = every_width() if widths else preset or PRESETS
+    presets = within(models.load_config(model, progress=not json_output), chosen, interval, _tell_refusal)
     rows = [] if output is None else records.resume(output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     trial = Frontier(model, network, tokenizer, text, protocol)

@@ -44,8 +44,8 @@ class RaBitQ(Quantizer):
     source: ClassVar[str] = "arXiv:2405.12497"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_bits <= MAX_BITS:
-            raise QJLError(f"RaBitQ takes 1 to {MAX_BITS} bits, not {self.num_bits}.")
+        if self.num_bits not in range(1, MAX_BITS + 1):
+            raise QJLError(f"RaBitQ takes 1 to {MAX_BITS} whole bits, not {self.num_bits}.")
 
     @property
     def needs_statistics(self) -> bool:
