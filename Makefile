@@ -42,7 +42,7 @@ test: setup
 # All that the report tells of the embedded model, measured from nothing; what is there already is not measured again.
 report: setup
 	$(BIN)/python scripts/evidence.py
-	$(BIN)/qjl report results --out results/report.html
+	$(BIN)/qjl report docs/results results --out results/report.html
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python.
 sanitize: setup

@@ -38,25 +38,29 @@ def read(paths: Iterable[Path]) -> list[Run]:
     Raises:
         QJLError: if one is not there, cannot be read or is damaged, if a folder has none, or if nothing was measured.
     """
-    runs = [_run(path) for path in dict.fromkeys(found for path in paths for found in _files(path))]
+    found = {file: name for path in paths for file, name in _files(path).items()}
+    runs = [
+        Run(name, [checked(_with_protocol(row), name) for row in records.read(file)]) for file, name in found.items()
+    ]
     if not any(kind_of(row) in KINDS for run in runs for row in run.rows):
         raise QJLError(f"nothing was measured in {', '.join(run.name for run in runs)}: give files that `--out` wrote.")
     return runs
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path) -> dict[Path, str]:
+    """Files, and what a page calls them."""
     if not path.exists():
         raise QJLError(f"there is no {path}: give JSON lines files of measurements, or folders of them.")
     if not path.is_dir():
-        return [path]
+        return {path: path.name}
     found = sorted(file for file in path.rglob("*.jsonl") if not file.name.endswith(_ANSWERS))
     if not found:
         raise QJLError(f"{path} holds no measurements: give a folder with .jsonl files.")
-    return found
+    return {file: file.relative_to(path).as_posix() for file in found}
 
 
-def _run(path: Path) -> Run:
-    return Run(path.name, [checked(_with_protocol(row), path.name) for row in records.read(path)])
+def _run(name: str, file: Path) -> Run:
+    return Run(name, [checked(_with_protocol(row), name) for row in records.read(file)])
 
 
 def _with_protocol(row: Row) -> Row:
