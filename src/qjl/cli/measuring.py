@@ -119,7 +119,7 @@ def frontier(
 
     With --json, one object per preset and line.
     """
-    from qjl import models, records
+    from qjl import machine, models, records
     from qjl.evals.fidelity import Protocol
     from qjl.evals.frontier import Frontier, parse_bits, within
     from qjl.evals.widths import every_width
@@ -145,7 +145,7 @@ def frontier(
     rows, missing = list(known.values()), [one for one in presets if one.name not in known]
     with progress("Decoding", len(missing) * protocol.tokens, quiet=json_output) as advance:
         for row in trial.measure(missing, advance):
-            rows.append(row | {"versions": _versions()})
+            rows.append(row | {"versions": machine.versions(), "machine": machine.describe()})
             _report(rows[-1], output, json_output)
     rows.sort(key=lambda row: (row["bits"], row["kl"]))
     if not json_output:
@@ -170,15 +170,6 @@ def _draw(rows: list[dict[str, Any]], plot: Path) -> None:
 
 def _tell_refusal(name: str, error: QJLError) -> None:
     notes.print(f"Left out: {name}, for {error}", markup=False, soft_wrap=True)
-
-
-def _versions() -> dict[str, str]:
-    import torch
-    import transformers
-
-    import qjl
-
-    return {"qjl": qjl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _frontier_table(rows: list[dict[str, Any]]) -> Any:
