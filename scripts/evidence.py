@@ -40,7 +40,10 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
         "variants": (f"eval retrieval {VARIANTS} --context 1024 --depths 2 --seeds 2", ("full", *CHOSEN)),
         "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 2", FEW),
         "seeds": ("eval seeds --seeds 10 --decode 128 --chunks 2", ("qjl-2", "qjl-paper", "turboquant-3", "b3")),
-        "harness": ("eval harness --task olmes/piqa/rc_5shot --limit 50", ("full", *FEW)),
+        "harness": (
+            "eval harness --task olmes/piqa/rc_5shot --task olmes/lambada/bpb_0shot --limit 50",
+            ("full", *FEW, "kivi-1"),
+        ),
         "distortion": ("eval distortion --rows 2", CHOSEN),
         "values": (
             "eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval",

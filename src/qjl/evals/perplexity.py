@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from qjl import machine
 from qjl.evals.fidelity import Protocol, Trial
 from qjl.evals.subject import Subject
 from qjl.presets import CacheConfig, resolve
@@ -36,4 +37,5 @@ def measure(
         for config in map(protocol.configure, configs):
             run = subject.identity(config) | {"case": "perplexity", "text": digest(text), "context": context}
             asked = {"chunks": chunks, "recent": recent}
-            yield run | Journal(answers, run).answer(asked, lambda: trial().row(config, on_tokens))  # noqa: B023
+            row = Journal(answers, run).answer(asked, lambda: trial().row(config, on_tokens))  # noqa: B023
+            yield run | row | {"machine": machine.describe()}

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from qjl import machine
 from qjl.evals.fidelity import Protocol, Trial
 from qjl.evals.subject import Subject
 from qjl.presets import CacheConfig
@@ -33,4 +34,4 @@ def measure(
         run = subject.identity(config) | {"case": "seeds", "text": digest(text)}
         asked = dataclasses.asdict(protocol)
         found = Journal(answers, run).answer(asked, lambda: trial().rows_by_seed(config, on_tokens))  # noqa: B023
-        yield from (run | row for row in found)
+        yield from (run | row | {"machine": machine.describe()} for row in found)
