@@ -36,6 +36,7 @@ VARIANTS = "--task passkey --task multikey --task multivalue --task tracking"
 QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their presets, the longest first
     "smollm2": {
         "frontier": ("eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", ()),
+        "widths": ("eval frontier --widths --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", ()),
         "retrieval": ("eval retrieval --context 1024 --context 2048 --context 4096 --depths 3", ("full", *CHOSEN)),
         "variants": (f"eval retrieval {VARIANTS} --context 1024 --depths 2 --seeds 2", ("full", *CHOSEN)),
         "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 2", FEW),
@@ -57,7 +58,7 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
             ("full", *CHOSEN),
         ),
         "retrieval": (
-            "eval retrieval --dtype bfloat16 --context 2048 --context 4096 --context 8192 --depths 3",
+            "eval retrieval --dtype bfloat16 --context 2048 --context 4096 --context 8192 --depths 2",
             ("full", *CHOSEN),
         ),
     },
