@@ -206,7 +206,7 @@ def _table(table: Table) -> str:
 
 
 def _text(cell: Cell) -> str:
-    text = f"**{cell.text}**" if cell.mark in ("best", "ours") else cell.text
+    text = {"best": f"**{cell.text}**", "ours": f"**{cell.text}**", "near": f"≈ {cell.text}"}.get(cell.mark, cell.text)
     return f"{text} ({cell.note})" if cell.note else text
 
 
