@@ -82,11 +82,6 @@ class Protocol:
         if min(x for x in (self.limit, self.chunk, self.batch, 1) if x is not None) < 1:
             raise QJLError("limit, chunk and batch must be at least 1.")
 
-    def configure(self, preset: str | Path | CacheConfig) -> CacheConfig:
-        """The preset with this protocol's window and seed."""
-        config = resolve(preset).with_seed(self.seed)
-        return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
-
 
 def _silent(total: int) -> AbstractContextManager[Callable[[int], None]]:
     return nullcontext(lambda count: None)
@@ -341,7 +336,9 @@ class Harness:
         Raises:
             QJLError: for a preset that the model cannot have, before anything is measured.
         """
-        configs = [self.protocol.configure(preset) for preset in presets]
+        configs = [
+            resolve(preset).with_seed(self.protocol.seed).with_window(self.protocol.recent) for preset in presets
+        ]
         caches = [self.subject.cache(config) for config in configs]
         for config, cache in zip(configs, caches, strict=True):
             for name, task in tasks.items():
