@@ -6,13 +6,17 @@ import importlib
 import json
 import sys
 import zipfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import __file__ as lm_eval_tasks
 from typer.testing import CliRunner
 
 import tiny_checkpoint
@@ -172,6 +176,11 @@ def test_a_protocol_counts_from_one(refuses):
             Protocol(**{field: 0})
 
 
+def test_lengths_are_asked_one_by_one(refuses):
+    with refuses("max_seq_lengths must hold one length"):
+        Protocol(metadata={"max_seq_lengths": [1024, 2048]})
+
+
 def test_without_the_harness_one_is_told_how_to_get_it(monkeypatch, refuses):
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     monkeypatch.delitem(sys.modules, "qjl.evals.harness")
@@ -251,12 +260,12 @@ def test_the_prebuilt_tasks_have_names(prebuilt, refuses):
     with refuses("there is no task 'olmes/answer': the tasks are answers, blanks, words."):
         harness.load_tasks(["olmes/answer"])
     with refuses("olmes/answers/rc_5shot has its examples written out"):
-        harness.load_tasks(["olmes/answers/rc_5shot"], shots=2)
+        harness.load_tasks(["olmes/answers/rc_5shot"], Protocol(shots=2))
 
 
 def test_a_task_of_no_name_is_refused(monkeypatch, refuses):
     empty = harness.TaskManager(include_defaults=False)
-    monkeypatch.setattr(harness, "_manager", lambda include, include_defaults: empty)
+    monkeypatch.setattr(harness, "_manager", lambda *arguments: empty)
     with refuses("there is no task 'colors': take a name of lm-eval"):
         harness.load_tasks(["colors"])
 
@@ -276,6 +285,7 @@ def folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setenv("QJL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(harness, "_is_hub_there", lambda: False)
     things = [("coal", 1), ("milk", 0), ("snow", 0), ("tar", 1)]
     docs = [{"question": f"{EXAMPLES}Is {thing} white?", "label": label} for thing, label in things]
     (tmp_path / "colours.jsonl").write_text("\n".join(map(json.dumps, docs)))
@@ -343,6 +353,8 @@ def test_a_result_without_codes_is_told(folder, checkpoint):
         (["--task", "olmes/colours/rc_5shot", "--shots", "1"], "has its examples written out"),
         (["--task", "broken"], "task 'broken' cannot be loaded ("),
         (["--include", "{folder}/none"], "none is no folder"),
+        (["--metadata", "[1024]"], "metadata '[1024]' is no JSON object"),
+        (["--metadata", "1024]"], "metadata '1024]' is no JSON object"),
         (["--preset", "b17"], "unknown preset 'b17'"),
         (["--recent", "x"], "recent 'x' is no number of tokens"),
     ],
@@ -352,3 +364,136 @@ def test_mistakes_are_told_in_a_sentence(folder, checkpoint, arguments, message)
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stdout == ""
+
+
+# lm-eval's own tasks, without a hub
+
+FAMILIES = Path(lm_eval_tasks).parent
+
+
+@pytest.fixture
+def here(folder, monkeypatch):
+    """The working directory, in which data sets are looked for."""
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def ask(folder, checkpoint, family, name, *arguments):
+    settings = ["--include", FAMILIES / family, "--data", folder / "text.txt", "--model", checkpoint, "--task", name]
+    arguments = [*settings, "--preset", "full", "--preset", "b2", "--json", *arguments]
+    return CliRunner().invoke(cli.app, ["eval", "harness", *map(str, arguments)])
+
+
+def rows_of(result):
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def put_data_set(folder, name, config, **splits):
+    """As the hub's download has it: a card that tells the files of each split."""
+    place = folder / name
+    place.mkdir(parents=True)
+    files = [{"split": split, "path": f"{split}.jsonl"} for split in splits]
+    card = json.dumps({"configs": [{"config_name": config, "data_files": files}]})
+    (place / "README.md").write_text(f"---\n{card}\n---\n")
+    for split, docs in splits.items():
+        (place / f"{split}.jsonl").write_text("\n".join(map(json.dumps, docs)))
+
+
+@pytest.fixture
+def few_words(monkeypatch):
+    """RULER sorts millions of pairs of words when it is imported, and fetches what only essays need."""
+    words = {"nouns": ["moon", "sea", "tree"], "adjectives": ["green", "old", "wet"], "verbs": ["go"]}
+    monkeypatch.setattr("wonderwords.RandomWord", lambda: SimpleNamespace(_categories=words))
+    monkeypatch.setattr("nltk.download", lambda *arguments: False)
+
+
+def test_a_task_of_ruler_is_asked_at_the_length_that_is_named(here, checkpoint, few_words):
+    lengths = json.dumps({"max_seq_lengths": [1024]})
+    full, b2 = rows_of(ask(here, checkpoint, "ruler", "niah_single_1", "--metadata", lengths, "--limit", 2))
+    assert [(row["task"], row["metric"], row["n"]) for row in (full, b2)] == [("niah_single_1", "1024", 2)] * 2
+    assert full["questions"] == b2["questions"]
+    assert full["asked"]["metadata"] == {"max_seq_lengths": [1024]}
+    assert full["read_as_codes"] > 0.8
+
+
+def test_what_is_drawn_is_drawn_alike_again_and_measured_by_the_tokenizer(few_words, monkeypatch):
+    monkeypatch.setattr(harness, "_is_hub_there", lambda: False)
+    protocol = Protocol(include=FAMILIES / "ruler", metadata={"max_seq_lengths": [1024]})
+    tokenizer, drawn = byte_tokenizer(), []
+    for _ in range(2):
+        (task,) = harness.load_tasks(["niah_multikey_2"], protocol, tokenizer).values()
+        drawn.append(task["tasks"]["niah_multikey_2"].dataset["test"]["input"])
+    assert drawn[0] == drawn[1]
+    assert 500 < len(drawn[0][0]) <= 1024 - 128  # bytes, which are tokens, and room for an answer
+
+
+def test_mmlu_is_read_from_a_folder_of_its_name(here, checkpoint):
+    docs = [
+        {"question": EXAMPLES, "choices": ["coal", "milk", "snow", "tar"], "answer": n, "subject": "anatomy"}
+        for n in range(4)
+    ]
+    put_data_set(here, "cais/mmlu", "anatomy", test=docs[:2], dev=docs)
+    full, b2 = rows_of(ask(here, checkpoint, "mmlu/default", "mmlu_anatomy", "--shots", 2))
+    assert [(row["metric"], row["n"], row["shots"]) for row in (full, b2)] == [("acc", 2, 2)] * 2
+    assert b2["asked"] == {
+        "task": "mmlu_anatomy",
+        "shots": 2,
+        "limit": None,
+        "include": str(FAMILIES / "mmlu/default"),
+        "metadata": None,
+    }
+    (alone, _) = rows_of(ask(here, checkpoint, "mmlu/default", "mmlu_anatomy"))
+    assert (alone["shots"], alone["asked"]["shots"]) == (0, None)
+    assert alone["questions"] != full["questions"] == b2["questions"]
+
+
+def test_longbench_is_read_from_a_folder_of_its_name(here, checkpoint, monkeypatch):
+    for name, member in (("jieba", "cut"), ("fuzzywuzzy", "fuzz"), ("rouge", "Rouge")):  # of other tasks of the family
+        module = ModuleType(name)
+        setattr(module, member, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    docs = [{"context": EXAMPLES * 2, "question": f"Is {thing} white?", "answers": ["no"]} for thing in ("coal", "tar")]
+    put_data_set(here, "Xnhyacinth/LongBench", "hotpotqa", test=docs)
+    rows = rows_of(ask(here, checkpoint, "longbench", "longbench_hotpotqa"))
+    assert {(row["preset"], row["metric"], row["n"]) for row in rows} == {
+        (preset, metric, 2) for preset in ("full", "b2") for metric in ("score", "qa_f1_score")
+    }
+    assert all(row["read_as_codes"] > 0.5 for row in rows)
+
+
+def test_a_data_set_out_of_reach_is_told_in_a_sentence(here, checkpoint):
+    result = ask(here, checkpoint, "mmlu/default", "mmlu_anatomy")
+    assert result.exit_code == 2
+    assert "task 'mmlu_anatomy' cannot be loaded (Couldn't reach 'cais/mmlu' on the Hub" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_a_package_that_a_task_misses_is_named(tmp_path, monkeypatch, refuses):
+    monkeypatch.setattr(harness, "_is_hub_there", lambda: False)
+    (tmp_path / "needy.yaml").write_text("{task: needy, custom_dataset: !function needs.docs}")
+    (tmp_path / "needs.py").write_text(
+        "try:\n    import unheard_of\nexcept ImportError:\n    raise ImportError('Please install it.')"
+    )
+    with refuses("task 'needy' needs the package unheard_of: install it with pip."):
+        harness.load_tasks(["needy"], Protocol(include=tmp_path))
+
+
+def test_a_hub_out_of_reach_is_not_asked_again(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with harness._one_look_for_the_hub():
+        assert huggingface_hub.is_offline_mode()
+    assert not huggingface_hub.is_offline_mode()
+
+
+def test_a_reason_is_the_first_line_in_words():
+    assert (
+        harness._reason(LookupError("\n*****\n  Resource 'words' not found.\n  Please fetch it.\n"))
+        == "Resource 'words' not found"
+    )
+    assert harness._reason(OSError()) == "OSError"
+    error = OSError("Max retries exceeded")
+    error.request = SimpleNamespace(url="https://example.org/a.json")
+    assert harness._reason(error) == "https://example.org/a.json cannot be reached"

@@ -102,6 +102,12 @@ def test_seeds_reach_overrides():
     assert PRESETS["qjl-paper"].with_seed(7).overrides[0].key.seed == 7
 
 
+def test_a_window_replaces_a_preset_s_own_unless_it_is_none():
+    config = PRESETS["qjl-paper"]
+    assert config.with_window(None) is config
+    assert config.with_window(0) == dataclasses.replace(config, recent=0)
+
+
 @pytest.mark.parametrize("name", ["sinks", "recent", "key", "name"])
 def test_a_configuration_cannot_be_changed(name):
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -11,6 +11,7 @@ from qjl.evals import problems, writing
 from qjl.evals.problems import Problem, Protocol, final_answer, is_same
 from qjl.evals.subject import Subject
 from qjl.evals.writing import write
+from qjl.presets import PRESETS
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
@@ -131,7 +132,7 @@ def test_a_killed_run_goes_on(subject, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("preset", ["full", "b2"])
 def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice(subject, monkeypatch, preset):
-    prompts, widths, config = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3, 3], [11, 12, 13]], [], QUICK.configure(preset)
+    prompts, widths, config = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3, 3], [11, 12, 13]], [], PRESETS[preset].with_window(0)
     alone = [write(subject.model, subject.cache(config), [prompt], 60)[0] for prompt in prompts]
     ends = {1, alone[0][20], alone[1][30]}
     monkeypatch.setattr(writing, "end_tokens", lambda model: ends)

@@ -99,6 +99,10 @@ class CacheConfig:
         key, value = _seeded(self.key, seed), _seeded(self.value, seed)
         return dataclasses.replace(self, key=key, value=value, overrides=overrides)
 
+    def with_window(self, recent: int | None) -> CacheConfig:
+        """The same configuration with so many exact tokens at the end; None keeps its own."""
+        return self if recent is None else dataclasses.replace(self, recent=recent)
+
 
 def _seeded(quantizer: Any, seed: int) -> Any:
     return dataclasses.replace(quantizer, seed=seed) if hasattr(quantizer, "seed") else quantizer

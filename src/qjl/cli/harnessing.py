@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from pathlib import Path
@@ -27,6 +28,7 @@ from qjl.cli.common import (
     read_data,
     results_table,
 )
+from qjl.errors import QJLError
 
 _QUIET = {
     "TQDM_DISABLE": "1",  # bars are our own, and for a terminal only
@@ -53,6 +55,9 @@ def harness(
     limit: Annotated[int | None, typer.Option(help="Questions per task; all if not given.")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="Examples in front; the task's own if not given.")] = None,
     include: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")] = None,
+    metadata: Annotated[
+        str | None, typer.Option(help="Of tasks that are generated, as lm-eval's: '{\"max_seq_lengths\": [1024]}'.")
+    ] = None,
     data: DataOption = None,
     recent: RecentOption = "0",
     chunk: Annotated[
@@ -74,18 +79,19 @@ def harness(
     With --json, one object per preset, task and metric, and line.
     """
     quieten()
-    from qjl import records
+    from qjl import models, records
     from qjl.evals.harness import Harness, Protocol, load_tasks
     from qjl.evals.subject import Subject
     from qjl.presets import resolve
 
-    protocol = Protocol(shots, limit, parse_recent(recent), chunk, batch, seed)
+    protocol = Protocol(shots, limit, parse_recent(recent), chunk, batch, seed, include, _parse(metadata))
     configs = [resolve(name) for name in preset or ("full", "b3")]
     text = read_data(data)
     if output is not None:
         records.require_writable(output)
     kept = [] if output is None else records.resume(output)
-    tasks = load_tasks(task, include, shots)
+    bars = notes.is_terminal and not json_output
+    tasks = load_tasks(task, protocol, models.load_tokenizer(model, progress=bars))
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     answers = None if output is None else output.with_suffix(f".answers{output.suffix}")
     trial = Harness(Subject(model, network, tokenizer, text), protocol, answers)
@@ -101,6 +107,16 @@ def harness(
             _tell_if_no_codes(row)
     if not json_output:
         out.print(_table(rows))
+
+
+def _parse(metadata: str | None) -> dict[str, Any] | None:
+    try:
+        found = None if metadata is None else json.loads(metadata)
+    except ValueError:
+        found = metadata
+    if found is None or isinstance(found, dict):
+        return found
+    raise QJLError(f"metadata {metadata!r} is no JSON object: give one such as '{{\"max_seq_lengths\": [1024]}}'.")
 
 
 def _tell_if_no_codes(row: dict[str, Any]) -> None:

@@ -51,11 +51,6 @@ class Protocol:
         if self.tokens <= 2 * QUERIES or self.rows < 1:
             raise QJLError(f"distortion needs rows of more than {2 * QUERIES} tokens, and at least one.")
 
-    def configure(self, preset: str | Path | CacheConfig) -> CacheConfig:
-        """The preset with this protocol's window."""
-        config = resolve(preset)
-        return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
-
 
 @dataclass(frozen=True, eq=False)
 class States:
@@ -83,7 +78,7 @@ def measure(
     Raises:
         QJLError: if the text is too short, a preset packs none of it, or the model's attention cannot be watched.
     """
-    configs = [protocol.configure(preset) for preset in presets]
+    configs = [resolve(preset).with_window(protocol.recent) for preset in presets]
     input_ids = _rows(subject, text, protocol)
     layers = functools.cache(lambda: states(subject.model, input_ids))
     for config in configs:

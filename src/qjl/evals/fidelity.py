@@ -8,7 +8,6 @@ difference is measured once, and its error is that over chunks alone.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -61,11 +60,6 @@ class Protocol:
         """Decoded positions per preset, for a progress bar."""
         return self.seeds * self.decode
 
-    def configure(self, preset: str | Path | CacheConfig) -> CacheConfig:
-        """The preset with this protocol's window."""
-        config = resolve(preset)
-        return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
-
 
 def measure(
     model: PreTrainedModel,
@@ -84,7 +78,7 @@ def measure(
     Raises:
         QJLError: if the text is too short, or the chunk does not fit the model's context.
     """
-    configs = [protocol.configure(preset) for preset in presets]
+    configs = [resolve(preset).with_window(protocol.recent) for preset in presets]
     trial = Trial(model, tokenizer, text, protocol)
     for config in configs:
         yield trial.row(config, on_tokens)

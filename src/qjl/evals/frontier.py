@@ -77,7 +77,7 @@ class Frontier:
 
     def identity(self, preset: CacheConfig) -> Row:
         """All that the row of a preset depends on, but for the version of this library."""
-        settings = to_dict(self.protocol.configure(preset))
+        settings = to_dict(preset.with_window(self.protocol.recent))
         text = hashlib.sha256(self.text.encode()).hexdigest()[:16]
         return {
             "model": self.name,

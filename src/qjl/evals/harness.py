@@ -25,8 +25,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
+import huggingface_hub
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,9 +42,10 @@ from qjl.evals.reads import Reads, Watch
 from qjl.evals.subject import Subject
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig, resolve
-from qjl.records import Journal, Row
+from qjl.records import Journal, Row, digest
 
 try:
+    import datasets
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -48,9 +53,13 @@ try:
 except ImportError as error:
     raise QJLError("the harness is not installed: run `pip install 'qjl[harness]'`.") from error
 
-FEW_SHOT_SEED = 1234  # the harness's own
+FEW_SHOT_SEED = 1234  # the harness's own, as the next two
+RANDOM_SEED = 0
+NUMPY_SEED = 1234
 BOOTSTRAPS = 1000
-_QUESTIONS = ("shots", "limit")  # of a protocol, that say what is asked, not how it is answered
+LENGTHS = "max_seq_lengths"  # by which RULER's tasks are made
+HUB_PATIENCE = 5.0  # seconds
+_QUESTIONS = ("shots", "limit", "include", "metadata")  # of a protocol, that say what is asked, not how it is answered
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 Task = dict[str, Any]  # the harness's dictionary of the tasks and groups behind one name
@@ -60,10 +69,12 @@ _Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How tasks are answered.
+    """What is asked, and how it is answered.
 
     - ``shots``: examples in front of each question; None is what the task says.
     - ``limit``: questions per task, the first ones; None for all.
+    - ``include``: a folder with tasks as YAML files.
+    - ``metadata``: what the harness generates tasks by, such as ``{"max_seq_lengths": [1024]}`` for RULER's.
     - ``recent``: the exact window of every preset; None its own.
     - ``chunk``: a context goes through the model so many tokens at a time, over the codes of those before; None for
       all at once and exactly, as prompts are prefilled in use.
@@ -77,15 +88,22 @@ class Protocol:
     chunk: int | None = None
     batch: int = 8
     seed: int = 0
+    include: Path | None = None
+    metadata: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if min(x for x in (self.limit, self.chunk, self.batch, 1) if x is not None) < 1:
             raise QJLError("limit, chunk and batch must be at least 1.")
+        if self.include is not None and not self.include.is_dir():
+            raise QJLError(f"{self.include} is no folder: give one with the YAML files of your tasks.")
+        if len((self.metadata or {}).get(LENGTHS, [0])) != 1:
+            raise QJLError(f"{LENGTHS} must hold one length: run the others one by one, so that each has a row.")
 
-    def configure(self, preset: str | Path | CacheConfig) -> CacheConfig:
-        """The preset with this protocol's window and seed."""
-        config = resolve(preset).with_seed(self.seed)
-        return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
+    @property
+    def questions(self) -> Row:
+        """What is asked, but for the names of the tasks."""
+        asked = {name: getattr(self, name) for name in _QUESTIONS}
+        return asked | {"include": None if self.include is None else str(self.include)}
 
 
 def _silent(total: int) -> AbstractContextManager[Callable[[int], None]]:
@@ -96,7 +114,7 @@ class PackedModel(HFLM):
     """The harness's model object for transformers, with all that is scored or generated read from a quantized cache.
 
     Tokenization, windows of long texts, stop strings and chat templates are the harness's own. ``reads`` counts what
-    was attended to.
+    was attended to; ``asked`` names what the harness asked, by digests.
 
     Args:
         cache: empty, of the same model; its codecs must not wait for a prompt, whose answers they would sweeten.
@@ -118,6 +136,7 @@ class PackedModel(HFLM):
     ) -> None:
         super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch)
         self.reads = Reads()
+        self.asked: list[str] = []
         self._empty, self._chunk = cache, chunk
         self._journal = journal or Journal()
         self._progress = progress
@@ -125,6 +144,7 @@ class PackedModel(HFLM):
 
     @contextlib.contextmanager
     def _running(self, requests: Sequence[Any]) -> Iterator[None]:
+        self.asked.append(digest([request.args for request in requests]))
         with self._progress(len(requests)) as self._advance:
             yield
 
@@ -271,18 +291,36 @@ def _packed_tokens(cache: KVCache) -> int:
     return cache.cores[0].packed_tokens[0] if cache.cores[0].batch else 0
 
 
-def load_tasks(names: Iterable[str], include: Path | None = None, shots: int | None = None) -> dict[str, Task]:
+def load_tasks(
+    names: Iterable[str], protocol: Protocol = Protocol(), tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Task]:
     """Tasks by name: prebuilt ones (``olmes/...``), those of a folder with YAML files, YAML files, lm-eval's own.
+
+    A task that is generated counts its tokens by ``tokenizer``, if ``protocol.metadata`` names no other.
 
     Raises:
         QJLError: for a task that is unknown, that cannot be loaded, or that cannot have other ``shots``.
     """
-    if include is not None and not include.is_dir():
-        raise QJLError(f"{include} is no folder: give one with the YAML files of your tasks.")
-    return {
-        name: _load_prebuilt(name, shots) if name.startswith(requests.PREFIX) else _load(name, include)
-        for name in names
-    }
+    with _metadata(protocol, tokenizer) as metadata:
+        manager = functools.cache(functools.partial(_manager, protocol.include, metadata))
+        return {
+            name: _load_prebuilt(name, protocol.shots) if name.startswith(requests.PREFIX) else _load(name, manager)
+            for name in names
+        }
+
+
+@contextlib.contextmanager
+def _metadata(protocol: Protocol, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[dict[str, Any]]:
+    """The harness takes a tokenizer by its place."""
+    with TemporaryDirectory() as folder:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        yield ({} if tokenizer is None else {"tokenizer": folder}) | dict(protocol.metadata or {})
+
+
+def _manager(include: Path | None, metadata: dict[str, Any], include_defaults: bool) -> TaskManager:
+    place = None if include is None else str(include)
+    return TaskManager(include_path=place, include_defaults=include_defaults, metadata=metadata)
 
 
 def _load_prebuilt(name: str, shots: int | None) -> Task:
@@ -291,32 +329,71 @@ def _load_prebuilt(name: str, shots: int | None) -> Task:
     return {"tasks": {name: ConfigurableTask(config=requests.task_config(name))}, "groups": {}}
 
 
-def _load(name: str, include: Path | None) -> Task:
-    random.seed(0)  # as the harness does: some tasks shuffle their answers when they are loaded
+def _load(name: str, manager: Callable[[bool], TaskManager]) -> Task:
+    random.seed(RANDOM_SEED)  # some tasks are drawn, or shuffle their answers, when they are loaded
+    np.random.seed(NUMPY_SEED)
     try:
-        return dict(_manager_of(name, include).load([name]))
-    except (OSError, KeyError, ValueError) as error:
+        with _one_look_for_the_hub(), _silence():
+            return dict(_manager_of(name, manager).load([name]))
+    except ImportError as error:
+        raise QJLError(f"task {name!r} needs the package {_missing(error)}: install it with pip.") from error
+    except (OSError, LookupError, ValueError) as error:
         raise QJLError(
-            f"task {name!r} cannot be loaded ({_first_line(error)}): where there is no hub, take a prebuilt task such "
-            f"as {requests.PREFIX}hellaswag/rc_5shot, or a local one by --include."
+            f"task {name!r} cannot be loaded ({_reason(error)}): where there is no hub, put the data set into a folder "
+            f"of its name, take a prebuilt task such as {requests.PREFIX}hellaswag/rc_5shot, or one of your own by "
+            "--include."
         ) from error
 
 
-def _manager_of(name: str, include: Path | None) -> TaskManager:
+def _manager_of(name: str, manager: Callable[[bool], TaskManager]) -> TaskManager:
     """The smaller one that knows the task: to look through all of the harness's own takes seconds."""
     for include_defaults in (False, True):
-        manager = _manager(include, include_defaults)
-        if name in manager.all_tasks or name.endswith(".yaml"):
-            return manager
+        found = manager(include_defaults)
+        if name in found.all_tasks or name.endswith(".yaml"):
+            return found
     raise QJLError(
         f"there is no task {name!r}: take a name of lm-eval, one in the folder given by --include, a .yaml file, or a "
         f"prebuilt one such as {requests.PREFIX}hellaswag/rc_5shot."
     )
 
 
-@functools.cache
-def _manager(include: Path | None, include_defaults: bool) -> TaskManager:
-    return TaskManager(include_path=None if include is None else str(include), include_defaults=include_defaults)
+@contextlib.contextmanager
+def _one_look_for_the_hub() -> Iterator[None]:
+    """Where it is out of reach its client is told so, which would else try for half a minute and more."""
+    with contextlib.ExitStack() as stack:
+        if not _is_hub_there():
+            for place in (huggingface_hub.constants, datasets.config):
+                stack.enter_context(mock.patch.object(place, "HF_HUB_OFFLINE", True))
+        yield
+
+
+def _is_hub_there() -> bool:
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_PATIENCE)
+    except Exception:  # whatever its HTTP library raises, which is another one from version to version
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Tasks tell how they are made, and of what they miss and may not need."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _missing(error: ImportError) -> str | None:
+    """The harness raises an error of its own in place of the one that names the module."""
+    origin = error.__context__ if isinstance(error.__context__, ImportError) else error
+    return origin.name
+
+
+def _reason(error: Exception) -> str:
+    """Its first line in words."""
+    if url := getattr(getattr(error, "request", None), "url", None):
+        return f"{url} cannot be reached"
+    lines = [line.strip() for line in str(error).splitlines() if any(map(str.isalpha, line))]
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,19 +412,23 @@ class Harness:
     ) -> Iterator[list[Row]]:
         """The rows of one preset and task at a time, a row per metric.
 
-        ``value`` and its standard error ``value_se`` (None if there is none) are the harness's, over ``n`` questions;
+        ``value`` and its standard error ``value_se`` (None if there is none) are the harness's, over ``n`` questions,
+        in front of which there were ``shots`` examples; ``asked`` is how the task was asked for, ``questions`` a digest
+        of all that the harness then asked, so that another run can be known to have asked the same;
         ``read_as_codes`` is the share of codes among all tokens that were attended to; ``bits`` are true bits.
 
         Raises:
             QJLError: for a preset that the model cannot have, before anything is measured.
         """
-        configs = [self.protocol.configure(preset) for preset in presets]
+        configs = [
+            resolve(preset).with_seed(self.protocol.seed).with_window(self.protocol.recent) for preset in presets
+        ]
         caches = [self.subject.cache(config) for config in configs]
         for config, cache in zip(configs, caches, strict=True):
             for name, task in tasks.items():
-                yield self._rows(config, cache, task, progress(f"{config.name}, {name}"))
+                yield self._rows(config, cache, name, task, progress(f"{config.name}, {name}"))
 
-    def _rows(self, config: CacheConfig, cache: KVCache, task: Task, progress: Progress) -> list[Row]:
+    def _rows(self, config: CacheConfig, cache: KVCache, name: str, task: Task, progress: Progress) -> list[Row]:
         identity = self.identity(config)
         model = PackedModel(
             self.subject.model,
@@ -359,7 +440,9 @@ class Harness:
             progress=progress,
         )
         results = _evaluate(model, task, self.protocol)
-        common = {"read_as_codes": model.reads.share, "limit": self.protocol.limit} | self.subject.facts(config, cache)
+        asked = {"task": name} | self.protocol.questions
+        common = {"asked": asked, "questions": digest(model.asked), "read_as_codes": model.reads.share}
+        common |= {"limit": self.protocol.limit} | self.subject.facts(config, cache)
         return [identity | row | common for row in _results(results)]
 
     def identity(self, config: CacheConfig) -> Row:
@@ -393,7 +476,12 @@ def _results(results: dict[str, Any]) -> Iterator[Row]:
     for name, found in results["results"].items():
         for key, value in found.items():
             metric, _, filtered = key.partition(",")
-            if filtered and not metric.endswith("_stderr") and isinstance(value, Real):
+            if (
+                filtered
+                and not metric.endswith("_stderr")
+                and isinstance(value, Real)
+                and not _is_unasked(metric, value)
+            ):
                 error = found.get(f"{metric}_stderr,{filtered}")
                 yield {
                     "task": name,
@@ -406,5 +494,6 @@ def _results(results: dict[str, Any]) -> Iterator[Row]:
                 }
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+def _is_unasked(metric: str, value: Real) -> bool:
+    """A length of RULER's that was not asked for has a value all the same, of -1."""
+    return metric.isdecimal() and float(value) < 0

@@ -131,11 +131,6 @@ class Protocol:
             for seed in range(self.seeds)
         ]
 
-    def configure(self, preset: str | Path | CacheConfig) -> CacheConfig:
-        """The preset with this protocol's window."""
-        config = resolve(preset)
-        return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
-
 
 def measure(
     subject: Subject,
@@ -154,7 +149,7 @@ def measure(
         QJLError: if the text is too short, a haystack does not fit the model's context, or the model cannot have a
             preset.
     """
-    configs = [protocol.configure(preset) for preset in presets]
+    configs = [resolve(preset).with_window(protocol.recent) for preset in presets]
     caches = [subject.cache(config) for config in configs]
     filler = _Filler(subject, text, max(protocol.contexts))
     runs = [subject.identity(config) | {"case": "haystack", "text": filler.name} for config in configs]

@@ -30,11 +30,11 @@ def measure(
     Raises:
         QJLError: if the text is too short, or a context does not fit the model or is shorter than 512.
     """
-    configs = [resolve(preset) for preset in presets]
+    configs = [resolve(preset).with_window(recent) for preset in presets]
     for context in sorted(contexts):
         protocol = Protocol(context // 2, context - context // 2, chunks, seeds=1, recent=recent, retrieval=False)
         trial = functools.cache(functools.partial(Trial, subject.model, subject.tokenizer, text, protocol))
-        for config in map(protocol.configure, configs):
+        for config in configs:
             run = subject.identity(config) | {"case": "perplexity", "text": digest(text), "context": context}
             asked = {"chunks": chunks, "recent": recent}
             row = Journal(answers, run).answer(asked, lambda: trial().row(config, on_tokens))  # noqa: B023

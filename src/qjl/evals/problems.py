@@ -123,11 +123,6 @@ class Protocol:
         if min(self.max_new_tokens, self.batch) < 1:
             raise QJLError("max_new_tokens and batch must be at least 1.")
 
-    def configure(self, preset: str | Path | CacheConfig) -> CacheConfig:
-        """The preset with this protocol's window and seed."""
-        config = resolve(preset).with_seed(self.seed)
-        return config if self.recent is None else dataclasses.replace(config, recent=self.recent)
-
 
 def measure(
     subject: Subject,
@@ -151,7 +146,7 @@ def measure(
     """
     if not subject.tokenizer.chat_template:
         raise QJLError("problems are asked in a chat, and this model has no chat template: take an instruct model.")
-    configs = [protocol.configure(preset) for preset in presets]
+    configs = [resolve(preset).with_seed(protocol.seed).with_window(protocol.recent) for preset in presets]
     facts = [subject.facts(config, subject.cache(config)) for config in configs]
     asked = [chat_tokens(subject.tokenizer, [{"role": "user", "content": ASK.format(p.question)}])[0] for p in problems]
     for config, fact in zip(configs, facts, strict=True):

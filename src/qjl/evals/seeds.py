@@ -10,7 +10,7 @@ from pathlib import Path
 from qjl import machine
 from qjl.evals.fidelity import Protocol, Trial
 from qjl.evals.subject import Subject
-from qjl.presets import CacheConfig
+from qjl.presets import CacheConfig, resolve
 from qjl.records import Journal, Row, digest
 
 
@@ -30,7 +30,7 @@ def measure(
         QJLError: if the text is too short, or the chunk does not fit the model's context.
     """
     trial = functools.cache(functools.partial(Trial, subject.model, subject.tokenizer, text, protocol))
-    for config in map(protocol.configure, presets):
+    for config in (resolve(preset).with_window(protocol.recent) for preset in presets):
         run = subject.identity(config) | {"case": "seeds", "text": digest(text)}
         asked = dataclasses.asdict(protocol)
         found = Journal(answers, run).answer(asked, lambda: trial().rows_by_seed(config, on_tokens))  # noqa: B023

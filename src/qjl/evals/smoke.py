@@ -69,5 +69,6 @@ def _harness(subject: Subject, folder: Path) -> list[Row]:
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (folder / "colours.yaml").write_text(json.dumps(task))
-    harness = Harness(subject, Protocol(), folder / "harness.answers.jsonl")
-    return [row for rows in harness.measure(PRESETS, load_tasks(["colours"], folder)) for row in rows]
+    protocol = Protocol(include=folder)
+    harness = Harness(subject, protocol, folder / "harness.answers.jsonl")
+    return [row for rows in harness.measure(PRESETS, load_tasks(["colours"], protocol)) for row in rows]
