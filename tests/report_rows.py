@@ -60,8 +60,9 @@ def problems(name, right):
 
 def harness(name, task, metric, value, value_se=0.01):
     protocol = {"recent": 32, "chunk": None, "batch": 8, "seed": 0, "text": TEXT}
-    asked = {"task": task, "metric": metric, "filter": "none", "n": 100, "shots": 5, "limit": 100}
-    return preset(name, protocol=protocol, **asked, value=value, value_se=value_se)
+    found = {"task": task, "metric": metric, "filter": "none", "n": 100, "shots": 5, "limit": 100}
+    asked = {"task": task, "shots": 5, "limit": 100, "include": None, "metadata": {"max_seq_lengths": [1024]}}
+    return preset(name, protocol=protocol, **found, asked=asked, value=value, value_se=value_se)
 
 
 def layer(case, name, tokens, ms, **fields):

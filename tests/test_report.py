@@ -187,6 +187,12 @@ def test_full_precision_does_not_compete():
     assert [mark for _, mark in cells(part.tables[0], "piqa, acc").values()] == ["", "", "best"]  # full, b2, b3
 
 
+def test_the_harness_is_asked_again_as_it_was():
+    command = part_of("harness", rows_of.harness("b3", "ruler_vt", "1024", 0.5)).command
+    for option in ("--task ruler_vt", "--shots 5", "--limit 100", """--metadata '{"max_seq_lengths": [1024]}'"""):
+        assert option in command
+
+
 def test_of_perplexities_the_lower_is_the_better():
     rows = [rows_of.harness(name, "wiki", "word_perplexity", value) for name, value in (("b3", 20.0), ("b2", 22.0))]
     assert cells(part_of("harness", *rows).tables[0], "wiki, word_perplexity")["b3"][1] == "best"

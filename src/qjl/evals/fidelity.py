@@ -112,7 +112,7 @@ class Trial:
         self._statistics: dict[int, dict[int, LayerStatistics]] = {}
 
     def row(self, config: CacheConfig, on_tokens: Callable[[int], None]) -> dict[str, Any]:
-        """What ``measure`` gives for one preset that the protocol has configured."""
+        """What ``measure`` gives for one preset, with the window that it has."""
         runs = self.runs(config, on_tokens)
         on_tokens((self.protocol.seeds - len(runs)) * self.protocol.decode)
         return _summary(config, self.protocol, runs) | {"retrieval_full": self.retrieval_full}

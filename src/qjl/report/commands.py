@@ -6,6 +6,7 @@ content is among the settings beside the command.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,8 +123,21 @@ def problems(rows: Sequence[Row]) -> str:
 
 
 def harness(rows: Sequence[Row]) -> str:
+    """A command for all tasks that were asked alike; rows of old say less of that."""
+    alike: dict[str, list[Row]] = {}
+    for row in rows:
+        told = {name: value for name, value in row.get("asked", {}).items() if name != "task"}
+        alike.setdefault(json.dumps(told), []).append(row)
+    return "\n".join(map(_harness, alike.values()))
+
+
+def _harness(rows: Sequence[Row]) -> str:
     row, protocol = rows[0], rows[0]["protocol"]
-    options = {"task": _values(rows, "task"), "limit": row.get("limit"), "data": _text(rows, "fitted_to")}
+    asked = row.get("asked", {})
+    metadata = json.dumps(asked["metadata"]) if asked.get("metadata") else None
+    tasks = list(dict.fromkeys(row.get("asked", row)["task"] for row in rows))
+    options = {"task": tasks, "limit": row.get("limit"), "data": _text(rows, "fitted_to")}
+    options |= {"shots": asked.get("shots"), "include": asked.get("include"), "metadata": metadata}
     told = {name: protocol.get(name) for name in ("chunk", "batch", "seed")}
     shared = {name: value for name, value in _evaluated(rows).items() if name != "fit"}
     return _line("eval harness", **shared, **options, **told, recent=_recent(rows))
