@@ -162,6 +162,31 @@ def _best_within(rows: list[Row], bits: float, *, ours: bool) -> tuple[str, str]
     return (best["preset"], with_error(best["kl"], best["kl_se"])) if best else (NOTHING, NOTHING)
 
 
+def widths(rows: list[Row]) -> str:
+    """KL of every method at every width, and its true bits."""
+    (part,) = models(rows).values()
+    found = {(f"{name}{suffix}", float(width)): row for row in part for name, width, suffix in [_width(row["preset"])]}
+    columns = sorted({width for _, width in found})
+    return grid(
+        ("method", *(f"{width:g}" for width in columns)),
+        (
+            (method, *(_kl_and_bits(found.get((method, width))) for width in columns))
+            for method in sorted({method for method, _ in found})
+        ),
+    )
+
+
+def _width(preset: str) -> tuple[str, str, str]:
+    """``b-1.5-pre`` is of b-pre, 1.5."""
+    found = re.fullmatch(r"(.+?)-([\d.]+)(-pre)?", preset)
+    assert found is not None, preset
+    return found[1], found[2], found[3] or ""
+
+
+def _kl_and_bits(row: Row | None) -> str:
+    return f"{with_error(row['kl'], row['kl_se'])} ({row['bits']:.2f})" if row else NOTHING
+
+
 def growth(rows: list[Row]) -> str:
     """The power of n by which times and sizes grow."""
     lines = []
@@ -216,7 +241,7 @@ def grid(columns: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join([head, "|---" * (head.count(" | ") + 1) + "|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-FORMS = {form.__name__: form for form in (ours, frontier, step, whole, across, budgets, growth, counted)}
+FORMS = {form.__name__: form for form in (ours, frontier, step, whole, across, budgets, widths, growth, counted)}
 
 
 def filled(text: str) -> str:
