@@ -39,6 +39,10 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
         "widths": ("eval frontier --widths --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", ()),
         "retrieval": ("eval retrieval --context 1024 --context 2048 --context 4096 --depths 3", ("full", *CHOSEN)),
         "variants": (f"eval retrieval {VARIANTS} --context 1024 --depths 2 --seeds 2", ("full", *CHOSEN)),
+        "multikey": (
+            "eval retrieval --task multikey --context 1024 --depths 2 --seeds 10",
+            ("full", "b4", "b3", "b2", "kivi-4", "turboquant-4", "turboquant-3"),
+        ),
         "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 2", FEW),
         "seeds": ("eval seeds --seeds 10 --decode 128 --chunks 2", ("qjl-2", "qjl-paper", "turboquant-3", "b3")),
         "harness": (
