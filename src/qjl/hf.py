@@ -334,6 +334,20 @@ class KVCache(Cache):
 
     # Files
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the cache was made with.
+
+        Raises:
+            QJLError: if that is gone, or was only a configuration.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise QJLError(
+                "a cache is saved under the fingerprint of its model: make it with the model, and keep that."
+            )
+        return model
+
     @_without_autograd
     def save(self, path: str | Path, token_ids: Tensor | Sequence[int] | None = None) -> int:
         """Write the cache to a file, which appears whole or not at all; ``load`` reads it. Returns its bytes.
@@ -349,16 +363,12 @@ class KVCache(Cache):
                 offloaded, has other tokens than these, or if the file cannot be written.
         """
         self.settle()
-        model = None if self._model is None else self._model()
-        if model is None:
-            raise QJLError(
-                "a cache is saved under the fingerprint of its model: make it with the model, and keep that."
-            )
+        model = self.model
         state = [_layer_state(layer) for layer in self.layers]
         ids = None if token_ids is None else self._ids_held(torch.as_tensor(token_ids))
         header = stored.Header(
             model=model.config.model_type,
-            fingerprint=_require_fingerprint(model),
+            fingerprint=require_fingerprint(model),
             dtype=str(model.dtype).removeprefix("torch."),
             preset=to_dict(self.config),
             statistics=trees.digest([core.codecs for core in self.cores]),
@@ -489,7 +499,8 @@ def _restore_layer(layer: object, state: dict[str, Any]) -> None:
         raise QJLError(f"{type(layer).__name__} of this version of transformers holds other things: build it again.")
 
 
-def _require_fingerprint(model: PreTrainedModel) -> str:
+def require_fingerprint(model: PreTrainedModel) -> str:
+    """Raises QJLError for a model that is not all here."""
     name = fingerprint(model)
     if name is None:
         raise QJLError("a cache of a model that is sharded over processes or offloaded cannot be saved or loaded.")
@@ -498,7 +509,7 @@ def _require_fingerprint(model: PreTrainedModel) -> str:
 
 def _require_same_model(file: stored.StoredFile, model: PreTrainedModel) -> None:
     header, dtype = file.header, str(model.dtype).removeprefix("torch.")
-    if header.fingerprint != _require_fingerprint(model):
+    if header.fingerprint != require_fingerprint(model):
         raise QJLError(f"prompt cache {file.path} belongs to another model, of type {header.model}: build it again.")
     if header.dtype != dtype:
         raise QJLError(
