@@ -1,5 +1,6 @@
 """Prompt caches as files: what is read is what was written, and what was not written is refused."""
 
+import copy
 import json
 import os
 import random
@@ -162,7 +163,8 @@ def test_bfloat16_and_inference_mode(path):
 
 
 def test_a_loaded_cache_can_be_copied_and_started_over(path, model):
-    cache = loaded(prefilled(model), path, model, prompt(LENGTH))
+    cache = copy.deepcopy(loaded(prefilled(model), path, model, prompt(LENGTH)))
+    assert_same(cache, qjl.KVCache.load(path, model))
     cache.reset()
     assert cache.prompt_ids is None
     read(model, prompt(LENGTH), cache, sizes=(LENGTH,))
