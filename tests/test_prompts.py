@@ -12,7 +12,7 @@ import qjl
 from models_for_tests import generate, left_padded, prompt, tiny
 from qjl import prompts
 from qjl.hf import KVCache
-from stored_cases import save_until_killed
+from stored_cases import mutated, save_until_killed
 
 PROMPT = 300
 
@@ -165,6 +165,14 @@ def test_a_damaged_file_is_passed_over(caches, model, caplog):
     longer.write_bytes(content[:5])
     assert caches.longest(model, and_then(ids)).get_seq_length() == 350
     assert caplog.text.count("is damaged") + caplog.text.count("is no prompt cache") == 2
+
+
+def test_no_mutation_in_a_folder_is_believed(caches, model):
+    path = put(caches, model, prompt(PROMPT))
+    content, generator = path.read_bytes(), random.Random(0)
+    for _ in range(150):
+        path.write_bytes(mutated(content, generator))
+        assert caches.longest(model, and_then(prompt(PROMPT))) is None
 
 
 def test_a_file_that_disappears_is_a_miss(caches, model, monkeypatch, caplog):

@@ -398,7 +398,7 @@ class KVCache(Cache):
         file = stored.StoredFile(Path(path))
         file.verify()
         _require_same_model(file, model)
-        cache = cls(model, from_dict(file.header.preset))
+        cache = cls(model, _preset_of(file))
         cache._restore(file, model.device)
         return cache
 
@@ -407,8 +407,9 @@ class KVCache(Cache):
         try:
             for layer, state in zip(self.layers, states, strict=True):
                 _restore_layer(layer, state)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise QJLError(f"prompt cache {file.path} does not fit the model: build it again.") from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).rstrip(".")
+            raise QJLError(f"prompt cache {file.path} does not fit the model ({reason}): build it again.") from error
         ids = file.token_ids
         self.prompt_ids = None if ids is None else ids.to(device, torch.int64)
 
@@ -496,7 +497,7 @@ def _restore_layer(layer: object, state: dict[str, Any]) -> None:
     elif vars(layer).keys() <= state.keys():
         vars(layer).update(state)
     else:
-        raise QJLError(f"{type(layer).__name__} of this version of transformers holds other things: build it again.")
+        raise QJLError(f"{type(layer).__name__} of this version of transformers holds other things.")
 
 
 def require_fingerprint(model: PreTrainedModel) -> str:
@@ -517,6 +518,14 @@ def _require_same_model(file: stored.StoredFile, model: PreTrainedModel) -> None
         )
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise QJLError("a prompt cache is loaded for a model on one device: this one is spread over several.")
+
+
+def _preset_of(file: stored.StoredFile) -> CacheConfig:
+    try:
+        return from_dict(file.header.preset)
+    except QJLError as error:
+        reason = str(error).rstrip(".")
+        raise QJLError(f"prompt cache {file.path} has a preset that is not known here: {reason}.") from error
 
 
 def _full_nbytes(layer: QuantizedLayer) -> int:

@@ -147,7 +147,12 @@ class StoredFile:
     @property
     def token_ids(self) -> Tensor | None:
         """``int32 [B, T]``; None where they are not known."""
-        return self.tensor("token_ids") if "token_ids" in self._parsed else None
+        if "token_ids" not in self._parsed:
+            return None
+        ids = self.tensor("token_ids")
+        if ids.dim() != 2 or ids.dtype != torch.int32:
+            raise self._damaged()
+        return ids
 
     def state(self, device: torch.device) -> Any:
         """What was given to ``write``, its tensors on a device; on the CPU they stay memory-mapped."""
