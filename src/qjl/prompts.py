@@ -27,6 +27,7 @@ from qjl.stored import PARTIAL, SUFFIX, StoredFile, sha256_of_tokens
 
 logger = logging.getLogger("qjl")
 ABANDONED = 600  # seconds without a change, after which an unfinished file is of a process that was killed
+_Seen = tuple[Path, int, int]  # inode and time of a change or use: what tells a file from one that was there before
 _WORDS = ("name", "summary", "paper")  # of a preset, which change no codes
 
 
@@ -42,6 +43,7 @@ class PromptCaches:
     def __init__(self, folder: str | Path, max_bytes: int) -> None:
         self.folder = Path(folder)
         self.max_bytes = max_bytes
+        self._seen: dict[_Seen, Tensor] = {}  # token ids, which take milliseconds to find in a file
 
     def put(self, cache: KVCache, token_ids: Tensor | Sequence[int]) -> Path:
         """Keep a cache of one row, without padding and without a token mask; returns its file.
@@ -81,13 +83,9 @@ class PromptCaches:
         ids = torch.as_tensor(token_ids).reshape(-1).to("cpu", torch.int32)
         family = _family(model, resolve(preset))
         is_croppable = all(shape.is_quantized for shape in layer_shapes(model.config))
-        found = [
-            (count, path)
-            for path in self.folder.glob(f"{family}-*{SUFFIX}")
-            for count in self._shared(path, ids, is_croppable)
-            if count >= at_least
-        ]
-        for count, path in sorted(found, reverse=True):
+        self._look(family)
+        shared = [(_shared(kept, ids, is_croppable), path) for (path, _, _), kept in self._seen.items()]
+        for count, path in sorted((one for one in shared if one[0] >= at_least), reverse=True):
             with _passing_over(path):
                 cache = KVCache.load(path, model)
                 _keep_first(cache, count)
@@ -95,16 +93,16 @@ class PromptCaches:
                 return cache
         return None
 
-    def _shared(self, path: Path, ids: Tensor, is_croppable: bool) -> Iterator[int]:
-        """How many tokens of a prompt a file can serve, if any."""
-        with _passing_over(path):
-            kept = StoredFile(path).token_ids
-            if kept is None:
-                return
-            size = min(kept.shape[1], len(ids) - 1)
-            count = int((kept[0, :size] == ids[:size]).cumprod(0).sum())
-            if is_croppable or count == kept.shape[1]:
-                yield count
+    def _look(self, family: str) -> None:
+        """Read the token ids of files that have come or changed, and forget those of files that have gone."""
+        before, self._seen = self._seen, {}
+        for path in self.folder.glob(f"{family}-*{SUFFIX}"):
+            with _passing_over(path):
+                stat = path.stat()
+                seen = path, stat.st_ino, stat.st_mtime_ns
+                kept = before[seen] if seen in before else StoredFile(path).token_ids
+                if kept is not None:
+                    self._seen[seen] = kept.clone()  # a view would hold the file
 
     def _make_room(self) -> None:
         for partial in self.folder.glob(f".*{PARTIAL}"):
@@ -129,6 +127,13 @@ def _family(model: PreTrainedModel, config: CacheConfig) -> str:
     """The same for caches that can stand for each other."""
     settings = {name: value for name, value in to_dict(config).items() if name not in _WORDS}
     return digest([require_fingerprint(model), str(model.dtype), settings])
+
+
+def _shared(kept: Tensor, ids: Tensor, is_croppable: bool) -> int:
+    """How many of the tokens ``ids [T]`` a file with ``kept [1, t]`` can serve."""
+    size = min(kept.shape[1], len(ids) - 1)
+    count = int((kept[0, :size] == ids[:size]).cumprod(0).sum())
+    return count if is_croppable or count == kept.shape[1] else 0
 
 
 def _require_plain(cache: KVCache) -> None:
