@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from qjl.stored import StoredFile
 from stored_cases import mutated, save_until_killed
 
 LENGTH = 330
+MAPS = Path("/proc/self/maps")
 MUTATIONS, KILLS = int(os.environ.get("QJL_MUTATIONS", "300")), int(os.environ.get("QJL_KILLS", "6"))
 DECODED = ("b3", "b2-pre", "qjl-2", "qjl-paper", "kivi-2", "kvquant-2", "oscar", "turboquant-3.5", "polarquant", "full")
 
@@ -197,6 +199,21 @@ def test_packed_tensors_lie_in_the_file_where_vector_instructions_want_them(path
     layers = StoredFile(path).state(torch.device("cpu"))
     fields = [field for layer in layers for packed in layer["core"]["packed"] for field in packed["fields"].values()]
     assert all(field.data_ptr() % 64 == 0 for field in fields)
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="this system does not tell what is mapped where")
+def test_codes_stay_in_the_file_until_a_layer_grows(path, model):
+    other = loaded(prefilled(model), path, model)
+    packed = other.cores[0].packed[0]
+    assert _is_mapped(packed.view()["codes"], path)
+    read(model, prompt(70, seed=1), other, sizes=(70,))
+    assert not _is_mapped(packed.view()["codes"], path)
+
+
+def _is_mapped(tensor, path):
+    lines = [line.split() for line in MAPS.read_text().splitlines() if line.endswith(str(path))]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    return any(first <= tensor.data_ptr() < stop for first, stop in ranges)
 
 
 def test_tokens_are_those_that_the_cache_holds(path, model, refuses):
