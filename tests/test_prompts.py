@@ -87,6 +87,17 @@ def test_what_a_list_and_what_generate_return_are_tokens_too(caches, model):
     assert caches.longest(model, and_then(output)[0].tolist()).get_seq_length() == PROMPT + 4
 
 
+def test_a_conversation_goes_on_from_turn_to_turn(caches, model):
+    ids, held = prompt(PROMPT), []
+    for turn in range(3):
+        cache = caches.longest(model, ids) or KVCache(model, "b3")
+        held.append(cache.get_seq_length())
+        output = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        caches.put(cache, output)
+        ids = and_then(output, seed=turn)
+    assert held == [0, PROMPT + 19, PROMPT + 19 + 60]
+
+
 def test_what_is_not_found(caches, model):
     ids = prompt(PROMPT)
     assert caches.longest(model, ids) is None
