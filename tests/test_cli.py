@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import qjl
 import tiny_checkpoint
-from qjl import cli, demo, models, presets, texts
+from qjl import cli, demo, generation, models, presets, texts
 from qjl.cli import common, planning
 from qjl.conversation import Conversation
 from qjl.demo import QUESTION
@@ -28,6 +28,8 @@ COMMANDS = (
     ["eval", "fidelity"],
     ["eval", "frontier"],
     ["eval", "harness"],
+    ["cache"],
+    *(["cache", name] for name in ("build", "show", "use")),
     *(["eval", name] for name in ("distortion", "perplexity", "seeds", "retrieval", "generate", "smoke")),
 )
 DEMO_KEYS = {
@@ -150,6 +152,13 @@ def test_control_c_ends_with_130(monkeypatch):
         (["generate", "--file", "{tmp}/none.txt"], "cannot read {tmp}/none.txt"),
         (["generate", " "], "the prompt is empty"),
         (["generate", "x" * 4000, "--model", "{model}"], "has 4000 tokens and the model's context is 3072"),
+        (["cache", "build", "{tmp}/none.txt"], "cannot read {tmp}/none.txt"),
+        (["cache", "build", "{tmp}/wrong.json", "-o", "{tmp}/a/b"], "cannot write to {tmp}/a/b"),
+        (["cache", "build", "{tmp}/wrong.json", "--preset", "b17"], "unknown preset 'b17'"),
+        (["cache", "show", "{tmp}/none.qjl"], "there is no prompt cache {tmp}/none.qjl"),
+        (["cache", "show", "{tmp}/wrong.json"], "{tmp}/wrong.json is no prompt cache"),
+        (["cache", "use", "{tmp}/none.qjl", "hi", "--model", "{model}"], "there is no prompt cache {tmp}/none.qjl"),
+        (["cache", "use", "{tmp}/none.qjl", " "], "the question is empty"),
         (["plan", "{model}", "--memory", "lots"], "memory 'lots' is not a size"),
         (["plan", "{model}", "--memory", "1K"], "the weights alone take"),
         (["plan", "{model}", "--memory", "1G", "--dtype", "int3"], "dtype 'int3' is unknown"),
@@ -304,6 +313,43 @@ def test_demo_of_full_precision_differs_in_nothing(checkpoint, essays):
     assert told["top1"] == 1
     assert told["text"] == told["text_full"]
     assert told["compression"] == 0.5
+
+
+# Prompt caches
+
+
+def test_a_prompt_is_built_shown_and_used(checkpoint, text_file, tmp_path):
+    file, length = str(tmp_path / "prompt.qjl"), len(TEXT) * 35
+    (built,) = lines_of_json(succeed("cache", "build", text_file, "--model", checkpoint, "-o", file, "--json"))
+    (shown,) = lines_of_json(succeed("cache", "show", file, "--json"))
+    assert built == shown | {"prefill_seconds": built["prefill_seconds"]}
+    assert (shown["tokens"], shown["rows"], shown["preset"], shown["model"]) == (length, 1, "b3", "llama")
+    assert shown["compression"] == shown["cache_bytes_full"] / shown["file_bytes"] > 3
+    assert f"1 x {length:,}" in succeed("cache", "show", file).stdout
+    options = ("--model", checkpoint, "--max-new-tokens", "12")
+    (used,) = lines_of_json(succeed("cache", "use", file, "And then?", *options, "--json"))
+    assert (used["prompt_tokens"], used["new_tokens"]) == (length + len("And then?"), 12)
+    model, tokenizer = models.load(checkpoint)
+    cache, ids = qjl.KVCache(model, "b3"), tokenizer(TEXT * 35).input_ids
+    generation.prefill(model, ids, cache)
+    direct = generation.generate(model, tokenizer, ids + tokenizer("And then?").input_ids, cache, 12)
+    assert used["text"] == direct.text
+    assert succeed("cache", "use", file, "And then?", *options).stdout == used["text"] + "\n"
+
+
+def test_a_prompt_cache_lies_beside_its_text_if_not_told_otherwise(checkpoint, text_file, tmp_path):
+    told = succeed("cache", "build", text_file, "--model", checkpoint, "--preset", "b4")
+    assert (tmp_path / "text.qjl").is_file()
+    assert f"{len(TEXT) * 35:,} tokens in " in told.stderr
+
+
+def test_a_prompt_cache_without_tokens_is_not_continued(checkpoint, tmp_path):
+    model, _ = models.load(checkpoint)
+    cache = qjl.KVCache(model, "b3")
+    model(torch.ones(1, 300, dtype=torch.long), past_key_values=cache)
+    cache.save(tmp_path / "prompt.qjl")
+    result = run("cache", "use", str(tmp_path / "prompt.qjl"), "And then?", "--model", checkpoint)
+    assert (result.exit_code, "has no token ids of one prompt" in result.stderr) == (2, True)
 
 
 # Measuring and planning

@@ -15,12 +15,14 @@ FLOORS = (
     ("evals", "plots", "plan"),
     ("conversation",),
     ("calibrate", "generation", "sensitivity"),
+    ("prompts",),
     ("hf",),
+    ("stored",),
     ("models", "texts", "records", "machine"),
     ("architecture", "attention"),
     ("cache",),
     ("exact", "runs"),
-    ("presets",),
+    ("presets", "trees"),
     ("methods",),
     ("statistics", "trellis"),
     ("codebook", "sketch"),
@@ -31,6 +33,7 @@ FLOORS = (
 HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}
 ABOVE_MODELS = {
     "hf",
+    "prompts",
     "calibrate",
     "generation",
     "sensitivity",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qjl.hf import KVCache, disable, enable
     from qjl.models import load
     from qjl.presets import DEFAULT_PRESET, PRESETS, CacheConfig
+    from qjl.prompts import PromptCaches
     from qjl.sketch import Sketch
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "PRESETS",
     "CacheConfig",
     "KVCache",
+    "PromptCaches",
     "QJLError",
     "Sketch",
     "choose",
@@ -43,6 +45,7 @@ _HOMES = {
     "CacheConfig": "presets",
     "DEFAULT_PRESET": "presets",
     "PRESETS": "presets",
+    "PromptCaches": "prompts",
     "Sketch": "sketch",
 }
 

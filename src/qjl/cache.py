@@ -9,8 +9,9 @@ tokens, its mask and the layer's statistics: not on how the tokens arrived, nor 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,9 +176,71 @@ class CacheLayer:
         self._forget_segments()
         self._attention = AttentionMoments()
 
+    def state(self) -> dict[str, Any]:
+        """All that the layer holds, as tensors, plain numbers and its two codecs: what ``restore`` takes.
+
+        Raises:
+            QJLError: if it holds nothing.
+        """
+        if self._window is None or self._kept is None:
+            raise QJLError(f"{self.name} holds no tokens that could be saved: give it a prompt first.")
+        return {
+            "length": self.length,
+            "padding": list(self.padding),
+            "origin": list(self.origin),
+            "is_settled": self.is_settled,
+            "window": self._window.state(),
+            "kept": self._kept.state(),
+            "marks": self._marks.state(),
+            "packed": None if self._packed is None else [packed.state() for packed in self._packed],
+            "codecs": self.codecs,
+            "attention": self._attention.state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Hold what another layer held; its codecs are this cache's own, whatever others of the model have.
+
+        Raises:
+            QJLError: if the state is not that of a layer with these quantizers.
+        """
+        self.reset()
+        self._window = Window.from_state(state["window"], self.recent + BLOCK)
+        self._kept = Kept.from_state(state["kept"])
+        self._marks = Marks.from_state(state["marks"])
+        self.length = int(state["length"])
+        self.padding, self.origin = ([int(number) for number in state[name]] for name in ("padding", "origin"))
+        self._attention = AttentionMoments.from_state(state["attention"])
+        if state["codecs"] is not None:
+            key, value = state["codecs"]
+            self.source = replace(self.source, codecs={self._codec_key: (key, value)})
+            if state["packed"] is not None:
+                keys, values = state["packed"]
+                self._packed = self._restored(keys, key), self._restored(values, value)
+        self.is_settled = bool(state["is_settled"])
+        self._require_whole()
+
+    def _restored(self, state: dict[str, Any], codec: Codec) -> Packed:
+        assert self._window is not None
+        batch, heads = self._window.keys.shape[:2]
+        return Packed.from_state(state, codec.layout, batch, heads, self._window.device)
+
+    def _require_whole(self) -> None:
+        """Raises QJLError unless every column of every row is held once, or is padding."""
+        assert self._window is not None
+        assert self._kept is not None
+        sizes = {len(self.padding), len(self.origin), self._marks.batch}
+        is_whole = sizes == {self._window.keys.shape[0]} and self._window.fits(self._kept.keys, self._kept.values)
+        if not is_whole or not all(self._window_column <= start <= self.length for start in self._window_starts()):
+            raise QJLError(f"{self.name} does not hold each of {self.length} tokens once.")
+
     @property
     def batch(self) -> int:
         return len(self.padding)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether ``mark`` was called."""
+        return self._marks.has_mask
 
     @property
     def packed_tokens(self) -> list[int]:
@@ -367,6 +430,11 @@ class CacheLayer:
         """Bytes allocated, room for growth included."""
         window = self._window.allocated_nbytes if self._window else 0
         return window + sum(store.allocated_nbytes for store in self._stores)
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec] | None:
+        """Of keys and values, fitted to this layer; None as long as they wait for statistics."""
+        return self._codecs()
 
     @property
     def codec_tensors(self) -> tuple[Tensor, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qjl.packed import to_device
+from qjl.errors import QJLError
+from qjl.packed import require_tensor, to_device
 
 
 class Window:
@@ -19,6 +21,16 @@ class Window:
         self._keys, self._values = keys, values
         self._is_ours = False  # the first tokens stay where the model put them, until something is added
         self.length = keys.shape[2]
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], room: int) -> Window:
+        """The inverse of ``state``."""
+        _require_alike(state["keys"], state["values"])
+        return cls(state["keys"], state["values"], room)
+
+    def state(self) -> dict[str, Any]:
+        """The tokens held, as named tensors."""
+        return {"keys": self.keys.contiguous(), "values": self.values.contiguous()}
 
     @property
     def keys(self) -> Tensor:
@@ -95,6 +107,31 @@ class Kept:
         self._indices = torch.zeros((keys.shape[0], 0), dtype=torch.int64)
         self._counts = [0] * keys.shape[0]
 
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Kept:
+        """The inverse of ``state``.
+
+        Raises:
+            QJLError: if its tensors are not of the same tokens.
+        """
+        keys, values, indices, counts = (state[name] for name in ("keys", "values", "indices", "counts"))
+        _require_alike(keys, values)
+        require_tensor(indices, (keys.shape[0], keys.shape[2]), torch.int64, "indices")
+        if len(counts) != keys.shape[0] or max(counts) != keys.shape[2] or min(counts) < 0:
+            raise QJLError(f"counts {counts} are not those of {list(keys.shape)}.")
+        kept = cls(keys, values)
+        kept._keys, kept._values, kept._indices, kept._counts = keys, values, indices.cpu(), list(counts)
+        return kept
+
+    def state(self) -> dict[str, Any]:
+        """The tokens held, as named tensors and numbers."""
+        return {
+            "keys": self.keys.contiguous(),
+            "values": self.values.contiguous(),
+            "indices": self.indices.contiguous(),
+            "counts": self.tokens,
+        }
+
     @property
     def keys(self) -> Tensor:
         return self._keys[:, :, : self.length]
@@ -167,3 +204,7 @@ class Kept:
         # zeros: slots that shorter rows leave open are masked, and must stay finite
         self._keys, self._values = (F.pad(x, (0, 0, 0, more)) for x in (self._keys, self._values))
         self._indices = F.pad(self._indices, (0, more))
+
+
+def _require_alike(keys: Tensor, values: Tensor) -> None:
+    require_tensor(values, (*keys.shape[:3], values.shape[-1]), keys.dtype, "values")

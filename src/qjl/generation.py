@@ -18,6 +18,7 @@ from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
 
 FULL = "full"
 BF16_BYTES = 2
+PREFILL_TOKENS = 2048  # read at once: as fast as all together, in less memory
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,16 @@ def require_context(model: PreTrainedModel, tokens: int, what: str = "the prompt
     if tokens >= context:
         raise QJLError(f"{what} has {tokens} tokens and the model's context is {context}: make it shorter.")
     return context - tokens
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel, ids: list[int], cache: Cache, on_tokens: Callable[[int], None] = lambda count: None
+) -> None:
+    """Read a prompt into a cache, some tokens at a time; ``on_tokens`` hears how many were read."""
+    for part in torch.tensor([ids], device=model.device).split(PREFILL_TOKENS, dim=1):
+        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        on_tokens(part.shape[1])
 
 
 def generate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, cast
@@ -22,13 +22,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from qjl import statistics
+from qjl import statistics, stored, trees
 from qjl.architecture import LayerShape, find_rope, fingerprint, layer_shapes, rope_is_used, text_config
 from qjl.attention import Scoring, attend, attend_dense
 from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
 from qjl.methods.base import storage_bytes
-from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
+from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
 from qjl.wheels import cache_dir
 
 logger = logging.getLogger("qjl")
@@ -178,6 +178,15 @@ class QuantizedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(self.core.batch).repeat_interleave(repeats))
 
+    def state(self) -> dict[str, Any]:
+        return {"core": self.core.state(), "knows_padding": self.knows_padding}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.core.restore(state["core"])
+        window = self.core.segments()[0][-1]
+        self.lazy_initialization(window.keys, window.values)
+        self.knows_padding = bool(state["knows_padding"])
+
     def offload(self) -> None:
         raise QJLError("a quantized cache is not offloaded: it is small enough to stay on its device.")
 
@@ -223,8 +232,11 @@ class KVCache(Cache):
             if shape.is_quantized:
                 layers[shape.index] = self._quantized_layer(shape, sources[shape.index])
         super().__init__(layers=layers)
+        self.prompt_ids: Tensor | None = None
         self._unsettled: CacheLayer | None = None
+        self._model: weakref.ref[PreTrainedModel] | None = None
         if isinstance(model, PreTrainedModel):
+            self._model = weakref.ref(model)
             self._require_queries(model)
             _attach(model)
 
@@ -317,7 +329,97 @@ class KVCache(Cache):
 
     def reset(self) -> None:
         self._unsettled = None
+        self.prompt_ids = None
         super().reset()
+
+    # Files
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the cache was made with.
+
+        Raises:
+            QJLError: if that is gone, or was only a configuration.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise QJLError(
+                "a cache is saved under the fingerprint of its model: make it with the model, and keep that."
+            )
+        return model
+
+    @_without_autograd
+    def save(self, path: str | Path, token_ids: Tensor | Sequence[int] | None = None) -> int:
+        """Write the cache to a file, which appears whole or not at all; ``load`` reads it. Returns its bytes.
+
+        >>> cache.save("prompt.qjl", token_ids=inputs["input_ids"])
+
+        Args:
+            token_ids: of the prompt, ``[B, T]`` or one row; only those that the cache holds are kept. ``load`` gives
+                them back as ``prompt_ids``.
+
+        Raises:
+            QJLError: if the cache is empty, was made with a configuration, belongs to a model that is sharded or
+                offloaded, has other tokens than these, or if the file cannot be written.
+        """
+        self.settle()
+        model = self.model
+        state = [_layer_state(layer) for layer in self.layers]
+        ids = None if token_ids is None else self._ids_held(torch.as_tensor(token_ids))
+        header = stored.Header(
+            model=model.config.model_type,
+            fingerprint=require_fingerprint(model),
+            dtype=str(model.dtype).removeprefix("torch."),
+            preset=to_dict(self.config),
+            statistics=trees.digest([core.codecs for core in self.cores]),
+            rows=self.cores[0].batch,
+            tokens=self.get_seq_length(),
+            token_sha256=None if ids is None else stored.sha256_of_tokens(ids),
+            cache_bytes=self.nbytes,
+            bf16_bytes=self.full_nbytes * torch.bfloat16.itemsize // model.dtype.itemsize,
+        )
+        return stored.write(Path(path), header, state, ids)
+
+    @classmethod
+    @_without_autograd
+    def load(cls, path: str | Path, model: PreTrainedModel) -> KVCache:
+        """The cache that ``save`` wrote, with the codecs that its tokens were coded with.
+
+        On the CPU its tokens stay memory-mapped until a layer grows.
+
+        >>> cache = qjl.KVCache.load("prompt.qjl", model)
+        >>> ids = torch.cat([cache.prompt_ids, question_ids], dim=1)
+        >>> model.generate(ids, past_key_values=cache)
+
+        Raises:
+            QJLError: if the file is missing, damaged, no prompt cache, of another version, or of another model, dtype
+                or preset than there is.
+        """
+        file = stored.StoredFile(Path(path))
+        file.verify()
+        _require_same_model(file, model)
+        cache = cls(model, _preset_of(file))
+        cache._restore(file, model.device)
+        return cache
+
+    def _restore(self, file: stored.StoredFile, device: torch.device) -> None:
+        states = file.state(device)
+        try:
+            for layer, state in zip(self.layers, states, strict=True):
+                _restore_layer(layer, state)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).rstrip(".")
+            raise QJLError(f"prompt cache {file.path} does not fit the model ({reason}): build it again.") from error
+        ids = file.token_ids
+        self.prompt_ids = None if ids is None else ids.to(device, torch.int64)
+
+    def _ids_held(self, token_ids: Tensor) -> Tensor:
+        """Those that the cache holds, ``int32 [B, T]``."""
+        ids, rows, tokens = token_ids.detach(), self.cores[0].batch, self.get_seq_length()
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() != 2 or ids.shape[0] != rows or ids.shape[1] < tokens:
+            raise QJLError(f"the cache holds {rows} x {tokens} tokens, and token_ids are {list(token_ids.shape)}.")
+        return ids[:, :tokens].to("cpu", torch.int32)
 
     # Memory, everything counted
 
@@ -382,6 +484,48 @@ def _require_fixed_rope(config: PreTrainedConfig, sources: list[LayerSource]) ->
             f"the RoPE of {config.model_type} is not known as a fixed rotation by position (M-RoPE and dynamic scaling "
             "are none), so it cannot be undone: choose a preset without pre_rope."
         )
+
+
+def _layer_state(layer: object) -> dict[str, Any]:
+    """Transformers' own layers are their attributes."""
+    return layer.state() if isinstance(layer, QuantizedLayer) else dict(vars(layer))
+
+
+def _restore_layer(layer: object, state: dict[str, Any]) -> None:
+    if isinstance(layer, QuantizedLayer):
+        layer.restore(state)
+    elif vars(layer).keys() <= state.keys():
+        vars(layer).update(state)
+    else:
+        raise QJLError(f"{type(layer).__name__} of this version of transformers holds other things.")
+
+
+def require_fingerprint(model: PreTrainedModel) -> str:
+    """Raises QJLError for a model that is not all here."""
+    name = fingerprint(model)
+    if name is None:
+        raise QJLError("a cache of a model that is sharded over processes or offloaded cannot be saved or loaded.")
+    return name
+
+
+def _require_same_model(file: stored.StoredFile, model: PreTrainedModel) -> None:
+    header, dtype = file.header, str(model.dtype).removeprefix("torch.")
+    if header.fingerprint != require_fingerprint(model):
+        raise QJLError(f"prompt cache {file.path} belongs to another model, of type {header.model}: build it again.")
+    if header.dtype != dtype:
+        raise QJLError(
+            f"prompt cache {file.path} is of the model in {header.dtype}: load the model in it, not {dtype}."
+        )
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise QJLError("a prompt cache is loaded for a model on one device: this one is spread over several.")
+
+
+def _preset_of(file: stored.StoredFile) -> CacheConfig:
+    try:
+        return from_dict(file.header.preset)
+    except QJLError as error:
+        reason = str(error).rstrip(".")
+        raise QJLError(f"prompt cache {file.path} has a preset that is not known here: {reason}.") from error
 
 
 def _full_nbytes(layer: QuantizedLayer) -> int:

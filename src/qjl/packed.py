@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qjl.errors import QJLError
 
 BLOCK = 64
 
@@ -61,6 +64,32 @@ class Packed:
         self._fill = torch.zeros((batch, 0), dtype=torch.int64)
         self._counts = [0] * batch
         self._tokens = [0] * batch
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], layout: Layout, batch: int, heads: int, device: torch.device) -> Packed:
+        """The inverse of ``state``.
+
+        Raises:
+            QJLError: if a tensor is not what this layout takes.
+        """
+        packed = cls(layout, batch, heads, device)
+        blocks = state["first"].shape[1]
+        for name, field in layout.items():
+            require_tensor(state["fields"][name], (batch, heads, blocks, *field.shape), field.dtype, name)
+        for name in ("first", "fill"):
+            require_tensor(state[name], (batch, blocks), torch.int64, name)
+        packed._storage = {name: state["fields"][name] for name in layout}
+        packed._first, packed._fill = state["first"].cpu(), state["fill"].cpu()
+        packed._count()
+        return packed
+
+    def state(self) -> dict[str, Any]:
+        """The blocks in use, as named tensors."""
+        return {
+            "fields": {name: tensor.contiguous() for name, tensor in self.view().items()},
+            "first": self.first_tokens().contiguous(),
+            "fill": self._fill[:, : self.blocks].contiguous(),
+        }
 
     @property
     def batch(self) -> int:
@@ -153,8 +182,7 @@ class Packed:
         """Keep the tokens whose index is below ``lengths[row]``; kept codes are not touched."""
         room = (torch.tensor(lengths)[:, None] - self._first).clamp(min=0)
         self._fill = torch.minimum(self._fill, room)
-        self._counts = (self._fill > 0).sum(1).tolist()
-        self._tokens = self._fill.sum(1).tolist()
+        self._count()
 
     def select(self, indices: Tensor) -> None:
         """Keep (or repeat, or reorder) the rows ``indices [B']``, a tensor on the CPU."""
@@ -165,6 +193,16 @@ class Packed:
         self._fill = self._fill[:, :used].index_select(0, indices)
         self._counts = [self._counts[row] for row in indices.tolist()]
         self._tokens = [self._tokens[row] for row in indices.tolist()]
+
+    def _count(self) -> None:
+        self._counts = (self._fill > 0).sum(1).tolist()
+        self._tokens = self._fill.sum(1).tolist()
+
+
+def require_tensor(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, what: str) -> None:
+    """Raises QJLError unless the tensor has this shape and dtype."""
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+        raise QJLError(f"{what} should be {dtype} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}.")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

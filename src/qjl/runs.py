@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,9 +52,26 @@ class Marks:
         self._rows: list[Runs] = [[(0, ENDLESS)]] * batch
         self._has_mask = False
 
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Marks:
+        """The inverse of ``state``."""
+        marks = cls(0)
+        marks._rows = [[(int(first), int(stop)) for first, stop in runs] for runs in state["rows"]]
+        marks._has_mask = bool(state["has_mask"])
+        return marks
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"rows": [[[first, stop] for first, stop in runs] for runs in self._rows], "has_mask": self._has_mask}
+
     @property
     def batch(self) -> int:
         return len(self._rows)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a mask was given."""
+        return self._has_mask
 
     def of(self, row: int) -> Runs:
         return self._rows[row]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,6 +77,17 @@ class AttentionMoments:
     def __init__(self) -> None:
         self._count: Tensor | int = 0
         self._sums: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> AttentionMoments:
+        """The inverse of ``state``."""
+        moments = cls()
+        moments._count, moments._sums = int(state["count"]), dict(state["sums"])
+        return moments
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far, as named tensors, and their count."""
+        return {"count": self.count, "sums": dict(self._sums)}
 
     @property
     def count(self) -> int:

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 import qjl
-from qjl.cli import benching, demonstrating, evaluating, harnessing, measuring, planning, racing, reporting, writing
+from qjl.cli import (
+    benching,
+    caching,
+    demonstrating,
+    evaluating,
+    harnessing,
+    measuring,
+    planning,
+    racing,
+    reporting,
+    writing,
+)
 from qjl.cli.common import EXAMPLES, Commands
 
 ENVIRONMENT = {
@@ -38,6 +49,13 @@ benchmarks = typer.Typer(
     cls=Commands,
     help="Time this machine: correctness first, then everything compared in turn.",
     epilog=EXAMPLES.format("qjl bench decode --preset b3 --tokens 32768 --head-dim 128 --json"),
+    no_args_is_help=True,
+)
+
+prompt_caches = typer.Typer(
+    cls=Commands,
+    help="Prompts that are processed once and kept as files.",
+    epilog=EXAMPLES.format("qjl cache build manual.txt -o manual.qjl"),
     no_args_is_help=True,
 )
 
@@ -83,6 +101,14 @@ benchmarks.command("throughput", epilog=EXAMPLES.format("qjl bench throughput --
     racing.throughput
 )
 app.add_typer(benchmarks, name="bench")
+prompt_caches.command("build", epilog=EXAMPLES.format("qjl cache build manual.txt --preset b3 -o manual.qjl"))(
+    caching.build
+)
+prompt_caches.command("show", epilog=EXAMPLES.format("qjl cache show manual.qjl"))(caching.show)
+prompt_caches.command(
+    "use", epilog=EXAMPLES.format('qjl cache use manual.qjl "How is it cleaned?" --max-new-tokens 40')
+)(caching.use)
+app.add_typer(prompt_caches, name="cache")
 
 
 def _show_version(is_asked: bool) -> None:
