@@ -31,12 +31,13 @@ CHOSEN = (
     "int8",
 )
 FEW = ("b3", "b2", "qjl-paper", "kivi-2", "turboquant-3")
+FRONTIER = "eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval"
 Command = tuple[str, tuple[str, ...]]
 VARIANTS = "--task passkey --task multikey --task multivalue --task tracking"
 QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their presets, the longest first
     "smollm2": {
-        "frontier": ("eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", ()),
-        "widths": ("eval frontier --widths --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", ()),
+        "frontier": (FRONTIER, ()),
+        "widths": (f"{FRONTIER} --widths", ()),
         "retrieval": ("eval retrieval --context 1024 --context 2048 --context 4096 --depths 3", ("full", *CHOSEN)),
         "variants": (f"eval retrieval {VARIANTS} --context 1024 --depths 2 --seeds 2", ("full", *CHOSEN)),
         "multikey": (
@@ -51,12 +52,12 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
         ),
         "distortion": ("eval distortion --rows 2", CHOSEN),
         "values": (
-            "eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval",
+            FRONTIER,
             ("qjl-2", "b2", str(RESULTS / "presets/qjl-for-both.json")),
         ),
     },
     "qwen2.5-coder-0.5b": {
-        "frontier": ("eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 2 --no-retrieval", CHOSEN),
+        "frontier": (FRONTIER, CHOSEN),
         "generate": (
             "eval generate {problems} --task gsm8k --dtype bfloat16 --limit 200 --batch 100",
             ("full", *CHOSEN),

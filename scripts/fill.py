@@ -1,12 +1,12 @@
 """Fill README.md and docs/*.md with the numbers of committed rows, and draw the frontier: no number is typed by hand.
 
 What stands between `<!-- FORM of FILE... -->` and `<!-- end -->` is made anew from the rows of these files, paths from
-the project's root. Run after `--out FILE`; a test fails where a page and its rows differ.
+the project's root; FORM is a function of this module, or `table N` for one of the report's. Run after `--out FILE`; a
+test fails where a page and its rows differ.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,13 +15,13 @@ from qjl import plots, records, report
 from qjl.bench.timing import exponent
 from qjl.records import Row
 from qjl.report.groups import groups
-from qjl.report.numbers import NOTHING, with_error
+from qjl.report.numbers import NOTHING, is_near, with_error
 from qjl.report.parts import Cell, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-FILLED = re.compile(r"<!-- (?P<form>\w+)(?: (?P<which>\d+))? of (?P<files>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
+FILLED = re.compile(r"<!-- (?:table (?P<table>\d+)|(?P<form>\w+)) of (?P<files>[^>]+) -->\n.*?<!-- end -->", re.DOTALL)
 LOSSES = ("preset", "bits, keys / values", "average", "KL", "ΔPPL", "top-1")
 BUDGETS = (1.5, 2, 2.5, 3, 3.5, 4.25, 5, 8.25)  # true bits
 GROWING = {  # of benchmarks, a case and a field
@@ -84,10 +84,9 @@ def _rival(row: Row, rows: list[Row]) -> str:
     best = _best(own for own in rows if records.is_ours(own) and own["bits"] <= row["bits"])
     if best is None:
         return "none is so small"
-    difference, error = row["kl"] - best["kl"], math.hypot(row["kl_se"], best["kl_se"])
-    if abs(difference) <= 2 * error:
+    if is_near((row["kl"], row["kl_se"]), (best["kl"], best["kl_se"])):
         return f"{best['preset']} {best['kl']:.4f}: not told apart"
-    return f"{best['preset']} {best['kl']:.4f}: {'better' if difference > 0 else '**worse**'}"
+    return f"{best['preset']} {best['kl']:.4f}: {'better' if best['kl'] < row['kl'] else '**worse**'}"
 
 
 def _best(rows: Iterable[Row]) -> Row | None:
@@ -211,13 +210,13 @@ def counted(rows: list[Row]) -> str:
     )
 
 
-def tables(rows: list[Row], which: int | None = None) -> str:
-    """The report's tables of these rows with the command that measures them, or only one table of each part."""
+def tables(rows: list[Row], which: slice = slice(None)) -> str:
+    """The report's tables of these rows, or some of each part's, with the command that measures them."""
     return "\n\n".join(
         "\n\n".join(
             [
                 f"*{part.title}.* {part.facts.get('Machine', '')}".strip(),
-                *map(_table, part.tables if which is None else part.tables[which : which + 1]),
+                *map(_table, part.tables[which]),
                 f"```text\n{part.command}\n```",
             ]
         )
@@ -241,7 +240,9 @@ def grid(columns: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
     return "\n".join([head, "|---" * (head.count(" | ") + 1) + "|", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-FORMS = {form.__name__: form for form in (ours, frontier, step, whole, across, budgets, widths, growth, counted)}
+FORMS = {
+    form.__name__: form for form in (ours, frontier, step, whole, across, budgets, widths, growth, counted, tables)
+}
 
 
 def filled(text: str) -> str:
@@ -249,8 +250,8 @@ def filled(text: str) -> str:
 
     def made(found: re.Match[str]) -> str:
         rows = [row for run in report.read(ROOT / file for file in found["files"].split()) for row in run.rows]
-        which = None if found["which"] is None else int(found["which"])
-        content = FORMS[found["form"]](rows) if found["form"] in FORMS else tables(rows, which)
+        which = found["table"] and slice(int(found["table"]), int(found["table"]) + 1)
+        content = tables(rows, which) if which else FORMS[found["form"]](rows)
         return f"{found[0].splitlines()[0]}\n{content}\n<!-- end -->"
 
     return FILLED.sub(made, text)

@@ -99,6 +99,11 @@ class CacheConfig:
         key, value = _seeded(self.key, seed), _seeded(self.value, seed)
         return dataclasses.replace(self, key=key, value=value, overrides=overrides)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that codes depend on, as ``to_dict`` has it: without the words about the preset."""
+        return {name: value for name, value in to_dict(self).items() if name not in ("name", "summary", "paper")}
+
     def with_window(self, recent: int | None) -> CacheConfig:
         """The same configuration with so many exact tokens at the end; None keeps its own."""
         return self if recent is None else dataclasses.replace(self, recent=recent)

@@ -21,14 +21,13 @@ from qjl.architecture import layer_shapes
 from qjl.errors import QJLError
 from qjl.hf import KVCache, require_fingerprint
 from qjl.packed import BLOCK
-from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve, to_dict
+from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
 from qjl.records import digest
 from qjl.stored import PARTIAL, SUFFIX, StoredFile, sha256_of_tokens
 
 logger = logging.getLogger("qjl")
 ABANDONED = 600  # seconds without a change, after which an unfinished file is of a process that was killed
 _Seen = tuple[Path, int, int]  # inode and time of a change or use: what tells a file from one that was there before
-_WORDS = ("name", "summary", "paper")  # of a preset, which change no codes
 
 
 class PromptCaches:
@@ -125,8 +124,7 @@ class PromptCaches:
 
 def _family(model: PreTrainedModel, config: CacheConfig) -> str:
     """The same for caches that can stand for each other."""
-    settings = {name: value for name, value in to_dict(config).items() if name not in _WORDS}
-    return digest([require_fingerprint(model), str(model.dtype), settings])
+    return digest([require_fingerprint(model), str(model.dtype), config.settings])
 
 
 def _shared(kept: Tensor, ids: Tensor, is_croppable: bool) -> int:

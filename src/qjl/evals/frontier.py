@@ -17,10 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from qjl.errors import QJLError
 from qjl.evals.fidelity import Protocol, measure
 from qjl.hf import KVCache
-from qjl.presets import CacheConfig, resolve, to_dict
+from qjl.presets import CacheConfig, resolve
 from qjl.records import Row
-
-_WORDS = ("name", "summary", "paper")  # of a preset, that no measurement depends on
 
 
 def parse_bits(text: str) -> tuple[float, float]:
@@ -77,13 +75,12 @@ class Frontier:
 
     def identity(self, preset: CacheConfig) -> Row:
         """All that the row of a preset depends on, but for the version of this library."""
-        settings = to_dict(preset.with_window(self.protocol.recent))
         text = hashlib.sha256(self.text.encode()).hexdigest()[:16]
         return {
             "model": self.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "preset": preset.name,
-            "settings": {field: value for field, value in settings.items() if field not in _WORDS},
+            "settings": preset.with_window(self.protocol.recent).settings,
             "protocol": dataclasses.asdict(self.protocol) | {"text": text},
         }
 

@@ -13,12 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qjl import calibrate, machine
 from qjl.evals.decoding import calibrated_cache
 from qjl.hf import KVCache
-from qjl.presets import CacheConfig, to_dict
+from qjl.presets import CacheConfig
 from qjl.records import Row, digest
 from qjl.statistics import LayerStatistics
 
 PACKAGES = ("qjl", "torch", "transformers")
-_WORDS = ("name", "summary", "paper")  # of a preset, that no measurement depends on
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class Subject:
             "model": self.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "preset": config.name,
-            "settings": {name: value for name, value in to_dict(config).items() if name not in _WORDS},
+            "settings": config.settings,
             "fitted_to": digest(self.text),
             "versions": {name: version(name) for name in PACKAGES},
         }

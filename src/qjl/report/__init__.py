@@ -39,9 +39,7 @@ def read(paths: Iterable[Path]) -> list[Run]:
         QJLError: if one is not there, cannot be read or is damaged, if a folder has none, or if nothing was measured.
     """
     found = {file: name for path in paths for file, name in _files(path).items()}
-    runs = [
-        Run(name, [checked(_with_protocol(row), name) for row in records.read(file)]) for file, name in found.items()
-    ]
+    runs = [_run(name, file) for file, name in found.items()]
     if not any(kind_of(row) in KINDS for run in runs for row in run.rows):
         raise QJLError(f"nothing was measured in {', '.join(run.name for run in runs)}: give files that `--out` wrote.")
     return runs
