@@ -21,6 +21,7 @@ from qjl.cli.common import (
     TemperatureOption,
     asked,
     configuration,
+    generation_fields,
     load,
     megabytes,
     notes,
@@ -131,20 +132,8 @@ def use(
         typer.echo()
         notes.print(f"{len(result.ids):,} tokens, loaded in {seconds:.3f} s, {speed(result)} tokens/s", style="dim")
         return
-    print_json(
-        {
-            "model": model,
-            "preset": cache.config.name,
-            "text": result.text,
-            "prompt_tokens": len(ids),
-            "new_tokens": result.tokens,
-            "load_seconds": seconds,
-            "cache_bytes": cache.nbytes,
-            "cache_bytes_full": full,
-            "compression": full / cache.nbytes,
-            "tokens_per_second": result.tokens_per_second,
-        }
-    )
+    told = generation_fields(model, cache.config.name, len(ids), result, cache.nbytes, full)
+    print_json(told | {"load_seconds": seconds})
 
 
 _SIZES = {"cache_bytes": "in memory", "cache_bytes_full": "in bfloat16", "file_bytes": "on disk"}

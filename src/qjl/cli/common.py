@@ -177,6 +177,23 @@ def times(ratio: float) -> str:
     return f"{ratio:.1f}x"
 
 
+def generation_fields(
+    model: str, preset: str, prompt_tokens: int, generation: Generation, held: int, full: int
+) -> dict[str, Any]:
+    """What --json tells of a text; ``held`` and ``full`` are bytes of its cache, and at 16 bits per number."""
+    return {
+        "model": model,
+        "preset": preset,
+        "text": generation.text,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": generation.tokens,
+        "cache_bytes": held,
+        "cache_bytes_full": full,
+        "compression": full / held,
+        "tokens_per_second": generation.tokens_per_second,
+    }
+
+
 def speed(generation: Generation) -> str:
     """Tokens per second of decoding."""
     rate = generation.tokens_per_second

@@ -22,6 +22,7 @@ from qjl.cli.common import (
     TemperatureOption,
     asked,
     configuration,
+    generation_fields,
     load,
     megabytes,
     notes,
@@ -75,19 +76,7 @@ def generate(
         typer.echo()
         notes.print(_cache_line(len(result.ids), held, full, result), style="dim")
         return
-    print_json(
-        {
-            "model": model,
-            "preset": config.name,
-            "text": result.text,
-            "prompt_tokens": len(ids),
-            "new_tokens": result.tokens,
-            "cache_bytes": held,
-            "cache_bytes_full": full,
-            "compression": full / held,
-            "tokens_per_second": result.tokens_per_second,
-        }
-    )
+    print_json(generation_fields(model, config.name, len(ids), result, held, full))
 
 
 def _prompt_text(prompt: str | None, file: Path | None) -> str:
