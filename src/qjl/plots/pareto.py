@@ -25,6 +25,7 @@ _TICKS = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 10, 12, 16)
 _ANGLES = tuple(math.radians(degrees) for degrees in (0, 90, 270, 45, 315, 135, 225, 180))
 _GAPS = (7, 14, 24, 36)  # between a name and its point, in points
 _FAR = 20  # from here on a thin line joins them
+_MOST_NAMES = 16  # of points of ours; more would hide each other
 _Box = tuple[float, float, float, float]
 
 
@@ -133,7 +134,7 @@ class _Place:
 
 
 class _Names:
-    """Names beside points, each where it hides least: one per family, and one for each point of ours."""
+    """Names beside points, each where it hides least: one per family, one per point of ours while they are few."""
 
     def __init__(self, axes: Axes, families: Sequence[Family]) -> None:
         self.axes, self.families = axes, families
@@ -143,8 +144,9 @@ class _Names:
         self.taken = np.array([box for family in families for box in self._boxes(family)])
 
     def draw(self) -> None:
+        are_few = sum(len(family.rows) for family in self.families if family.is_ours) <= _MOST_NAMES
         for family in sorted(self.families, key=lambda family: (not family.is_ours, len(family.rows))):
-            if family.is_ours:
+            if family.is_ours and are_few:
                 for row in family.rows:
                     self._draw(row["preset"], [row], family)
             else:
