@@ -106,6 +106,15 @@ int64_t worth_waking(int64_t threads, int64_t work, int64_t work_per_thread) {
     return std::min(threads, (work + work_per_thread - 1) / work_per_thread);
 }
 
+int64_t blocks_of(const QjlStep& step) {
+    if (!step.pages) return step.batch * step.heads * step.blocks;
+    int64_t tokens = 0;
+    for (int64_t row = 0; row < step.batch; ++row) {
+        tokens += std::max(0, step.pages->lengths[row] - step.pages->skip[row]);
+    }
+    return step.heads * (tokens + BLOCK - 1) / BLOCK;
+}
+
 struct OverItems {
     const QjlStep& step;
     void (*kernel)(const QjlStep&, int64_t, int);
@@ -166,7 +175,7 @@ void qjl_step(const QjlStep* step, int64_t threads) {
     const int64_t few = worth_waking(threads, pairs, PAIRS_PER_THREAD);
     const OverItems ask{*step, table.step_ask}, packed{*step, table.step_packed}, finish{*step, table.step_finish};
     parallel_for(pairs, few, OverItems::run, &ask);
-    parallel_for(pairs * step->splits, worth_waking(threads, pairs * step->blocks, BLOCKS_PER_THREAD), OverItems::run,
+    parallel_for(pairs * step->splits, worth_waking(threads, blocks_of(*step), BLOCKS_PER_THREAD), OverItems::run,
                  &packed);
     if (!step->scores) parallel_for(pairs, few, OverItems::run, &finish);
 }

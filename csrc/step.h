@@ -6,7 +6,8 @@
 // Packed keys or values of a layer: code_dim coordinates, each a sum of nibble look-ups, times a scale per token (and
 // group of coordinates), plus a middle where there is one; `map` takes a query to that space, and, transposed, sums
 // back.
-// Strides count bytes over batch, head and block.
+// Strides count bytes over batch, head and block; of a pool over nothing, head and page, which has more or fewer tokens
+// than the 64 of a block.
 struct QjlSide {
     const uint8_t* codes;   // [nibbles / 2][64] in each block
     const uint8_t* scale;   // [groups][64]: 8-bit logarithms where there are units, else float16
@@ -63,15 +64,25 @@ struct QjlTurn {
     float scaling;
 };
 
+// Where the tokens of each row lie in a pool; a row has those from skip to length.
+struct QjlPages {
+    const int32_t* table;  // [batch][capacity]
+    const int32_t *lengths, *skip;  // [batch]
+    const int64_t* origins;         // [batch]: position of token 0
+    int64_t capacity, tokens;       // tokens of a page
+};
+
 struct QjlStep {
     QjlSide keys, values;
+    const QjlPages* pages;  // null: blocks lie by their strides
     QjlSegment exact[2];
     int64_t exact_count;
     const float* bias;  // of the packed tokens, or null; strides as in QjlSegment
     int64_t bias_stride[4];
     const QjlTurn* turn;   // null: the keys' mean is added as it is
-    const int64_t* first;  // [batch][blocks]: position of each block's first token
-    int64_t blocks, blocks_per_split, splits;
+    const int64_t* first;  // [batch][blocks]: position of each block's first token; unused with pages
+    int64_t blocks;        // of each row; unused with pages
+    int64_t blocks_per_split, splits;  // with pages: at least, of a row; at most, of a row
     int64_t batch, heads, rows, queries;  // rows = group x queries, queries fastest
     const float* query;                   // [batch][heads][rows][head_dim]
     float scaling, softcap;               // softcap 0: none

@@ -14,6 +14,8 @@ using namespace nibbles;
 
 #include "step/head.inl"
 
+#include "step/pages.inl"
+
 #include "step/room.inl"
 
 #include "step/keys.inl"
@@ -28,7 +30,7 @@ using namespace nibbles;
 
 // Pieces of work
 
-// Caps and masks scores; their base is 2 from here on.
+// Caps and masks scores, and hides what a row does not have; their base is 2 from here on.
 inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, int64_t blocks,
                           float* scores) {
     const QjlStep& s = h.s;
@@ -38,7 +40,12 @@ inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_
         for (int64_t i = 0; i < blocks * 64; ++i) {
             float& score = scores[r * TILE * 64 + i];
             if (s.softcap > 0) score = capped(score, s.softcap) * LOG2E;
-            if (bias) score += bias[(i / 64 * 64 + i % 16 * 4 + i % 64 / 16) * step] * LOG2E;
+            const int64_t token = i / 64 * 64 + i % 16 * 4 + i % 64 / 16;
+            if (!h.has(block * 64 + token)) {
+                score = -__builtin_inff();
+            } else if (bias) {
+                score += bias[token * step] * LOG2E;
+            }
         }
     }
 }
@@ -47,7 +54,8 @@ inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_
 template <class Use>
 void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked, Scratch& room,
                  const Use& use) {
-    const int64_t first = split * h.s.blocks_per_split, last = fewer(first + h.s.blocks_per_split, h.s.blocks);
+    const int64_t first = h.first_block() + split * h.blocks_per_split();
+    const int64_t last = fewer(first + h.blocks_per_split(), h.first_block() + h.blocks());
     const Keys keys{h, h.s.keys, room, asked, rows};
     Turn turn(h, room, asked, rows);
     for (int64_t block = first; block < last; block += TILE) {
@@ -60,11 +68,12 @@ void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked,
 
 inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch& room) {
     const Head h = head_of(s, pair);
+    if (split >= h.splits()) return;
     for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
         const int64_t rows = fewer(MAX_ROWS, s.rows - row);
         Sums sums(h, room, row, rows);
         score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
-            if (s.softcap > 0 || s.bias) finish_scores(h, row, rows, block, blocks, room.scores);
+            if (s.softcap > 0 || s.bias || !h.has_all(block, blocks)) finish_scores(h, row, rows, block, blocks, room.scores);
             sums.add(room.scores, block, blocks);
         });
         sums.leave(split_of(s, pair, split));

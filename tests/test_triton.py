@@ -1,19 +1,17 @@
-"""What is special to the triton backend: pages, many query rows, what it needs, and kernels compiled without a GPU."""
+"""What is special to the triton backend: many query rows, what it needs, and kernels compiled without a GPU."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import Model, using_backend
+from pages import Extent, error, expected, operands, paged
 from qjl import ops
-from qjl.cache import CacheLayer, LayerSource
 from qjl.methods.balanced import Balanced
 from qjl.methods.grid import RotatedGridCodec
 from qjl.methods.qjl import QJL
 from qjl.methods.quarot import QuaRot
 from qjl.methods.transform import Transform
-from qjl.ops.forms import ExactTokens
 from qjl.ops.triton import runtime
 
 if not runtime.is_installed():
@@ -29,111 +27,28 @@ on_gpu = pytest.mark.skipif(
     runtime.is_interpreted() or not torch.cuda.is_available(), reason="there is no GPU on this machine"
 )
 CAPABILITIES = [80, 90, 100]
+TRELLIS = Balanced(2, "trellis", metric=False)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 2e-3}
-
-
-def _operands(key, value, tokens=460, batch=1, head_dim=64, group=2, dtype=torch.float32, device="cpu"):
-    """Query rows of the last token, packed tokens, exact tokens, and all queries."""
-    model = Model(head_dim=head_dim, group=group)
-    layer = CacheLayer(key, value, source=LayerSource(rope=model.rope))
-    made = model.tokens(torch.arange(tokens).expand(batch, -1))
-    with using_backend("reference"):
-        layer.append(made.keys.to(dtype).to(device), made.values.to(dtype).to(device))
-        if layer.wants_queries:
-            layer.observe(made.queries.to(device), made.queries.to(device))
-        layer.settle()
-    exact, packed = layer.segments()
-    rows = made.queries[:, :, -1:].reshape(batch, 2, group, head_dim).contiguous().to(device)
-    return rows, packed, [ExactTokens(part.keys, part.values, None) for part in exact]
-
-
-def _expected(rows, packed, exact, lengths, scaling):
-    """Attention in double precision over the first ``lengths`` packed tokens of each row, and the exact ones."""
-    with using_backend("reference"):
-        keys = packed.key_codec.dequantize(packed.keys, packed.first)
-        values = packed.value_codec.dequantize(packed.values, packed.first)
-    keys = torch.cat([keys, *(part.keys for part in exact)], 2).double()
-    values = torch.cat([values, *(part.values for part in exact)], 2).double()
-    hidden = torch.arange(packed.blocks * 64) >= lengths[:, None].cpu()
-    hidden = torch.nn.functional.pad(hidden, (0, keys.shape[2] - hidden.shape[1])).to(keys.device)
-    scores = (rows.double() @ keys.transpose(2, 3) * scaling).masked_fill(hidden[:, None, None], -torch.inf)
-    return scores.softmax(-1) @ values, scores.logsumexp(-1)
-
-
-def _paged(packed, page, lengths, generator):
-    """The same tokens in pages that lie in no order, in a pool with room that nobody uses."""
-    batch, blocks = packed.first.shape
-    per_row = blocks * 64 // page
-    table = torch.randperm(batch * per_row + 3, generator=generator)[: batch * per_row].view(batch, per_row)
-    device = packed.first.device
-
-    def pool(fields):
-        return {name: scattered(field) for name, field in fields.items()}
-
-    def scattered(field):
-        tokens = field.movedim(2, -2).flatten(-2)  # [B, H, ..., T]
-        pages = tokens.unflatten(-1, (per_row, page)).movedim(-2, 1).flatten(0, 1)
-        pool = pages.new_empty((batch * per_row + 3, *pages.shape[1:]))
-        pool[table.flatten().to(device)] = pages
-        return pool
-
-    operand, pools = packed.as_operand, (pool(packed.keys), pool(packed.values))
-    table = table.int().to(device)
-    table[torch.arange(per_row, device=device) * page >= lengths[:, None]] = 2**30  # must not be read
-    return decoding.PagedTokens(*pools, operand.key_form, operand.value_form, table, lengths, packed.first[:, 0])
-
-
-def _check_pages(page, device, generator, key, value, dtype=torch.float32):
-    rows, packed, exact = _operands(key, value, 460, batch=2, dtype=dtype, device=device)
-    lengths = torch.tensor([64 * packed.blocks, 101], dtype=torch.int32, device=device)
-    pages = _paged(packed, page, lengths, generator)
-    out, lse = decoding.attend_paged(rows, pages, None, exact, 1, 0.125, 0.0)
-    expected, expected_lse = _expected(rows, packed, exact, lengths, 0.125)
-    assert ((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < TOLERANCE[dtype]
-    assert (lse - expected_lse).abs().max() < TOLERANCE[dtype]
-
-
-@interpreted
-@pytest.mark.parametrize("page", [16, 32, 64, 128])
-def test_pages(page, generator):
-    _check_pages(page, "cpu", generator, Transform(3), Balanced(2, "trellis", metric=False))
-
-
-@interpreted
-def test_pages_of_groups(generator):
-    _check_pages(16, "cpu", generator, QuaRot(3, 32), QuaRot(2, 16))
-
-
-@interpreted
-def test_a_row_without_tokens_weighs_nothing(generator):
-    rows, packed, exact = _operands(Transform(2), Balanced(2, metric=False), 396)
-    pages = _paged(packed, 32, torch.zeros(1, dtype=torch.int32), generator)
-    out, lse = decoding.attend_paged(rows, pages, None, [], 1, 0.125, 0.0)
-    assert not out.any()
-    assert (lse == -torch.inf).all()
-    out, _ = decoding.attend_paged(rows, pages, None, exact, 1, 0.125, 0.0)
-    expected, _ = _expected(rows, packed, exact, pages.lengths, 0.125)
-    torch.testing.assert_close(out, expected.float(), rtol=1e-4, atol=1e-5)
 
 
 @interpreted
 @pytest.mark.parametrize("count", [17, 70])
 def test_many_query_rows(count, generator):
     """As many as a chunk of a prompt has; the last tile is not full."""
-    _, packed, exact = _operands(Transform(2), Balanced(2, "trellis", metric=False), 396)
+    made = operands(Transform(2), TRELLIS, 396)
     rows = torch.randn(1, 2, count, 64, generator=generator)
-    out, _ = decoding.attend(rows, packed.as_operand, None, exact, count, 0.125, 0.0)
-    expected, _ = _expected(rows, packed, exact, torch.tensor([64 * packed.blocks]), 0.125)
-    assert ((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 1e-4
+    out, _ = decoding.attend(rows, made.packed.as_operand, None, made.exact, count, 0.125, 0.0)
+    truth, _ = expected(rows, made.packed, made.exact, Extent.of([64 * made.packed.blocks]), 0.125)
+    assert error(out, truth) < 1e-4
 
 
 @compiled
 def test_room_does_not_grow_with_the_context(monkeypatch):
     shapes = []
     for tokens in (3000, 6000):
-        rows, packed, exact = _operands(QuaRot(2), QuaRot(2), tokens, batch=4)
+        made = operands(QuaRot(2), QuaRot(2), tokens, batch=4)
         with recorded(monkeypatch) as launches:
-            decoding.attend(rows, packed.as_operand, None, exact, 1, 0.125, 0.0)
+            decoding.attend(made.rows, made.packed.as_operand, None, made.exact, 1, 0.125, 0.0)
         shapes.append([launch.args[0].out.shape for launch in launches if launch.name == "join"])
     assert shapes[0] == shapes[1]
 
@@ -142,8 +57,8 @@ def test_room_does_not_grow_with_the_context(monkeypatch):
 
 
 CASES = {
-    "b3": (Transform(3), Balanced(2, "trellis", metric=False), torch.bfloat16, 64),
-    "b2-float32": (Transform(2), Balanced(2, "trellis", metric=False), torch.float32, 64),
+    "b3": (Transform(3), TRELLIS, torch.bfloat16, 64),
+    "b2-float32": (Transform(2), TRELLIS, torch.float32, 64),
     "groups": (QuaRot(3, 32), QuaRot(2, 32), torch.float16, 80),
 }
 
@@ -153,12 +68,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_step_compiles(case, capability, monkeypatch, generator):
     key, value, dtype, head_dim = CASES[case]
-    rows, packed, exact = _operands(key, value, 396, head_dim=head_dim, dtype=dtype)
-    exact = [replace(exact[0], bias=torch.zeros(1, 1, 1, exact[0].keys.shape[2])), *exact[1:]]
-    pages = _paged(packed, 16, torch.tensor([300], dtype=torch.int32), generator)
+    made = operands(key, value, 396, head_dim=head_dim, dtype=dtype)
+    sinks, *others = made.exact
+    exact = [replace(sinks, bias=torch.zeros(1, 1, 1, sinks.keys.shape[2])), *others]
+    pages = paged(made.packed, 16, Extent.of([300], [4]), generator)
     with recorded(monkeypatch) as launches:
-        decoding.attend(rows, packed.as_operand, None, exact, 1, 0.125, 0.0)
-        decoding.attend_paged(rows, pages, None, [], 1, 0.125, 5.0)
+        decoding.attend(made.rows, made.packed.as_operand, None, exact, 1, 0.125, 0.0)
+        decoding.attend_paged(made.rows, pages, None, [], 1, 0.125, 5.0)
     assert {launch.name for launch in launches} == {"project", "packed_part", "exact_part", "join"}
     _compile(launches, capability)
 
@@ -167,11 +83,9 @@ def test_the_step_compiles(case, capability, monkeypatch, generator):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, monkeypatch):
-    _, packed, exact = _operands(
-        Transform(3), Balanced(2, "trellis", metric=False), 396, head_dim=256, group=1, dtype=dtype
-    )
+    made = operands(Transform(3), TRELLIS, 396, head_dim=256, group=1, dtype=dtype)
     with recorded(monkeypatch) as launches:
-        decoding.attend(torch.zeros(1, 2, 64, 256), packed.as_operand, None, exact[:1], 64, 0.125, 0.0)
+        decoding.attend(torch.zeros(1, 2, 64, 256), made.packed.as_operand, None, made.exact[:1], 64, 0.125, 0.0)
     _compile(launches, capability)
 
 
@@ -230,24 +144,31 @@ def _compile(launches, capability):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("page", [16, 128])
 def test_pages_on_a_gpu(page, dtype, generator):
-    _check_pages(page, "cuda", generator, Transform(3), Balanced(2, "trellis", metric=False), dtype)
+    made = operands(Transform(3), TRELLIS, batch=2, dtype=dtype, device="cuda")
+    extent = Extent.of([64 * made.packed.blocks, 101], [0, 4], device="cuda")
+    pages = paged(made.packed, page, extent, generator)
+    out, lse = decoding.attend_paged(made.rows, pages, None, made.exact, 1, 0.125, 0.0)
+    truth, true_lse = expected(made.rows, made.packed, made.exact, extent, 0.125)
+    assert error(out, truth) < TOLERANCE[dtype]
+    assert (lse - true_lse).abs().max() < TOLERANCE[dtype]
 
 
 @on_gpu
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_captured_graph_serves_other_lengths(dtype, generator):
-    rows, packed, exact = _operands(Transform(2), Balanced(2, metric=False), 396, batch=2, dtype=dtype, device="cuda")
-    lengths = torch.tensor([320, 101], dtype=torch.int32, device="cuda")
-    pages = replace(_paged(packed, 64, torch.full_like(lengths, 320), generator), lengths=lengths)
-    decoding.attend_paged(rows, pages, None, exact, 1, 0.125, 0.0)
+    made = operands(Transform(2), TRELLIS, 396, batch=2, dtype=dtype, device="cuda")
+    now = Extent.of([320, 320], device="cuda")
+    pages = paged(made.packed, 64, now, generator)
+    decoding.attend_paged(made.rows, pages, None, made.exact, 1, 0.125, 0.0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = decoding.attend_paged(rows, pages, None, exact, 1, 0.125, 0.0)
-    for now in ([320, 101], [7, 256]):
-        lengths.copy_(torch.tensor(now))
+        out, _ = decoding.attend_paged(made.rows, pages, None, made.exact, 1, 0.125, 0.0)
+    for lengths, skip in ([320, 101], [4, 0]), ([7, 256], [0, 70]):
+        now.lengths.copy_(torch.tensor(lengths))
+        now.skip.copy_(torch.tensor(skip))
         graph.replay()
-        expected, _ = _expected(rows, packed, exact, lengths, 0.125)
-        assert ((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < TOLERANCE[dtype]
+        truth, _ = expected(made.rows, made.packed, made.exact, now, 0.125)
+        assert error(out, truth) < TOLERANCE[dtype]
 
 
 # What it needs

@@ -138,22 +138,20 @@ struct Keys {
 
     // Scores of one block, rows `stride` apart.
     __attribute__((noinline)) void score(int64_t block, float* scores, int64_t stride) const {
-        const uint8_t* codes = h.at(side.codes, side.codes_stride, block);
+        const auto [codes, scale, middle] = place_of(h, side, block, room.block_of_keys);
         const int64_t bytes = side.nibbles / side.groups / 2;
-        const uint8_t* scale = h.at(side.scale, side.scale_stride, block);
-        const uint8_t* middle = side.middle ? h.at(side.middle, side.middle_stride, block) : nullptr;
-        const uint8_t* soon = h.at(h.s.values.codes, h.s.values.codes_stride, block);
+        const uint8_t* soon = codes_ahead(h, h.s.values, block);
         for (int64_t g = 0; g < side.groups; ++g) {
             scan(codes + g * bytes * 64, bytes, asked.tables + g * bytes * rows * 64,
                  asked.factors + g * ((bytes + 1) / 2) * rows * 2, soon + g * bytes * 64);
             F16 scales[4], middles[4]{};
             decode_scales(side, h.head, scale, g, scales);
-            if (middle) decode_halves(middle + g * 128, middles);
+            if (side.middle) decode_halves(middle + g * 128, middles);
             for (int64_t r = 0; r < rows; ++r) {
                 const float unit = asked.units[g * rows + r];
                 for (int c = 0; c < 4; ++c) {
                     F16 part = converted<F16>(load<I16>(room.sums + r * 64 + c * 16)) * (scales[c] * unit);
-                    if (middle) part += middles[c] * asked.sums_of_groups[g * rows + r];
+                    if (side.middle) part += middles[c] * asked.sums_of_groups[g * rows + r];
                     float* to = scores + r * stride + c * 16;
                     store(to, g ? load<F16>(to) + part : part + asked.constants[r]);
                 }

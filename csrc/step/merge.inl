@@ -21,16 +21,17 @@ struct Merge {
     // Leaves sums of codes and of exact tokens, both over the whole weight.
     void join(int64_t r, float* sums) const {
         const QjlSide& side = s.values;
+        const int64_t splits = h.splits();
         float maximum = exact(r)[0];
-        for (int64_t k = 0; k < s.splits; ++k) maximum = split(k, r)[0] > maximum ? split(k, r)[0] : maximum;
+        for (int64_t k = 0; k < splits; ++k) maximum = split(k, r)[0] > maximum ? split(k, r)[0] : maximum;
         float packed = 0;
-        for (int64_t k = 0; k < s.splits; ++k) packed += split(k, r)[1] * exp2(split(k, r)[0] - maximum);
+        for (int64_t k = 0; k < splits; ++k) packed += split(k, r)[1] * exp2(split(k, r)[0] - maximum);
         const float factor = exp2(exact(r)[0] - maximum), weight = packed + exact(r)[1] * factor;
         const bool sees_any = maximum > LOWEST;
         const float share = sees_any ? 1 / weight : 0;
         __builtin_memset(sums, 0, side.code_dim * sizeof(float));
         __builtin_memset(out(r), 0, side.head_dim * sizeof(float));
-        for (int64_t k = 0; k < s.splits; ++k) {
+        for (int64_t k = 0; k < splits; ++k) {
             add_scaled(sums, split(k, r) + 2, exp2(split(k, r)[0] - maximum) * share, side.code_dim);
         }
         add_scaled(out(r), exact(r) + 2, factor * share, side.head_dim);

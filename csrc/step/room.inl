@@ -43,6 +43,7 @@ struct Scratch {
     float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs;
     double* phasors;
     uint8_t *weights, *codes, *nibbles;
+    uint8_t *block_of_keys, *blocks_of_values;  // put together from pages
     int32_t* sums;
     uintptr_t end;
 
@@ -61,6 +62,8 @@ struct Scratch {
         weights = room.take<uint8_t>(TILE * MAX_ROWS * 128);
         codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
         nibbles = room.take<uint8_t>(s.values.nibbles);
+        block_of_keys = room.take<uint8_t>(s.pages ? block_bytes(s.keys) : 0);
+        blocks_of_values = room.take<uint8_t>(s.pages ? TILE * block_bytes(s.values) : 0);
         const int64_t pairs = s.turn ? s.turn->pairs : 0;
         phasors = room.take<double>(2 * pairs);
         phasors_of_centre = room.take<float>(2 * pairs);

@@ -17,10 +17,10 @@ struct Turn {
     // Adds to the scores of a tile, [rows][TILE][64], two blocks at a time where they follow one another.
     void add(int64_t first_block, int64_t blocks, float* scores) {
         if (!t.pairs) return;
-        const int64_t* first = h.s.first + h.batch * h.s.blocks + first_block;
+        const auto position = [&](int64_t b) { return h.position(first_block + b); };
         for (int64_t b = 0, spanned; b < blocks; b += spanned) {
-            spanned = b + 1 < blocks && first[b + 1] == first[b] + 64 ? 2 : 1;
-            stand_at(first[b]);
+            spanned = b + 1 < blocks && position(b + 1) == position(b) + 64 ? 2 : 1;
+            stand_at(position(b));
             int64_t r = 0;
             for (; r + 2 <= rows; r += 2) add_rows<2>(r, scores + (r * TILE + b) * 64, spanned);
             if (r < rows) add_rows<1>(r, scores + (r * TILE + b) * 64, spanned);

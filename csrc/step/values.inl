@@ -10,6 +10,7 @@ struct Sums {
     int64_t first_row, rows;
     float* of_pairs;  // [pair_count][2][4]
     float maximum[MAX_ROWS], weight[MAX_ROWS];
+    Place places[TILE];
 
     Sums(const Head& h, Scratch& room, int64_t first_row, int64_t rows)
         : h(h), side(h.s.values), room(room), first_row(first_row), rows(rows),
@@ -54,13 +55,14 @@ struct Sums {
 
     void add(float* scores, int64_t first_block, int64_t blocks) {
         weigh(scores, blocks);
-        gather_codes(first_block, blocks);
+        find(first_block, blocks);
+        gather_codes(blocks);
         int64_t pair = 0;
         for (int64_t g = 0; g < side.groups; ++g) {
             int64_t last = pair;
             while (last < side.pair_count && side.pairs[last].group == g) ++last;
             float bound[MAX_ROWS], unit[8];
-            multiply(scores, first_block, blocks, g, bound);
+            multiply(scores, blocks, g, bound);
             bool is_twofold = false;
             for (int64_t r = 0; r < rows; ++r) {
                 for (int i = 0; i < MOST_TAKEN_OUT && is_coarse(bound[r], blocks, g, r); ++i) {
@@ -75,7 +77,7 @@ struct Sums {
                 quantize(bound, blocks, false, unit);
                 add_pairs(pair, last, blocks, unit);
             }
-            if (side.middle) add_middles(scores, first_block, blocks, g);
+            if (side.middle) add_middles(scores, blocks, g);
             pair = last;
         }
     }
@@ -84,10 +86,17 @@ struct Sums {
         for (int64_t k = first; k < last; ++k) add_to(of_pairs + 8 * k, side.pairs[k], blocks, load<F8>(unit));
     }
 
-    // The tile's codes, byte by byte: what a pair reads then lies together.
-    __attribute__((noinline)) void gather_codes(int64_t first_block, int64_t blocks) {
+    void find(int64_t first_block, int64_t blocks) {
+        const int64_t size = block_bytes(side);
         for (int64_t b = 0; b < blocks; ++b) {
-            const uint8_t* codes = h.at(side.codes, side.codes_stride, first_block + b);
+            places[b] = place_of(h, side, first_block + b, room.blocks_of_values + b * size);
+        }
+    }
+
+    // The tile's codes, byte by byte: what a pair reads then lies together.
+    __attribute__((noinline)) void gather_codes(int64_t blocks) {
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* codes = places[b].codes;
             for (int64_t j = 0; j < side.nibbles / 2; ++j) {
                 store(room.codes + (j * TILE + b) * 64, load<I16>(codes + j * 64));
             }
@@ -95,11 +104,11 @@ struct Sums {
     }
 
     // Weights times the scales of the tokens; the largest of each row.
-    __attribute__((noinline)) void multiply(const float* scores, int64_t first_block, int64_t blocks, int64_t g,
+    __attribute__((noinline)) void multiply(const float* scores, int64_t blocks, int64_t g,
                                             float (&largest_product)[MAX_ROWS]) {
         for (int64_t b = 0; b < blocks; ++b) {
             F16 scales[4];
-            Keys::decode_scales(side, h.head, h.at(side.scale, side.scale_stride, first_block + b), g, scales);
+            Keys::decode_scales(side, h.head, places[b].scale, g, scales);
             for (int c = 0; c < 4; ++c) store(room.scales + b * 64 + c * 16, scales[c]);
         }
         for (int64_t r = 0; r < rows; ++r) {
@@ -192,10 +201,10 @@ struct Sums {
         store(sums, load<F8>(sums) + load<F8>(added) * (unit * pair.step));
     }
 
-    void add_middles(const float* scores, int64_t first_block, int64_t blocks, int64_t g) {
+    void add_middles(const float* scores, int64_t blocks, int64_t g) {
         for (int64_t b = 0; b < blocks; ++b) {
             F16 by_four[4];
-            Keys::decode_halves(h.at(side.middle, side.middle_stride, first_block + b) + g * 128, by_four);
+            Keys::decode_halves(places[b].middle + g * 128, by_four);
             for (int64_t r = 0; r < rows; ++r) {
                 F16 total{};
                 for (int c = 0; c < 4; ++c) total += by_four[c] * load<F16>(scores + (r * TILE + b) * 64 + c * 16);

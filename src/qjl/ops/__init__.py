@@ -14,16 +14,20 @@ token, w coordinates per nibble, 64 tokens per block.
   what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
   ``(out [B, H, R, D], log-sum-exp [B, H, R])``: values weighted by the softmax of
   ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
+- ``attend_paged(query, packed, bias, exact, queries, scaling, softcap)``: the same over ``PagedTokens``, of which row b
+  has tokens ``skip[b] <= t < lengths[b]``; ``bias float32 [B, 1 or Hq, queries, t]`` reaches to the longest row's end.
+  A row without any token gives 0 and -inf.
 - ``encode(tokens, recipe, turn)``: ``[B, H, T, D]`` of any float type to packed codes and scales, ``uint8`` or
   ``float16 [B, H, T / 64, 64]``, in one pass; ``recipe`` tells all that is done (``qjl.ops.recipe``).
 - ``encode_grid(tokens, recipe)``: the same onto uniform grids: codes, and steps and middles
   ``float16 [B, H, T / 64, groups, 64]``.
 
 ``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs. A backend may lack
-an op that others make up: ``offers`` tells. ``reference`` lacks the encoders, which the codecs of ``qjl.methods``
-compose and define. ``QJL_BACKEND=reference|cpu|triton|auto`` chooses. Automatically tensors on a CPU meet ``cpu`` where
-that was compiled, and those on a CUDA device ``triton`` where that is installed, also if ``cpu`` was chosen; all others
-meet ``reference``. ``triton`` takes tensors on a CPU under ``TRITON_INTERPRET=1`` alone.
+an op that others make up: ``offers`` tells. ``reference`` lacks ``attend`` and the encoders, which ``qjl.attention``
+and the codecs of ``qjl.methods`` compose and define. ``QJL_BACKEND=reference|cpu|triton|auto`` chooses. Automatically
+tensors on a CPU meet ``cpu`` where that was compiled, and those on a CUDA device ``triton`` where that is installed,
+also if ``cpu`` was chosen; all others meet ``reference``. ``triton`` takes tensors on a CPU under
+``TRITON_INTERPRET=1`` alone.
 """
 
 from __future__ import annotations
@@ -165,3 +169,8 @@ def encode_grid(tokens, recipe):
 def attend(query, packed, bias, exact, queries, scaling, softcap):
     """Attention over packed and exact tokens in one step."""
     return _backend(query).attend(query, packed, bias, exact, queries, scaling, softcap)
+
+
+def attend_paged(query, packed, bias, exact, queries, scaling, softcap):
+    """Attention over pages of a pool and exact tokens in one step."""
+    return _backend(query).attend_paged(query, packed, bias, exact, queries, scaling, softcap)

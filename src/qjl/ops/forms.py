@@ -1,4 +1,4 @@
-"""What the fused decode step reads: packed blocks of a nibble code, and exact tokens beside them."""
+"""What the fused decode step reads: packed blocks or pages of a nibble code, and exact tokens beside them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qjl.packed import Blocks
+from qjl.packed import Blocks, require_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +62,45 @@ class PackedTokens:
 
 
 @dataclass(frozen=True, eq=False)
+class PagedTokens:
+    """Packed tokens in pages of a pool, as serving engines keep them.
+
+    A page holds P tokens (16, 32, 64 or 128) of all heads, token-minor: each field of a ``Packed`` block with P in
+    place of its 64. So ``codes uint8 [pages, H, bytes, P]``, a scale ``[pages, H, P]`` or, in groups,
+    ``[pages, H, groups, P]``; the fields may be strided views of one pool, such as ``[pages, bytes of a page]``.
+    All else lies on the same device: ``table int32 [B, capacity]`` are the pages of each row in order, ``lengths int32
+    [B]`` where its tokens end, ``skip int32 [B]`` how many at its start do not count, as sinks that are kept exact, and
+    ``origins int64 [B]`` the RoPE position of its token 0. Row b attends to tokens ``skip[b] <= t < lengths[b]``; no
+    entry of the table that holds none of them is read, and what lies in pages beside them has no effect.
+
+    ``dataclasses.replace(tokens, table=..., lengths=..., skip=..., origins=...)`` gives other rows of the same pool,
+    and keeps what a backend has made of it.
+    """
+
+    keys: Blocks
+    values: Blocks
+    key_form: NibbleForm
+    value_form: NibbleForm
+    table: Tensor
+    lengths: Tensor
+    skip: Tensor
+    origins: Tensor
+    derived: dict[str, Any] = field(default_factory=dict)  # what a backend makes of the pool once
+
+    def __post_init__(self) -> None:
+        rows = self.table.shape[0]
+        require_tensor(self.table, (rows, self.table.shape[1]), torch.int32, "the table of pages")
+        require_tensor(self.lengths, (rows,), torch.int32, "lengths")
+        require_tensor(self.skip, (rows,), torch.int32, "skip")
+        require_tensor(self.origins, (rows,), torch.int64, "origins")
+
+    @property
+    def page(self) -> int:
+        """Tokens per page."""
+        return self.keys["codes"].shape[3]
+
+
+@dataclass(frozen=True, eq=False)
 class ExactTokens:
     """Tokens ``[B, H, t, D]`` in full precision; ``bias float32 [B, Hq, Q, t]`` is added to their scores."""
 
@@ -69,7 +109,7 @@ class ExactTokens:
     bias: Tensor | None
 
 
-def once(source: NibbleForm | PackedTokens, name: str, derive: Callable[[Any], Any]) -> Any:
+def once(source: NibbleForm | PackedTokens | PagedTokens, name: str, derive: Callable[[Any], Any]) -> Any:
     """What a backend makes of a form or of packed tokens, made at its first use."""
     if name not in source.derived:
         source.derived[name] = derive(source)

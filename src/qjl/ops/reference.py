@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qjl.packed import BLOCK
+from qjl.ops.forms import ExactTokens, NibbleForm, PagedTokens, Turn
+from qjl.packed import BLOCK, Blocks
 
 
 def pack(nibbles: Tensor) -> Tensor:
@@ -43,3 +47,119 @@ def _byte_entries(entries: Tensor) -> Tensor:
     low = entries[:, 0::2, None, :, :].expand(heads, nibbles // 2, 16, 16, width)
     high = entries[:, 1::2, :, None, :].expand(heads, nibbles // 2, 16, 16, width)
     return torch.cat([low, high], dim=-1).view(heads, nibbles // 2, 256, 2 * width)
+
+
+# Pages
+
+
+def attend_paged(
+    query: Tensor,
+    packed: PagedTokens,
+    bias: Tensor | None,
+    exact: Sequence[ExactTokens],
+    queries: int,
+    scaling: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Row by row, over decoded tokens."""
+    batch, heads, rows, _ = query.shape
+    map_back = packed.value_form.map
+    value_dim = packed.value_form.code_dim if map_back is None else map_back.shape[2]
+    out, lse = query.new_zeros((batch, heads, rows, value_dim)), query.new_zeros((batch, heads, rows))
+    for row in range(batch):
+        tokens = _counted(packed, row)
+        keys = [_decoded_row(packed, row, tokens, packed.keys, packed.key_form)]
+        values = [_decoded_row(packed, row, tokens, packed.values, packed.value_form)]
+        biases = [None if bias is None else bias[..., tokens]]
+        for part in exact:
+            keys.append(part.keys[row].float())
+            values.append(part.values[row].float())
+            biases.append(part.bias)
+        scores = [
+            _scores(query[row], key, of_key, row, queries, scaling, softcap)
+            for key, of_key in zip(keys, biases, strict=True)
+        ]
+        out[row], lse[row] = _weighted(torch.cat(scores, 2), torch.cat(values, 1))
+    return out, lse
+
+
+def _counted(packed: PagedTokens, row: int) -> slice:
+    start, stop = int(packed.skip[row]), int(packed.lengths[row])
+    return slice(start, stop) if start < stop else slice(0, 0)
+
+
+def _scores(
+    query: Tensor, keys: Tensor, bias: Tensor | None, row: int, queries: int, scaling: float, softcap: float
+) -> Tensor:
+    """``[H, R, D], [H, t, D] -> [H, R, t]``; the bias is that of all rows of the batch."""
+    scores = query @ keys.transpose(1, 2) * scaling
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    if bias is None:
+        return scores
+    heads, rows, tokens = scores.shape
+    of_row = bias[row if bias.shape[0] > 1 else 0].expand(heads * rows // queries, queries, tokens)
+    return scores + of_row.reshape(heads, rows, tokens)
+
+
+def _weighted(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    lse = scores.logsumexp(-1)
+    weights = (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp()
+    return weights @ values, lse
+
+
+def _decoded_row(packed: PagedTokens, row: int, tokens: slice, pool: Blocks, form: NibbleForm) -> Tensor:
+    """Some tokens of a row as the form says: ``float32 [H, t, D]``."""
+    first = tokens.start // packed.page
+    pages = packed.table[row, first : -(-tokens.stop // packed.page)].long()
+    here = slice(tokens.start - first * packed.page, tokens.stop - first * packed.page)
+    one_block = {name: field[pages].movedim(0, -2).flatten(-2)[..., here] for name, field in pool.items()}
+    positions = packed.origins[row] + torch.arange(tokens.start, tokens.stop, device=packed.origins.device)
+    decoded = _decoded(form, one_block)
+    return decoded if form.mean is None else decoded + _turned(form.mean, form.turn, positions)
+
+
+def _decoded(form: NibbleForm, block: Blocks) -> Tensor:
+    """``map^T (scale * code + middle)`` of a block of any size, without batch: ``[H, t, D]``."""
+    codes = block["codes"]
+    heads, _, tokens = codes.shape
+    by_group = (heads, form.groups, tokens, 1)
+    code = _code(form, codes) * _scale(form, block[form.scale]).reshape(by_group)
+    if form.middle is not None:
+        code = code + block[form.middle].float().reshape(by_group)
+    joined = code.transpose(1, 2).flatten(2)
+    return joined if form.map is None else joined @ form.map.float()
+
+
+def _code(form: NibbleForm, codes: Tensor) -> Tensor:
+    """Sums of entries by coordinate, ``[H, bytes, t] -> [H, groups, t, D' / groups]``."""
+    heads, _, tokens = codes.shape
+    of_groups = codes.unflatten(1, (form.groups, -1)).flatten(0, 1)
+    entries, places = (
+        x.expand(heads, *x.shape[1:]).repeat_interleave(form.groups, 0) for x in (form.entries, form.coordinates)
+    )
+    terms = expand(entries, of_groups[None, :, None])[0]
+    sums = terms.new_zeros((heads * form.groups, tokens, form.code_dim // form.groups))
+    index = places.flatten(1).long()[:, None].expand(-1, tokens, -1)
+    return sums.scatter_add_(2, index, terms).unflatten(0, (heads, form.groups))
+
+
+def _scale(form: NibbleForm, stored: Tensor) -> Tensor:
+    """Decoded: twelve steps of a logarithm are an octave, 128 is the unit, and 0 is zero."""
+    if form.unit is None:
+        return stored.float()
+    unit = form.unit.float().reshape(-1, *[1] * (stored.dim() - 1))
+    return torch.where(stored == 0, 0.0, ((stored.float() - 128) / 12).exp2()) * unit
+
+
+def _turned(mean: Tensor, turn: Turn | None, positions: Tensor) -> Tensor:
+    """``[H, D]`` at positions ``[t]``, by exact angles: ``[H, t, D]``."""
+    turned = mean.float()[:, None].repeat(1, positions.shape[0], 1)
+    if turn is None:
+        return turned
+    angles = (positions.double()[:, None] * turn.inv_freq.to(positions.device).double()).remainder(math.tau).float()
+    cos, sin = angles.cos() * turn.scaling, angles.sin() * turn.scaling
+    first, second = (x.to(positions.device).long() for x in (turn.first, turn.second))
+    one, other = turned[..., first], turned[..., second]
+    turned[..., first], turned[..., second] = one * cos - other * sin, other * cos + one * sin
+    return turned

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from qjl.ops.cpu import library
-from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, once, shared_strides
+from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, PagedTokens, once, shared_strides
 from qjl.packed import BLOCK, Blocks
 
 PIECES = 16  # of work, at least, whatever the threads: splitting alike makes results alike
 SPLIT_BLOCKS = 32  # at least, of one KV head
+MOST_SPLITS = 32  # of a row of pages, so that room does not grow with the context
 TOP = 127
 SPAN = 2 * BLOCK  # tokens for which the mean is turned at once
 ANCHOR = 8  # such turns in float32 follow one in double precision
@@ -65,6 +66,13 @@ class _Segment(ctypes.Structure):
     )
 
 
+class _Pages(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("table", "lengths", "skip", "origins")),
+        *((name, c_int64) for name in ("capacity", "tokens")),
+    )
+
+
 class _Turn(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("inv_freq", "step", "anchor_step", "coordinates", "down", "up")),
@@ -78,6 +86,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         ("keys", _Side),
         ("values", _Side),
+        ("pages", POINTER(_Pages)),
         ("exact", _Segment * 2),
         ("exact_count", c_int64),
         ("bias", c_void_p),
@@ -101,8 +110,31 @@ def attend(
     scaling: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    step = _step(query, packed, queries)
-    batch, heads, rows, _ = query.shape
+    return _attend(_step(query, packed, queries), bias, exact, scaling, softcap)
+
+
+def attend_paged(
+    query: Tensor,
+    packed: PagedTokens,
+    bias: Tensor | None,
+    exact: Sequence[ExactTokens],
+    queries: int,
+    scaling: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """A row's result does not depend on the other rows."""
+    step = _asked(once(packed, "step", _pool_part), query, queries)
+    rows = [x.contiguous() for x in (packed.table, packed.lengths, packed.skip, packed.origins)]
+    step.pages = ctypes.pointer(_Pages(*(x.data_ptr() for x in rows), packed.table.shape[1], packed.page))
+    blocks = -(-max(packed.lengths.tolist(), default=0) // BLOCK)
+    step.blocks_per_split, step.splits = SPLIT_BLOCKS, min(MOST_SPLITS, -(-blocks // SPLIT_BLOCKS))
+    return _attend(step, bias, exact, scaling, softcap)
+
+
+def _attend(
+    step: _Step, bias: Tensor | None, exact: Sequence[ExactTokens], scaling: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, rows = step.batch, step.heads, step.rows
     out = torch.empty((batch, heads, rows, step.values.head_dim))
     lse = torch.empty((batch, heads, rows))
     step.exact_count = len(exact)
@@ -125,10 +157,15 @@ def score(query: Tensor, packed: PackedTokens) -> Tensor:
 
 
 def _step(query: Tensor, packed: PackedTokens, queries: int) -> _Step:
-    batch, heads, rows, _ = query.shape
-    step = _Step.from_buffer_copy(once(packed, "step", _packed_part))
-    per_split = max(SPLIT_BLOCKS, -(-step.blocks // -(-PIECES // max(1, batch * heads))))
+    step = _asked(once(packed, "step", _packed_part), query, queries)
+    per_split = max(SPLIT_BLOCKS, -(-step.blocks // -(-PIECES // max(1, step.batch * step.heads))))
     step.blocks_per_split, step.splits = per_split, -(-step.blocks // per_split)
+    return step
+
+
+def _asked(same: _Step, query: Tensor, queries: int) -> _Step:
+    step = _Step.from_buffer_copy(same)
+    batch, heads, rows, _ = query.shape
     step.batch, step.heads, step.rows, step.queries = batch, heads, rows, queries
     step.query = query.data_ptr()
     return step
@@ -136,11 +173,17 @@ def _step(query: Tensor, packed: PackedTokens, queries: int) -> _Step:
 
 def _packed_part(packed: PackedTokens) -> _Step:
     """What is the same in all steps over the same packed tokens."""
+    step = _pool_part(packed)
+    packed.derived["first"] = first = packed.first.contiguous()
+    step.first, step.blocks = first.data_ptr(), first.shape[1]
+    return step
+
+
+def _pool_part(packed: PackedTokens | PagedTokens) -> _Step:
+    """What is the same whatever rows there are."""
     step = _Step(keys=_side(packed.key_form, packed.keys), values=_side(packed.value_form, packed.values))
     if packed.key_form.turn is not None:
         step.turn = ctypes.pointer(once(packed.key_form, "turn", _turn))
-    packed.derived["first"] = first = packed.first.contiguous()
-    step.first, step.blocks = first.data_ptr(), first.shape[1]
     return step
 
 
@@ -170,12 +213,19 @@ def release() -> None:
 
 def _side(form: NibbleForm, blocks: Blocks) -> _Side:
     side = _Side.from_buffer_copy(once(form, "side", _constants))
+    is_paged = blocks["codes"].dim() == 4
     for place, name in (("codes", "codes"), ("scale", form.scale), ("middle", form.middle)):
         if name is not None:
             tensor = blocks[name]
             setattr(side, place, tensor.data_ptr())
-            setattr(side, f"{place}_stride", (c_int64 * 3)(*(n * tensor.itemsize for n in tensor.stride()[:3])))
+            setattr(side, f"{place}_stride", (c_int64 * 3)(*_byte_strides(tensor, is_paged)))
     return side
+
+
+def _byte_strides(tensor: Tensor, is_paged: bool) -> list[int]:
+    """Over batch, head and block, or over nothing, head and page."""
+    strides = (0, tensor.stride(1), tensor.stride(0)) if is_paged else tensor.stride()[:3]
+    return [step * tensor.itemsize for step in strides]
 
 
 def _constants(form: NibbleForm) -> _Side:

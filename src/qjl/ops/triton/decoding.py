@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, Turn, once, shared_strides
+from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, PagedTokens, Turn, once, shared_strides
 from qjl.ops.triton import runtime, step
 from qjl.ops.triton.pairs import Pairs, pairs_of
 from qjl.packed import BLOCK, Blocks
@@ -28,31 +28,6 @@ MOST_SPLITS = 64  # of one KV head
 MOST_NUMBERS = 64 * 128  # of a tile of tokens in half precision, so that shared memory holds what a program needs
 MOST_ROWS = 64  # that share what a program decodes
 LEAST = 16  # what a matrix product takes
-
-
-@dataclass(frozen=True, eq=False)
-class PagedTokens:
-    """Packed tokens in pages of a pool, as serving engines keep them.
-
-    A page holds P tokens (16, 32, 64 or 128) of all heads, token-minor: each field of a ``Packed`` block with P in
-    place of its 64. So ``codes uint8 [pages, H, bytes, P]``, a scale ``[pages, H, P]`` or, in groups,
-    ``[pages, H, groups, P]``; the fields may be strided views of one pool, such as ``[pages, bytes of a page]``.
-    ``table int32 [B, capacity]`` are the pages of each row in order, ``lengths int32 [B]`` how many tokens it has, and
-    ``origins int64 [B]`` the RoPE position of its first one, all on the device. What the table says behind a row's
-    length is not read.
-    """
-
-    keys: Blocks
-    values: Blocks
-    key_form: NibbleForm
-    value_form: NibbleForm
-    table: Tensor
-    lengths: Tensor
-    origins: Tensor
-
-    @property
-    def page(self) -> int:
-        return self.keys["codes"].shape[3]
 
 
 def attend(
@@ -223,7 +198,8 @@ def _places(packed: PackedTokens | PagedTokens) -> tuple[step.Pages | None, Tens
     if isinstance(packed, PackedTokens):
         return None, packed.first.contiguous()
     table = packed.table.contiguous()
-    return step.Pages(table, table.stride(0), packed.lengths.contiguous(), packed.origins.contiguous()), None
+    lengths, skip, origins = (x.contiguous() for x in (packed.lengths, packed.skip, packed.origins))
+    return step.Pages(table, table.stride(0), lengths, skip, origins), None
 
 
 def _exact_parts(work: _Work, exact: Sequence[ExactTokens], value_dim: int) -> step.Parts | None:

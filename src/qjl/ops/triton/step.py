@@ -89,11 +89,12 @@ class Bias(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """Where the tokens of each row lie, and how many there are."""
+    """Where the tokens of each row lie, where they end, and how many at the start do not count."""
 
     table: Tensor
     table_stride: int
     lengths: Tensor
+    skip: Tensor
     origins: Tensor
 
 
@@ -249,12 +250,13 @@ def _store_lse(parts, place, most, total, present):
 
 
 @triton.jit
-def _share(tokens, splits, TILE: tl.constexpr):
-    """Tiles of this program's split: the first, and where the next begins."""
-    tiles = (tokens + TILE - 1) // TILE
+def _share(skip, tokens, splits, TILE: tl.constexpr):
+    """Tiles of this program's split of the tokens from ``skip`` on: the first, and where the next begins."""
+    whole = skip // TILE
+    tiles = tl.maximum((tokens + TILE - 1) // TILE - whole, 0)
     share = (tiles + splits - 1) // splits
     start = tl.program_id(0) * share
-    return start, tl.minimum(start + share, tiles)
+    return whole + start, whole + tl.minimum(start + share, tiles)
 
 
 @triton.jit
@@ -314,10 +316,10 @@ def packed_part(
         at = f[:, None] * TOKENS + tl.arange(0, TILE)[None, :]
         cos_table, sin_table = tl.load(turned.cos + at), tl.load(turned.sin + at)
 
-    tokens = blocks * TOKENS
+    skip, tokens = 0, blocks * TOKENS
     if pages is not None:
-        tokens = tl.load(pages.lengths + row)
-    start, stop = _share(tokens, parts.splits, TILE)
+        skip, tokens = tl.load(pages.skip + row), tl.load(pages.lengths + row)
+    start, stop = _share(skip, tokens, parts.splits, TILE)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     unit = 1e-30  # the largest scale so far
@@ -325,7 +327,7 @@ def packed_part(
     high_sums = tl.zeros([ROWS, VALUE_PAIRS], tl.float32)
     for tile in range(start, stop):
         token = tile * TILE + tl.arange(0, TILE)
-        present = token < tokens
+        present = (token >= skip) & (token < tokens)
         if pages is None:
             block = (token // TOKENS).to(tl.int64)
             slot = token % TOKENS
@@ -415,7 +417,7 @@ def exact_part(
     q = tl.load(at, mask=is_row[:, None] & (dim < key_dim)[None, :], other=0.0)
     keys = exact.key + row * exact.key_stride[0] + head * exact.key_stride[1]
     values = exact.value + row * exact.value_stride[0] + head * exact.value_stride[1]
-    start, stop = _share(tokens, tl.num_programs(0), TILE)
+    start, stop = _share(0, tokens, tl.num_programs(0), TILE)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE_DIM], tl.float32)

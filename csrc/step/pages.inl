@@ -1,0 +1,70 @@
+// Where a block of 64 tokens lies: in a row's storage or a page of 64 as it is, otherwise put together from pages.
+
+struct Place {
+    const uint8_t *codes, *scale, *middle;
+};
+
+inline int64_t scale_size(const QjlSide& side) { return side.unit ? 1 : 2; }
+
+inline int64_t block_bytes(const QjlSide& side) {
+    return 64 * (side.nibbles / 2 + side.groups * (scale_size(side) + (side.middle ? 2 : 0)));
+}
+
+inline Place in_place(const Head& h, const QjlSide& side, int64_t block) {
+    return {h.at(side.codes, side.codes_stride, block), h.at(side.scale, side.scale_stride, block),
+            side.middle ? h.at(side.middle, side.middle_stride, block) : nullptr};
+}
+
+inline int64_t page_of(const Head& h, int64_t token) {
+    return h.s.pages->table[h.batch * h.s.pages->capacity + token / h.s.pages->tokens];
+}
+
+// Puts the tokens of a block that a row has side by side; in place of others there are zeros, which decode to zero.
+struct Gather {
+    const Head& h;
+    const QjlSide& side;
+    int64_t page_tokens, first, last;
+
+    Gather(const Head& h, const QjlSide& side, int64_t block)
+        : h(h), side(side), page_tokens(h.s.pages->tokens), first(more(block * 64, h.first_token())),
+          last(fewer(block * 64 + 64, h.end_token())) {}
+
+    Place into(uint8_t* room) const {
+        if (last - first < 64) __builtin_memset(room, 0, block_bytes(side));
+        uint8_t* scale = room + side.nibbles / 2 * 64;
+        uint8_t* middle = scale + side.groups * scale_size(side) * 64;
+        gather(room, side.codes, side.codes_stride, side.nibbles / 2, 1);
+        gather(scale, side.scale, side.scale_stride, side.groups, scale_size(side));
+        if (side.middle) gather(middle, side.middle, side.middle_stride, side.groups, 2);
+        return {room, scale, middle};
+    }
+
+    // [rows][page_tokens] of each page to [rows][64], numbers of `size` bytes.
+    void gather(uint8_t* to, const uint8_t* data, const int64_t (&stride)[3], int64_t rows, int64_t size) const {
+        for (int64_t token = first, count; token < last; token += count) {
+            const int64_t slot = token % page_tokens;
+            count = fewer(page_tokens - slot, last - token);
+            const uint8_t* from = h.at(data, stride, page_of(h, token)) + slot * size;
+            for (int64_t i = 0; i < rows; ++i) {
+                copy(to + (i * 64 + token % 64) * size, from + i * page_tokens * size, count * size);
+            }
+        }
+    }
+
+    static void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
+        for (; bytes >= 16; bytes -= 16, to += 16, from += 16) __builtin_memcpy(to, from, 16);
+        for (int64_t i = 0; i < bytes; ++i) to[i] = from[i];
+    }
+};
+
+inline Place place_of(const Head& h, const QjlSide& side, int64_t block, uint8_t* room) {
+    if (!h.s.pages) return in_place(h, side, block);
+    if (h.s.pages->tokens == 64 && h.has_all(block, 1)) return in_place(h, side, page_of(h, block * 64));
+    return Gather{h, side, block}.into(room);
+}
+
+// What `place_of` will read first.
+inline const uint8_t* codes_ahead(const Head& h, const QjlSide& side, int64_t block) {
+    const int64_t at = h.s.pages ? page_of(h, more(block * 64, h.first_token())) : block;
+    return h.at(side.codes, side.codes_stride, at);
+}
