@@ -1,9 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM_BIN := .venv-vllm/bin
 CMAKE ?= cmake
 WORKERS ?= 2
-KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_kernels.py fuzz_step.py)
-GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_step.py triton.py triton_benches.py devices.py)
+KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py paged.py fuzz_kernels.py fuzz_step.py)
+GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_step.py paged.py triton.py triton_benches.py devices.py vllm_layer.py)
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 CROSS_CXX ?= aarch64-linux-gnu-g++
 # A machine with no more than NEON; and a memset without DC ZVA, in which QEMU 7 does not survive a page fault.
@@ -12,7 +13,7 @@ EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
 
-.PHONY: setup native demo test report sanitize emulate clean
+.PHONY: setup setup-vllm native demo test test-vllm report sanitize emulate clean
 
 setup: .venv/installed
 
@@ -20,6 +21,15 @@ setup: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# vLLM has an environment of its own: it pins other versions than ours.
+setup-vllm: .venv-vllm/installed
+
+.venv-vllm/installed: requirements-vllm.lock pyproject.toml CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-vllm.lock
+	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 # The kernels alone, into the working tree: after a change in csrc/ that `make setup` has not seen.
@@ -38,6 +48,10 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -k triton $(GPU_TESTS)
 	$(BIN)/qjl eval smoke
+
+# Engines with our pages and with vLLM's own, each in a process of its own.
+test-vllm: setup-vllm
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/pytest -n $(WORKERS) --dist loadscope tests/test_vllm_serving.py
 
 # All that the report tells of the embedded model, measured from nothing; what is there already is not measured again.
 report: setup
@@ -68,5 +82,5 @@ emulate: setup
 	$(BIN)/pytest -p emulation.bridge -n $(WORKERS) -k neon $(KERNEL_TESTS)
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/qjl/_cpu.so
+	rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/qjl/_cpu.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

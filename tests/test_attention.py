@@ -25,6 +25,15 @@ def _layer(config_or_pair, model, sinks=4, recent=32):
     return CacheLayer(key, value, sinks=sinks, recent=recent, source=LayerSource(model.rope))
 
 
+@pytest.fixture(params=[attention.FUSE_FROM_TOKENS, 2], ids=["parts", "torch"])
+def either_way(request, monkeypatch):
+    """By parts, and by torch's kernel, which takes many query tokens only."""
+    monkeypatch.setattr(attention, "FUSE_FROM_TOKENS", request.param)
+
+
+EITHER_WAY = pytest.mark.usefixtures("either_way", "reference_backend")
+
+
 @pytest.fixture
 def packed(model_of, run_through):
     """``packed(key, value, ...)``: a layer of 300 tokens, most of them packed, and the tokens."""
@@ -64,6 +73,7 @@ def _padded(mask, padding):
 # Identity equals torch
 
 
+@EITHER_WAY
 @HEADS
 @pytest.mark.parametrize("queries", [1, 2, 40, LENGTH])
 @pytest.mark.parametrize("kind", ["causal", "bool", "additive", "per head"])
@@ -149,6 +159,7 @@ def test_heads_share_packed_tokens(key, value, heads, group, packed):
     _assert_close(attend(query, layer, Scoring(0.125)), _expected(query, layer, Scoring(0.125)), atol=2e-3)
 
 
+@EITHER_WAY
 @METHODS
 @pytest.mark.parametrize("queries", [1, 12])
 @pytest.mark.parametrize("kind", ["bool", "additive", "per head"])
@@ -162,6 +173,7 @@ def test_masks_reach_packed_tokens(key, value, queries, kind, packed, generator)
     _assert_close(attend(query, layer, Scoring(0.125, mask)), _expected(query, layer, Scoring(0.125, mask)), atol=2e-3)
 
 
+@EITHER_WAY
 @METHODS
 @pytest.mark.parametrize("queries", [1, 12])
 @pytest.mark.parametrize("padding", [(0, 37), (5, 5), (70, 3)])
@@ -176,6 +188,7 @@ def test_left_padding_gets_no_weight(key, value, queries, padding, packed):
         assert np.abs(wrong - expected).max() > 0.01
 
 
+@EITHER_WAY
 @METHODS
 @pytest.mark.parametrize("queries", [1, 12])
 def test_padding_is_left_out_even_where_the_mask_says_nothing(key, value, queries, packed):
@@ -198,6 +211,7 @@ def test_soft_caps_follow_the_formula(key, value, queries, softcap, packed):
     _assert_close(attend_dense(query, *layer.dense(), scoring), _expected(query, layer, scoring), atol=2e-3)
 
 
+@EITHER_WAY
 @METHODS
 @pytest.mark.parametrize("queries", [1, 12])
 def test_sink_logits_take_weight_and_give_nothing(key, value, queries, packed):
@@ -232,6 +246,7 @@ def test_everything_at_once(key, value, packed, generator):
     _assert_close(attend(query, layer, scoring), _expected(query, layer, scoring), atol=2e-3)
 
 
+@EITHER_WAY
 @METHODS
 def test_a_chunk_of_queries_sees_packed_tokens_and_not_its_own_future(key, value, packed):
     """Each query of a chunk gives what it gives alone, over the tokens up to its own."""
@@ -244,6 +259,7 @@ def test_a_chunk_of_queries_sees_packed_tokens_and_not_its_own_future(key, value
         torch.testing.assert_close(chunk[:, :, place : place + 1], alone, atol=1e-3, rtol=0)
 
 
+@EITHER_WAY
 @METHODS
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
@@ -259,6 +275,25 @@ def test_a_query_that_may_see_nothing_gives_finite_numbers(key, value, queries, 
             out = attend(tokens.queries[:, :, -queries:], layer, Scoring(0.125, mask, softcap))
             assert torch.isfinite(out).all()
             assert (out[1] != 0).any()
+
+
+def test_many_queries_go_to_torch_over_tiles_of_decoded_tokens(packed, monkeypatch):
+    layer, tokens = packed(QJL(), TokenUniform())
+    seen, fused = [], attention._fused_part
+
+    def spy(query, keys, *others, **settings):
+        seen.append((query.shape[2], keys.shape[2]))
+        return fused(query, keys, *others, **settings)
+
+    monkeypatch.setattr(attention, "_fused_part", spy)
+    monkeypatch.setattr(attention, "TILE_NUMBERS", 1)
+    many = attention.FUSE_FROM_TOKENS
+    scoring = Scoring(0.125, causal_mask(many, LENGTH, torch.device("cpu")))
+    attend(tokens.queries[:, :, -many + 1 :], layer, Scoring(0.125))
+    assert not seen
+    out = attend(tokens.queries[:, :, -many:], layer, Scoring(0.125))
+    assert seen.count((1, 64)) == many * layer.packed[0].blocks
+    _assert_close(out, _expected(tokens.queries[:, :, -many:], layer, scoring), atol=2e-3)
 
 
 def test_queries_of_padding_give_finite_numbers(packed):

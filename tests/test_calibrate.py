@@ -8,7 +8,7 @@ from transformers import BatchEncoding
 
 import qjl
 from models_for_tests import VOCABULARY, difference, exact, generate, packed_bytes, prompt, read, tiny
-from qjl import wheels
+from qjl import ops, wheels
 from qjl.architecture import fingerprint
 from qjl.calibrate import calibrate, measure
 from qjl.hf import statistics_path
@@ -51,6 +51,7 @@ def test_caches_use_it_without_waiting(attention, caplog):
     model = tiny()
     cache = qjl.KVCache(model)
     model.set_attn_implementation(attention)
+    ops.backend_of(torch.device("cpu"))  # which is told once, in whatever test comes first
     with caplog.at_level(logging.INFO, logger="qjl"):
         generate(model, prompt(110), past_key_values=cache, tokens=2)
     assert cache.cores[0].packed_tokens == [64]

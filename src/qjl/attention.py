@@ -19,6 +19,7 @@ from qjl.ops.forms import ExactTokens
 from qjl.packed import BLOCK
 
 TILE_NUMBERS = 1 << 24  # scores or decoded numbers in flight at once
+FUSE_FROM_TOKENS = 256  # with so many query tokens, decoding and torch's kernel are 4 times as fast on a CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +43,23 @@ def attend(query: Tensor, layer: CacheLayer, scoring: Scoring) -> Tensor:
 
     Returns ``[B, Hq, Q, Dv]`` in the query's dtype. Hq is a multiple of the layer's KV heads (GQA, MQA).
     """
-    exact, packed = layer.segments()
+    return attend_segments(query, *layer.segments(), scoring, layer.length)
+
+
+def attend_segments(
+    query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring, columns: int
+) -> Tensor:
+    """The same over segments with ``columns`` tokens in all."""
     plain = packed is None and len(exact) == 1 and exact[0].valid is None and exact[0].columns == 0
     if plain and scoring.softcap is None and scoring.sink_logits is None:
         return _fused(query, exact[0], scoring)
-    attend_tile = _one_step if packed is not None and _takes_one_step(query, exact[0], packed) else _by_parts
-    return _tiled(attend_tile, query, exact, packed, scoring, layer.length)
+    if packed is not None and _takes_one_step(query, exact[0], packed):
+        return _tiled(_one_step, query, exact, packed, scoring, columns)
+    if not _takes_fused_parts(query, exact[0], scoring):
+        return _tiled(_by_parts, query, exact, packed, scoring, columns)
+    if scoring.mask is None and _all_count(exact[-1], query.shape[2]):
+        return _by_fused_parts(query, exact, packed, scoring)
+    return _tiled(_by_fused_parts, query, exact, packed, scoring, columns)
 
 
 def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
@@ -60,6 +72,16 @@ def _takes_one_step(query: Tensor, exact: ExactSegment, packed: PackedSegment) -
     rows = query.shape[1] // exact.keys.shape[1] * query.shape[2]
     is_worth_it = rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
     return is_worth_it and ops.offers("attend", query) and packed.as_operand is not None
+
+
+def _takes_fused_parts(query: Tensor, exact: ExactSegment, scoring: Scoring) -> bool:
+    is_plain = scoring.softcap is None and exact.keys.shape[3] == exact.values.shape[3]
+    return is_plain and query.device.type == "cpu" and query.shape[2] >= FUSE_FROM_TOKENS
+
+
+def _all_count(segment: ExactSegment, tokens: int) -> bool:
+    """Whether its last ``tokens`` are the queries' own, and none of it is padding."""
+    return segment.valid is None and isinstance(segment.columns, int) and segment.keys.shape[2] >= tokens
 
 
 def _tiled(
@@ -99,6 +121,50 @@ def _one_step(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | 
 def _by_parts(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring) -> Tensor:
     rows = _grouped(query, exact[0])
     return _joined(list(_parts(rows, exact, packed, scoring, query.shape[2])), query, scoring)
+
+
+def _by_fused_parts(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring) -> Tensor:
+    """By torch's kernel, over packed tokens that are decoded a tile at a time."""
+    parts = []
+    if scoring.mask is None:
+        before, own = _split_before(exact[-1], query.shape[2])
+        parts.append(_fused_part(query, own.keys, own.values, None, scoring, is_causal=True))
+        exact = [*exact[:-1], before]
+    for segment in exact:
+        if length := segment.keys.shape[2]:
+            parts.append(_fused_part(query, segment.keys, segment.values, _bias(segment, scoring, length), scoring))
+    for tile in [] if packed is None else _tiles(packed, 2 * query.shape[0] * exact[0].keys.shape[1] * query.shape[3]):
+        keys = tile.key_codec.dequantize(tile.keys, tile.first)
+        values = tile.value_codec.dequantize(tile.values, tile.first)
+        parts.append(_fused_part(query, keys, values, _bias(tile, scoring, tile.blocks * BLOCK), scoring))
+    return _joined(parts, query, scoring)
+
+
+def _split_before(segment: ExactSegment, tokens: int) -> tuple[ExactSegment, ExactSegment]:
+    """A segment of tokens that all count, without its last ``tokens``; and these."""
+    assert isinstance(segment.columns, int)
+    cut = segment.keys.shape[2] - tokens
+    before = ExactSegment(segment.keys[:, :, :cut], segment.values[:, :, :cut], segment.columns, None)
+    return before, ExactSegment(segment.keys[:, :, cut:], segment.values[:, :, cut:], segment.columns + cut, None)
+
+
+def _fused_part(
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scoring: Scoring, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    batch, heads = keys.shape[:2]
+    folded = query.float().reshape(batch * heads, -1, *query.shape[2:])
+    keys, values = (x.float().flatten(0, 1)[:, None].expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
+    if bias is not None and bias.shape[1] > 1:
+        bias = bias.expand(batch, -1, -1, -1).reshape(*folded.shape[:2], *bias.shape[2:])
+    elif bias is not None and bias.shape[0] > 1:
+        bias = bias.repeat_interleave(heads, dim=0)
+    # torch's public function keeps the log-sum-exp to itself
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        folded, keys, values, is_causal=is_causal, attn_mask=bias, scale=scoring.scaling
+    )
+    if bias is not None:
+        lse = lse.masked_fill(bias.amax(-1).isneginf(), -torch.inf)
+    return out.reshape(batch, heads, -1, values.shape[3]), lse.reshape(batch, heads, -1)
 
 
 def _grouped(query: Tensor, exact: ExactSegment) -> Tensor:
@@ -172,7 +238,7 @@ def _parts(
         if segment.keys.shape[2]:
             yield _exact_part(rows, segment, scoring, tokens)
     if packed is not None:
-        for tile in _tiles(rows, packed):
+        for tile in _tiles(packed, rows.shape[0] * rows.shape[1] * max(rows.shape[2], 2 * rows.shape[3])):
             yield _packed_part(rows, tile, scoring, tokens)
 
 
@@ -186,9 +252,9 @@ def _bias(segment: ExactSegment | PackedSegment, scoring: Scoring, length: int) 
     return bias if segment.bias is None else bias + segment.bias
 
 
-def _tiles(rows: Tensor, packed: PackedSegment) -> Iterator[PackedSegment]:
-    per_block = rows.shape[0] * rows.shape[1] * BLOCK * max(rows.shape[2], 2 * rows.shape[3])
-    size = max(1, TILE_NUMBERS // per_block)
+def _tiles(packed: PackedSegment, numbers: int) -> Iterator[PackedSegment]:
+    """Some blocks at a time, where a token takes so many numbers in flight."""
+    size = max(1, TILE_NUMBERS // (numbers * BLOCK))
     for start in range(0, packed.blocks, size):
         yield packed.tile(start, min(start + size, packed.blocks))
 

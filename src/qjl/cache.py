@@ -443,6 +443,12 @@ class CacheLayer:
 
     # Codecs and statistics
 
+    @property
+    def lacks_statistics(self) -> bool:
+        """Whether the first prompt would give the statistics that codecs are fitted to."""
+        is_needed = self.key.needs_statistics or self.value.needs_statistics
+        return is_needed and self._codecs() is None and self.source.calibrated() is None
+
     def _codecs(self) -> tuple[Codec, Codec] | None:
         if self._window is None:
             wanted = (self.key, self.value, self.pre_rope)

@@ -95,6 +95,12 @@ def require_context(model: PreTrainedModel, tokens: int, what: str = "the prompt
     return context - tokens
 
 
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Those that end a text."""
+    end = model.generation_config.eos_token_id if model.generation_config else None
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel, ids: list[int], cache: Cache, on_tokens: Callable[[int], None] = lambda count: None

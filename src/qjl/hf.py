@@ -29,7 +29,6 @@ from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
 from qjl.methods.base import storage_bytes
 from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
-from qjl.wheels import cache_dir
 
 logger = logging.getLogger("qjl")
 ATTENTION = "qjl"
@@ -708,7 +707,7 @@ def attention_set_to(model: PreTrainedModel, name: str) -> Iterator[None]:
     if not _can_set_attention(model):
         raise QJLError(
             f"{model.config.model_type} does not use transformers' attention interface, so its attention cannot be "
-            "watched: choose a preset in place of bits."
+            "replaced: take a preset in place of bits, or another model."
         )
     try:
         _set_attention(model, name)
@@ -762,7 +761,7 @@ def _after_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any], ou
 def statistics_path(model: PreTrainedModel) -> Path | None:
     """Where ``qjl calibrate`` keeps this model's statistics; None for a model sharded over processes."""
     name = fingerprint(model)
-    return None if name is None else cache_dir() / "statistics" / f"{name}.safetensors"
+    return None if name is None else statistics.path_of(name)
 
 
 def _calibrated_statistics(model: PreTrainedModel) -> statistics.StatisticsFile | None:

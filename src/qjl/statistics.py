@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.rope import Rope
+from qjl.wheels import cache_dir
 
 MIN_TOKENS = 256
 FORMAT = "qjl-statistics-2"
@@ -69,6 +70,10 @@ class LayerStatistics:
     @property
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in _TENSORS)
+
+    def of_heads(self, heads: slice) -> LayerStatistics:
+        """Those of some of the layer's KV heads."""
+        return replace(self, **{name: getattr(self, name)[heads] for name in _TENSORS})
 
 
 class AttentionMoments:
@@ -192,6 +197,11 @@ def _identity_like(matrices: Tensor) -> Tensor:
 
 def _traces(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def path_of(fingerprint: str) -> Path:
+    """Where ``qjl calibrate`` keeps a model's statistics."""
+    return cache_dir() / "statistics" / f"{fingerprint}.safetensors"
 
 
 def save(path: Path, layers: Mapping[int, LayerStatistics], fingerprint: str) -> None:

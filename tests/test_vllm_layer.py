@@ -1,0 +1,150 @@
+"""A layer of the vLLM plugin, on every backend, against attention over what its tokens decode to."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import oracles
+from conftest import Model
+from qjl.attention import Scoring, causal_mask
+from qjl.methods.balanced import Balanced
+from qjl.methods.base import LayerContext
+from qjl.ops.triton import runtime
+from qjl.packed import Field
+from qjl.vllm.layer import PagedLayer, Step, page_bytes
+from qjl.vllm.planning import Planner, PoolShape, Request
+
+HEADS, GROUP, HEAD_DIM = 2, 2, 64
+PAGES = 40
+SINKS, RECENT = 4, 32
+MOST_QUERIES = 8
+SCORING = Scoring(0.125)
+every_page = pytest.mark.parametrize("page_tokens", [] if runtime.is_interpreted() else [16, 32, 64])  # minutes
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+class Server:
+    """One layer, the pages and the plans of some sequences."""
+
+    def __init__(self, page_tokens, dtype=torch.float32):
+        model = Model(HEADS, HEAD_DIM, GROUP)
+        shape = (HEADS, HEAD_DIM, torch.device("cpu"), dtype, model.statistics())
+        codecs = (
+            Balanced(3).fit(LayerContext("key", *shape, rope=model.rope)),
+            Balanced(2, metric=False).fit(LayerContext("value", *shape)),
+        )
+        pool = PoolShape(page_tokens, SINKS, 12, 4)
+        self.layer = PagedLayer(codecs, pool, HEADS, HEAD_DIM, dtype, torch.device("cpu"))
+        self.planner = Planner(pool, RECENT)
+        token_bytes = self.layer.token_bytes // HEADS
+        self.layer.bind(torch.zeros(PAGES, HEADS, page_tokens, token_bytes, dtype=torch.uint8))
+        self.model, self.page_tokens, self.dtype = model, page_tokens, dtype
+        self.free = list(reversed(range(PAGES)))
+
+    def sequence(self, length):
+        made = self.model.first_tokens(length)
+        by_token = [x[0].transpose(0, 1).to(self.dtype) for x in (made.keys, made.values, made.queries)]
+        keys, values, queries = by_token
+        return SimpleNamespace(keys=keys, values=values, queries=queries, pages=[], context=0)
+
+    def step(self, *work):
+        """Give ``(sequence, fresh tokens)`` and get the outputs, and what should have been read, of each."""
+        requests = []
+        for one, fresh in work:
+            while len(one.pages) * self.page_tokens < one.context + fresh:
+                one.pages.append(self.free.pop())
+            requests.append(Request(one.pages, one.context, fresh))
+        plan = self.planner.plan(requests)
+        step = Step.of(plan, requests, self.page_tokens, MOST_QUERIES, torch.device("cpu"))
+        keys, values, queries = (
+            torch.cat([getattr(one, name)[one.context : one.context + fresh] for one, fresh in work])
+            for name in ("keys", "values", "queries")
+        )
+        out = torch.full_like(queries, torch.nan)
+        self.layer.write(step, keys, values)
+        self.layer.attend(step, queries, keys, values, SCORING, out)
+        answers = []
+        for (one, fresh), part, reading in zip(work, out.split([n for _, n in work]), plan.readings, strict=True):
+            answers.append((part.transpose(0, 1)[None], self._expected(one, fresh, reading), reading))
+            one.context += fresh
+        return answers
+
+    def _expected(self, one, fresh, reading):
+        """Over tokens as they are, but for those that are read packed: decoded from a fresh encoding."""
+        total = one.context + fresh
+        keys, values = (
+            self._decoded(codec, x[:total], reading.skip, reading.packed)
+            for codec, x in zip(self.layer.codecs, (one.keys, one.values), strict=True)
+        )
+        query = one.queries[one.context : total].transpose(0, 1)[None]
+        mask = causal_mask(fresh, total, torch.device("cpu"))
+        arrays = (x.double().numpy() for x in (query, keys, values))
+        return torch.from_numpy(oracles.Attention.out(*arrays, SCORING.scaling, mask.numpy()))
+
+    def _decoded(self, codec, x, begin, end):
+        exact = x.float().transpose(0, 1)[None]
+        padded = torch.nn.functional.pad(exact, (0, 0, 0, -len(x) % 64))
+        first = torch.arange(0, padded.shape[2], 64)[None]
+        decoded = codec.dequantize(codec.quantize(padded.to(self.dtype), first), first)
+        return torch.cat([exact[:, :, :begin], decoded[:, :, begin:end], exact[:, :, end:]], dim=2)
+
+
+def _check(answers, atol=2e-4):
+    for out, expected, _ in answers:
+        torch.testing.assert_close(out.double(), expected, atol=atol, rtol=0)
+
+
+@every_page
+def test_prompts_chunks_and_single_tokens_of_several_sequences(page_tokens):
+    server = Server(page_tokens)
+    first, second, third = (server.sequence(length) for length in (230, 150, 60))
+    _check(server.step((first, 100)))
+    _check(server.step((first, 90), (second, 130)))  # a chunk beside a whole prompt
+    packed = 0
+    for _ in range(5):
+        answers = server.step((first, 1), (second, 1))
+        _check(answers)
+        packed = max(packed, *(reading.packed - reading.skip for _, _, reading in answers))
+    assert packed > 80
+    _check(server.step((first, 1), (third, 50), (second, 1)))
+
+
+@every_page
+def test_some_tokens_at_once_as_in_speculative_decoding_and_back(page_tokens):
+    """Drafts of other lengths in one step; those that are not accepted are written again."""
+    server = Server(page_tokens)
+    first, second = server.sequence(200), server.sequence(200)
+    server.step((first, 120), (second, 127))
+    for drafts in ((4, 4), (1, 5), (3, 2), (8, 1), (5, 6)):
+        _check(server.step((first, drafts[0]), (second, drafts[1])))
+        first.context -= (drafts[0] - 1) // 2  # some are rejected
+        second.context -= drafts[1] - 1
+
+
+def test_a_prompt_and_its_first_answers():
+    server = Server(32)
+    one = server.sequence(103)
+    _check(server.step((one, 100)))
+    answers = server.step((one, 3))
+    assert answers[0][2].packed == 64
+    _check(answers)
+
+
+def test_a_pool_in_half_precision():
+    server = Server(64, torch.bfloat16)
+    one = server.sequence(110)
+    server.step((one, 100))
+    _check(server.step((one, 1)), atol=3e-2)
+
+
+def test_codes_without_a_value_per_token_do_not_fit_pages(refuses):
+    with refuses("zeros is not kept per token: such codes do not fit pages."):
+        page_bytes([{"codes": Field((8, 64), torch.uint8), "zeros": Field((8,), torch.float16)}])
+
+
+def test_pages_are_the_codes_and_nothing_else():
+    layer = Server(64).layer
+    key, value = Balanced(3).bits(HEAD_DIM), Balanced(2, metric=False).bits(HEAD_DIM)
+    assert layer.token_bytes == HEADS * HEAD_DIM * (key + value) / 8

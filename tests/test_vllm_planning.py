@@ -1,0 +1,207 @@
+"""The pages and lines of the vLLM plugin: whatever arrives, every token is read once, and is the right one."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qjl.errors import QJLError
+from qjl.packed import BLOCK
+from qjl.vllm.planning import Encoding, Planner, PoolShape, Request
+
+
+@dataclass
+class Sequence:
+    tokens: list = field(default_factory=list)  # that the engine counts as computed
+    pages: list = field(default_factory=list)
+    hits: int = 0
+
+
+class Engine:
+    """A naive engine: tokens are names, a page's codes and the pool's slots are dictionaries of them."""
+
+    def __init__(self, seed, page_tokens, sinks, recent, lines, sink_lines, pages=40):
+        self.random = random.Random(seed)
+        self.shape = PoolShape(page_tokens, sinks, lines, sink_lines)
+        self.planner = Planner(self.shape, recent)
+        self.free = list(range(pages))
+        self.known = {}  # the tokens up to the end of a full page, to that page
+        self.codes, self.pool = {}, {}
+        self.running = []
+        self.named = 0
+
+    def names(self, count):
+        self.named += count
+        return list(range(self.named - count, self.named))
+
+    def take_page(self):
+        page = self.free.pop(0)
+        self.known = {tokens: known for tokens, known in self.known.items() if known != page}
+        return page
+
+    def start(self, prompt):
+        """A sequence whose first pages may be known; the last token is always computed."""
+        sequence = Sequence()
+        size = self.shape.page_tokens
+        while len(sequence.tokens) + size < len(prompt):
+            page = self.known.get(tuple(prompt[: len(sequence.tokens) + size]))
+            if page is None:
+                break
+            sequence.pages.append(page)
+            sequence.tokens += prompt[len(sequence.tokens) :][:size]
+            sequence.hits += 1
+            if page in self.free:
+                self.free.remove(page)
+        self.running.append(sequence)
+        return sequence
+
+    def stop(self, sequence):
+        self.running.remove(sequence)
+        shared = {page for other in self.running for page in other.pages}
+        self.free += [page for page in reversed(sequence.pages) if page not in shared]
+
+    def room(self, sequence, fresh):
+        pages = -(-(len(sequence.tokens) + fresh) // self.shape.page_tokens)
+        return len(self.free) - (pages - len(sequence.pages))
+
+    def allocate(self, sequence, fresh, accepted):
+        size = self.shape.page_tokens
+        while len(sequence.pages) * size < len(sequence.tokens) + len(fresh):
+            sequence.pages.append(self.take_page())
+        kept = sequence.tokens + fresh[:accepted]
+        for page, stop in zip(sequence.pages, range(size, len(kept) + 1, size), strict=False):
+            self.known.setdefault(tuple(kept[:stop]), page)
+
+    def step(self, work):
+        """``work``: sequences, their fresh tokens, and how many of them turn out to be accepted."""
+        requests = [Request(sequence.pages, len(sequence.tokens), len(fresh)) for sequence, fresh, _ in work]
+        plan = self.planner.plan(requests)
+        batch = [token for _, fresh, _ in work for token in fresh]
+        self.encode(plan.rescued, self.pool)
+        for token, slot in zip(plan.put_tokens, plan.put_slots, strict=True):
+            self.pool[slot] = batch[token]
+        self.encode(plan.filled, self.pool)
+        self.encode(plan.direct, batch)
+        for (sequence, fresh, accepted), reading in zip(work, plan.readings, strict=True):
+            assert self.read(sequence, reading) == sequence.tokens
+            sequence.tokens += fresh[:accepted]
+        return plan
+
+    def encode(self, encoding: Encoding, source):
+        assert len(encoding.sources) == len(encoding) * BLOCK
+        for column, page, offset in zip(encoding.columns, encoding.pages, encoding.offsets, strict=True):
+            position = encoding.first[column // BLOCK] + column % BLOCK
+            assert position % self.shape.page_tokens == offset
+            self.codes[page, offset] = source[encoding.sources[column]]
+
+    def read(self, sequence, reading):
+        size = self.shape.page_tokens
+        exact = [self.pool[slot] for slot in reading.slots]
+        packed = [self.codes[sequence.pages[i // size], i % size] for i in range(reading.skip, reading.packed)]
+        return exact[: reading.skip] + packed + exact[reading.skip :]
+
+    def random_step(self, most):
+        work = []
+        for sequence in self.random.sample(self.running, len(self.running)):
+            fresh = self.names(self.random.choice([1, 1, 1, 3, self.random.randint(1, most)]))
+            if self.room(sequence, len(fresh)) < 0 or self.random.random() < 0.2:
+                continue
+            accepted = self.random.randint(1, len(fresh)) if len(fresh) <= 4 else len(fresh)
+            self.allocate(sequence, fresh, accepted)
+            work.append((sequence, fresh, accepted))
+            if self.random.random() < 0.2:
+                work += self.follower(sequence.tokens + fresh[:accepted])
+        self.step(work)
+
+    def follower(self, tokens):
+        """A sequence that begins like one that is computed in the same step."""
+        follower = self.start(tokens + self.names(1))
+        fresh = self.names(3)
+        if self.room(follower, 3) < 0:
+            self.stop(follower)
+            return []
+        self.allocate(follower, fresh, 3)
+        return [(follower, fresh, 3)]
+
+    def shuffle(self):
+        """Sequences come, go, and are preempted."""
+        if self.running and self.random.random() < 0.3:
+            gone = self.random.choice(self.running)
+            self.stop(gone)
+            if self.random.random() < 0.5:
+                self.start(gone.tokens + self.names(1))
+        while len(self.running) < 3 or self.random.random() < 0.2:
+            self.start(self.names(2))
+
+
+@pytest.mark.parametrize("page_tokens", [16, 64])
+@given(
+    seed=st.integers(0, 2**32),
+    sinks=st.sampled_from([0, 1, 4, 16]),
+    recent=st.sampled_from([0, 1, 16, 32, 50]),
+    lines=st.sampled_from([0, 1, 3, 8, 100]),
+    sink_lines=st.sampled_from([0, 1, 5]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_token_is_read_once_whatever_happens(page_tokens, seed, sinks, recent, lines, sink_lines):
+    engine = Engine(seed, page_tokens, sinks, recent, lines, sink_lines)
+    for _ in range(25):
+        engine.shuffle()
+        engine.random_step(3 * page_tokens)
+
+
+@pytest.mark.parametrize("recent", [0, 16, 32, 33])
+@pytest.mark.parametrize("chunk", [1, 7, 64, 200])
+def test_the_end_of_a_sequence_is_exact_to_the_page_where_there_are_lines_enough(recent, chunk):
+    engine = Engine(0, 16, 4, recent, lines=100, sink_lines=1)
+    sequence = engine.start([])
+    while len(sequence.tokens) < 300:
+        fresh = engine.names(chunk)
+        engine.allocate(sequence, fresh, chunk)
+        context = len(sequence.tokens)
+        reading = engine.step([(sequence, fresh, chunk)]).readings[0]
+        assert reading.packed == max(0, context - recent) // 16 * 16
+        assert reading.skip == min(4, reading.packed)
+
+
+def test_a_full_page_is_encoded_once_however_its_tokens_come():
+    for chunk in (1, 5, 16, 40):
+        engine = Engine(0, 16, 4, 32, lines=10, sink_lines=1)
+        sequence, encoded = engine.start([]), []
+        while len(sequence.tokens) < 160:
+            fresh = engine.names(chunk)
+            engine.allocate(sequence, fresh, chunk)
+            plan = engine.step([(sequence, fresh, chunk)])
+            for part in (plan.rescued, plan.filled, plan.direct):
+                encoded += zip(part.pages, part.offsets, strict=True)
+        assert len(encoded) == len(set(encoded)) == 160
+
+
+def test_a_line_that_is_used_again_is_written_to_its_page_first():
+    engine = Engine(0, 16, 0, 0, lines=1, sink_lines=0)
+    first, second = engine.start([]), engine.start([])
+    for sequence in (first, second, first, second):
+        fresh = engine.names(5)
+        engine.allocate(sequence, fresh, 5)
+        engine.step([(sequence, fresh, 5)])
+    assert engine.planner.rescues == 3
+
+
+def test_first_tokens_that_were_forgotten_are_read_packed_and_counted():
+    engine = Engine(0, 16, 4, 0, lines=4, sink_lines=1)
+    sequences = [engine.start([]), engine.start([])]
+    for sequence in sequences:
+        fresh = engine.names(20)
+        engine.allocate(sequence, fresh, 20)
+        engine.step([(sequence, fresh, 20)])
+    for sequence in sequences:
+        engine.allocate(sequence, [0], 1)
+        engine.step([(sequence, engine.names(1), 1)])
+    assert engine.planner.missed_sinks == 1
+
+
+def test_more_first_tokens_than_a_page_are_refused():
+    with pytest.raises(QJLError, match="--block-size of at least 64"):
+        Planner(PoolShape(16, 64, 4, 4), 32)
