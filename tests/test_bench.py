@@ -687,7 +687,7 @@ def test_a_png_and_nothing_to_draw(rows, refuses):
         plots.benchmark([])
 
 
-@pytest.mark.parametrize("command", ["", "decode", "encode", "kernels", "generate", "memory", "throughput"])
+@pytest.mark.parametrize("command", ["", "decode", "encode", "kernels", "generate", "memory", "throughput", "serving"])
 def test_help_ends_in_an_example(command):
     example = run(*command.split(), "--help").stdout.strip().splitlines()[-1]
     assert example.strip().startswith(f"Example: qjl bench {command}".strip())

@@ -43,13 +43,18 @@ class Peak:
         return _status("VmRSS")
 
 
+def resident_bytes(process: int) -> int | None:
+    """What another process holds now; None where it cannot be told."""
+    return _status("VmRSS", Path(f"/proc/{process}/status"))
+
+
 def _give_back() -> None:
     """What was freed goes back to Linux, which would count it as held."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
         library.malloc_trim(0)
 
 
-def _status(name: str) -> int | None:
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+def _status(name: str, place: Path = STATUS) -> int | None:
+    lines = place.read_text().splitlines() if place.exists() else []
     found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
     return 1024 * int(found[0]) if found else None

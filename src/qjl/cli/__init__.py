@@ -14,10 +14,12 @@ from qjl.cli import (
     demonstrating,
     evaluating,
     harnessing,
+    loading,
     measuring,
     planning,
     racing,
     reporting,
+    serving,
     writing,
 )
 from qjl.cli.common import EXAMPLES, Commands
@@ -62,6 +64,7 @@ prompt_caches = typer.Typer(
 app.command("demo", epilog=EXAMPLES.format("qjl demo --preset b2"))(demonstrating.demo)
 app.command("generate", epilog=EXAMPLES.format('qjl generate "The moon is" --max-new-tokens 40'))(writing.generate)
 app.command("chat", epilog=EXAMPLES.format("qjl chat --preset b3"))(writing.chat)
+app.command("serve", epilog=EXAMPLES.format("qjl serve smollm2 --preset b3 --port 8000"))(serving.serve)
 app.command("presets", epilog=EXAMPLES.format("qjl presets --head-dim 64"))(planning.presets)
 app.command("plan", epilog=EXAMPLES.format("qjl plan smollm2 --memory 2G --context 8192"))(planning.plan)
 app.command("calibrate", epilog=EXAMPLES.format("qjl calibrate smollm2 --data my-text.txt"))(measuring.calibrate)
@@ -99,6 +102,9 @@ benchmarks.command("generate", epilog=EXAMPLES.format("qjl bench generate --toke
 benchmarks.command("memory", epilog=EXAMPLES.format("qjl bench memory --tokens 4096 --plot memory.svg"))(racing.memory)
 benchmarks.command("throughput", epilog=EXAMPLES.format("qjl bench throughput --tokens 4096 --memory 2G"))(
     racing.throughput
+)
+benchmarks.command("serving", epilog=EXAMPLES.format("qjl bench serving --preset b3 --preset full --requests 200"))(
+    loading.serving
 )
 app.add_typer(benchmarks, name="bench")
 prompt_caches.command("build", epilog=EXAMPLES.format("qjl cache build manual.txt --preset b3 -o manual.qjl"))(

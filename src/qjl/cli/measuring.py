@@ -214,11 +214,16 @@ def calibrate(
     dtype: DtypeOption = None,
 ) -> None:
     """Measure a model once, and keep its statistics for all later runs."""
+    path = save_statistics(model, data, device, dtype)
+    notes.print("Statistics are in")
+    typer.echo(path)
+
+
+def save_statistics(model: str, data: Path | None, device: str = "cpu", dtype: str | None = None) -> Path:
+    """Measure a model, and tell the file."""
     from qjl import calibrate as calibration
 
     text = read_data(data)
     network, tokenizer = load(model, device, dtype)
     with waiting("Measuring"):
-        path = calibration.calibrate(network, tokenizer, text)
-    notes.print("Statistics are in")
-    typer.echo(path)
+        return calibration.calibrate(network, tokenizer, text)

@@ -1,0 +1,87 @@
+"""The command that loads a server: bench serving."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from qjl.cli.benching import OutputOption, PresetsOption, Row, report, require_places
+from qjl.cli.common import (
+    DEFAULT_PRESET,
+    EMBEDDED,
+    DataOption,
+    JsonOption,
+    ModelOption,
+    out,
+    progress,
+    read_data,
+    results_table,
+)
+
+
+def serving(
+    model: ModelOption = EMBEDDED,
+    preset: PresetsOption = None,
+    clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
+    requests: Annotated[int, typer.Option("--requests", "-n", min=1, help="In all.")] = 2000,
+    words: Annotated[int, typer.Option(min=1, help="Of the longest prompt; most are short.")] = 150,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of the longest answer.")] = 16,
+    slots: Annotated[int, typer.Option(min=1, help="Answers that the server writes at once.")] = 16,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for it.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Of the server.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "bfloat16",
+    data: DataOption = None,
+    output: OutputOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Ask `qjl serve` much at once: how long answers take, what memory it holds, and whether conversations stay apart.
+
+    Each conversation has a secret of its own. Exits with 1 where one was heard in another, or where an answer failed.
+    With --json, one object per preset and line.
+    """
+    from qjl.bench.serving import Load, measure, went_well
+
+    load, text = Load(clients, requests, words, answer, slots, queue, threads, dtype), read_data(data)
+    require_places(output, None)
+    rows = []
+    for name in preset or [DEFAULT_PRESET]:
+        with progress(f"Asking {name}", requests, json_output) as advance:
+            rows.append(measure(model, name, load, text, lambda: advance(1)))
+        report(rows[-1], output, json_output)
+    if not json_output:
+        out.print(_table(rows))
+    if not all(map(went_well, rows)):
+        raise typer.Exit(1)
+
+
+def _table(rows: list[Row]) -> Any:
+    waits = ("first token,\ns: p50, p99", "answer,\ns: p50, p99")
+    table = results_table(
+        "preset", "answered", "told\nagain", "failed", "leaks", "own,\n%", *waits, "tokens/s", "peak,\nMB"
+    )
+    for row in rows:
+        peak = row["peak_bytes"]
+        table.add_row(
+            row["preset"],
+            *_counts(row),
+            *(_wait(row[of]) for of in ("first_token_seconds", "request_seconds")),
+            f"{row['tokens_per_second']:.0f}",
+            "-" if peak is None else f"{max(peak) / 1e6:.0f}",
+        )
+    table.caption = (
+        f"{rows[0]['model']}, {rows[0]['clients']} clients, {rows[0]['machine']}; told again: refused with the time to "
+        "come again in; own: answers with their own secret"
+    )
+    return table
+
+
+def _counts(row: Row) -> tuple[str, ...]:
+    from qjl.bench.serving import failures, refusals
+
+    counts = (row["statuses"].get("200", 0), refusals(row), failures(row), row["leaks"])
+    return *(f"{count}" for count in counts), f"{100 * row['repeated']:.0f}"
+
+
+def _wait(seconds: dict[str, float]) -> str:
+    return f"{seconds['p50']:.1f}, {seconds['p99']:.1f}" if seconds else "-"

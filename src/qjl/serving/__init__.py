@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over transformers, for machines without vLLM."""

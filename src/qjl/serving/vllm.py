@@ -1,0 +1,50 @@
+"""vLLM as the server, our plugin switched on in it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import NoReturn
+
+import torch
+
+from qjl.errors import QJLError
+from qjl.vllm import PRESET, UNCHANGED
+
+_PLUGINS = "vllm.general_plugins"
+
+
+def is_installed() -> bool:
+    return find_spec("vllm") is not None
+
+
+def has_plugin() -> bool:
+    """Whether vLLM will find ours."""
+    return any(point.value.startswith("qjl.") for point in entry_points(group=_PLUGINS))
+
+
+def is_ready() -> bool:
+    return is_installed() and has_plugin()
+
+
+def require_ready() -> None:
+    """Raises QJLError if vLLM is missing, or does not know our plugin."""
+    if not is_installed():
+        raise QJLError("vLLM is not installed: run `pip install vllm`, or take --engine transformers.")
+    if not has_plugin():
+        raise QJLError("vLLM does not find this package's plugin: install qjl again, beside vLLM.")
+
+
+def run(model: str, options: list[str], preset: str, api_key: str | None) -> NoReturn:
+    """Become vLLM's server of a model, with more options of ``vllm serve``."""
+    environment = os.environ | {PRESET: preset}
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key  # an argument could be read by everybody on the machine
+    if torch.cuda.is_available() and preset != UNCHANGED:
+        options = ["--attention-backend=CUSTOM", *options]
+    # the module, since packages of other names than vllm have no working command
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", *options]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)

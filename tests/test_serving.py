@@ -1,0 +1,941 @@
+"""The server as its clients see it: the official client, others that misbehave, and Prometheus."""
+
+import contextlib
+import copy
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from pathlib import Path
+from unittest.mock import Mock
+
+import httpx2
+import openai
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import tiny_checkpoint
+from models_for_tests import FAMILIES, prompt, tiny
+from qjl import cli, generation, models
+from qjl.cli import serving as serving_command
+from qjl.errors import QJLError
+from qjl.generation import make_cache
+from qjl.presets import resolve
+from qjl.serving import engine as engine_module
+from qjl.serving import server, vllm
+from qjl.serving.app import Limits, Service, build
+from qjl.serving.engine import CHUNK, Engine, Job, fit_codecs
+from qjl.serving.metrics import Metrics
+from qjl.serving.rows import read, rows_in
+from qjl.serving.sampling import Choice, Chooser
+from qjl.serving.writing import PATIENCE, Writer
+from qjl.vllm.model import ServedModel
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESET = "b3"
+UNSERVED = {"qwen3-next", "lfm2", "gemma3n"}  # convolutions, states, layers that share a cache
+KEY = "a key of the tests"
+SECRETS = ("otter", "maple", "comet", "basil", "quartz", "violin", "harbor", "lantern")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_checkpoint.byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """A random one, whose codecs are fitted, and whose likeliest text has no end."""
+    network = tiny(vocab_size=len(tokenizer), max_position_embeddings=tiny_checkpoint.CONTEXT)
+    network.lm_head.weight.data[tokenizer.eos_token_id] = 0
+    fit_codecs(network, tokenizer, resolve(PRESET), lambda: "It was a bright cold day in April. " * 40)
+    return network
+
+
+@contextlib.contextmanager
+def serving(model, tokenizer, limits=None, preset=PRESET, **settings):
+    """A server on a free port: its URL, and itself."""
+    limits = limits or Limits("tiny")
+    engine = Engine(model, tokenizer, resolve(preset), **settings)
+    with server.listen("127.0.0.1", 0) as listener:
+        here = server.Server(build(Service(engine, tokenizer, limits)), engine, grace=10)
+        thread = threading.Thread(target=here.run, args=([listener],), daemon=True)
+        thread.start()
+        wait_until(lambda: here.started)
+        try:
+            yield server.url_of(listener), here
+        finally:
+            here.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def wait_until(is_so, seconds=10):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def url(model, tokenizer):
+    with serving(model, tokenizer, Limits("tiny", max_tokens=256, max_body=20_000)) as (url, _):
+        yield url
+
+
+def client_of(url, key="none"):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return client_of(url)
+
+
+def ask(client, text="Hello", tokens=12, **settings):
+    settings = {"temperature": 0, "max_tokens": tokens} | settings
+    return client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], **settings)
+
+
+def complete(client, text="Hello", tokens=12, **settings):
+    return client.completions.create(model="tiny", prompt=text, **{"temperature": 0, "max_tokens": tokens} | settings)
+
+
+def post(url, path="/v1/completions", **fields):
+    defaults = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0}
+    return httpx2.post(url + path, json=defaults | fields, timeout=30)
+
+
+def metrics(url, headers=None):
+    text = httpx2.get(f"{url}/metrics", headers=headers).text
+    return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*) (\S+)$", text, re.M)}
+
+
+# Rows
+
+
+@pytest.mark.parametrize("preset", ["b3", "full"])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNSERVED))
+def test_rows_in_one_pass_are_rows_alone(family, preset):
+    network = tiny(family)
+    rows = [prompt(length, seed=length)[0].tolist() for length in (300, 5, 190, 1)]
+    alone = [make_cache(network, preset) for _ in rows]
+    together = [make_cache(network, preset) for _ in rows]
+    with torch.inference_mode(), rows_in(network):
+        read(network, [make_cache(network, preset)], rows[:1])  # which codecs are fitted to
+        for start in (0, 150, 299):
+            parts = [row[start : start + 150] if start < 299 else [7] for row in rows]
+            chosen = [index for index, part in enumerate(parts) if part]
+            logits = read(network, [together[index] for index in chosen], [parts[index] for index in chosen])
+            for row, index in zip(logits, chosen, strict=True):
+                expected = read(network, [alone[index]], [parts[index]])[0]
+                torch.testing.assert_close(row, expected, atol=2e-3, rtol=1e-3)
+    assert [cache.get_seq_length() for cache in together] == [cache.get_seq_length() for cache in alone]
+
+
+def test_rows_are_what_generate_writes(model):
+    ids = prompt(300)
+    written = model.generate(
+        ids, past_key_values=make_cache(model, PRESET), do_sample=False, max_new_tokens=20, min_new_tokens=20
+    )
+    cache, tokens = make_cache(model, PRESET), []
+    with torch.inference_mode(), rows_in(model):
+        step = ids[0].tolist()
+        for _ in range(20):
+            step = [int(read(model, [cache], [step])[0].argmax())]
+            tokens += step
+    assert tokens == written[0, 300:].tolist()
+
+
+def test_attention_is_given_back(model):
+    before = model.config._attn_implementation
+    with rows_in(model):
+        assert model.config._attn_implementation != before
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("family", sorted(UNSERVED))
+def test_a_model_with_other_layers_is_refused(family, tokenizer, refuses):
+    with refuses("serve a model with attention layers alone"):
+        Engine(tiny(family), tokenizer, resolve("full"))
+
+
+def test_statistics_are_those_of_the_text(tokenizer, refuses):
+    network = tiny(vocab_size=len(tokenizer), seed=3)
+    with refuses("at least 256 tokens"):
+        fit_codecs(network, tokenizer, resolve(PRESET), lambda: "short")
+    fit_codecs(network, tokenizer, resolve(PRESET), lambda: "long enough " * 60)
+    cache = make_cache(network, PRESET)
+    codecs = [core.codecs for core in cache.cores]
+    with torch.inference_mode(), rows_in(network):
+        read(network, [cache], [prompt(300)[0].tolist()])
+    assert all(core.codecs is None or core.codecs[0] is kept[0] for core, kept in zip(cache.cores, codecs, strict=True))
+    assert cache.cores[0].packed_tokens[0]
+
+
+# Writing
+
+
+def pieces(tokenizer, text, stops=()):
+    writer = Writer(tokenizer, stops)
+    found = []
+    for token in tokenizer(text).input_ids:
+        found.append(writer.write(token))
+        if writer.stopped:
+            break
+    return [*found, writer.finish()], writer
+
+
+def test_characters_come_whole(tokenizer):
+    text = "naïve 東京 🦦 e\u0301 done"
+    found, _ = pieces(tokenizer, text)
+    assert "".join(found) == text
+    assert "🦦" in found
+    assert not any("\ufffd" in piece for piece in found)
+
+
+def test_bytes_that_never_become_a_character_are_written(tokenizer):
+    broken = tokenizer("é").input_ids[0]
+    writer = Writer(tokenizer)
+    written = [writer.write(broken) for _ in range(2 * PATIENCE)]
+    assert "".join(written) == "\ufffd" * 2 * PATIENCE
+
+
+@pytest.mark.parametrize(
+    ("stops", "expected"),
+    [(["END"], "one ENtwo "), (["EN"], "one "), (["zzz"], "one ENtwo END three"), (["three", "o E"], "one ENtw")],
+)
+def test_a_text_ends_before_a_stop_string(tokenizer, stops, expected):
+    if stops == ["three", "o E"]:
+        expected = "one ENtw"
+    found, writer = pieces(tokenizer, "one ENtwo END three", stops)
+    assert "".join(found) == expected
+    assert writer.stopped is (stops != ["zzz"])
+
+
+def test_what_may_be_a_stop_string_waits(tokenizer):
+    found, _ = pieces(tokenizer, "aENDb", ["ENDx"])
+    assert found[:5] == ["a", "", "", "", "ENDb"]
+
+
+def test_text_stops_held_back_come_at_the_end(tokenizer):
+    found, writer = pieces(tokenizer, "see EN", ["END"])
+    assert found[-1] == "EN"
+    assert not writer.stopped
+
+
+def test_choices_follow_the_shares():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    chooser = Chooser(Choice(seed=1))
+    shares = torch.tensor([chooser(logits) for _ in range(4000)]).bincount(minlength=4) / 4000
+    torch.testing.assert_close(shares, logits.exp(), atol=0.03, rtol=0)
+    few = Chooser(Choice(top_p=0.7, seed=1))
+    assert {few(logits) for _ in range(200)} == {0, 1}
+    cold = Chooser(Choice(temperature=0.01, seed=1))
+    assert {cold(logits) for _ in range(50)} == {0}
+    coldest = Chooser(Choice(temperature=5e-324, seed=1))
+    assert {coldest(logits) for _ in range(5)} == {0}
+    assert Chooser(Choice(temperature=0))(logits) == 0
+
+
+def test_a_seed_is_a_text():
+    logits = torch.zeros(1000)
+    one, same, other = (Chooser(Choice(seed=seed)) for seed in (1, 1, 2))
+    drawn = [one(logits) for _ in range(20)]
+    assert drawn == [same(logits) for _ in range(20)] != [other(logits) for _ in range(20)]
+
+
+# The client
+
+
+def test_chat(client, tokenizer):
+    answer = ask(client)
+    choice = answer.choices[0]
+    assert (choice.message.role, choice.finish_reason, answer.model) == ("assistant", "length", "tiny")
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.prompt_tokens == len(tokenizer("[user] Hello<end>[assistant] ").input_ids)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
+
+
+def test_chat_takes_parts_and_roles(client):
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
+    ]
+    same = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    texts = [
+        client.chat.completions.create(model="tiny", messages=one, temperature=0, max_completion_tokens=8)
+        for one in (messages, same)
+    ]
+    assert texts[0].choices[0].message.content == texts[1].choices[0].message.content
+
+
+def test_an_answer_can_be_sent_back(client, tokenizer):
+    question, more = {"role": "user", "content": "Hello"}, {"role": "user", "content": "Go on"}
+    message = ask(client).choices[0].message
+    answer = client.chat.completions.create(
+        model="tiny", messages=[question, message, more], temperature=0, max_tokens=2
+    )
+    text = f"[user] Hello<end>[assistant] {message.content}<end>[user] Go on<end>[assistant] "
+    assert answer.usage.prompt_tokens == len(tokenizer(text).input_ids)
+
+
+def test_completions_are_greedy_generation(client, model, tokenizer):
+    text = "Once upon a time " * 20
+    answer = complete(client, text, 30)
+    cache = make_cache(model, PRESET)
+    expected = generation.generate(model, tokenizer, tokenizer(text).input_ids, cache, 30)
+    assert answer.choices[0].text == expected.text
+    assert answer.usage.completion_tokens == 30
+    tokens = complete(client, tokenizer(text).input_ids, 30)
+    assert tokens.choices[0].text == answer.choices[0].text
+
+
+def test_completions_have_openais_default_length(url):
+    answer = httpx2.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "Hello"}).json()
+    assert answer["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("send", [ask, complete])
+def test_a_stream_is_the_answer_in_pieces(client, send):
+    whole = send(client, tokens=40)
+    chunks = list(send(client, tokens=40, stream=True, stream_options={"include_usage": True}))
+    *texts, last = chunks
+    assert last.usage == whole.usage
+    assert last.choices == []
+    if send is ask:
+        assert texts[0].choices[0].delta.role == "assistant"
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in texts)
+        assert text == whole.choices[0].message.content
+    else:
+        text = "".join(chunk.choices[0].text for chunk in texts)
+        assert text == whole.choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in texts if chunk.choices[0].finish_reason] == ["length"]
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stream_ends_with_done_and_has_no_usage_unasked(url):
+    body = post(url, stream=True).text
+    events = [line.removeprefix("data: ") for line in body.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    assert not any("usage" in json.loads(event) for event in events[:-1])
+
+
+def test_an_answer_ends_at_a_stop_string(client):
+    text = complete(client, tokens=60).choices[0].text
+    middle = len(text) // 2
+    stop = text[middle : middle + 3]
+    answer = complete(client, tokens=60, stop=stop)
+    assert answer.choices[0].text == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 60
+
+
+def test_an_answer_ends_with_the_end_token(model, tokenizer):
+    token = int(make_next(model, tokenizer("Hello").input_ids))
+    ending = copy.deepcopy(tokenizer)
+    ending.eos_token = tokenizer.convert_ids_to_tokens(token)
+    with serving(model, ending) as (url, _):
+        answer = complete(client_of(url))
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("", "stop")
+
+
+def make_next(model, ids):
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0, -1].argmax()
+
+
+def test_sampling_is_the_same_for_the_same_seed_alone_and_in_company(client):
+    settings = {"temperature": 1.0, "top_p": 0.9, "tokens": 24}
+    alone = complete(client, seed=7, **settings).choices[0].text
+    with asking(lambda number: complete(client, f"Company {number}", **settings), 6):
+        company = complete(client, seed=7, **settings).choices[0].text
+    assert company == alone
+    assert complete(client, seed=8, **settings).choices[0].text != alone
+
+
+@contextlib.contextmanager
+def asking(send, count):
+    """Others ask at the same time; yields their answers, which are there afterwards."""
+    answers = [None] * count
+
+    def one(number):
+        answers[number] = send(number)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    yield answers
+    for thread in threads:
+        thread.join()
+    assert all(answers)
+
+
+def test_the_text_in_company_is_the_text_alone(client):
+    """Greedy, in float32; prompts of different lengths join and leave a running batch."""
+    prompts = [f"{secret} " * (3 + 17 * number) for number, secret in enumerate(SECRETS)]
+    alone = [complete(client, text, 20 + number).choices[0].text for number, text in enumerate(prompts)]
+    with asking(lambda number: complete(client, prompts[number], 20 + number), len(prompts)) as answers:
+        pass
+    assert [answer.choices[0].text for answer in answers] == alone
+
+
+def test_no_conversation_sees_anothers_tokens(model, tokenizer):
+    """Each cache holds what its own tokens make."""
+    caches, texts = [], [f"My secret is {secret}. " * 20 for secret in SECRETS]
+    engine = Engine(model, tokenizer, resolve(PRESET), slots=len(texts))
+    done = threading.Semaphore(0)
+    begin = engine_module._Row.__init__
+    jobs = [
+        Job(tokenizer(text).input_ids, 40, lambda piece: piece.reason and done.release(), Choice(0)) for text in texts
+    ]
+
+    def keep(row, *arguments):
+        begin(row, *arguments)
+        caches.append((jobs.index(row.job), row.cache, row))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module._Row, "__init__", keep)
+        for job in jobs:
+            engine.submit(job)
+        assert all(done.acquire(timeout=20) for _ in jobs)
+    engine.close()
+    for index, cache, _ in caches:
+        alone = make_cache(model, PRESET)
+        length = cache.get_seq_length()
+        with torch.inference_mode(), rows_in(model):
+            for start in range(0, len(jobs[index].ids), CHUNK):
+                read(model, [alone], [jobs[index].ids[start : start + CHUNK]])
+        prompt_tokens = alone.get_seq_length()
+        assert length == prompt_tokens + 39
+        for mine, expected in zip(cache.cores, alone.cores, strict=True):
+            keys, values = (states[:, :, :prompt_tokens] for states in mine.dense())
+            for held, own in zip((keys, values), expected.dense(), strict=True):
+                quantized = mine.packed_tokens[0] - expected.packed_tokens[0]  # since then, by the tokens written
+                settled = prompt_tokens - quantized - 64
+                torch.testing.assert_close(held[:, :, :settled], own[:, :, :settled], atol=1e-3, rtol=1e-3)
+
+
+def test_models(client):
+    assert [card.id for card in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+# What is refused
+
+
+def test_an_unknown_model_is_not_found(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="gpt-5", prompt="Hello")
+    assert caught.value.code == "model_not_found"
+    assert "'tiny'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"n": 2}, None, "n = 2 is not supported"),
+        ({"logprobs": 3}, None, "logprobs = 3 is not supported"),
+        ({"best_of": 2}, None, "best_of"),
+        ({"echo": True}, None, "echo"),
+        ({"presence_penalty": 0.5}, None, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, None, "logit_bias"),
+        ({"prompt": ["one", "two"]}, "prompt", "one at a time"),
+        ({"prompt": ""}, None, "empty"),
+        ({"prompt": [1, 99999]}, "prompt", "must be from 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 257}, "max_tokens", "257 tokens were asked for and the most here is 256"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"temperature": "hot"}, "temperature", "number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        ({"temprature": 1}, "temprature", "not permitted"),
+    ],
+)
+def test_what_is_not_built_or_not_right_is_said(url, fields, param, says):
+    response = post(url, **fields)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert says in error["message"]
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+
+
+def test_settings_that_change_nothing_are_taken(url):
+    fields = {"n": 1, "logprobs": None, "user": "me", "presence_penalty": 0, "logit_bias": {}, "stop": None}
+    assert post(url, **fields).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *("{", "[]", '"text"', "", "\xff", "[" * 9000),
+        '{"model": "tiny", "prompt": "Hello", "temperature": NaN}',
+        '{"model": "tiny", "prompt": "half a character: \\ud83e"}',
+    ],
+)
+def test_a_body_that_is_no_request_is_refused(url, body):
+    headers = {"content-type": "application/json"}
+    response = httpx2.post(f"{url}/v1/completions", content=body.encode("latin-1"), headers=headers)
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": "robot"}, {}]
+)
+def test_messages_of_other_kinds_are_refused(url, message):
+    response = httpx2.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": [message]})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("messages.0")
+
+
+def test_a_prompt_beyond_the_context_names_both_numbers(url):
+    response = post(url, prompt="a" * (tiny_checkpoint.CONTEXT - 3))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert f"{tiny_checkpoint.CONTEXT} tokens" in error["message"]
+    assert f"{tiny_checkpoint.CONTEXT - 3} tokens" in error["message"]
+    assert post(url, prompt="a" * (tiny_checkpoint.CONTEXT - 4)).status_code == 200
+
+
+def test_a_context_may_be_shortened(model, tokenizer):
+    with serving(model, tokenizer, Limits("tiny", context=50)) as (url, _):
+        assert post(url, prompt="a" * 46).status_code == 200
+        assert post(url, prompt="a" * 47).status_code == 400
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": None, "temperature": 0}
+        answer = httpx2.post(f"{url}/v1/chat/completions", json=chat, timeout=30).json()
+        assert answer["usage"]["total_tokens"] == 50
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_body_that_is_too_large_is_refused(url, is_chunked):
+    body = json.dumps({"model": "tiny", "prompt": "a" * 30_000}).encode()
+    content = iter([body[:15_000], body[15_000:]]) if is_chunked else body
+    headers = {"content-type": "application/json"}
+    response = httpx2.post(f"{url}/v1/completions", content=content, headers=headers)
+    assert response.status_code == 413
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_other_addresses_and_methods_are_refused_in_the_same_form(url):
+    for response, status in ((httpx2.get(f"{url}/v2"), 404), (httpx2.get(f"{url}/v1/completions"), 405)):
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+
+
+def test_a_model_without_a_chat_template_says_what_to_do(model, tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    with serving(model, plain) as (url, _), pytest.raises(openai.BadRequestError, match="use /v1/completions"):
+        ask(client_of(url))
+
+
+def test_what_a_template_refuses_is_said(model, tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with serving(model, strict) as (url, _), pytest.raises(openai.BadRequestError, match="roles must alternate"):
+        ask(client_of(url))
+
+
+def test_a_key_is_wanted_where_there_is_one(model, tokenizer):
+    with serving(model, tokenizer, Limits("tiny", api_key=KEY)) as (url, _):
+        assert complete(client_of(url, KEY), tokens=2)
+        for key in ("another", KEY + "x", KEY[:-1]):
+            with pytest.raises(openai.AuthenticationError):
+                complete(client_of(url, key))
+        assert httpx2.get(f"{url}/v1/models").status_code == 401
+        assert httpx2.get(f"{url}/metrics").status_code == 401
+        assert httpx2.get(f"{url}/health").status_code == 200
+        counted = metrics(url, {"Authorization": f"Bearer {KEY}"})
+    assert counted['qjl_requests_total{path="/v1/completions",status="401"}'] == 3
+
+
+# Under load
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Each turn takes as long as a larger model's."""
+
+    def turn(*arguments):
+        time.sleep(0.02)
+        return read(*arguments)
+
+    monkeypatch.setattr(engine_module, "read", turn)
+
+
+def test_too_many_are_told_to_wait(model, tokenizer, slow):
+    with (
+        serving(model, tokenizer, Limits("tiny", queue=1), slots=1) as (url, _),
+        asking(lambda number: post(url, max_tokens=60), 2) as answers,
+    ):
+        wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 1)
+        response = post(url)
+        assert response.status_code == 429
+        assert int(response.headers["retry-after"]) > 0
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        with pytest.raises(openai.RateLimitError):
+            complete(client_of(url))
+    assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_a_client_that_waits_as_told_is_served(model, tokenizer):
+    with serving(model, tokenizer, Limits("tiny", queue=0), slots=1) as (url, _):
+        patient = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=6)
+        with asking(lambda number: complete(patient, f"{number}", 3), 3) as answers:
+            pass
+    assert all(answer.usage.completion_tokens == 3 for answer in answers)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_a_client_that_goes_away_frees_its_row(model, tokenizer, slow, streams):
+    with serving(model, tokenizer, Limits("tiny", max_tokens=2000), slots=1) as (url, _):
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 2000, "stream": streams, "temperature": 0}
+        with httpx2.Client() as rude, contextlib.suppress(httpx2.ReadTimeout):
+            request = rude.build_request("POST", f"{url}/v1/completions", json=body, timeout=0.5)
+            response = rude.send(request, stream=True)
+            next(response.iter_raw())
+            response.close()
+        wait_until(lambda: metrics(url)["qjl_requests_running"] == 0, seconds=3)
+        counted = metrics(url)
+        assert counted["qjl_generated_tokens_total"] < 200
+        assert counted["qjl_cache_bytes"] == 0
+        if not streams:
+            wait_until(lambda: 'qjl_requests_total{path="/v1/completions",status="499"}' in metrics(url))
+        assert post(url).status_code == 200
+
+
+def test_a_client_that_goes_away_while_waiting_is_not_served(model, tokenizer, slow):
+    with (
+        serving(model, tokenizer, Limits("tiny", queue=1), slots=1) as (url, _),
+        asking(lambda number: post(url, max_tokens=100), 1),
+    ):
+        wait_until(lambda: metrics(url)["qjl_requests_running"] == 1)
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a" * 900}, timeout=0.2)
+        wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 0)
+        assert metrics(url)["qjl_requests_running"] == 1
+        assert post(url).status_code == 200  # there is room again
+        wait_until(lambda: metrics(url)["qjl_requests_running"] == 0)
+        assert metrics(url)["qjl_prompt_tokens_total"] == 10
+
+
+def test_answers_do_not_wait_for_each_other(model, tokenizer, slow):
+    with serving(model, tokenizer, slots=2) as (url, _), asking(lambda number: post(url, max_tokens=100), 1):
+        wait_until(lambda: metrics(url)["qjl_requests_running"] == 1)
+        complete(client_of(url), tokens=3)
+        assert metrics(url)["qjl_requests_running"] == 1  # the longer one still
+
+
+def test_metrics_count(model, tokenizer, slow):
+    with serving(model, tokenizer, slots=1) as (url, _):
+        with asking(lambda number: post(url, prompt="a" * 600, max_tokens=60), 2):
+            wait_until(lambda: metrics(url)["qjl_requests_running"] == 1)
+            wait_until(lambda: metrics(url)["qjl_cache_compression_ratio"] > 2)
+            during = metrics(url)
+        after = metrics(url)
+    assert during["qjl_requests_waiting"] == 1
+    full = during["qjl_cache_full_bytes"]
+    per_token = 2 * 2 * 2 * 32 * 2  # layers, keys and values, heads, head_dim, bytes
+    assert full % per_token == 0
+    assert 600 <= full / per_token < 660
+    assert full / during["qjl_cache_bytes"] == pytest.approx(during["qjl_cache_compression_ratio"])
+    assert after["qjl_cache_bytes"] == after["qjl_cache_full_bytes"] == 0
+    assert after['qjl_requests_total{path="/v1/completions",status="200"}'] == 2
+    assert after["qjl_prompt_tokens_total"] == 1200
+    assert after["qjl_generated_tokens_total"] == 120
+    assert after["qjl_time_to_first_token_seconds_count"] == 2
+    assert after["qjl_time_per_token_seconds_count"] == 118
+
+
+def test_caches_are_gone_with_their_requests(model, tokenizer, monkeypatch):
+    made = []
+
+    def remember(*arguments):
+        cache = make_cache(*arguments)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(engine_module, "make_cache", remember)
+    with serving(model, tokenizer) as (url, _):
+        with asking(lambda number: post(url, prompt="a" * 200), 8):
+            pass
+        wait_until(lambda: metrics(url)["qjl_requests_running"] == 0)
+        assert len(made) == 9  # one was made to see whether it can be
+        assert not any(reference() for reference in made)
+
+
+def test_who_asks_and_does_not_wait_harms_nobody(model, tokenizer, slow):
+    engine = Engine(model, tokenizer, resolve(PRESET))
+    done = threading.Event()
+    engine.submit(Job(tokenizer("Hello").input_ids, 10, lambda piece: piece.reason and done.set(), Choice(0)))
+    assert engine.held().cancel()
+    assert done.wait(10)
+    assert engine.held().result(10).running == 0
+    engine.close()
+
+
+def test_a_failed_pass_fails_its_answers_and_no_others(model, tokenizer, monkeypatch, caplog):
+    failing = threading.Event()
+
+    def turn(*arguments):
+        if failing.is_set():
+            failing.clear()
+            raise RuntimeError("out of luck")
+        return read(*arguments)
+
+    monkeypatch.setattr(engine_module, "read", turn)
+    with serving(model, tokenizer) as (url, _), caplog.at_level(logging.ERROR):
+        failing.set()
+        response = post(url)
+        assert response.status_code == 500
+        assert response.json()["error"]["type"] == "server_error"
+        assert "out of luck" not in response.text
+        assert "out of luck" in caplog.text
+        assert post(url).status_code == 200
+
+
+def test_what_goes_wrong_with_one_answer_ends_no_other(model, tokenizer, monkeypatch):
+    take = engine_module._Row.take
+
+    def fail(row, *arguments):
+        if tokenizer.decode(row.job.ids) == "Fail" and row.job.written == 5:
+            raise RuntimeError("out of luck")
+        take(row, *arguments)
+
+    monkeypatch.setattr(engine_module._Row, "take", fail)
+    with serving(model, tokenizer) as (url, _):
+        prompts = ("Hello", "Fail", "Hello")
+        with asking(lambda number: post(url, prompt=prompts[number], max_tokens=20), 3) as answers:
+            pass
+    assert [answer.status_code for answer in answers] == [200, 500, 200]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dead_engine_keeps_nobody_waiting(model, tokenizer, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Engine, "_rows_of_turn", fail)
+    with serving(model, tokenizer) as (url, _):
+        assert post(url).status_code == 503
+        wait_until(lambda: httpx2.get(f"{url}/health").status_code == 503)
+        assert post(url).status_code == 503
+        assert metrics(url)["qjl_requests_running"] == 0
+
+
+def test_an_error_in_a_stream_is_an_event(model, tokenizer, monkeypatch):
+    turns = iter([False] * 5 + [True])
+
+    def turn(*arguments):
+        if next(turns):
+            raise RuntimeError("out of luck")
+        return read(*arguments)
+
+    monkeypatch.setattr(engine_module, "read", turn)
+    with serving(model, tokenizer) as (url, _), pytest.raises(openai.APIError, match="could not write this answer"):
+        list(complete(client_of(url), tokens=50, stream=True))
+
+
+# The end
+
+
+def stop(here):
+    loop = next(iter(here.servers)).get_loop()
+    loop.call_soon_threadsafe(here.stop)
+
+
+def test_running_answers_are_written_at_the_end(model, tokenizer, slow):
+    with serving(model, tokenizer, slots=1) as (url, here):
+        with httpx2.Client() as kept, asking(lambda number: post(url, max_tokens=30 + number), 2) as answers:
+            wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 1)
+            stop(here)
+            wait_until(lambda: kept.get(f"{url}/health").status_code == 503)
+            late = kept.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "Hello"})
+            assert late.status_code == 503
+            assert int(late.headers["retry-after"]) > 0
+        wait_until(lambda: not here.servers[0].is_serving())
+    assert sorted(answer.status_code for answer in answers) == [200, 503]
+
+
+def test_the_end_does_not_wait_for_ever(model, tokenizer, slow):
+    with serving(model, tokenizer, Limits("tiny", max_tokens=2000)) as (url, here):
+        here.grace = 0.2
+        with asking(lambda number: post(url, max_tokens=2000), 1) as answers:
+            wait_until(lambda: metrics(url)["qjl_requests_running"] == 1)
+            stop(here)
+        assert answers[0].status_code == 503
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(tiny_checkpoint.save(tmp_path_factory.mktemp("served")))
+
+
+@pytest.fixture
+def command(checkpoint, tmp_path):
+    """Arguments of ``qjl serve`` with a model and a text to fit its codes to."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was a bright cold day in April. " * 40)
+    return [sys.executable, "-m", "qjl", "serve", checkpoint, "--data", str(text), "--port", "0", "--name", "tiny"]
+
+
+def test_the_command_serves_until_it_is_asked_to_end(command, tmp_path):
+    environment = os.environ | {"QJL_CACHE": str(tmp_path / "cache"), "QJL_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            line = process.stdout.readline()
+            url, bits = re.fullmatch(r"tiny at (\S+)/v1, on caches of b3: (.*)\n", line).groups()
+            assert bits == "3.25 bits for keys, 2.25 for values"
+            stream = complete(client_of(url, KEY), tokens=200, temperature=1, seed=2, stream=True)
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            *_, last = stream
+            assert last.choices[0].finish_reason in ("length", "stop")
+            assert process.wait(20) == 0
+            assert process.stdout.read() == ""
+        finally:
+            process.kill()
+
+
+def serve(*arguments):
+    return CliRunner().invoke(cli.app, ["serve", *arguments])
+
+
+def test_a_port_that_is_taken_is_one_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = serve("--port", port)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"Error: cannot listen on 127.0.0.1:{port} (Address already in use): choose another --host or --port.\n"
+    )
+    with pytest.raises(QJLError, match="no address to listen on"):
+        server.listen("nowhere.invalid", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--api-key", ""], "the API key is empty"),
+        (["smollm2", "--engine", "transformers", "--", "--enforce-eager"], "are for --engine vllm"),
+        (["--engine", "vllm", "--queue", "0", "--bits", "3"], "--queue, --bits are for --engine transformers"),
+        (["--port", "0", "--preset", "b99"], "b99"),
+        (["--port", "0", "--max-body", "much"], "memory 'much' is not a size"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(arguments, says):
+    result = serve(*arguments)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_to_install_is_said(monkeypatch):
+    monkeypatch.setattr(serving_command, "find_spec", lambda package: None)
+    assert serve().stderr == "Error: the server is not installed: run `pip install 'qjl[serve]'`.\n"
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"), [("127.0.0.1", False), ("localhost", False), ("::1", False), ("0.0.0.0", True), ("::", True)]
+)
+def test_which_addresses_are_public(host, expected):
+    assert server.is_public(host) is expected
+
+
+# vLLM
+
+
+@pytest.fixture
+def pretended_vllm(tmp_path, monkeypatch):
+    """An empty vLLM that knows our plugin; what would run in place of this process."""
+    package, plugin = tmp_path / "vllm", tmp_path / "pretended-1.dist-info"
+    package.mkdir()
+    plugin.mkdir()
+    (package / "__init__.py").touch()
+    (plugin / "METADATA").write_text("Name: pretended\nVersion: 1\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nqjl = qjl.vllm:register\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    run = Mock(side_effect=SystemExit)
+    monkeypatch.setattr(vllm.os, "execve", run)
+    return run
+
+
+def test_vllm_serves_where_it_is(pretended_vllm, checkpoint, command, monkeypatch, tmp_path):
+    monkeypatch.setenv("QJL_CACHE", str(tmp_path))
+    options = ["--preset", "b2", "--slots", "4", "--api-key", KEY, "--", "--enforce-eager"]
+    serve(*command[4:], *options)
+    program, given, environment = pretended_vllm.call_args.args
+    assert program == given[0] == sys.executable
+    assert given[1:4] == ["-m", "vllm.entrypoints.openai.api_server", f"--model={checkpoint}"]
+    assert {"--port=0", "--host=127.0.0.1", "--max-num-seqs=4", "--enforce-eager"} <= set(given)
+    assert KEY not in given  # everybody on the machine could read it there
+    assert (environment["QJL_VLLM_PRESET"], environment["VLLM_API_KEY"]) == ("b2", KEY)
+    measured = ServedModel(checkpoint).statistics_path.stat()
+    serve(*command[4:], *options)
+    assert ServedModel(checkpoint).statistics_path.stat() == measured  # once is enough
+
+
+def test_vllm_that_is_missing_is_said(refuses, monkeypatch):
+    monkeypatch.setattr(vllm, "is_installed", lambda: False)
+    with refuses("vLLM is not installed"):
+        vllm.require_ready()
+    monkeypatch.setattr(vllm, "is_installed", lambda: True)
+    monkeypatch.setattr(vllm, "has_plugin", lambda: False)
+    with refuses("does not find this package's plugin"):
+        vllm.require_ready()
+
+
+# The pages
+
+
+def served_lines():
+    text = "".join((ROOT / page).read_text() for page in ("README.md", "docs/serving.md"))
+    return re.findall(r"^(qjl serve.*?)(?:\s*#.*)?$", text, re.M)
+
+
+@pytest.mark.parametrize("line", served_lines())
+def test_a_line_of_the_pages_is_one_that_the_command_takes(line):
+    serve = typer.main.get_command(cli.app).commands["serve"]
+    serve.make_context("serve", shlex.split(line)[2:])
+
+
+def test_the_page_names_every_option_metric_and_status():
+    page = (ROOT / "docs/serving.md").read_text()
+    options = [name for one in typer.main.get_command(cli.app).commands["serve"].params for name in one.opts]
+    names = [name for name in options if name.startswith("--") and name != "--help"]
+    names += re.findall(r"qjl_\w+", Metrics().text(0, 0, 0, 0).decode())
+    told = re.sub(r"_(total|bucket|count|sum|created)\b", "", page)
+    missing = {re.sub(r"_(total|bucket|count|sum|created)$", "", name) for name in names} - set(
+        re.findall(r"--[\w-]+|qjl_\w+", told)
+    )
+    assert not missing
+
+
+# A real model
+
+
+@pytest.mark.model
+def test_smollm_answers_many_at_once():
+    network, words = models.load("smollm2")
+    questions = [f"What is the capital of {country}?" for country in ("France", "Germany", "Japan", "Egypt")]
+    with serving(network, words, Limits("tiny"), preset="full") as (url, _):
+        client = client_of(url)
+        with asking(lambda number: ask(client, questions[number], 16), len(questions)) as answers:
+            pass
+        texts = [answer.choices[0].message.content for answer in answers]
+        assert texts[0] == ask(client, questions[0], 16).choices[0].message.content
+    for text, capital in zip(texts, ("Paris", "Berlin", "Tokyo", "Cairo"), strict=True):
+        assert capital in text
