@@ -68,7 +68,10 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
         ),
     },
     "qwen2.5-coder-1.5b": {
-        "frontier": ("eval frontier --bits 1..9 --decode 128 --chunks 4 --seeds 1 --no-retrieval", CHOSEN),
+        "frontier": (
+            "eval frontier --dtype bfloat16 --bits 1..9 --decode 128 --chunks 4 --seeds 1 --no-retrieval",
+            CHOSEN,
+        ),
         "retrieval": ("eval retrieval --dtype bfloat16 --context 2048 --context 4096 --depths 2", ("full", *FEW)),
     },
 }

@@ -3,7 +3,7 @@
 VERSIONS = {"qjl": "0.1.0", "torch": "2.13.0"}
 BITS = {"full": 16.0, "b3": 2.625, "b2": 2.125, "kivi-2": 3.0}
 OURS = ("full", "b3", "b2")
-TEXT = "bbf94c53a05abe9e"
+TEXT = "25083846a9069b84"
 HERE = {"machine": "a machine", "versions": VERSIONS, "isa": "avx2", "threads": 1, "device": "cpu", "dtype": "float32"}
 
 
@@ -114,6 +114,20 @@ def generate(name, tokens, ms):
     return whole("generate", name, tokens, ms, model="smollm2", **attention, **ratio)
 
 
+def serving(name, **fields):
+    load = {"clients": 64, "requests": 100, "words": 150, "answer": 16, "slots": 16, "queue": 32}
+    waits = {"first_token_seconds": {"p50": 1.5, "p99": 4.0}, "request_seconds": {"p50": 2.0, "p99": 5.0}}
+    memory = {"peak_bytes": [10**9, 10**9], "resident_bytes": [10**9] * 4, "smaller_than_full": 2.5}
+    found = {"statuses": {"200": 98, "429": 7, "broken": 2}, "leaks": 1, "repeated": 0.9, "exit_code": 0}
+    told = {
+        "seconds": 60.0,
+        "tokens_per_second": 250.0,
+        "processor_seconds": 50.0,
+        "backend": None if name == "full" else "cpu",
+    }
+    return {"case": "serving", "preset": name, "model": "tiny"} | load | waits | memory | found | told | HERE | fields
+
+
 EVERY_KIND = {
     "frontier": [frontier("full", 0.0, None), frontier("b3", 0.010), frontier("b2", 0.030), frontier("kivi-2", 0.2)],
     "distortion": [
@@ -145,4 +159,5 @@ EVERY_KIND = {
         throughput("b3", 8, True),
     ],
     "generate": [generate(name, tokens, 80.0) for name in ("b3 bf16", "dynamic bf16") for tokens in (512, 2048)],
+    "serving": [serving("b3"), serving("full", peak_bytes=None, resident_bytes=[], smaller_than_full=None)],
 }

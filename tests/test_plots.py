@@ -142,6 +142,7 @@ DRAWN = {
     "memory": plots.contexts,
     "throughput": plots.throughput,
     "generate": plots.generation,
+    "serving": plots.serving,
 }
 
 

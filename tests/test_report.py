@@ -250,7 +250,7 @@ def test_tasks_that_were_asked_elsewhere_have_a_command_of_their_own():
     rows = [*EVERY_KIND["haystack"], rows_of.haystack("b3", 512, 0.5, 1.0, task="tracking")]
     first, second = part_of("haystack", *rows).command.replace("\\\n", "").splitlines()
     assert "--task needle --context 1024 --context 2048" in " ".join(first.split())
-    assert "--preset b3 --fit bbf94c53a05abe9e.txt --task tracking --context 512" in " ".join(second.split())
+    assert "--preset b3 --fit 25083846a9069b84.txt --task tracking --context 512" in " ".join(second.split())
 
 
 def test_windows_that_differ_are_each_presets_own():

@@ -7,7 +7,6 @@ run that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from qjl.errors import QJLError
 from qjl.evals.fidelity import Protocol, measure
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig, resolve
-from qjl.records import Row
+from qjl.records import Row, digest
 
 
 def parse_bits(text: str) -> tuple[float, float]:
@@ -75,13 +74,12 @@ class Frontier:
 
     def identity(self, preset: CacheConfig) -> Row:
         """All that the row of a preset depends on, but for the version of this library."""
-        text = hashlib.sha256(self.text.encode()).hexdigest()[:16]
         return {
             "model": self.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "preset": preset.name,
             "settings": preset.with_window(self.protocol.recent).settings,
-            "protocol": dataclasses.asdict(self.protocol) | {"text": text},
+            "protocol": dataclasses.asdict(self.protocol) | {"text": digest(self.text)},
         }
 
     def known(self, preset: CacheConfig, rows: Iterable[Row]) -> Row | None:

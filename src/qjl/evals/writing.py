@@ -10,6 +10,7 @@ from transformers import Cache, PreTrainedModel
 
 from qjl.evals.decoding import feed
 from qjl.evals.subject import Subject
+from qjl.generation import end_tokens
 from qjl.hf import KVCache
 
 KEPT = 0.75  # the share of rows still being written below which the others leave the batch
@@ -32,12 +33,6 @@ def continue_greedily(
         if stop in tokenizer.decode(found[-8:]):
             break
     return str(tokenizer.decode(found, skip_special_tokens=True)).partition(stop)[0]
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """Those that end a text."""
-    end = model.generation_config.eos_token_id if model.generation_config else None
-    return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from qjl.plots.losses import distortion, perplexity, seeds
 from qjl.plots.pareto import frontier
 from qjl.plots.steps import benchmark
 from qjl.plots.style import require_format
-from qjl.plots.whole_models import contexts, generation, throughput
+from qjl.plots.whole_models import contexts, generation, serving, throughput
 
 __all__ = [
     "benchmark",
@@ -21,6 +21,7 @@ __all__ = [
     "require_format",
     "scans",
     "seeds",
+    "serving",
     "tasks",
     "throughput",
 ]

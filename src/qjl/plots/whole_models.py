@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from qjl.plots.style import DPI, STYLE, Look, content, looks, make_logarithmic, mark_contexts, name_below, require
+from qjl.plots.style import (
+    DPI,
+    STYLE,
+    Look,
+    content,
+    looks,
+    make_frame,
+    make_logarithmic,
+    mark_contexts,
+    name_below,
+    require,
+)
 from qjl.records import Row
 
 
@@ -64,6 +76,28 @@ def generation(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         threads = ", ".join(f"{count}" for count in sorted({row["threads"] for row in rows}))
         title = f"{rows[0]['model']}, {threads} thread(s), {rows[0]['machine']}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        return content(figure, suffix)
+
+
+def serving(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+    """Rows of `qjl bench serving`: memory of the server from the first request to the last.
+
+    Raises:
+        QJLError: if there is no row.
+    """
+    require(rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((8.0, 4.0), dpi=DPI, layout="constrained")
+        axes = figure.subplots()
+        for row, look in zip(rows, looks(row["preset"] for row in rows).values(), strict=True):
+            minutes = np.linspace(0, row["seconds"] / 60, len(row["resident_bytes"]))
+            axes.plot(
+                minutes, [nbytes / 1e6 for nbytes in row["resident_bytes"]], label=row["preset"], markersize=3, **look
+            )
+        make_frame(axes, "minutes", "the server's memory, MB")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+        figure.suptitle(f"{_title(rows[0])}, {rows[0]['clients']} clients", x=0.01, ha="left", fontsize=10)
         return content(figure, suffix)
 
 

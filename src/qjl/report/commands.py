@@ -192,5 +192,10 @@ def generate(rows: Sequence[Row]) -> str:
     )
 
 
+def serving(rows: Sequence[Row]) -> str:
+    names = ("model", "clients", "requests", "words", "answer", "slots", "queue", "threads", "dtype")
+    return _line("bench serving", preset=_presets(rows), **{name: rows[0][name] for name in names})
+
+
 def _has_backend(row: Row) -> bool:
     return row["backend"] is not None

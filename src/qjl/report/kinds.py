@@ -170,6 +170,19 @@ KINDS: dict[str, Kind] = {
             ("model", *_WHERE),
             speed.generate,
         ),
+        Kind(
+            "serving",
+            "A server under load",
+            "`qjl serve` asked by many clients at once, each conversation with a secret of its own that is asked for, "
+            "and that no other may hear.",
+            (
+                *("preset", "model", "backend", "clients", "requests", "seconds", "statuses", "leaks", "repeated"),
+                *("first_token_seconds", "request_seconds", "tokens_per_second", "peak_bytes", "resident_bytes"),
+                *("smaller_than_full", "words", "answer", "slots", "queue", "dtype"),
+            ),
+            ("model", "dtype", *_WHERE, "clients", "requests", "words", "answer", "slots", "queue"),
+            speed.serving,
+        ),
     )
 }
 

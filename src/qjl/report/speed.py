@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qjl import plots
+from qjl.bench.serving import failures, refusals
 from qjl.records import Row
 from qjl.report import commands
 from qjl.report.groups import distinct, facts, groups, latest
@@ -13,6 +14,7 @@ from qjl.report.parts import Cell, Figure, Mark, Part, Table
 
 _RATIO = "ratio_"
 LAYER = ("tokens", "head_dim", "kv_heads", "group", "batch", "device", "threads", "repeats")
+LOAD = ("clients", "requests", "words", "answer", "slots", "queue", "device", "threads")
 MODEL = ("tokens", "device", "threads", "steps", "repeats")
 
 
@@ -184,6 +186,51 @@ def generate(rows: Sequence[Row]) -> Part:
     )
     figures = (Figure(plots.generation(rows), caption),) if _grows(rows) else ()
     return Part(_whole(rows), figures, (table,), facts(rows, *MODEL), commands.generate(rows))
+
+
+def serving(rows: Sequence[Row]) -> Part:
+    rows = latest(rows, "preset")
+    caption = "Memory of the server from the first request to the last."
+    table = Table(
+        "Conversations, each with a secret. Told again: refused with the time to come again in, and came again. Leaks: "
+        "answers with the secret of another conversation; own: with the one asked for. Seconds from the first attempt "
+        "to the first token and to the last: medians, and what 99 % are within. Memory: the most in each half of the "
+        "time. x smaller: all caches at their largest, beside 16 bits per number, exact tokens included.",
+        (
+            *("cache", "answered", "told again", "failed", "leaks", "own, %", "first token, s", "answer, s"),
+            *("tokens/s", "memory, MB", "x smaller"),
+        ),
+        tuple((_cache(row), *_conversations(row), *_waits(row), *_memory_of_server(row)) for row in rows),
+    )
+    figure = Figure(plots.serving(rows), caption)
+    title = f"{_whole(rows)}, {rows[0]['clients']} clients"
+    return Part(title, (figure,), (table,), facts(rows, *LOAD), commands.serving(rows))
+
+
+def _conversations(row: Row) -> tuple[Cell, ...]:
+    counts = (row["requests"] - failures(row), refusals(row), failures(row), row["leaks"])
+    return *(Cell(f"{count:,}") for count in counts), Cell(number(100 * row["repeated"]))
+
+
+def _waits(row: Row) -> tuple[Cell, ...]:
+    waits = (row["first_token_seconds"], row["request_seconds"])
+    used = row.get("processor_seconds")
+    tokens = row["tokens_per_second"] * row["seconds"]
+    note = f"{number(tokens / used)} a processor second" if used else ""
+    return *map(_wait, waits), Cell(number(row["tokens_per_second"]), note=note)
+
+
+def _wait(seconds: dict[str, float]) -> Cell:
+    """The median, and what 99 % are within."""
+    return Cell(number(seconds["p50"]), note=f"99 %: {number(seconds['p99'])}") if seconds else Cell(NOTHING)
+
+
+def _memory_of_server(row: Row) -> tuple[Cell, ...]:
+    smaller = Cell(number(row["smaller_than_full"]))
+    if row["peak_bytes"] is None:
+        return Cell(NOTHING), smaller
+    first, second = map(_megabytes, row["peak_bytes"])
+    return Cell(first, note=f"then {second}"), smaller
 
 
 def _grows(rows: Sequence[Row]) -> bool:
