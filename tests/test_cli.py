@@ -192,6 +192,19 @@ def test_errors_are_one_sentence(arguments, message, checkpoint, tmp_path):
     assert fill(message) in result.stderr
 
 
+@pytest.mark.parametrize(
+    "command", ["frontier", "fidelity", "distortion", "perplexity", "seeds", "retrieval", "generate", "harness"]
+)
+def test_an_unknown_preset_is_told_before_a_model_is_fetched(command, text_file, tmp_path, cache_folder):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    data = {"generate": [str(problems)], "harness": ["--task", "piqa"]}.get(command, ["--data", text_file])
+    result = run("eval", command, *data, "--preset", "b17")
+    assert result.exit_code == 2
+    assert "unknown preset 'b17'" in result.stderr
+    assert not cache_folder.exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_missing(checkpoint):
     result = run("generate", "hi", "--model", checkpoint, "--device", "cuda")

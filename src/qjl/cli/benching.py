@@ -17,6 +17,7 @@ from qjl.cli.common import (
     out,
     print_json,
     progress,
+    resolved,
     results_table,
     sentence,
     times,
@@ -87,12 +88,11 @@ def decode(
     from qjl.bench.decode import SWEEP, measure
     from qjl.bench.synthetic import Shape
     from qjl.plan import parse_memory
-    from qjl.presets import resolve
 
     shape = Shape(head_dim, kv_heads, group, batch)
     room = parse_memory(memory or ("48G" if device.startswith("cuda") else "3G"))
     settings = _settings(shape, device, dtype, threads, repeats, room, _known(against))
-    configs = [resolve(name) for name in preset or [DEFAULT_PRESET]]
+    configs = resolved(preset)
     if sweep and tokens:
         raise QJLError("--sweep and --tokens were both given: give one of them.")
     lengths = SWEEP if sweep else tokens or [32768]
@@ -132,10 +132,9 @@ def encode(
     """
     from qjl.bench.encode import PROMPTS, ROLES, measure
     from qjl.bench.synthetic import Shape
-    from qjl.presets import resolve
 
     settings = _settings(Shape(head_dim, kv_heads, group, batch), device, dtype, threads, repeats)
-    configs, lengths, rows = [resolve(name) for name in preset or [DEFAULT_PRESET]], tokens or PROMPTS, []
+    configs, lengths, rows = resolved(preset), tokens or PROMPTS, []
     require_places(output, None)
     with passing(), rounds(len(configs) * len(ROLES) * len(lengths), repeats, json_output) as on_round:
         for config in configs:
@@ -170,10 +169,9 @@ def kernels(
     from qjl.bench.encode import measure as measure_encoding
     from qjl.bench.kernels import scan, scanned
     from qjl.bench.synthetic import Shape
-    from qjl.presets import resolve
 
     settings = _settings(Shape(head_dim, kv_heads, group), "cpu", dtype, threads, repeats)
-    configs = [resolve(name) for name in preset or [DEFAULT_PRESET]]
+    configs = resolved(preset)
     codes = scanned(signs or [128, 256, 512], bits or [1, 2, 3, 4], head_dim)
     require_places(output, None)
     scans, encodings = [], []

@@ -6,7 +6,7 @@ Results go to stdout; progress, notes and errors to stderr. Progress is shown to
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,6 +101,17 @@ def load(
     from qjl import models
 
     return models.load(name, device=device, dtype=dtype, progress=notes.is_terminal and not json_output)
+
+
+def resolved(presets: Iterable[str] | None, default: Iterable[str] = (DEFAULT_PRESET,)) -> list[CacheConfig]:
+    """The configurations that were asked for, before any model is loaded for them.
+
+    Raises:
+        QJLError: for an unknown preset.
+    """
+    from qjl.presets import resolve
+
+    return [resolve(name) for name in presets or default]
 
 
 def asked(preset: str | None, bits: float | None) -> CacheConfig | float:

@@ -25,6 +25,7 @@ from qjl.cli.common import (
     print_json,
     progress,
     read_data,
+    resolved,
     results_table,
     waiting,
 )
@@ -33,6 +34,7 @@ from qjl.errors import QJLError
 
 if TYPE_CHECKING:
     from qjl.evals.subject import Subject
+    from qjl.presets import CacheConfig
 
 Row = dict[str, Any]
 _Presets = Annotated[
@@ -69,10 +71,10 @@ def distortion(
     from qjl.evals.distortion import Protocol, measure
 
     protocol, text = Protocol(tokens, rows, parse_recent(recent)), read_data(data)
-    names = _quantized(preset)
+    configs = _quantized(preset)
     subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
-    with progress("Quantizing", len(names), quiet=json_output) as advance:
-        for row in measure(subject, names, text, protocol, _answers(output), advance):
+    with progress("Quantizing", len(configs), quiet=json_output) as advance:
+        for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
     found.show(_distortion_table)
 
@@ -96,12 +98,12 @@ def perplexity(
     """
     from qjl.evals.perplexity import measure
 
-    contexts, text, names = context or [1024, 2048, 4096], read_data(data), _quantized(preset)
+    contexts, text, configs = context or [1024, 2048, 4096], read_data(data), _quantized(preset)
     window = parse_recent(recent)
     subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
-    total = len(names) * sum(length - length // 2 for length in contexts)
+    total = len(configs) * sum(length - length // 2 for length in contexts)
     with progress("Decoding", total, quiet=json_output) as advance:
-        for row in measure(subject, names, text, contexts, chunks, window, _answers(output), advance):
+        for row in measure(subject, configs, text, contexts, chunks, window, _answers(output), advance):
             found.add(row)
     found.show(_perplexity_table)
 
@@ -129,10 +131,10 @@ def seeds(
     from qjl.evals.seeds import measure
 
     protocol = Protocol(prefix, decode, chunks, count, parse_recent(recent), retrieval=False)
-    text, names = read_data(data), _quantized(preset)
+    text, configs = read_data(data), _quantized(preset)
     subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
-    with progress("Decoding", len(names) * protocol.tokens, quiet=json_output) as advance:
-        for row in measure(subject, names, text, protocol, _answers(output), advance):
+    with progress("Decoding", len(configs) * protocol.tokens, quiet=json_output) as advance:
+        for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
     found.show(_seeds_table)
 
@@ -163,10 +165,10 @@ def retrieval(
 
     contexts = tuple(context or (1024, 2048, 4096))
     protocol = Protocol(tuple(task or ("needle",)), contexts, depths, count, parse_recent(recent))
-    text, names = read_data(data), preset or DEFAULT_PRESETS
+    text, configs = read_data(data), resolved(preset, DEFAULT_PRESETS)
     subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
     with progress("Asking", len(protocol.cells), quiet=json_output) as advance:
-        for row in measure(subject, names, text, protocol, _answers(output), advance):
+        for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
     found.show(_retrieval_table)
 
@@ -194,10 +196,10 @@ def generate(
     from qjl.evals.problems import Protocol, measure, read
 
     protocol = Protocol(max_new_tokens, batch, parse_recent(recent), seed)
-    asked, names = read(data, limit), preset or DEFAULT_PRESETS
+    asked, configs = read(data, limit), resolved(preset, DEFAULT_PRESETS)
     subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
-    with progress("Solving", len(asked) * len(names), quiet=json_output) as advance:
-        for row in measure(subject, names, task or data.stem, asked, protocol, _answers(output), advance):
+    with progress("Solving", len(asked) * len(configs), quiet=json_output) as advance:
+        for row in measure(subject, configs, task or data.stem, asked, protocol, _answers(output), advance):
             found.add(row)
     found.show(_problems_table)
 
@@ -277,12 +279,12 @@ def _answers(output: Path | None) -> Path | None:
     return None if output is None else output.with_suffix(f".answers{output.suffix}")
 
 
-def _quantized(presets: Iterable[str] | None) -> list[str]:
+def _quantized(presets: Iterable[str] | None) -> list[CacheConfig]:
     """Full precision has no errors to measure."""
-    names = [name for name in presets or DEFAULT_PRESETS if name != "full"]
-    if not names:
+    configs = [config for config in resolved(presets, DEFAULT_PRESETS) if config.name != "full"]
+    if not configs:
         raise QJLError("full precision loses nothing: give another preset beside it.")
-    return names
+    return configs
 
 
 def _distortion_table(rows: list[Row]) -> Any:

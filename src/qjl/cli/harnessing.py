@@ -26,6 +26,7 @@ from qjl.cli.common import (
     print_json,
     progress,
     read_data,
+    resolved,
     results_table,
 )
 from qjl.errors import QJLError
@@ -82,10 +83,9 @@ def harness(
     from qjl import models, records
     from qjl.evals.harness import Harness, Protocol, load_tasks
     from qjl.evals.subject import Subject
-    from qjl.presets import resolve
 
     protocol = Protocol(shots, limit, parse_recent(recent), chunk, batch, seed, include, _parse(metadata))
-    configs = [resolve(name) for name in preset or ("full", "b3")]
+    configs = resolved(preset, ("full", "b3"))
     text = read_data(data)
     if output is not None:
         records.require_writable(output)

@@ -16,6 +16,7 @@ from qjl.cli.common import (
     out,
     progress,
     read_data,
+    resolved,
     results_table,
 )
 
@@ -44,8 +45,10 @@ def serving(
 
     load, text = Load(clients, requests, words, answer, slots, queue, threads, dtype), read_data(data)
     require_places(output, None)
+    names = preset or [DEFAULT_PRESET]
+    resolved(names)  # an unknown one is told before the first is asked for an hour
     rows = []
-    for name in preset or [DEFAULT_PRESET]:
+    for name in names:
         with progress(f"Asking {name}", requests, json_output) as advance:
             rows.append(measure(model, name, load, text, lambda: advance(1)))
         report(rows[-1], output, json_output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,10 +27,14 @@ from qjl.cli.common import (
     print_json,
     progress,
     read_data,
+    resolved,
     results_table,
     waiting,
 )
 from qjl.errors import QJLError
+
+if TYPE_CHECKING:
+    from qjl.presets import CacheConfig
 
 _PresetsOption = Annotated[
     list[str] | None, typer.Option("--preset", "-p", help="May be given several times; all if not given.")
@@ -76,7 +80,7 @@ def fidelity(
 
     protocol = Protocol(prefix, decode, chunks, seeds, recent, retrieval)
     if bits is None:
-        wanted = [asked(name, None) for name in preset or PRESETS]
+        wanted: list[CacheConfig | float] = [*resolved(preset, PRESETS)]
     else:
         wanted = [asked(preset[0] if preset else None, bits)]
     text = read_data(data)
@@ -132,7 +136,7 @@ def frontier(
         records.require_writable(path)
     if widths and preset:
         raise QJLError("--widths chooses the presets: leave --preset out.")
-    chosen = every_width() if widths else preset or PRESETS
+    chosen = every_width() if widths else resolved(preset, PRESETS)
     presets = within(models.load_config(model, progress=not json_output), chosen, interval, _tell_refusal)
     rows = [] if output is None else records.resume(output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)

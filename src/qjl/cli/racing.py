@@ -22,7 +22,6 @@ from qjl.cli.benching import (
     rounds,
 )
 from qjl.cli.common import (
-    DEFAULT_PRESET,
     EMBEDDED,
     DeviceOption,
     JsonOption,
@@ -31,6 +30,7 @@ from qjl.cli.common import (
     megabytes,
     notes,
     out,
+    resolved,
     results_table,
     times,
     waiting,
@@ -71,9 +71,8 @@ def generate(
     line.
     """
     from qjl.bench.endtoend import PEERS, Race, installed
-    from qjl.presets import resolve
 
-    configs = [resolve(name) for name in preset or [DEFAULT_PRESET]]
+    configs = resolved(preset)
     peers, contexts = installed(against or PEERS), tokens or [512, 2048, 8192]
     _tell_left_out(against or PEERS, peers)
     require_places(output, None)
@@ -182,9 +181,8 @@ def _rig(
 ) -> Rig:
     from qjl.bench import caches, random_models
     from qjl.models import as_device, as_dtype
-    from qjl.presets import resolve
 
-    configs = [resolve(name) for name in presets or [DEFAULT_PRESET]]
+    configs = resolved(presets)
     peers = [peer for peer in against or caches.PEERS if caches.is_installed(peer)]
     _tell_left_out(against or caches.PEERS, peers)
     place, numbers = as_device(device), as_dtype(dtype or "bfloat16")
