@@ -128,6 +128,14 @@ def serving(name, **fields):
     return {"case": "serving", "preset": name, "model": "tiny"} | load | waits | memory | found | told | HERE | fields
 
 
+def vllm(name, **fields):
+    asked = {"requests": 4, "context": 4032, "steps": 48}
+    times = {"step_seconds": 0.08, "step_cpu_seconds": 0.08, "prefill_seconds": 12.0, "prefill_cpu_seconds": 12.0}
+    told = {"right": 1.0, "attention": ["an attention"], "cached_tokens": 46592 if name == "full" else 284032}
+    backend = {"backend": None if name == "full" else "cpu"}
+    return {"case": "vllm", "preset": name, "model": "tiny"} | asked | times | told | backend | HERE | fields
+
+
 EVERY_KIND = {
     "frontier": [frontier("full", 0.0, None), frontier("b3", 0.010), frontier("b2", 0.030), frontier("kivi-2", 0.2)],
     "distortion": [
@@ -159,5 +167,6 @@ EVERY_KIND = {
         throughput("b3", 8, True),
     ],
     "generate": [generate(name, tokens, 80.0) for name in ("b3 bf16", "dynamic bf16") for tokens in (512, 2048)],
+    "vllm": [vllm(name, step_seconds=seconds) for name, seconds in (("full", 0.1), ("b3", 0.08)) * 2],
     "serving": [serving("b3"), serving("full", peak_bytes=None, resident_bytes=[], smaller_than_full=None)],
 }

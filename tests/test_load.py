@@ -1,7 +1,8 @@
-"""The benchmark of servers: what it asks, what it counts, and that it sees a leak."""
+"""Benchmarks of servers: what they ask, what they count, that a leak is seen, and that what is wrong has no speed."""
 
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from threading import Thread
 
 import pytest
@@ -9,8 +10,10 @@ from typer.testing import CliRunner
 
 import tiny_checkpoint
 from qjl import cli
-from qjl.bench import serving
+from qjl.bench import serving, vllm
+from qjl.bench.protocol import Inaccurate
 from qjl.bench.serving import BROKEN, DIGITS, FEWEST, Conversation, Load, conversations, leaks, repeated, went_well
+from qjl.errors import QJLError
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 20
 
@@ -146,3 +149,56 @@ def test_the_command_loads_a_server_of_its_own(tmp_path, monkeypatch):
     assert row["prompt_tokens"] > 8 * 100
     assert row["processor_seconds"] > 0
     assert 0 < row["first_token_seconds"]["p50"] <= row["request_seconds"]["p99"]
+
+
+# vLLM
+
+
+TRIAL = vllm.Trial("a folder", "full", requests=4, context=1024, steps=8, dtype="bfloat16", threads=1)
+
+
+def turns(monkeypatch, **fields):
+    """What ``measure`` makes of turns that tell these fields."""
+
+    def turn(trial):
+        served = vllm.OURS if trial.preset == "b3" else "CPUAttentionBackendImpl"
+        return {"right": 1.0, "attention": [served], "step_seconds": 0.1} | fields
+
+    monkeypatch.setattr(vllm, "_turn", turn)
+    return list(vllm.measure("a model", TRIAL, ["full", "b3"], rounds=2))
+
+
+def test_engines_take_turns(monkeypatch):
+    rows = turns(monkeypatch)
+    assert [row["preset"] for row in rows] == ["full", "b3"] * 2
+    assert {row["model"] for row in rows} == {"a model"}
+    assert {row["context"] for row in rows} == {1024}
+
+
+def test_a_turn_of_wrong_tokens_has_no_speed(monkeypatch):
+    with pytest.raises(Inaccurate, match="only 50% of the tokens are right with full"):
+        turns(monkeypatch, right=0.5)
+
+
+@pytest.mark.parametrize(
+    ("served", "says"),
+    [("QuantizedAttention", "full was asked for"), ("CPUAttentionBackendImpl", "b3 was asked for")],
+)
+def test_a_turn_of_another_attention_does_not_count(monkeypatch, served, says):
+    with pytest.raises(QJLError, match=f"{says} and {served} attended"):
+        turns(monkeypatch, attention=[served])
+
+
+def test_what_ended_an_engine_is_one_sentence(monkeypatch):
+    failed = "Traceback\nValueError: it is too long. It should not be.\n  For more see errors\n"
+    monkeypatch.setattr(vllm.sys, "executable", "/bin/false")
+    with pytest.raises(QJLError, match="vLLM did not run with full: it does not say why"):
+        list(vllm.measure("a model", TRIAL, ["full"], rounds=1))
+    assert vllm._cause(failed) == "ValueError: it is too long."
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
+def test_without_vllm_there_is_nothing_to_measure():
+    result = CliRunner().invoke(cli.app, ["bench", "vllm"])
+    assert result.exit_code == 2
+    assert "vLLM is not installed: run `pip install vllm`" in result.stderr

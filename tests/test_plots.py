@@ -143,6 +143,7 @@ DRAWN = {
     "throughput": plots.throughput,
     "generate": plots.generation,
     "serving": plots.serving,
+    "vllm": plots.engines,
 }
 
 

@@ -250,6 +250,27 @@ class _Letters:
         return type("Encoding", (), {"input_ids": torch.tensor([[ord(letter) % 127 for letter in text]])})
 
 
+def test_the_benchmark_has_room_for_five_times_the_tokens(smollm2):
+    """And both engines go on with the words of their prompts, which is its gate."""
+    options = {"model": smollm2.folder, "context": 1024, "requests": 1, "steps": 4, "rounds": 1}
+    command = [
+        sys.executable,
+        "-m",
+        "qjl",
+        "bench",
+        "vllm",
+        "--json",
+        *(f"--{name}={x}" for name, x in options.items()),
+    ]
+    result = subprocess.run(command, env=smollm2.environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    stock, ours = map(json.loads, result.stdout.splitlines())
+    assert (stock["preset"], stock["attention"]) == ("full", STOCK)
+    assert (ours["preset"], ours["attention"]) == ("b3", OURS)
+    assert ours["cached_tokens"] > 5 * stock["cached_tokens"]
+    assert stock["cached_tokens"] > 0.95 * (1 << 30) / BF16_BYTES
+
+
 def test_an_unknown_preset_stops_the_engine(smollm2):
     result = smollm2.start("b33", [])
     assert result.returncode != 0

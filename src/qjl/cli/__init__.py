@@ -106,6 +106,7 @@ benchmarks.command("throughput", epilog=EXAMPLES.format("qjl bench throughput --
 benchmarks.command("serving", epilog=EXAMPLES.format("qjl bench serving --preset b3 --preset full --requests 200"))(
     loading.serving
 )
+benchmarks.command("vllm", epilog=EXAMPLES.format("qjl bench vllm --preset b3 --context 4032 --rounds 3"))(loading.vllm)
 app.add_typer(benchmarks, name="bench")
 prompt_caches.command("build", epilog=EXAMPLES.format("qjl cache build manual.txt --preset b3 -o manual.qjl"))(
     caching.build

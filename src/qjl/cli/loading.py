@@ -1,4 +1,4 @@
-"""The command that loads a server: bench serving."""
+"""Commands that load servers: bench serving, bench vllm."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qjl.cli.benching import OutputOption, PresetsOption, Row, report, require_places
+from qjl.cli.benching import OutputOption, PresetsOption, Row, ThreadsOption, passing, report, require_places
 from qjl.cli.common import (
     DEFAULT_PRESET,
     EMBEDDED,
@@ -19,6 +19,7 @@ from qjl.cli.common import (
     resolved,
     results_table,
 )
+from qjl.cli.serving import measure_for_vllm, source_for_vllm
 
 
 def serving(
@@ -56,6 +57,59 @@ def serving(
         out.print(_table(rows))
     if not all(map(went_well, rows)):
         raise typer.Exit(1)
+
+
+def vllm(
+    model: ModelOption = EMBEDDED,
+    preset: PresetsOption = None,
+    requests: Annotated[int, typer.Option(min=1, help="Sequences that are decoded together.")] = 4,
+    context: Annotated[
+        list[int] | None, typer.Option("--context", "-n", show_default="4032", min=1, help="Tokens of each prompt.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 3,
+    threads: ThreadsOption = 1,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "bfloat16",
+    data: DataOption = None,
+    output: OutputOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time vLLM with our pages and with its own, in turns: prompts, decode steps, and how many tokens fit.
+
+    Needs vLLM beside this package. Exits with 1, and no speed, where an engine writes something else than it was given.
+    With --json, one object per turn and line.
+    """
+    from qjl.bench.vllm import Trial, measure
+    from qjl.serving.vllm import require_ready
+
+    names, contexts, rows = list(dict.fromkeys(["full", *(preset or [DEFAULT_PRESET])])), context or [4032], []
+    resolved(names)
+    require_places(output, None)
+    require_ready()
+    source = source_for_vllm(model)
+    for name in names:
+        measure_for_vllm(source, name, data)
+    with passing(), progress("Taking turns", len(contexts) * rounds * len(names), json_output) as advance:
+        for length in contexts:
+            trial = Trial(source, names[0], requests, length, steps, dtype, threads)
+            for row in measure(model, trial, names, rounds):
+                rows.append(row)
+                report(row, output, json_output)
+                advance(1)
+    if not json_output:
+        out.print(_table_of_turns(rows))
+
+
+def _table_of_turns(rows: list[Row]) -> Any:
+    times = ("step,\nms", "of processor,\nms", "prompts,\ns", "of processor,\ns")
+    table = results_table("preset", "context", *times, "tokens\nthat fit")
+    for row in rows:
+        steps = (1e3 * row[name] for name in ("step_seconds", "step_cpu_seconds"))
+        prompts = (row[name] for name in ("prefill_seconds", "prefill_cpu_seconds"))
+        numbers = (*(f"{step:.1f}" for step in steps), *(f"{prompt:.1f}" for prompt in prompts))
+        table.add_row(row["preset"], f"{row['context']:,}", *numbers, f"{row['cached_tokens']:,}")
+    table.caption = f"{rows[0]['model']}, {rows[0]['requests']} sequences, {rows[0]['machine']}; full: vLLM's own pages"
+    return table
 
 
 def _table(rows: list[Row]) -> Any:

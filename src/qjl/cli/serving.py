@@ -98,8 +98,8 @@ def serve(
     if engine is Program.vllm or (engine is Program.auto and vllm.is_ready()):
         _require_none(own | {"--bits": bits}, "are for --engine transformers")
         vllm.require_ready()
-        source, chosen = _for_vllm(model), preset or DEFAULT_PRESET
-        _measure_for_vllm(source, chosen, data)
+        source, chosen = source_for_vllm(model), preset or DEFAULT_PRESET
+        measure_for_vllm(source, chosen, data)
         given = {"--host": host, "--port": port, "--served-model-name": called, "--max-model-len": context}
         given |= {"--max-num-seqs": slots, "--dtype": dtype}
         options = [f"{option}={value}" for option, value in given.items() if value is not None]
@@ -146,7 +146,7 @@ def _require_installed() -> None:
         raise QJLError("the server is not installed: run `pip install 'qjl[serve]'`.")
 
 
-def _for_vllm(model: str) -> str:
+def source_for_vllm(model: str) -> str:
     """Models of our own registry are folders for vLLM; GGUF files are converted to one."""
     from qjl import models
 
@@ -154,7 +154,7 @@ def _for_vllm(model: str) -> str:
     return str(models.fetch(model)) if is_ours else model
 
 
-def _measure_for_vllm(source: str, preset: str, data: Path | None) -> None:
+def measure_for_vllm(source: str, preset: str, data: Path | None) -> None:
     """The plugin finds statistics on the disk alone."""
     from qjl.presets import resolve
     from qjl.vllm.model import ServedModel, needs_statistics

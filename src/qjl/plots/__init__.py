@@ -6,13 +6,14 @@ from qjl.plots.losses import distortion, perplexity, seeds
 from qjl.plots.pareto import frontier
 from qjl.plots.steps import benchmark
 from qjl.plots.style import require_format
-from qjl.plots.whole_models import contexts, generation, serving, throughput
+from qjl.plots.whole_models import contexts, engines, generation, serving, throughput
 
 __all__ = [
     "benchmark",
     "contexts",
     "distortion",
     "encoding",
+    "engines",
     "frontier",
     "generation",
     "heatmap",

@@ -101,6 +101,23 @@ def serving(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         return content(figure, suffix)
 
 
+def engines(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+    """Rows of `qjl bench vllm`: time of a decode step and of prompts against context, medians and ranges of turns.
+
+    Raises:
+        QJLError: if there is no row.
+    """
+    require(rows)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((11.0, 4.6), dpi=DPI, layout="constrained")
+        panels = figure.subplots(1, 2)
+        _draw_turns(panels[0], rows, "a decode step, ms", lambda row: 1e3 * row["step_seconds"])
+        _draw_turns(panels[1], rows, "prompts, seconds", lambda row: row["prefill_seconds"])
+        name_below(figure)
+        figure.suptitle(f"{_title(rows[0])}, {rows[0]['requests']} sequences", x=0.01, ha="left", fontsize=10)
+        return content(figure, suffix)
+
+
 def _title(row: Row) -> str:
     how = f", {row['threads']} thread(s)" if row["device"] == "cpu" else ""
     return f"{row['model']} in {row['dtype']}{how}, {row['machine']}"
@@ -121,6 +138,17 @@ def _draw(axes: Axes, rows: Sequence[Row], what: str, number: Callable[[Row], fl
         axes.plot([row["tokens"] for row in chosen], [number(row) for row in chosen], label=name, markersize=5, **look)
     make_logarithmic(axes, "context, tokens", what)
     mark_contexts(axes, (row["tokens"] for row in rows))
+
+
+def _draw_turns(axes: Axes, rows: Sequence[Row], what: str, number: Callable[[Row], float]) -> None:
+    for name, look in _looks(rows).items():
+        lengths = sorted({row["context"] for row in rows if row["preset"] == name})
+        turns = [[number(row) for row in rows if (row["preset"], row["context"]) == (name, n)] for n in lengths]
+        medians = np.array([np.median(of) for of in turns])
+        ranges = [medians - [min(of) for of in turns], [max(of) for of in turns] - medians]
+        axes.errorbar(lengths, medians, ranges, label=name, markersize=5, capsize=3, **look)
+    make_logarithmic(axes, "context, tokens", what)
+    mark_contexts(axes, (row["context"] for row in rows))
 
 
 def _draw_batches(axes: Axes, rows: Sequence[Row]) -> None:

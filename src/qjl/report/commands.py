@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -195,6 +196,13 @@ def generate(rows: Sequence[Row]) -> str:
 def serving(rows: Sequence[Row]) -> str:
     names = ("model", "clients", "requests", "words", "answer", "slots", "queue", "threads", "dtype")
     return _line("bench serving", preset=_presets(rows), **{name: rows[0][name] for name in names})
+
+
+def vllm(rows: Sequence[Row]) -> str:
+    rounds = max(Counter((row["preset"], row["context"]) for row in rows).values())
+    ours = _presets([row for row in rows if _has_backend(row)])
+    alike = {name: rows[0][name] for name in ("model", "requests", "steps", "threads", "dtype")}
+    return _line("bench vllm", preset=ours, context=_values(rows, "context"), rounds=rounds, **alike)
 
 
 def _has_backend(row: Row) -> bool:

@@ -183,6 +183,17 @@ KINDS: dict[str, Kind] = {
             ("model", "dtype", *_WHERE, "clients", "requests", "words", "answer", "slots", "queue"),
             speed.serving,
         ),
+        Kind(
+            "vllm",
+            "vLLM: pages of codes beside its own",
+            "vLLM with the plugin and without: all sequences hold the same context and decode together.",
+            (
+                *("preset", "model", "backend", "requests", "context", "steps", "cached_tokens"),
+                *("step_seconds", "step_cpu_seconds", "prefill_seconds", "prefill_cpu_seconds"),
+            ),
+            ("model", "dtype", *_WHERE, "requests", "steps"),
+            speed.vllm,
+        ),
     )
 }
 

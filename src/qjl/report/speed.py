@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 
 from qjl import plots
 from qjl.bench.serving import failures, refusals
+from qjl.plots.answers import FULL
 from qjl.records import Row
 from qjl.report import commands
 from qjl.report.groups import distinct, facts, groups, latest
@@ -16,6 +18,7 @@ _RATIO = "ratio_"
 LAYER = ("tokens", "head_dim", "kv_heads", "group", "batch", "device", "threads", "repeats")
 LOAD = ("clients", "requests", "words", "answer", "slots", "queue", "device", "threads")
 MODEL = ("tokens", "device", "threads", "steps", "repeats")
+PAGES = ("requests", "steps", "device", "threads")
 
 
 def decode(rows: Sequence[Row]) -> Part:
@@ -231,6 +234,44 @@ def _memory_of_server(row: Row) -> tuple[Cell, ...]:
         return Cell(NOTHING), smaller
     first, second = map(_megabytes, row["peak_bytes"])
     return Cell(first, note=f"then {second}"), smaller
+
+
+def vllm(rows: Sequence[Row]) -> Part:
+    table = Table(
+        "Engines took turns, each in a process of its own. Medians of all turns; x: how many times as long stock vLLM "
+        "takes, the median of the turns and the range below it. Tokens: what fits into 1 GiB of pages.",
+        (
+            *("cache", "context", "turns", "step, ms", "x", "its processor time, ms", "x"),
+            *("prompts, s", "x", "their processor time, s", "x", "tokens", "x"),
+        ),
+        tuple(
+            _turns(turns, [row for row in rows if row["preset"] == FULL and row["context"] == turns[0]["context"]])
+            for turns in groups(rows, "context", "preset")
+        ),
+    )
+    title = f"{_whole(rows)}, {rows[0]['requests']} sequences"
+    caption = "Time of a decode step and of prompts against context: medians of the turns, and their range."
+    figure = Figure(plots.engines(rows), caption)
+    return Part(title, (figure,), (table,), facts(rows, *PAGES), commands.vllm(rows))
+
+
+def _turns(rows: Sequence[Row], stock: Sequence[Row]) -> tuple[Cell, ...]:
+    """Of one cache at one context."""
+    step, of_processor = _in_turns(rows, stock, "step_seconds", 1e3), _in_turns(rows, stock, "step_cpu_seconds", 1e3)
+    prompts = _in_turns(rows, stock, "prefill_seconds"), _in_turns(rows, stock, "prefill_cpu_seconds")
+    tokens = rows[0]["cached_tokens"]
+    more = Cell(number(tokens / stock[0]["cached_tokens"])) if stock else Cell(NOTHING)
+    first = _cache(rows[0]), Cell(f"{rows[0]['context']:,}"), Cell(f"{len(rows)}")
+    return *first, *step, *of_processor, *prompts[0], *prompts[1], Cell(f"{tokens:,}"), more
+
+
+def _in_turns(rows: Sequence[Row], stock: Sequence[Row], field: str, unit: float = 1) -> tuple[Cell, Cell]:
+    """The median, and how many times as long the engine took whose turn was the same."""
+    ratios = [other[field] / row[field] for row, other in zip(rows, stock, strict=False)]
+    own = Cell(number(unit * median(row[field] for row in rows)))
+    if not ratios:
+        return own, Cell(NOTHING)
+    return own, Cell(number(median(ratios)), note=f"{number(min(ratios))} to {number(max(ratios))}")
 
 
 def _grows(rows: Sequence[Row]) -> bool:

@@ -32,7 +32,9 @@ def is_ready() -> bool:
 def require_ready() -> None:
     """Raises QJLError if vLLM is missing, or does not know our plugin."""
     if not is_installed():
-        raise QJLError("vLLM is not installed: run `pip install vllm`, or take --engine transformers.")
+        raise QJLError(
+            "vLLM is not installed: run `pip install vllm` (`qjl serve` can do without: --engine transformers)."
+        )
     if not has_plugin():
         raise QJLError("vLLM does not find this package's plugin: install qjl again, beside vLLM.")
 
