@@ -12,6 +12,7 @@ from qjl.methods.balanced import Balanced
 from qjl.methods.base import LayerContext
 from qjl.ops.triton import runtime
 from qjl.packed import Field
+from qjl.vllm import layer
 from qjl.vllm.layer import PagedLayer, Step, page_bytes
 from qjl.vllm.planning import Planner, PoolShape, Request
 
@@ -62,6 +63,7 @@ class Server:
             torch.cat([getattr(one, name)[one.context : one.context + fresh] for one, fresh in work])
             for name in ("keys", "values", "queries")
         )
+        self.alone = step.alone
         out = torch.full_like(queries, torch.nan)
         self.layer.write(step, keys, values)
         self.layer.attend(step, queries, keys, values, SCORING, out)
@@ -109,6 +111,21 @@ def test_prompts_chunks_and_single_tokens_of_several_sequences(page_tokens):
         packed = max(packed, *(reading.packed - reading.skip for _, _, reading in answers))
     assert packed > 80
     _check(server.step((first, 1), (third, 50), (second, 1)))
+
+
+@every_page
+def test_what_was_before_a_chunk_for_kernels_of_others(page_tokens, monkeypatch):
+    monkeypatch.setattr(layer, "TILE_BLOCKS", 2)
+    server = Server(page_tokens)
+    one = server.sequence(400)
+    server.step((one, 340))
+    [(_, _, reading)] = server.step((one, 50))
+    assert reading.packed > reading.skip > 0
+    [alone] = server.alone
+    parts = list(server.layer.before(alone))
+    for index, (codec, exact) in enumerate(zip(server.layer.codecs, (one.keys, one.values), strict=True)):
+        expected = server._decoded(codec, exact[:340], reading.skip, reading.packed)[0].transpose(0, 1)
+        torch.testing.assert_close(torch.cat([part[index] for part in parts]).float(), expected, atol=1e-5, rtol=0)
 
 
 @every_page

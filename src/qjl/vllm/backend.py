@@ -30,6 +30,7 @@ from qjl.packed import BLOCK
 from qjl.vllm.layer import PagedLayer, Step
 from qjl.vllm.model import ServedModel, bytes_per_token, chosen_config
 from qjl.vllm.planning import Planner, PoolShape, Request
+from qjl.vllm.prompts import PromptKernel, Prompts
 
 logger = logging.getLogger("vllm.qjl")
 
@@ -76,9 +77,10 @@ class QuantizedBackend(AttentionBackend):
 
 @dataclass(frozen=True, eq=False)
 class StepMetadata(AttentionMetadata):
-    """What all layers do in a step."""
+    """What all layers do in a step; ``prompts`` where vLLM's kernel takes them."""
 
     step: Step
+    prompts: Prompts | None
 
 
 class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
@@ -100,6 +102,7 @@ class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
             vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config) // kv_cache_spec.num_kv_heads
         )
         self.most_queries = max(1, (EXPAND_FROM_ROWS - 1) // group)
+        self.kernel = _prompt_kernel(group, kv_cache_spec, vllm_config.model_config.dtype, device)
         self._has_told_of_sinks = False
         logger.info(
             "qjl: preset %s, %d bytes per token in pages of %d tokens, beside a pool of %d exact tokens of %.2f GiB.",
@@ -118,7 +121,8 @@ class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
         if self.planner.missed_sinks and not self._has_told_of_sinks:
             logger.warning("qjl: first tokens of a sequence are read from their codes: more prompts than sink lines.")
             self._has_told_of_sinks = True
-        return StepMetadata(Step.of(plan, requests, self.page_tokens, self.most_queries, self.device))
+        step = Step.of(plan, requests, self.page_tokens, self.most_queries, self.device)
+        return StepMetadata(step, self.kernel.prepare(step.alone) if self.kernel and step.alone else None)
 
 
 def _requests(common: CommonAttentionMetadata, page_tokens: int) -> list[Request]:
@@ -189,12 +193,22 @@ class QuantizedAttention(AttentionImpl[StepMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise QJLError("outputs of quantized attention are not quantized: switch that fusion off.")
         assert self.paged is not None
-        step, paged = attn_metadata.step, self.paged
+        step, prompts, paged = attn_metadata.step, attn_metadata.prompts, self.paged
         paged.bind(kv_cache)
         paged.write(step, key, value)
-        paged.attend(step, query, key, value, self.scoring, output)
+        if prompts is None:
+            paged.attend(step, query, key, value, self.scoring, output)
+        else:
+            paged.attend_together(step, query, key, value, self.scoring, output)
+            prompts.attend(paged, query, key, value, self.scoring, output)
         self.steps += 1
         return output
+
+
+def _prompt_kernel(group: int, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> PromptKernel | None:
+    if not PromptKernel.serves(spec.head_size, device):
+        return None
+    return PromptKernel(group * spec.num_kv_heads, spec.num_kv_heads, spec.head_size, dtype)
 
 
 def _paged_layer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,8 @@ from qjl.methods.base import Codec
 from qjl.ops.forms import ExactTokens, PagedTokens
 from qjl.packed import BLOCK, Blocks, Layout
 from qjl.vllm.planning import Encoding, Plan, PoolShape, Reading, Request
+
+TILE_BLOCKS = 32  # decoded at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,10 +241,31 @@ class PagedLayer:
 
     def attend(self, step: Step, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, out: Tensor) -> None:
         """Attention of all fresh tokens: ``query``, ``out [tokens, Hq, D]``; ``keys``, ``values [tokens, H, D]``."""
-        for rows in step.together:
-            self._attend_together(rows, query, keys, values, scoring, out)
+        self.attend_together(step, query, keys, values, scoring, out)
         for one in step.alone:
             self._attend_alone(one, query, keys, values, scoring, out)
+
+    def attend_together(
+        self, step: Step, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, out: Tensor
+    ) -> None:
+        """The same without the sequences that attend by themselves."""
+        for rows in step.together:
+            self._attend_together(rows, query, keys, values, scoring, out)
+
+    def before(self, one: Alone) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values ``[t, H, D]`` of tokens before a sequence's fresh ones, part by part: exact, or decoded."""
+        reading = one.reading
+        sinks, window = one.slots[: reading.skip], one.slots[reading.skip :]
+        yield self.keys[sinks], self.values[sinks]
+        if reading.packed > reading.skip:
+            segment = self._segment(one, one.context)
+            for start in range(0, segment.blocks, TILE_BLOCKS):
+                tile = segment.tile(start, min(start + TILE_BLOCKS, segment.blocks))
+                read = slice(max(0, reading.skip - start * BLOCK), reading.packed - start * BLOCK)
+                keys = tile.key_codec.dequantize(tile.keys, tile.first)[0, :, read]
+                values = tile.value_codec.dequantize(tile.values, tile.first)[0, :, read]
+                yield keys.transpose(0, 1).to(self.keys.dtype), values.transpose(0, 1).to(self.keys.dtype)
+        yield self.keys[window], self.values[window]
 
     def _attend_together(
         self, rows: Together, query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring, out: Tensor
