@@ -31,6 +31,7 @@ from qjl.cli import serving as serving_command
 from qjl.errors import QJLError
 from qjl.generation import make_cache
 from qjl.presets import resolve
+from qjl.serving import app as app_module
 from qjl.serving import engine as engine_module
 from qjl.serving import server, vllm
 from qjl.serving.app import Limits, Service, build
@@ -448,6 +449,8 @@ def test_an_unknown_model_is_not_found(client):
     [
         ({"n": 2}, None, "n = 2 is not supported"),
         ({"logprobs": 3}, None, "logprobs = 3 is not supported"),
+        ({"logprobs": 0}, None, "logprobs = 0 is not supported"),  # those of the tokens written
+        ({"prompt": [1, "a"]}, "prompt", "prompt: "),
         ({"best_of": 2}, None, "best_of"),
         ({"echo": True}, None, "echo"),
         ({"presence_penalty": 0.5}, None, "presence_penalty"),
@@ -589,6 +592,40 @@ def test_too_many_are_told_to_wait(model, tokenizer, slow):
         with pytest.raises(openai.RateLimitError):
             complete(client_of(url))
     assert [answer.status_code for answer in answers] == [200, 200]
+
+
+def test_bodies_that_do_not_come_keep_no_place(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(app_module, "BODY_SECONDS", 0.3)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    with serving(model, tokenizer, Limits("tiny", queue=0), slots=1) as (url, _):
+        with socket.create_connection(("127.0.0.1", int(url.rsplit(":")[-1])), timeout=20) as stalled:
+            stalled.sendall(head)
+            wait_until(lambda: post(url).status_code == 429)
+            answer = stalled.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"send it faster" in answer
+        wait_until(lambda: post(url).status_code == 200)
+
+
+def test_a_short_prompt_waits_for_a_piece_of_a_long_one(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(engine_module, "CHUNK", 16)
+    heard, done = [], threading.Semaphore(0)
+
+    def job(name, tokens):
+        def hear(piece):
+            heard.append(name)
+            if piece.reason:
+                done.release()
+
+        return Job(tokenizer("a" * tokens).input_ids, 2, hear, Choice(0))
+
+    engine = Engine(model, tokenizer, resolve(PRESET))
+    for one in (job("long", 8 * 16), job("short", 3), job("longer", 20 * 16), job("last", 5)):
+        engine.submit(one)
+    assert all(done.acquire(timeout=20) for _ in range(4))
+    engine.close()
+    assert heard.index("long") > max(heard.index("short"), heard.index("last"))
+    assert heard.index("longer") > heard.index("long")
 
 
 def test_a_client_that_waits_as_told_is_served(model, tokenizer):

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -30,6 +31,7 @@ WENT_AWAY = 499  # as nginx counts a client that did not wait for the answer
 ANSWERED = ("/v1/chat/completions", "/v1/completions")
 PATHS = (*ANSWERED, "/v1/models", "/health", "/metrics")
 RETRY_WHEN_FULL, RETRY_WHEN_STOPPING = "1", "5"  # seconds
+BODY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -274,13 +276,18 @@ def _model_card(service: Service) -> dict[str, Any]:
     return card | {"max_model_len": service.context, "preset": service.engine.config.name}
 
 
+def _is_of_the_request(part: str | int) -> bool:
+    """And no name that pydantic has for one of several types."""
+    return isinstance(part, int) or (part.isidentifier() and part != "str")
+
+
 def _tell_errors(app: FastAPI) -> None:
     """Every error in OpenAI's form."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, problem: RequestValidationError) -> Response:
         first = problem.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
+        place = ".".join(map(str, takewhile(_is_of_the_request, first["loc"][1:])))
         message = str(first["msg"]).removeprefix("Value error, ")
         return JSONResponse(error(400, f"{place}: {message}" if place else message, place or None), 400)
 
@@ -326,7 +333,7 @@ class Gate:
         taken = path in ANSWERED
         self._room -= taken
         try:
-            await self._app(scope, receive, count)
+            await self._app(scope, _in_time(receive) if taken else receive, count)
         finally:
             self._room += taken
 
@@ -346,6 +353,26 @@ class Gate:
             return True
         given = headers.get(b"authorization", b"")
         return hmac.compare_digest(given, b"Bearer " + self._limits.api_key.encode())
+
+
+def _in_time(receive: Receive) -> Receive:
+    """Raises HTTPException where a body takes too long: who sends none would keep a place for ever."""
+    ends, is_whole = time.monotonic() + BODY_SECONDS, False
+
+    async def in_time() -> Message:
+        nonlocal is_whole
+        if is_whole:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), ends - time.monotonic())
+        except TimeoutError:
+            raise HTTPException(
+                408, f"the request took more than {BODY_SECONDS:g} s to come: send it faster."
+            ) from None
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return in_time
 
 
 _REFUSALS = {  # a status's code, and the header that goes with it

@@ -265,15 +265,15 @@ class Engine:
                     row.take(scores, len(given), self._ends, self.metrics)
 
     def _rows_of_turn(self) -> list[_Row]:
-        """All that write, and the first of those that read, as far as their tokens fit one turn."""
-        rows, room = [row for row in self._rows if row.is_writing], CHUNK
+        """All that write, and those that have waited longest to read, as far as their tokens fit one turn."""
+        writing, reading, room = [row for row in self._rows if row.is_writing], [], CHUNK
         for row in (row for row in self._rows if not row.is_writing):
             size = len(row.next_tokens())
-            if size > room:
-                break
-            rows.append(row)
-            room -= size
-        return rows
+            if size <= room:
+                reading.append(row)
+                room -= size
+        self._rows = [row for row in self._rows if row not in reading] + reading
+        return writing + reading
 
 
 @contextmanager

@@ -49,6 +49,11 @@ def _require_whole_characters(text: str) -> str:
 _Text = Annotated[str, AfterValidator(_require_whole_characters)]
 
 
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """0 is not False: as ``logprobs`` it asks for those of the tokens written."""
+    return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in allowed)
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -77,7 +82,7 @@ class _Request(BaseModel):
             return fields
         for name, allowed in _ONLY.items():
             value = fields.get(name)
-            if value is not None and value not in allowed:
+            if value is not None and not _is_one_of(value, allowed):
                 raise ValueError(f"{name} = {reprlib.repr(value)} is not supported here: leave {name} out.")
         return {
             name: value
