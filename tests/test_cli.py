@@ -154,6 +154,7 @@ def test_control_c_ends_with_130(monkeypatch):
         (["generate", "x" * 4000, "--model", "{model}"], "has 4000 tokens and the model's context is 3072"),
         (["cache", "build", "{tmp}/none.txt"], "cannot read {tmp}/none.txt"),
         (["cache", "build", "{tmp}/wrong.json", "-o", "{tmp}/a/b"], "cannot write to {tmp}/a/b"),
+        (["cache", "build", "{tmp}/wrong.json", "-o", "{tmp}/wrong.json"], "is the prompt itself"),
         (["cache", "build", "{tmp}/wrong.json", "--preset", "b17"], "unknown preset 'b17'"),
         (["cache", "show", "{tmp}/none.qjl"], "there is no prompt cache {tmp}/none.qjl"),
         (["cache", "show", "{tmp}/wrong.json"], "{tmp}/wrong.json is no prompt cache"),

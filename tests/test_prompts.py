@@ -159,6 +159,46 @@ def test_the_least_recently_used_go_first(tmp_path, model):
     assert sum(path.stat().st_size for path in caches.folder.iterdir()) <= caches.max_bytes
 
 
+def test_files_of_others_are_not_deleted(tmp_path, model):
+    """Nor are they what makes the folder too large."""
+    caches = qjl.PromptCaches(tmp_path, max_bytes=10**9)
+    path = tmp_path / f"manual{SUFFIX}"
+    prefilled(model, prompt(PROMPT)).save(path)
+    size = put(caches, model, prompt(PROMPT, seed=1)).stat().st_size
+    caches.max_bytes = int(1.5 * size)
+    kept = put(caches, model, prompt(PROMPT, seed=2))
+    assert sorted(tmp_path.glob(f"*{SUFFIX}")) == sorted([path, kept])
+
+
+def test_the_newest_stays_whatever_clocks_say(tmp_path, model):
+    caches = qjl.PromptCaches(tmp_path, max_bytes=10**9)
+    older = put(caches, model, prompt(PROMPT))
+    os.utime(older, (time.time() + 1000,) * 2)
+    caches.max_bytes = int(1.5 * older.stat().st_size)
+    assert put(caches, model, prompt(PROMPT, seed=1)).exists()
+    assert not older.exists()
+
+
+def test_a_folder_that_may_only_be_read_serves(caches, model, monkeypatch):
+    ids = prompt(PROMPT)
+    put(caches, model, ids)
+
+    def refuse(*arguments):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert caches.longest(model, and_then(ids)).get_seq_length() == PROMPT
+
+
+def test_a_loaded_cache_knows_its_tokens(caches, model, refuses):
+    ids = prompt(PROMPT)
+    put(caches, model, ids)
+    loaded = caches.longest(model, and_then(ids))
+    caches.put(loaded, ids)
+    with refuses("the cache was loaded with other tokens"):
+        caches.put(loaded, prompt(PROMPT, seed=1))
+
+
 def test_a_cache_larger_than_the_folder(tmp_path, model, refuses):
     caches = qjl.PromptCaches(tmp_path / "prompts", max_bytes=1000)
     with refuses("does not fit a folder of 1000"):

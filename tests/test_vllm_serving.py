@@ -271,6 +271,14 @@ def test_the_benchmark_has_room_for_five_times_the_tokens(smollm2):
     assert stock["cached_tokens"] > 0.95 * (1 << 30) / BF16_BYTES
 
 
+def test_drafts_of_models_are_refused(smollm2):
+    """vLLM knows only an upper bound of the lengths then."""
+    drafts = {"method": "draft_model", "model": str(smollm2.folder), "num_speculative_tokens": 2}
+    result = smollm2.start("b3", [], speculative_config=drafts)
+    assert result.returncode != 0
+    assert "take drafts of ngram, and not of draft_model" in result.stderr
+
+
 def test_an_unknown_preset_stops_the_engine(smollm2):
     result = smollm2.start("b33", [])
     assert result.returncode != 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ from qjl.records import digest
 from qjl.stored import PARTIAL, SUFFIX, StoredFile, sha256_of_tokens
 
 logger = logging.getLogger("qjl")
+_OWN_NAME = re.compile(rf"[0-9a-f]{{16}}-[0-9a-f]{{16}}{re.escape(SUFFIX)}")
 ABANDONED = 600  # seconds without a change, after which an unfinished file is of a process that was killed
 _Seen = tuple[Path, int, int]  # inode and time of a change or use: what tells a file from one that was there before
 
@@ -48,18 +50,19 @@ class PromptCaches:
         """Keep a cache of one row, without padding and without a token mask; returns its file.
 
         Raises:
-            QJLError: if the cache is another one, has other tokens, is larger than all of the folder may be, or cannot
-                be saved.
+            QJLError: if the cache is another one, was loaded with other tokens (it knows no others), is larger than all
+                of the folder may be, or cannot be saved.
         """
         _require_plain(cache)
         ids = torch.as_tensor(token_ids).reshape(1, -1)[:, : cache.get_seq_length()]
+        _require_same(cache.prompt_ids, ids)
         name = f"{_family(cache.model, cache.config)}-{sha256_of_tokens(ids.int())[:16]}{SUFFIX}"
         path = self.folder / name
         size = cache.save(path, ids)
         if size > self.max_bytes:
             path.unlink(missing_ok=True)
             raise QJLError(f"a prompt cache of {size} bytes does not fit a folder of {self.max_bytes}: allow it more.")
-        self._make_room()
+        self._make_room(path)
         return path
 
     def longest(
@@ -88,7 +91,8 @@ class PromptCaches:
             with _passing_over(path):
                 cache = KVCache.load(path, model)
                 _keep_first(cache, count)
-                os.utime(path)
+                with suppress(OSError):  # a folder that may only be read
+                    os.utime(path)
                 return cache
         return None
 
@@ -103,21 +107,23 @@ class PromptCaches:
                 if kept is not None:
                     self._seen[seen] = kept.clone()  # a view would hold the file
 
-    def _make_room(self) -> None:
+    def _make_room(self, newest: Path) -> None:
         for partial in self.folder.glob(f".*{PARTIAL}"):
             with suppress(FileNotFoundError):
                 if time.time() - partial.stat().st_mtime > ABANDONED:
                     partial.unlink()
         total = 0
-        for _, size, path in sorted(self._used(), reverse=True):
+        for _, size, path in sorted(self._used(), key=lambda one: (one[2] == newest, one), reverse=True):
             total += size
             if total > self.max_bytes:
                 path.unlink(missing_ok=True)
 
     def _used(self) -> Iterator[tuple[int, int, Path]]:
-        """When each file was used last, its bytes and its path."""
+        """When each file that ``put`` wrote was used last, its bytes and its path; others are not ours to delete."""
         for path in self.folder.glob(f"*{SUFFIX}"):
             with suppress(FileNotFoundError):
+                if not _OWN_NAME.fullmatch(path.name):
+                    continue
                 stat = path.stat()
                 yield stat.st_mtime_ns, stat.st_size, path
 
@@ -138,6 +144,13 @@ def _require_plain(cache: KVCache) -> None:
     core = cache.cores[0]
     if core.batch > 1 or any(core.padding) or core.has_mask:
         raise QJLError("a folder keeps caches of one row without padding and token mask: save others by themselves.")
+
+
+def _require_same(known: Tensor | None, ids: Tensor) -> None:
+    if known is not None:
+        size = min(known.shape[1], ids.shape[1])
+        if not known[:, :size].cpu().equal(ids[:, :size].to("cpu", known.dtype)):
+            raise QJLError("the cache was loaded with other tokens: give those that it goes on from.")
 
 
 def _keep_first(cache: KVCache, count: int) -> None:

@@ -59,6 +59,8 @@ def build(
 
     text, wanted = texts.read_text(file), asked(preset, bits)
     path = output or file.with_suffix(SUFFIX)
+    if path.exists() and path.samefile(file):
+        raise QJLError(f"{path} is the prompt itself: name another file by --out.")
     records.require_writable(path)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     cache = hf.KVCache(network, configuration(wanted, network, tokenizer))

@@ -235,3 +235,6 @@ def _require_served(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if parallel.use_ubatching or parallel.decode_context_parallel_size > 1:
         raise QJLError("quantized pages serve neither micro-batches nor context parallelism: switch them off.")
+    drafts = vllm_config.speculative_config
+    if drafts is not None and drafts.method != "ngram":
+        raise QJLError(f"quantized pages take drafts of ngram, and not of {drafts.method}: choose that, or none.")
