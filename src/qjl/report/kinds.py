@@ -173,7 +173,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "serving",
             "A server under load",
-            "`qjl serve` asked by many clients at once, each conversation with a secret of its own that is asked for, "
+            "qjl serve, asked by many clients at once: each conversation has a secret of its own that is asked for, "
             "and that no other may hear.",
             (
                 *("preset", "model", "backend", "clients", "requests", "seconds", "statuses", "leaks", "repeated"),

@@ -206,7 +206,8 @@ def serving(rows: Sequence[Row]) -> Part:
         tuple((_cache(row), *_conversations(row), *_waits(row), *_memory_of_server(row)) for row in rows),
     )
     figure = Figure(plots.serving(rows), caption)
-    title = f"{_whole(rows)}, {rows[0]['clients']} clients"
+    room = rows[0]["slots"] + rows[0]["queue"]
+    title = f"{_whole(rows)}, {rows[0]['clients']} clients, room for {room}"
     return Part(title, (figure,), (table,), facts(rows, *LOAD), commands.serving(rows))
 
 
