@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import statistics
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from qjl.methods.balanced import Balanced
 from qjl.methods.identity import Identity
 from qjl.methods.qjl import QJL
 from qjl.methods.uniform import TokenUniform
-from qjl.presets import PRESETS, CacheConfig
+from qjl.presets import PRESETS, CacheConfig, resolve
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 PREFIX = 300
@@ -109,10 +111,21 @@ def test_only_what_a_seed_can_change_is_measured_for_each(model):
     assert sum(advanced) == len(configs) * SMALL.tokens
 
 
-def test_a_single_chunk_that_no_seed_changes_has_no_error(model):
+def test_a_single_chunk_has_no_error_whatever_the_number_of_seeds(model):
     protocol = dataclasses.replace(SMALL, chunks=1)
-    (row,) = fidelity.measure(model, byte_tokenizer(), [PLAIN], TEXT, protocol)
-    assert row["kl_se"] is None
+    for row in fidelity.measure(model, byte_tokenizer(), [PLAIN, "b3"], TEXT, protocol):
+        assert row["kl_se"] is None
+        assert row["kl_of_chunks"] == [pytest.approx(row["kl"])]
+
+
+def test_errors_are_those_over_chunks_of_means_over_seeds(model):
+    trial = fidelity.Trial(model, byte_tokenizer(), TEXT, SMALL)
+    config = resolve("b3").with_window(SMALL.recent)
+    row = trial.row(config, lambda count: None)
+    seeds = [one["kl_of_chunks"] for one in trial.rows_by_seed(config, lambda count: None)]
+    assert len(seeds) == SMALL.seeds > 1
+    assert row["kl_of_chunks"] == pytest.approx([statistics.mean(of) for of in zip(*seeds, strict=True)])
+    assert row["kl_se"] == pytest.approx(statistics.stdev(row["kl_of_chunks"]) / math.sqrt(SMALL.chunks))
 
 
 def test_retrieval_is_left_out_if_not_asked_for(model):

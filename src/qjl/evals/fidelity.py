@@ -3,7 +3,8 @@
 Protocol: ``prefix`` tokens exact, then ``decode`` tokens teacher-forced over the quantized cache with a window of
 ``recent`` exact tokens. Statistics come from one prefix only, another one for each seed, and serve all chunks: as
 they would in use. A seed also sets the projections and the retrieval task. A preset in which no seed can make a
-difference is measured once, and its error is that over chunks alone.
+difference is measured once. Errors are those over chunks, of their means over seeds: seeds that read the same chunk are
+no samples of other text.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """One JSON-ready object per preset, as soon as it is measured.
 
-    ``kl`` in nats per token with its standard error over chunks and seeds, ``ppl`` over the decoded tokens,
+    ``kl`` in nats per token with its standard error over chunks, ``kl_of_chunks``, ``ppl`` over the decoded tokens,
     ``dppl_percent`` against full precision with its error, ``top1`` agreement, ``retrieval`` and ``retrieval_full``
     shares of 30 codes (None if not asked for), bits per number without and with the exact window and the codecs.
 
@@ -161,8 +162,8 @@ class Trial:
 
 def _summary(config: CacheConfig, protocol: Protocol, runs: list[_Run]) -> dict[str, Any]:
     agreements = [run.agreement for run in runs]
-    kl = torch.stack([agreement.kl for agreement in agreements])  # [seeds, chunks, decode]
-    worse = torch.stack([agreement.nll - agreement.nll_full for agreement in agreements]).mean(-1).flatten()
+    kl = _of_chunks([agreement.kl for agreement in agreements])
+    worse = _of_chunks([agreement.nll - agreement.nll_full for agreement in agreements])
     ppl, ppl_full = (
         math.exp(float(torch.stack([getattr(agreement, name) for agreement in agreements]).mean()))
         for name in ("nll", "nll_full")
@@ -171,7 +172,8 @@ def _summary(config: CacheConfig, protocol: Protocol, runs: list[_Run]) -> dict[
     return {
         "preset": config.name,
         "kl": float(kl.mean()),
-        "kl_se": _standard_error(kl.mean(-1).flatten()),
+        "kl_se": _standard_error(kl),
+        "kl_of_chunks": kl.tolist(),
         "ppl": ppl,
         "ppl_full": ppl_full,
         "dppl_percent": 100 * (ppl / ppl_full - 1),
@@ -212,6 +214,11 @@ def _chunks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
         )
     starts = torch.linspace(0, len(tokens) - length, protocol.chunks).long()
     return torch.stack([tokens[start : start + length] for start in starts])
+
+
+def _of_chunks(seeds: list[Tensor]) -> Tensor:
+    """Means over seeds and tokens: ``seeds x [chunks, decode] -> [chunks]``."""
+    return torch.stack(seeds).mean((0, 2))
 
 
 def _scaled(error: float | None, factor: float) -> float | None:
