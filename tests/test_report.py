@@ -198,6 +198,21 @@ def test_of_perplexities_the_lower_is_the_better():
     assert cells(part_of("harness", *rows).tables[0], "wiki, word_perplexity")["b3"][1] == "best"
 
 
+def test_caches_are_compared_by_the_most_tokens_that_any_of_their_batches_gave():
+    rows = [rows_of.throughput("dynamic", 4), rows_of.throughput("b3", 2) | {"tokens_per_second": 900.0}]
+    (table,) = part_of("throughput", *rows, rows_of.throughput("b3", 8, True)).tables
+    assert cells(table, "tokens/s")["b3"] == ("800", "")
+    assert cells(table, "most tokens/s") == {"b3": ("900", "best"), "dynamic": ("400", "")}
+    assert cells(table, "of sequences")["b3"][0] == "2"
+    assert cells(table, "x dynamic")["b3"][0] == "2.25"
+
+
+def test_one_round_has_no_quartiles():
+    rows = [rows_of.memory("b3", 256, 10.0) | {"repeats": repeats} for repeats in (1, 2)]
+    notes = [part_of("memory", row).tables[0].lines[0][4].note for row in rows]
+    assert notes == ["", "1.40 to 1.60"]
+
+
 def test_needles_are_compared_with_full_precision_cell_by_cell():
     (table,) = part_of("haystack", *EVERY_KIND["haystack"]).tables
     notes = {line[0].text: line[table.columns.index("needle")].note for line in table.lines}
