@@ -56,6 +56,7 @@ test-vllm: setup-vllm
 # All that the report tells of the embedded model, measured from nothing; what is there already is not measured again.
 report: setup
 	$(BIN)/python scripts/evidence.py
+	$(BIN)/python scripts/fill.py
 	$(BIN)/qjl report docs/results results --out results/report.html
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python.

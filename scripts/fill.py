@@ -57,8 +57,9 @@ def frontier(rows: list[Row]) -> str:
 
 def _protocol(row: Row) -> str:
     return (
-        f"`{row['model']}`, {row['chunks']} x {row['decode']} tokens decoded after {row['prefix']}, 3 seeds where a "
-        f"method has them, {row['recent']} exact tokens; perplexity at full precision {row['ppl_full']:.1f}."
+        f"`{row['model']}`, {row['chunks']} x {row['decode']} tokens decoded after {row['prefix']}, "
+        f"{row['protocol']['seeds']} seeds where a method has them, {row['recent']} exact tokens; perplexity at full "
+        f"precision {row['ppl_full']:.1f}."
     )
 
 
@@ -187,14 +188,18 @@ def _kl_and_bits(row: Row | None) -> str:
 
 
 def growth(rows: list[Row]) -> str:
-    """The power of n by which times and sizes grow."""
+    """The power of n by which times and sizes grow, over all lengths and over the longer half of them."""
     lines = []
     for (case, field), what in GROWING.items():
         for of in groups([row for row in rows if row["case"] == case and row["backend"]], "preset"):
-            sizes = [row["tokens"] for row in of]
-            power = exponent(sizes, [row[field] for row in of])
-            lines.append((what, of[0]["preset"], f"{min(sizes):,} to {max(sizes):,}", f"n^{power:.2f}"))
-    return grid(("measured", "preset", "tokens", "grows as"), lines)
+            by_length = sorted(of, key=lambda row: row["tokens"])
+            powers = (_power(part, field) for part in (by_length, by_length[len(of) // 2 :]))
+            lines.append((what, of[0]["preset"], f"{by_length[0]['tokens']:,} to {by_length[-1]['tokens']:,}", *powers))
+    return grid(("measured", "preset", "tokens", "grows as", "the longer half as"), lines)
+
+
+def _power(rows: list[Row], field: str) -> str:
+    return f"n^{exponent([row['tokens'] for row in rows], [row[field] for row in rows]):.2f}"
 
 
 def counted(rows: list[Row]) -> str:
