@@ -10,7 +10,7 @@ import torch
 
 import qjl
 from models_for_tests import agreement, packed_bytes, prompt, tiny
-from qjl import calibrate
+from qjl import calibrate, machine
 from qjl.evals import decoding, fidelity
 from qjl.evals.fidelity import Protocol
 from qjl.evals.frontier import Frontier, parse_bits, within
@@ -183,6 +183,34 @@ def test_a_row_serves_only_what_was_measured_just_so(model):
     assert frontier.known(dataclasses.replace(PLAIN, sinks=0), [row]) is None
     for other in ({"name": "other"}, {"text": TEXT + "more"}, {"protocol": dataclasses.replace(SMALL, seeds=3)}):
         assert dataclasses.replace(frontier, **other).known(PLAIN, [row]) is None
+
+
+def test_a_row_of_other_weights_does_not_serve(model):
+    frontier = Frontier("tiny", model, byte_tokenizer(), TEXT, SMALL)
+    row = frontier.identity(PLAIN)
+    assert frontier.known(PLAIN, [row]) == row
+    other = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
+    assert dataclasses.replace(frontier, model=other).known(PLAIN, [row]) == row
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    assert dataclasses.replace(frontier, model=other).known(PLAIN, [row]) is None
+
+
+@pytest.mark.parametrize("package", machine.MODEL_PACKAGES)
+def test_a_row_of_another_version_does_not_serve(package, model):
+    frontier = Frontier("tiny", model, byte_tokenizer(), TEXT, SMALL)
+    row = frontier.identity(PLAIN) | {"versions": machine.versions()}
+    assert frontier.known(PLAIN, [row]) == row
+    assert frontier.known(PLAIN, [row | {"versions": row["versions"] | {package: "0.0.1"}}]) is None
+
+
+def test_kept_rows_stand_between_measured_ones(model):
+    frontier = Frontier("tiny", model, byte_tokenizer(), TEXT, SMALL)
+    rows = list(frontier.measure([PLAIN, PRESETS["b3"]], lambda count: None))
+    kept, advanced = rows[1] | {"note": "kept"}, []
+    again = list(frontier.measure([PLAIN, PRESETS["b3"]], advanced.append, [kept]))
+    assert again == [rows[0], kept]
+    assert sum(advanced) == 2 * SMALL.tokens
 
 
 def test_every_method_at_every_width():

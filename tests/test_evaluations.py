@@ -2,16 +2,19 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 from typer.testing import CliRunner
 
 import tiny_checkpoint
-from qjl import cli
+from qjl import cli, records
+from qjl.cli import evaluating, measuring
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
 PROBLEMS = [{"question": f"What is {n} and {n}?", "answer": f"#### {2 * n}"} for n in range(3)]
 SMALL = {
+    "fidelity": ("--prefix", "256", "--decode", "70", "--chunks", "1", "--seeds", "1", "--no-retrieval"),
     "distortion": ("--tokens", "300", "--rows", "1"),
     "perplexity": ("--context", "512", "--chunks", "1"),
     "seeds": ("--seeds", "2", "--prefix", "256", "--decode", "70", "--chunks", "1"),
@@ -36,7 +39,8 @@ def run(checkpoint, tmp_path):
     def start(name, *more):
         text, fit = (str(tmp_path / name) for name in ("text.txt", "fit.txt"))
         data = (str(tmp_path / "sums.jsonl"),) if name == "generate" else ("--data", text)
-        return CliRunner().invoke(cli.app, ["eval", name, *data, "-m", checkpoint, "--fit", fit, *SMALL[name], *more])
+        fitted = () if name == "fidelity" else ("--fit", fit)
+        return CliRunner().invoke(cli.app, ["eval", name, *data, "-m", checkpoint, *fitted, *SMALL[name], *more])
 
     return start
 
@@ -49,14 +53,62 @@ def test_every_preset_is_told_and_kept_once(name, run, tmp_path):
     assert first.exit_code == 0, first.output
     rows = [json.loads(line) for line in first.stdout.splitlines()]
     presets = list(dict.fromkeys(row["preset"] for row in rows))
-    assert presets == (["full"] if name in ("retrieval", "generate") else []) + ["turboquant-3", "b2"]
-    assert {"model", "dtype", "settings", "versions", "bits", "source"} <= rows[0].keys()
+    assert presets == (["full"] if name in ("fidelity", "retrieval", "generate") else []) + ["turboquant-3", "b2"]
+    assert {"model", "fingerprint", "dtype", "settings", "versions", "bits", "source"} <= rows[0].keys()
     kept = out.read_bytes()
     assert [json.loads(line) for line in kept.splitlines()] == rows
     again = run(name, *arguments)
     assert again.exit_code == 0, again.output
     assert out.read_bytes() == kept
     assert all(re.search(rf"^ ?{preset} ", again.stdout, re.M) for preset in presets)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_run_goes_on_to_the_same_files(name, run, tmp_path, monkeypatch):
+    def writes(out, most=None):
+        """Exit code and written lines of a run that is killed within line ``most``."""
+        lines, append = [], records.append
+
+        def write(path, row):
+            lines.append(row)
+            if len(lines) == most:
+                with path.open("a") as file:
+                    file.write(json.dumps(row)[:-9])
+                raise KeyboardInterrupt
+            append(path, row)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "append", write)
+            return run(name, "-p", "turboquant-3", "-p", "b2", "--out", str(tmp_path / out)).exit_code, len(lines)
+
+    ended, count = writes("whole.jsonl")
+    assert ended == 0
+    assert count > 1
+    middle = count // 2 + 1
+    assert writes("killed.jsonl", most=middle) == (130, middle)
+    assert writes("killed.jsonl") == (0, count - middle + 1)
+    for whole in tmp_path.glob("whole*.jsonl"):
+        assert (tmp_path / whole.name.replace("whole", "killed")).read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bars_count_what_was_kept(name, run, tmp_path, monkeypatch):
+    moved = []
+
+    @contextmanager
+    def progress(what, total, quiet=False):
+        moved.append([total, 0])
+
+        def advance(count):
+            moved[-1][1] += count
+
+        yield advance
+
+    for module in (evaluating, measuring):
+        monkeypatch.setattr(module, "progress", progress)
+    for _ in range(2):
+        assert run(name, "-p", "b2", "--out", str(tmp_path / "rows.jsonl")).exit_code == 0
+    assert [total for total, _ in moved] == [count for _, count in moved]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,5 +146,5 @@ def test_smoke_runs_all_of_them(checkpoint, tmp_path):
     )
     assert result.exit_code == 0, result.output
     told = {row["evaluation"]: row["rows"] for row in map(json.loads, result.stdout.splitlines())}
-    assert {"fidelity", "harness", *CASES} == told.keys()
+    assert {"harness", *CASES} == told.keys()
     assert all(told.values())

@@ -28,12 +28,30 @@ def test_no_file_has_no_rows(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("half", [b'{"preset": "b4", "k', b'{"preset": "b4"}', b"{", '{"ä'.encode()[:-1]])
+@pytest.mark.parametrize("half", [b'{"preset": "b4", "k', b'{"preset": "b4"', b"{", '{"ä'.encode()[:-1]])
 def test_a_half_line_is_dropped(half, path):
     whole = path.read_bytes()
     path.write_bytes(whole + half)
     assert records.resume(path) == ROWS
     assert path.read_bytes() == whole
+
+
+def test_a_whole_row_counts_without_its_newline(path):
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert records.read(path) == ROWS
+    assert path.read_bytes() == whole[:-1]
+    assert records.resume(path) == ROWS
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("end", ["The end", "[1, 2]", "12"])
+def test_what_no_killed_run_leaves_is_not_cut_off(end, path, refuses):
+    path.write_text(path.read_text() + end)
+    before = path.read_text()
+    with refuses("line 3 is no object"):
+        records.resume(path)
+    assert path.read_text() == before
 
 
 def test_rows_follow_a_half_line(path):
@@ -45,9 +63,9 @@ def test_rows_follow_a_half_line(path):
 
 @pytest.mark.parametrize("line", ["not JSON", "[1, 2]", '{"preset": "b2"'])
 def test_a_broken_line_in_the_middle_is_refused(line, path, refuses):
-    path.write_text(f"{line}\n{path.read_text()}")
+    path.write_text(f"\n{line}\n{path.read_text()}")
     before = path.read_text()
-    with refuses(f"cannot read {path} as JSON lines"):
+    with refuses(f"cannot read {path} as JSON lines, for line 2 is no object"):
         records.resume(path)
     assert path.read_text() == before
 
@@ -78,6 +96,7 @@ def test_a_journal_keeps_answers_by_run(tmp_path):
     with path.open("a") as file:
         file.write('{"run": "half a li')
     again = records.Journal(path, {"seed": 0, "preset": "b2"})
+    assert ([1, "a"] in again, [2, "a"] in again) == (True, False)
     assert again.answer([1, "a"], lambda: "asked again") == [0.1, None]
     assert again.answer([2, "a"], lambda: "another") == "another"
     assert records.Journal(path, {"preset": "b3", "seed": 0}).answer([1, "a"], lambda: "another run") == "another run"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from qjl.ops.cpu import library
 
-PACKAGES = ("qjl", "torch", "transformers", "triton")
+MODEL_PACKAGES = ("qjl", "torch", "transformers")  # which a model's answers depend on
+PACKAGES = (*MODEL_PACKAGES, "triton")
 CPU_INFO = Path("/proc/cpuinfo")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,18 @@ def read(path: Path) -> list[Row]:
     Raises:
         QJLError: if the file cannot be read or has a line that is no JSON object.
     """
-    try:
-        *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        return [_row(line, path) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise QJLError(f"cannot read {path} as JSON lines: give another file.") from error
+    lines = _whole(path).split(b"\n")
+    return [_row(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def resume(path: Path) -> list[Row]:
-    """``read``, and cut off the half line, so that rows can be appended."""
-    rows = read(path)
-    content = path.read_bytes() if path.exists() else b""
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        path.write_bytes(content[:whole])
+    """``read``, and cut off the half line or end the last one, so that rows can be appended."""
+    rows, whole = read(path), _whole(path)
+    if path.exists() and len(whole) < path.stat().st_size:
+        os.truncate(path, len(whole))
+    elif whole and not whole.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
     return rows
 
 
@@ -62,6 +61,9 @@ class Journal:
         self._path, self._run = path, digest(run)
         rows = [] if path is None else resume(path)
         self._answers = {row["request"]: row["answer"] for row in rows if row.get("run") == self._run}
+
+    def __contains__(self, request: Any) -> bool:
+        return digest(request) in self._answers
 
     def answer(self, request: Any, work: Callable[[], Any]) -> Any:
         """What ``work()`` gives for this request, or gave before; all is plain JSON."""
@@ -102,8 +104,27 @@ def pareto_front(rows: Iterable[Row]) -> list[Row]:
     return front
 
 
-def _row(line: bytes, path: Path) -> Row:
-    row = json.loads(line)
+def _whole(path: Path) -> bytes:
+    """What a file holds, but for the first half of an object at its end: the mark of a killed run."""
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise QJLError(f"cannot read {path} ({error.strerror}): give another file.") from error
+    end = content.rfind(b"\n") + 1
+    is_half = content[end:].startswith(b"{") and _parsed(content[end:]) is None
+    return content[:end] if is_half else content
+
+
+def _row(line: bytes, path: Path, number: int) -> Row:
+    row = _parsed(line)
     if not isinstance(row, dict):
-        raise ValueError(f"{path} has a line that is no object")
+        raise QJLError(f"cannot read {path} as JSON lines, for line {number} is no object: give another file.")
     return row
+
+
+def _parsed(line: bytes) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

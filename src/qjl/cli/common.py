@@ -144,6 +144,30 @@ def configuration(
     return config
 
 
+class Rows:
+    """What a command found: told as soon as it is known, kept once however often a run goes on."""
+
+    def __init__(self, output: Path | None, json_output: bool) -> None:
+        from qjl import records
+
+        self.output, self._json = output, json_output
+        self.kept = [] if output is None else records.resume(output)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        from qjl import records
+
+        self.rows.append(row)
+        if self._json:
+            print_json(row)
+        if self.output is not None and row not in self.kept:
+            records.append(self.output, row)
+
+    def show(self, table: Callable[[list[dict[str, Any]]], Any]) -> None:
+        if not self._json:
+            out.print(table(self.rows))
+
+
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[str], None]]:
     """A spinner beside ``what``; yields the function that shows another text there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from qjl.cli.common import (
     JsonOption,
     ModelOption,
     RecentOption,
+    Rows,
     load,
     out,
     parse_recent,
@@ -72,7 +73,7 @@ def distortion(
 
     protocol, text = Protocol(tokens, rows, parse_recent(recent)), read_data(data)
     configs = _quantized(preset)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    subject, found = _subject(model, fit, device, dtype, output, json_output), Rows(output, json_output)
     with progress("Quantizing", len(configs), quiet=json_output) as advance:
         for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
@@ -100,7 +101,7 @@ def perplexity(
 
     contexts, text, configs = context or [1024, 2048, 4096], read_data(data), _quantized(preset)
     window = parse_recent(recent)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    subject, found = _subject(model, fit, device, dtype, output, json_output), Rows(output, json_output)
     total = len(configs) * sum(length - length // 2 for length in contexts)
     with progress("Decoding", total, quiet=json_output) as advance:
         for row in measure(subject, configs, text, contexts, chunks, window, _answers(output), advance):
@@ -132,7 +133,7 @@ def seeds(
 
     protocol = Protocol(prefix, decode, chunks, count, parse_recent(recent), retrieval=False)
     text, configs = read_data(data), _quantized(preset)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    subject, found = _subject(model, fit, device, dtype, output, json_output), Rows(output, json_output)
     with progress("Decoding", len(configs) * protocol.tokens, quiet=json_output) as advance:
         for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
@@ -166,7 +167,7 @@ def retrieval(
     contexts = tuple(context or (1024, 2048, 4096))
     protocol = Protocol(tuple(task or ("needle",)), contexts, depths, count, parse_recent(recent))
     text, configs = read_data(data), resolved(preset, DEFAULT_PRESETS)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    subject, found = _subject(model, fit, device, dtype, output, json_output), Rows(output, json_output)
     with progress("Asking", len(protocol.cells), quiet=json_output) as advance:
         for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
@@ -197,7 +198,7 @@ def generate(
 
     protocol = Protocol(max_new_tokens, batch, parse_recent(recent), seed)
     asked, configs = read(data, limit), resolved(preset, DEFAULT_PRESETS)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), _Rows(output, json_output)
+    subject, found = _subject(model, fit, device, dtype, output, json_output), Rows(output, json_output)
     with progress("Solving", len(asked) * len(configs), quiet=json_output) as advance:
         for row in measure(subject, configs, task or data.stem, asked, protocol, _answers(output), advance):
             found.add(row)
@@ -235,30 +236,6 @@ def smoke(
         out.print(table)
     if not all(row["rows"] for row in found):
         raise typer.Exit(1)
-
-
-class _Rows:
-    """What a command found: told as soon as it is known, kept once however often a run goes on."""
-
-    def __init__(self, output: Path | None, json_output: bool) -> None:
-        from qjl import records
-
-        self._output, self._json = output, json_output
-        self._kept = [] if output is None else records.resume(output)
-        self.rows: list[Row] = []
-
-    def add(self, row: Row) -> None:
-        from qjl import records
-
-        self.rows.append(row)
-        if self._json:
-            print_json(row)
-        if self._output is not None and row not in self._kept:
-            records.append(self._output, row)
-
-    def show(self, table: Callable[[list[Row]], Any]) -> None:
-        if not self._json:
-            out.print(table(self.rows))
 
 
 def _subject(

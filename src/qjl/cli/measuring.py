@@ -18,13 +18,12 @@ from qjl.cli.common import (
     ModelArgument,
     ModelOption,
     RecentOption,
+    Rows,
     asked,
     configuration,
     load,
     notes,
-    out,
     parse_recent,
-    print_json,
     progress,
     read_data,
     resolved,
@@ -34,6 +33,7 @@ from qjl.cli.common import (
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
+    from qjl.evals.frontier import Frontier
     from qjl.presets import CacheConfig
 
 _PresetsOption = Annotated[
@@ -44,6 +44,9 @@ _DecodeOption = Annotated[int, typer.Option(help="Tokens decoded over the packed
 _ChunksOption = Annotated[int, typer.Option(help="Stretches of the text.")]
 _SeedsOption = Annotated[int, typer.Option(help="Of projections, statistics and the retrieval task.")]
 _RetrievalOption = Annotated[bool, typer.Option(help="Whether codes hidden in the text are asked for too.")]
+_Output = Annotated[
+    Path | None, typer.Option("--out", help="Append JSON lines to this file; what is there is not measured again.")
+]
 _COLUMNS = {
     "KL": lambda row: f"{row['kl']:.4f}" + (f" ± {row['kl_se']:.4f}" if row["kl_se"] is not None else ""),
     "ΔPPL, %": lambda row: f"{row['dppl_percent']:+.1f}",
@@ -67,7 +70,7 @@ def fidelity(
     retrieval: _RetrievalOption = True,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    output: Annotated[Path | None, typer.Option("--out", help="Append JSON lines to this file.")] = None,
+    output: _Output = None,
     json_output: JsonOption = False,
 ) -> None:
     """Compare presets with full precision, by teacher-forced decoding over the packed codes.
@@ -75,7 +78,8 @@ def fidelity(
     With --json, one object per preset and line.
     """
     from qjl import records
-    from qjl.evals.fidelity import Protocol, measure
+    from qjl.evals.fidelity import Protocol
+    from qjl.evals.frontier import Frontier
     from qjl.presets import PRESETS
 
     protocol = Protocol(prefix, decode, chunks, seeds, recent, retrieval)
@@ -86,15 +90,11 @@ def fidelity(
     text = read_data(data)
     if output is not None:
         records.require_writable(output)
+    found = Rows(output, json_output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     configs = [configuration(one, network, tokenizer) for one in wanted]
-    rows = []
-    with progress("Decoding", len(configs) * protocol.tokens, quiet=json_output) as advance:
-        for row in measure(network, tokenizer, configs, text, protocol, advance):
-            rows.append({"model": model} | row)
-            _report(rows[-1], output, json_output)
-    if not json_output:
-        out.print(_table(rows))
+    _measure(Frontier(model, network, tokenizer, text, protocol), configs, found, json_output)
+    found.show(_table)
 
 
 def frontier(
@@ -113,9 +113,7 @@ def frontier(
     retrieval: _RetrievalOption = True,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    output: Annotated[
-        Path | None, typer.Option("--out", help="Append JSON lines to this file; what is there is not measured again.")
-    ] = None,
+    output: _Output = None,
     plot: Annotated[Path | None, typer.Option(help="Draw KL against true bits: a .svg or .png file.")] = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -123,7 +121,7 @@ def frontier(
 
     With --json, one object per preset and line.
     """
-    from qjl import machine, models, records
+    from qjl import models, records
     from qjl.evals.fidelity import Protocol
     from qjl.evals.frontier import Frontier, parse_bits, within
     from qjl.evals.widths import every_width
@@ -138,24 +136,22 @@ def frontier(
         raise QJLError("--widths chooses the presets: leave --preset out.")
     chosen = every_width() if widths else resolved(preset, PRESETS)
     presets = within(models.load_config(model, progress=not json_output), chosen, interval, _tell_refusal)
-    rows = [] if output is None else records.resume(output)
+    found = Rows(output, json_output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
-    trial = Frontier(model, network, tokenizer, text, protocol)
-    known = {one.name: row for one in presets if (row := trial.known(one, rows)) is not None}
-    if known:
-        notes.print(f"{len(known)} of {len(presets)} presets are in {output} already.")
-    for row in known.values():
-        _report(row, None, json_output)
-    rows, missing = list(known.values()), [one for one in presets if one.name not in known]
-    with progress("Decoding", len(missing) * protocol.tokens, quiet=json_output) as advance:
-        for row in trial.measure(missing, advance):
-            rows.append(row | {"versions": machine.versions(), "machine": machine.describe()})
-            _report(rows[-1], output, json_output)
-    rows.sort(key=lambda row: (row["bits"], row["kl"]))
-    if not json_output:
-        out.print(_frontier_table(rows))
+    _measure(Frontier(model, network, tokenizer, text, protocol), presets, found, json_output)
+    found.rows.sort(key=lambda row: (row["bits"], row["kl"]))
+    found.show(_frontier_table)
     if plot is not None:
-        _draw(rows, plot)
+        _draw(found.rows, plot)
+
+
+def _measure(trial: Frontier, presets: list[CacheConfig], found: Rows, json_output: bool) -> None:
+    known = sum(trial.known(preset, found.kept) is not None for preset in presets)
+    if known:
+        notes.print(f"{known} of {len(presets)} presets are in {found.output} already.")
+    with progress("Decoding", len(presets) * trial.protocol.tokens, quiet=json_output) as advance:
+        for row in trial.measure(presets, advance, found.kept):
+            found.add(row)
 
 
 def _require_drawable(plot: Path | None) -> None:
@@ -188,15 +184,6 @@ def _frontier_table(rows: list[dict[str, Any]]) -> Any:
     table = _table(rows, name)
     table.caption = f"* loses least at its size; bold: this project; {table.caption}"
     return table
-
-
-def _report(row: dict[str, Any], output: Path | None, json_output: bool) -> None:
-    from qjl import records
-
-    if json_output:
-        print_json(row)
-    if output is not None:
-        records.append(output, row)
 
 
 def _table(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str] = lambda row: row["preset"]) -> Any:

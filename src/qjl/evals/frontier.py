@@ -7,12 +7,14 @@ run that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from qjl import machine
+from qjl.architecture import fingerprint
 from qjl.errors import QJLError
 from qjl.evals.fidelity import Protocol, measure
 from qjl.hf import KVCache
@@ -72,10 +74,15 @@ class Frontier:
     text: str
     protocol: Protocol
 
+    @functools.cached_property
+    def _weights(self) -> str | None:
+        return fingerprint(self.model)
+
     def identity(self, preset: CacheConfig) -> Row:
-        """All that the row of a preset depends on, but for the version of this library."""
+        """All that the row of a preset depends on, but for the versions of packages."""
         return {
             "model": self.name,
+            "fingerprint": self._weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "preset": preset.name,
             "settings": preset.with_window(self.protocol.recent).settings,
@@ -83,16 +90,24 @@ class Frontier:
         }
 
     def known(self, preset: CacheConfig, rows: Iterable[Row]) -> Row | None:
-        """The last of these rows that was measured just so."""
-        identity = self.identity(preset)
-        same = [row for row in rows if all(row.get(name) == value for name, value in identity.items())]
+        """The last of these rows that was measured just so; with other versions, if it tells them, is not so."""
+        identity, versions = self.identity(preset), machine.versions(machine.MODEL_PACKAGES)
+        same = [row for row in rows if _holds(row, identity) and _holds(row.get("versions", versions), versions)]
         return same[-1] if same else None
 
-    def measure(self, presets: Iterable[CacheConfig], on_tokens: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-        """A row per preset, as soon as it is measured."""
-        presets = list(presets)
-        if not presets:
-            return
-        rows = measure(self.model, self.tokenizer, presets, self.text, self.protocol, on_tokens)
-        for preset, row in zip(presets, rows, strict=True):
-            yield self.identity(preset) | row
+    def measure(
+        self, presets: Sequence[CacheConfig], on_tokens: Callable[[int], None], kept: Iterable[Row] = ()
+    ) -> Iterator[Row]:
+        """A row per preset: one of those ``kept``, or else measured, and told as soon as it is."""
+        found = [self.known(preset, kept) for preset in presets]
+        missing = [preset for preset, row in zip(presets, found, strict=True) if row is None]
+        measured = measure(self.model, self.tokenizer, missing, self.text, self.protocol, on_tokens)
+        here = {"versions": machine.versions(), "machine": machine.describe()}
+        for preset, row in zip(presets, found, strict=True):
+            if row is not None:
+                on_tokens(self.protocol.tokens)
+            yield row or self.identity(preset) | next(measured) | here
+
+
+def _holds(row: Row, fields: Row) -> bool:
+    return all(row.get(name) == value for name, value in fields.items())

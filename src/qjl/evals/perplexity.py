@@ -37,5 +37,8 @@ def measure(
         for config in configs:
             run = subject.identity(config) | {"case": "perplexity", "text": digest(text), "context": context}
             asked = {"chunks": chunks, "recent": recent}
-            row = Journal(answers, run).answer(asked, lambda: trial().row(config, on_tokens))  # noqa: B023
+            journal = Journal(answers, run)
+            if asked in journal:
+                on_tokens(protocol.tokens)
+            row = journal.answer(asked, lambda: trial().row(config, on_tokens))  # noqa: B023
             yield run | row | {"machine": machine.describe()}

@@ -33,5 +33,8 @@ def measure(
     for config in (resolve(preset).with_window(protocol.recent) for preset in presets):
         run = subject.identity(config) | {"case": "seeds", "text": digest(text)}
         asked = dataclasses.asdict(protocol)
-        found = Journal(answers, run).answer(asked, lambda: trial().rows_by_seed(config, on_tokens))  # noqa: B023
+        journal = Journal(answers, run)
+        if asked in journal:
+            on_tokens(protocol.tokens)
+        found = journal.answer(asked, lambda: trial().rows_by_seed(config, on_tokens))  # noqa: B023
         yield from (run | row | {"machine": machine.describe()} for row in found)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import calibrate, machine
+from qjl.architecture import fingerprint
 from qjl.evals.decoding import calibrated_cache
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig
 from qjl.records import Row, digest
 from qjl.statistics import LayerStatistics
-
-PACKAGES = ("qjl", "torch", "transformers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +52,20 @@ class Subject:
         tokens = self.tokens(text)[0]
         return tokens[self._fitted.numel() :] if text == self.text else tokens
 
+    @functools.cached_property
+    def _weights(self) -> str | None:
+        return fingerprint(self.model)
+
     def identity(self, config: CacheConfig) -> Row:
         """All of the model and the preset that an answer depends on."""
         return {
             "model": self.name,
+            "fingerprint": self._weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "preset": config.name,
             "settings": config.settings,
             "fitted_to": digest(self.text),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": machine.versions(machine.MODEL_PACKAGES),
         }
 
     def facts(self, config: CacheConfig, cache: KVCache) -> Row:
