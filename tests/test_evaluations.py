@@ -113,7 +113,7 @@ def test_smoke_runs_all_of_them(smoke):
     found, told = smoke()
     assert found.keys() == {"fidelity", "frontier", "widths", "harness", *CASES, *BENCHMARKS}
     assert all(found.values())
-    assert told == ""
+    assert "Not run" not in told
 
 
 def test_smoke_tells_that_the_harness_is_missing(smoke, monkeypatch):
