@@ -15,7 +15,7 @@ def mutated(content, generator):
 
 
 def save_until_killed(caches, path, seconds):
-    """A process saves one cache after the other to one path, until it is killed."""
+    """A process saves one cache after the other to one path, until it is killed; a first one comes through."""
     child = os.fork()
     if not child:
         try:
@@ -24,6 +24,9 @@ def save_until_killed(caches, path, seconds):
                     cache.save(path)
         finally:
             os._exit(1)
+    while not path.exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it could not save"
+        time.sleep(0.001)
     time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -587,14 +587,14 @@ def test_memory_weighs_and_times_every_cache(tmp_path):
 @pytest.mark.skipif(not peak.CLEAR.exists(), reason="the peak of a process is told on Linux")
 def test_throughput_fills_the_memory(tmp_path):
     rows_file, picture = tmp_path / "rows.jsonl", tmp_path / "throughput.svg"
-    arguments = ("-n", "256", "--memory", "24M", "--steps", "2", "--out", str(rows_file), "--plot", str(picture))
+    arguments = ("-n", "256", "--memory", "96M", "--steps", "2", "--out", str(rows_file), "--plot", str(picture))
     result = run("throughput", *TOY, *arguments)
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     largest = {row["preset"]: row for row in rows if row["is_largest"]}
     assert list(largest) == ["dynamic", "b3"]
     for row in rows:
-        assert row["weights_bytes"] + row["peak_bytes"] <= 24 << 20
+        assert row["weights_bytes"] + row["peak_bytes"] <= 96 << 20
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] / row["ms"])
         assert row["batch"] <= largest[row["preset"]]["batch"]
     assert largest["b3"]["batch"] > 2 * largest["dynamic"]["batch"]
@@ -620,11 +620,11 @@ def test_the_largest_batch_is_found_to_one_part_in_twenty(most):
 @pytest.mark.skipif(not peak.CLEAR.exists(), reason="the peak of a process is told on Linux")
 def test_the_peak_is_the_most_that_was_held_at_once():
     most = peak.Peak(torch.device("cpu"))
-    kept = torch.ones(4 << 20)
+    kept = torch.ones(16 << 20)  # as much as makes little of what else this process may touch
     most.restart()
     for _ in range(3):
-        torch.ones(8 << 20)
-    assert 0.9 * (12 << 22) < most.nbytes < 1.3 * (12 << 22)
+        torch.ones(32 << 20)
+    assert 0.9 * (48 << 22) < most.nbytes < 1.3 * (48 << 22)
     most.restart()
     assert 0.9 * kept.nbytes < most.nbytes < 1.5 * kept.nbytes
 

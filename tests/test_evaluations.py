@@ -9,7 +9,10 @@ from typer.testing import CliRunner
 
 import tiny_checkpoint
 from qjl import cli, records
+from qjl.bench import smoke as benchmarks
 from qjl.cli import evaluating, measuring
+from qjl.evals import harness
+from qjl.evals import smoke as evaluations
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
 PROBLEMS = [{"question": f"What is {n} and {n}?", "answer": f"#### {2 * n}"} for n in range(3)]
@@ -139,12 +142,35 @@ def test_refusals_are_one_sentence(name, arguments, message, run):
     assert result.stderr.startswith("Error: ")
 
 
-def test_smoke_runs_all_of_them(checkpoint, tmp_path):
+BENCHMARKS = {"decode", "encode", "memory", "throughput"}
+
+
+@pytest.fixture
+def smoke(checkpoint, tmp_path, monkeypatch):
+    """``smoke()``: rows of each evaluation, and what is told beside them."""
+    monkeypatch.setattr(harness, "_is_hub_there", lambda: False)
     (tmp_path / "text.txt").write_text(2 * TEXT)
-    result = CliRunner().invoke(
-        cli.app, ["eval", "smoke", "-m", checkpoint, "--data", str(tmp_path / "text.txt"), "--json"]
-    )
-    assert result.exit_code == 0, result.output
-    told = {row["evaluation"]: row["rows"] for row in map(json.loads, result.stdout.splitlines())}
-    assert {"harness", *CASES} == told.keys()
-    assert all(told.values())
+
+    def start():
+        arguments = ["eval", "smoke", "-m", checkpoint, "--data", str(tmp_path / "text.txt"), "--json"]
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == 0, result.output
+        rows = map(json.loads, result.stdout.splitlines())
+        return {row["evaluation"]: row["rows"] for row in rows}, result.stderr
+
+    return start
+
+
+def test_smoke_runs_all_of_them(smoke):
+    found, told = smoke()
+    assert found.keys() == {"frontier", "widths", "harness", *CASES, *BENCHMARKS}
+    assert all(found.values())
+    assert "Not run" not in told
+
+
+def test_smoke_tells_that_the_harness_is_missing(smoke, monkeypatch):
+    monkeypatch.setattr(evaluations, "find_spec", lambda package: None)
+    monkeypatch.setattr(benchmarks, "checks", lambda device: ())
+    found, told = smoke()
+    assert found.keys() == {"frontier", "widths", *CASES}
+    assert told == "Not run: harness, which needs lm-eval: run `pip install 'qjl[harness]'`.\n"

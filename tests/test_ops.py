@@ -176,7 +176,7 @@ def test_a_forked_process_computes_with_threads_of_its_own(backend, threads, gen
 
     child = multiprocessing.get_context("fork").Process(target=compute)
     child.start()
-    child.join(timeout=20)
+    child.join(timeout=120)
     child.kill()
     assert child.exitcode == 0
     assert _same(run(), before)

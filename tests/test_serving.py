@@ -46,6 +46,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PRESET = "b3"
 UNSERVED = {"qwen3-next", "lfm2", "gemma3n"}  # convolutions, states, layers that share a cache
 KEY = "a key of the tests"
+LONGEST = 120  # seconds that a busy machine may take
+ENOUGH = 1000  # turns
 SECRETS = ("otter", "maple", "comet", "basil", "quartz", "violin", "harbor", "lantern")
 
 
@@ -69,7 +71,7 @@ def serving(model, tokenizer, limits=None, preset=PRESET, **settings):
     limits = limits or Limits("tiny")
     engine = Engine(model, tokenizer, resolve(preset), **settings)
     with server.listen("127.0.0.1", 0) as listener:
-        here = server.Server(build(Service(engine, tokenizer, limits)), engine, grace=10)
+        here = server.Server(build(Service(engine, tokenizer, limits)), engine, grace=LONGEST)
         thread = threading.Thread(target=here.run, args=([listener],), daemon=True)
         thread.start()
         wait_until(lambda: here.started)
@@ -77,12 +79,12 @@ def serving(model, tokenizer, limits=None, preset=PRESET, **settings):
             yield server.url_of(listener), here
         finally:
             here.should_exit = True
-            thread.join(20)
+            thread.join(LONGEST)
             assert not thread.is_alive()
 
 
-def wait_until(is_so, seconds=10):
-    end = time.monotonic() + seconds
+def wait_until(is_so):
+    end = time.monotonic() + LONGEST
     while not is_so():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.01)
@@ -95,7 +97,7 @@ def url(model, tokenizer):
 
 
 def client_of(url, key="none"):
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=LONGEST)
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +116,11 @@ def complete(client, text="Hello", tokens=12, **settings):
 
 def post(url, path="/v1/completions", **fields):
     defaults = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0}
-    return httpx2.post(url + path, json=defaults | fields, timeout=30)
+    return httpx2.post(url + path, json=defaults | fields, timeout=LONGEST)
 
 
 def metrics(url, headers=None):
-    text = httpx2.get(f"{url}/metrics", headers=headers).text
+    text = httpx2.get(f"{url}/metrics", headers=headers, timeout=LONGEST).text
     return {name: float(value) for name, value in re.findall(r"^([^#\s]\S*) (\S+)$", text, re.M)}
 
 
@@ -303,7 +305,8 @@ def test_completions_are_greedy_generation(client, model, tokenizer):
 
 
 def test_completions_have_openais_default_length(url):
-    answer = httpx2.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "Hello", "temperature": 0}).json()
+    fields = {"model": "tiny", "prompt": "Hello", "temperature": 0}
+    answer = httpx2.post(f"{url}/v1/completions", json=fields, timeout=LONGEST).json()
     assert answer["usage"]["completion_tokens"] == 16
 
 
@@ -409,7 +412,7 @@ def test_no_conversation_sees_anothers_tokens(model, tokenizer):
         patch.setattr(engine_module._Row, "__init__", keep)
         for job in jobs:
             engine.submit(job)
-        assert all(done.acquire(timeout=20) for _ in jobs)
+        assert all(done.acquire(timeout=LONGEST) for _ in jobs)
     engine.close()
     for index, cache, _ in caches:
         alone = make_cache(model, PRESET)
@@ -518,7 +521,7 @@ def test_a_context_may_be_shortened(model, tokenizer):
         assert post(url, prompt="a" * 46).status_code == 200
         assert post(url, prompt="a" * 47).status_code == 400
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": None, "temperature": 0}
-        answer = httpx2.post(f"{url}/v1/chat/completions", json=chat, timeout=30).json()
+        answer = httpx2.post(f"{url}/v1/chat/completions", json=chat, timeout=LONGEST).json()
         assert answer["usage"]["total_tokens"] == 50
 
 
@@ -569,20 +572,31 @@ def test_a_key_is_wanted_where_there_is_one(model, tokenizer):
 
 
 @pytest.fixture
-def slow(monkeypatch):
-    """Each turn takes as long as a larger model's."""
+def turns(monkeypatch):
+    """The engine takes as many turns as are released; meanwhile it takes up requests, and tells what it holds."""
+    released, turn = threading.Semaphore(0), Engine._turn
 
-    def turn(*arguments):
-        time.sleep(0.02)
-        return read(*arguments)
+    def take(engine):
+        if released.acquire(timeout=0.01):
+            turn(engine)
 
-    monkeypatch.setattr(engine_module, "read", turn)
+    monkeypatch.setattr(Engine, "_turn", take)
+    return released
 
 
-def test_too_many_are_told_to_wait(model, tokenizer, slow):
+@contextlib.contextmanager
+def sending(url, body, length=None):
+    """The connection that a request was sent on, of which more may have been promised; it is closed afterwards."""
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length or len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", httpx2.URL(url).port), timeout=LONGEST) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+        yield connection
+
+
+def test_too_many_are_told_to_wait(model, tokenizer, turns):
     with (
         serving(model, tokenizer, Limits("tiny", queue=1), slots=1) as (url, _),
-        asking(lambda number: post(url, max_tokens=60), 2) as answers,
+        asking(lambda number: post(url), 2) as answers,
     ):
         wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 1)
         response = post(url)
@@ -591,17 +605,18 @@ def test_too_many_are_told_to_wait(model, tokenizer, slow):
         assert response.json()["error"]["type"] == "rate_limit_error"
         with pytest.raises(openai.RateLimitError):
             complete(client_of(url))
+        turns.release(ENOUGH)
     assert [answer.status_code for answer in answers] == [200, 200]
 
 
 def test_bodies_that_do_not_come_keep_no_place(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(app_module, "BODY_SECONDS", 0.3)
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
     with serving(model, tokenizer, Limits("tiny", queue=0), slots=1) as (url, _):
-        with socket.create_connection(("127.0.0.1", int(url.rsplit(":")[-1])), timeout=20) as stalled:
-            stalled.sendall(head)
+        with sending(url, "{", 99):
             wait_until(lambda: post(url).status_code == 429)
-            answer = stalled.recv(4096)
+        wait_until(lambda: post(url).status_code == 200)
+        monkeypatch.setattr(app_module, "BODY_SECONDS", 0.3)
+        with sending(url, "{", 99) as stalled:
+            answer = stalled.makefile("rb").read()
         assert answer.startswith(b"HTTP/1.1 408")
         assert b"send it faster" in answer
         wait_until(lambda: post(url).status_code == 200)
@@ -622,7 +637,7 @@ def test_a_short_prompt_waits_for_a_piece_of_a_long_one(model, tokenizer, monkey
     engine = Engine(model, tokenizer, resolve(PRESET))
     for one in (job("long", 8 * 16), job("short", 3), job("longer", 20 * 16), job("last", 5)):
         engine.submit(one)
-    assert all(done.acquire(timeout=20) for _ in range(4))
+    assert all(done.acquire(timeout=LONGEST) for _ in range(4))
     engine.close()
     assert heard.index("long") > max(heard.index("short"), heard.index("last"))
     assert heard.index("longer") > heard.index("long")
@@ -637,53 +652,61 @@ def test_a_client_that_waits_as_told_is_served(model, tokenizer):
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_a_client_that_goes_away_frees_its_row(model, tokenizer, slow, streams):
-    with serving(model, tokenizer, Limits("tiny", max_tokens=2000), slots=1) as (url, _):
-        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 2000, "stream": streams, "temperature": 0}
-        with httpx2.Client() as rude, contextlib.suppress(httpx2.ReadTimeout):
-            request = rude.build_request("POST", f"{url}/v1/completions", json=body, timeout=0.5)
-            response = rude.send(request, stream=True)
-            next(response.iter_raw())
-            response.close()
-        wait_until(lambda: metrics(url)["qjl_requests_running"] == 0, seconds=3)
-        counted = metrics(url)
-        assert counted["qjl_generated_tokens_total"] < 200
-        assert counted["qjl_cache_bytes"] == 0
+def test_a_client_that_goes_away_frees_its_row(model, tokenizer, turns, streams):
+    with serving(model, tokenizer, slots=1) as (url, _):
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 500, "stream": streams, "temperature": 0}
+        with sending(url, json.dumps(body)) as rude:
+            turns.release(20)
+            wait_until(lambda: metrics(url)["qjl_generated_tokens_total"] == 20)
+            if streams:
+                assert rude.recv(4096)
+        wait_until(lambda: metrics(url)["qjl_requests_running"] == 0)
+        assert metrics(url)["qjl_cache_bytes"] == 0
         if not streams:
             wait_until(lambda: 'qjl_requests_total{path="/v1/completions",status="499"}' in metrics(url))
+        turns.release(ENOUGH)
         assert post(url).status_code == 200
+        assert metrics(url)["qjl_generated_tokens_total"] == 20 + 4
 
 
-def test_a_client_that_goes_away_while_waiting_is_not_served(model, tokenizer, slow):
+def test_a_client_that_goes_away_while_waiting_is_not_served(model, tokenizer, turns):
     with (
         serving(model, tokenizer, Limits("tiny", queue=1), slots=1) as (url, _),
-        asking(lambda number: post(url, max_tokens=100), 1),
+        asking(lambda number: post(url), 1),
     ):
         wait_until(lambda: metrics(url)["qjl_requests_running"] == 1)
-        with pytest.raises(httpx2.ReadTimeout):
-            httpx2.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "a" * 900}, timeout=0.2)
+        with sending(url, json.dumps({"model": "tiny", "prompt": "a" * 900})):
+            wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 1)
         wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 0)
         assert metrics(url)["qjl_requests_running"] == 1
-        assert post(url).status_code == 200  # there is room again
+        with asking(lambda number: post(url), 1) as later:
+            wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 1)  # there is room again
+            turns.release(ENOUGH)
+        assert later[0].status_code == 200
         wait_until(lambda: metrics(url)["qjl_requests_running"] == 0)
         assert metrics(url)["qjl_prompt_tokens_total"] == 10
 
 
-def test_answers_do_not_wait_for_each_other(model, tokenizer, slow):
+def test_answers_do_not_wait_for_each_other(model, tokenizer, turns):
     with serving(model, tokenizer, slots=2) as (url, _), asking(lambda number: post(url, max_tokens=100), 1):
         wait_until(lambda: metrics(url)["qjl_requests_running"] == 1)
-        complete(client_of(url), tokens=3)
+        with asking(lambda number: post(url, max_tokens=3), 1):
+            wait_until(lambda: metrics(url)["qjl_requests_running"] == 2)
+            turns.release(50)
         assert metrics(url)["qjl_requests_running"] == 1  # the longer one still
+        turns.release(ENOUGH)
 
 
-def test_metrics_count(model, tokenizer, slow):
+def test_metrics_count(model, tokenizer, turns):
     with serving(model, tokenizer, slots=1) as (url, _):
         with asking(lambda number: post(url, prompt="a" * 600, max_tokens=60), 2):
-            wait_until(lambda: metrics(url)["qjl_requests_running"] == 1)
+            wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 1)
+            turns.release(30)
             wait_until(lambda: metrics(url)["qjl_cache_compression_ratio"] > 2)
             during = metrics(url)
+            turns.release(ENOUGH)
         after = metrics(url)
-    assert during["qjl_requests_waiting"] == 1
+    assert (during["qjl_requests_running"], during["qjl_requests_waiting"]) == (1, 1)
     full = during["qjl_cache_full_bytes"]
     per_token = 2 * 2 * 2 * 32 * 2  # layers, keys and values, heads, head_dim, bytes
     assert full % per_token == 0
@@ -714,13 +737,14 @@ def test_caches_are_gone_with_their_requests(model, tokenizer, monkeypatch):
         assert not any(reference() for reference in made)
 
 
-def test_who_asks_and_does_not_wait_harms_nobody(model, tokenizer, slow):
+def test_who_asks_and_does_not_wait_harms_nobody(model, tokenizer):
     engine = Engine(model, tokenizer, resolve(PRESET))
     done = threading.Event()
+    with engine._changed:  # so that nothing is answered yet
+        assert engine.held().cancel()
     engine.submit(Job(tokenizer("Hello").input_ids, 10, lambda piece: piece.reason and done.set(), Choice(0)))
-    assert engine.held().cancel()
-    assert done.wait(10)
-    assert engine.held().result(10).running == 0
+    assert done.wait(LONGEST)
+    assert engine.held().result(LONGEST).running == 0
     engine.close()
 
 
@@ -794,23 +818,24 @@ def stop(here):
     loop.call_soon_threadsafe(here.stop)
 
 
-def test_running_answers_are_written_at_the_end(model, tokenizer, slow):
+def test_running_answers_are_written_at_the_end(model, tokenizer, turns):
     with serving(model, tokenizer, slots=1) as (url, here):
-        with httpx2.Client() as kept, asking(lambda number: post(url, max_tokens=30 + number), 2) as answers:
+        with httpx2.Client(timeout=LONGEST) as kept, asking(lambda number: post(url), 2) as answers:
             wait_until(lambda: metrics(url)["qjl_requests_waiting"] == 1)
             stop(here)
             wait_until(lambda: kept.get(f"{url}/health").status_code == 503)
             late = kept.post(f"{url}/v1/completions", json={"model": "tiny", "prompt": "Hello"})
             assert late.status_code == 503
             assert int(late.headers["retry-after"]) > 0
+            turns.release(ENOUGH)
         wait_until(lambda: not here.servers[0].is_serving())
     assert sorted(answer.status_code for answer in answers) == [200, 503]
 
 
-def test_the_end_does_not_wait_for_ever(model, tokenizer, slow):
-    with serving(model, tokenizer, Limits("tiny", max_tokens=2000)) as (url, here):
+def test_the_end_does_not_wait_for_ever(model, tokenizer, turns):
+    with serving(model, tokenizer) as (url, here):
         here.grace = 0.2
-        with asking(lambda number: post(url, max_tokens=2000), 1) as answers:
+        with asking(lambda number: post(url), 1) as answers:
             wait_until(lambda: metrics(url)["qjl_requests_running"] == 1)
             stop(here)
         assert answers[0].status_code == 503
@@ -841,7 +866,7 @@ def test_the_command_serves_until_it_is_asked_to_end(command, tmp_path):
             process.send_signal(signal.SIGTERM)
             *_, last = stream
             assert last.choices[0].finish_reason in ("length", "stop")
-            assert process.wait(20) == 0
+            assert process.wait(LONGEST) == 0
             assert process.stdout.read() == ""
         finally:
             process.kill()

@@ -353,22 +353,19 @@ def test_memory_that_tensors_share_is_kept_once_and_in_its_strides():
 # Saving is all or nothing
 
 
-def test_a_process_killed_while_it_saves_leaves_a_whole_file_or_none(path, model):
+def test_a_process_killed_while_it_saves_leaves_a_whole_file(path, model):
     """200 moments: ``QJL_KILLS=200 pytest -k killed``."""
     caches = [prefilled(model, ids=prompt(LENGTH, seed=seed)) for seed in range(2)]
     generator, found = random.Random(0), set()
     for _ in range(KILLS):
         save_until_killed(caches, path, generator.uniform(0, 0.1))
-        if path.exists():
-            other = qjl.KVCache.load(path, model)
-            found.add(
-                sum(
-                    torch.equal(cache.cores[0].dense()[0], other.cores[0].dense()[0]) << i
-                    for i, cache in enumerate(caches)
-                )
+        other = qjl.KVCache.load(path, model)
+        found.add(
+            sum(
+                torch.equal(cache.cores[0].dense()[0], other.cores[0].dense()[0]) << i for i, cache in enumerate(caches)
             )
+        )
     assert found <= {1, 2}
-    assert found
 
 
 def test_a_failed_write_leaves_what_was_there(path, model, monkeypatch, refuses):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from qjl.cli.common import (
     RecentOption,
     Rows,
     load,
+    notes,
     out,
     parse_recent,
     print_json,
@@ -212,17 +214,19 @@ def smoke(
     dtype: DtypeOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Run every evaluation at toy size, in a few minutes: whether they run here, not what they find.
+    """Run every evaluation and benchmark at toy size, in a few minutes: whether they run here, not what they find.
 
     Exits with 1 where one finds nothing. With --json, one object per evaluation and line.
     """
     quieten()
-    from qjl.evals.smoke import checks
+    from qjl.bench import smoke as benchmarks
+    from qjl.evals import smoke as evaluations
 
     text = read_data(data)
     subject, found = _subject(model, data, device, dtype, None, json_output), []
     with TemporaryDirectory() as folder, waiting("Starting") as show:
-        for name, run in checks(subject, text, Path(folder)):
+        checks = chain(evaluations.checks(subject, text, Path(folder)), benchmarks.checks(subject.model.device))
+        for name, run in checks:
             show(name)
             start = time.perf_counter()
             rows = run()
@@ -234,6 +238,8 @@ def smoke(
         for row in found:
             table.add_row(*map(str, row.values()))
         out.print(table)
+    if not evaluations.has_harness():
+        notes.print("Not run: harness, which needs lm-eval: run `pip install 'qjl[harness]'`.", markup=False)
     if not all(row["rows"] for row in found):
         raise typer.Exit(1)
 

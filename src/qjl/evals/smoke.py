@@ -8,8 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qjl.evals import distortion, fidelity, haystack, perplexity, problems, seeds
+from qjl.evals.frontier import Frontier, within
 from qjl.evals.problems import Problem
 from qjl.evals.subject import Subject
+from qjl.evals.widths import every_width
+from qjl.presets import CacheConfig
 from qjl.records import Row
 
 PRESETS = ("b2", "kivi-2")
@@ -19,6 +22,11 @@ PROBLEMS = [
 ]
 SHOTS = "Question: is grass green? Answer: yes.\nQuestion: is snow black? Answer: no.\n" * 8
 QUESTIONS = [("coal", "black", "white"), ("milk", "white", "black")]
+
+
+def has_harness() -> bool:
+    """Whether lm-eval is installed, without which there is no ``harness``."""
+    return find_spec("lm_eval") is not None
 
 
 def checks(subject: Subject, text: str, folder: Path) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
@@ -33,6 +41,8 @@ def checks(subject: Subject, text: str, folder: Path) -> Iterator[tuple[str, Cal
 
     model, tokenizer = subject.model, subject.tokenizer
     yield "fidelity", listed(fidelity.measure(model, tokenizer, PRESETS, text, small))
+    yield "frontier", listed(_frontier(subject, PRESETS, text, small))
+    yield "widths", listed(_frontier(subject, every_width(), text, small))
     yield (
         "distortion",
         listed(distortion.measure(subject, PRESETS, text, distortion.Protocol(300, 1), kept("distortion"))),
@@ -44,8 +54,17 @@ def checks(subject: Subject, text: str, folder: Path) -> Iterator[tuple[str, Cal
     yield "retrieval", listed(haystack.measure(subject, PRESETS, text, hay, kept("retrieval")))
     quick = problems.Protocol(max_new_tokens=16, batch=2, recent=0)
     yield "generate", listed(problems.measure(subject, PRESETS, "sums", PROBLEMS, quick, kept("generate")))
-    if find_spec("lm_eval"):
+    if has_harness():
         yield "harness", lambda: _harness(subject, folder)
+
+
+def _frontier(
+    subject: Subject, presets: Iterable[str | CacheConfig], text: str, protocol: fidelity.Protocol
+) -> Iterator[Row]:
+    """The smallest of the presets."""
+    trial = Frontier(subject.name, subject.model, subject.tokenizer, text, protocol)
+    smallest, *_ = within(subject.model.config, presets, (0, 16), lambda name, refusal: None)
+    return trial.measure([smallest], lambda count: None)
 
 
 def _harness(subject: Subject, folder: Path) -> list[Row]:
@@ -60,7 +79,7 @@ def _harness(subject: Subject, folder: Path) -> list[Row]:
     task = {
         "task": "colours",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "colours.jsonl")}},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "colours.jsonl")}, "cache_dir": str(folder)},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "question",
