@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -44,7 +44,7 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
             "eval retrieval --task multikey --context 1024 --depths 2 --seeds 10",
             ("full", "b4", "b3", "b2", "kivi-4", "turboquant-4", "turboquant-3"),
         ),
-        "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 2", FEW),
+        "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 4", FEW),
         "seeds": ("eval seeds --seeds 10 --decode 128 --chunks 2", ("qjl-2", "qjl-paper", "turboquant-3", "b3")),
         "harness": (
             "eval harness --task olmes/piqa/rc_5shot --task olmes/lambada/bpb_0shot --limit 50",
@@ -80,10 +80,10 @@ SPEED: dict[str, Command] = {  # of the embedded model
     "decode": (f"bench decode {TOKENS} --repeats 7", ("b3", "b2", "qjl-2")),
     "encode": (f"bench encode {TOKENS} --repeats 3", ("b3", "b2", "quarot-4")),
     "memory": (
-        "bench memory --against dynamic --tokens 1024 --tokens 2048 --tokens 4096 --dtype float32 --repeats 1",
+        "bench memory --against dynamic --tokens 1024 --tokens 2048 --tokens 4096 --dtype bfloat16 --repeats 3",
         ("b3", "b2"),
     ),
-    "throughput": ("bench throughput --against dynamic --tokens 2048 --memory 2G --dtype float32", ("b3",)),
+    "throughput": ("bench throughput --against dynamic --tokens 2048 --memory 2G --dtype bfloat16", ("b3",)),
 }
 
 
@@ -96,14 +96,29 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda name: run(quality[name], folder / f"{name}.jsonl", chosen, threads=1), quality))
+        running = [pool.submit(run, quality[name], folder / f"{name}.jsonl", chosen, threads=1) for name in quality]
+        try:
+            for one in as_completed(running):
+                one.result()
+        except SystemExit:
+            pool.shutdown(cancel_futures=True)
+            raise
     for name, command in SPEED.items() if chosen.model == "smollm2" else ():
-        if not (folder / f"{name}.jsonl").exists():
-            run(command, folder / f"{name}.jsonl", chosen, threads=os.cpu_count() or 1)
+        run_whole(command, folder / f"{name}.jsonl", chosen)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
         f"in all {time.perf_counter() - start:.0f} s, {used.ru_utime + used.ru_stime:.0f} s of processors", flush=True
     )
+
+
+def run_whole(command: Command, output: Path, chosen: argparse.Namespace) -> None:
+    """One command on all cores, unless its output lies there: a benchmark that was killed begins anew."""
+    if output.exists():
+        return
+    part = output.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    run(command, part, chosen, threads=os.cpu_count() or 1)
+    part.rename(output)
 
 
 def run(command: Command, output: Path, chosen: argparse.Namespace, threads: int) -> None:
