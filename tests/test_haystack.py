@@ -69,6 +69,7 @@ def test_an_answer_counts_by_its_words(subject):
     first, second, *_ = one.task.expected
     assert one.share(f"{first}, and {second}.") == 0.5
     assert one.share("none") == 0
+    assert one.share(f"{first}1, 9{second}, x{first} and {second}_") == 0
 
 
 def test_every_preset_is_asked_in_every_cell(subject):

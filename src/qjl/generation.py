@@ -16,7 +16,6 @@ from qjl.errors import QJLError
 from qjl.hf import KVCache
 from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
 
-FULL = "full"
 BF16_BYTES = 2
 PREFILL_TOKENS = 2048  # read at once: as fast as all together, in less memory
 
@@ -56,8 +55,8 @@ class Generation:
 
 
 def make_cache(model: PreTrainedModel, preset: str | Path | CacheConfig = DEFAULT_PRESET) -> Cache:
-    """A quantized cache; for the preset ``full``, transformers' own."""
-    if resolve(preset).name == FULL:
+    """A quantized cache; for a preset that quantizes nothing, transformers' own."""
+    if resolve(preset).is_exact:
         return DynamicCache(config=model.config)
     return KVCache(model, preset)
 

@@ -100,6 +100,12 @@ class CacheConfig:
         return dataclasses.replace(self, key=key, value=value, overrides=overrides)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether no layer is quantized: full precision, which transformers' own cache serves as well."""
+        of_ranges = (quantizer for one in self.overrides for quantizer in (one.key, one.value) if quantizer)
+        return all(isinstance(quantizer, Identity) for quantizer in (self.key, self.value, *of_ranges))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All that codes depend on, as ``to_dict`` has it: without the words about the preset."""
         return {name: value for name, value in to_dict(self).items() if name not in ("name", "summary", "paper")}

@@ -27,7 +27,7 @@ from qjl import machine, ops
 from qjl.bench.peak import resident_bytes
 from qjl.bench.synthetic import CPU
 from qjl.errors import QJLError
-from qjl.generation import FULL
+from qjl.presets import resolve
 from qjl.records import Row
 
 REFUSED = ("429", "503")  # which say when to come again
@@ -125,7 +125,7 @@ def measure(model: str, preset: str, load: Load, text: str, on_answer: Callable[
         seconds, after = time.perf_counter() - start, _processor_seconds(process.pid)
         process.send_signal(signal.SIGTERM)
         ended = process.wait()
-    backend = None if preset == FULL else ops.backend_of(CPU)
+    backend = None if resolve(preset).is_exact else ops.backend_of(CPU)
     return (
         {"case": "serving", "backend": backend, "model": model, "preset": preset, "seconds": seconds}
         | {"processor_seconds": None if before is None or after is None else after - before}

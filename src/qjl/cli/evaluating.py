@@ -264,7 +264,7 @@ def _answers(output: Path | None) -> Path | None:
 
 def _quantized(presets: Iterable[str] | None) -> list[CacheConfig]:
     """Full precision has no errors to measure."""
-    configs = [config for config in resolved(presets, DEFAULT_PRESETS) if config.name != "full"]
+    configs = [config for config in resolved(presets, DEFAULT_PRESETS) if not config.is_exact]
     if not configs:
         raise QJLError("full precision loses nothing: give another preset beside it.")
     return configs

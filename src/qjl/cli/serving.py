@@ -164,10 +164,9 @@ def measure_for_vllm(source: str, preset: str, data: Path | None) -> None:
 
 
 def _cache_line(model: PreTrainedModel, config: CacheConfig) -> str:
-    from qjl.generation import FULL
     from qjl.hf import KVCache
 
-    if config.name == FULL:
+    if config.is_exact:
         return "on transformers' own cache"
     keys, values = KVCache(model, config).bits
     return f"on caches of {config.name}: {keys:.2f} bits for keys, {values:.2f} for values"

@@ -5,7 +5,7 @@ the codes. An answer counts by the share of the expected words that stand in it.
 
 - ``needle``: one number told at some depth of an essay.
 - ``passkey``: the same in a haystack of one sentence, over and over.
-- ``multikey``: many numbers of many names, one of which is asked for.
+- ``multikey``: many numbers of many names, one of which, at any place among them, is asked for.
 - ``multivalue``: several numbers of one name, all of which are asked for.
 - ``tracking``: a chain of variables, each given the value of another; all that hold the first value are asked for.
 """
@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,11 +214,16 @@ class _Haystack:
 
     def share(self, answer: str) -> float:
         """Of the expected words that stand in an answer."""
-        return sum(word in answer for word in self.task.expected) / len(self.task.expected)
+        return sum(_stands_in(answer, word) for word in self.task.expected) / len(self.task.expected)
+
+
+def _stands_in(answer: str, word: str) -> bool:
+    """As a word of its own: a number that goes on is another number."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer) is not None
 
 
 def _hidden(hay: list[int], needles: list[list[int]], depth: float) -> list[int]:
-    """The first needle at ``depth``, the others evenly from there to the end."""
+    """The first needle at ``depth``, the others evenly from there to the end: of ``multikey``, any may be asked for."""
     first = depth * len(hay)
     tokens, stop = [], 0
     for index, one in enumerate(needles):

@@ -23,7 +23,6 @@ from qjl.errors import QJLError
 from qjl.evals.reads import Reads
 from qjl.evals.subject import Subject
 from qjl.evals.writing import write
-from qjl.generation import FULL
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig, resolve
 from qjl.records import Journal, Row
@@ -32,7 +31,18 @@ ASK = "{}\nPlease reason step by step, and put your final answer within \\boxed{
 _QUESTIONS, _ANSWERS = ("question", "problem", "prompt"), ("answer", "solution", "target")
 _MARKED = re.compile(r"####\s*(.+)")
 _SAID = re.compile(r"answer is:?\s*\$?\\?\(?([^\n]+?)\.?\s*$", re.IGNORECASE | re.MULTILINE)
+_MANY = "hundred|thousand|million|billion|dozen|or |and "  # after which a number is another
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+_WITH_UNIT = re.compile(rf"(?:[a-zA-Z]\s*=\s*)?({_NUMBER.pattern})%?[.,]?(?:\s+(?!{_MANY})[a-zA-Z][^\d\\+*/^=]*)?")
+_LATEX = (
+    (r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"(?<!\d)\\frac\{(\d+)\}\{(\d+)\}", r"\1/\2"),
+    (r"\{,\}", ","),
+    (r"\\left|\\right|\\[!()\[\]]|\^\{?\\circ\}?|\\?\$|\*\*", ""),
+    (r"\\([%\s])", r"\1"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ def read(path: Path, limit: int | None = None) -> list[Problem]:
         QJLError: if the file cannot be read, or a line is no such object.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         rows = [json.loads(line) for line in lines[:limit]]
         problems = [Problem(_field(row, _QUESTIONS), final_answer(_field(row, _ANSWERS))) for row in rows]
     except (OSError, ValueError, IndexError, TypeError) as error:
@@ -90,24 +100,34 @@ def _boxed(text: str) -> str:
 
 
 def is_same(found: str, expected: str) -> bool:
-    """Whether two final answers are the same number, or else the same text but for blanks, dollars and full stops."""
-    numbers = [_number(answer) for answer in (found, expected)]
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return _plain(found) == _plain(expected)
+    """Whether two final answers are the same number, whatever the unit of the one found, or else the same text.
+
+    LaTeX's spacing and frames, dollars, and the full stop at the end do not count.
+    """
+    wanted = _number(_plain(expected))
+    if wanted is None:
+        return _joined(found) == _joined(expected)
+    measured = _WITH_UNIT.fullmatch(_plain(found))
+    return _number(measured[1] if measured else _joined(found)) == wanted
 
 
 def _number(answer: str) -> float | None:
-    plain = _plain(answer).replace(",", "").removesuffix("%").removesuffix("\\")
-    top, _, bottom = plain.partition("/")
+    top, _, bottom = answer.replace(",", "").removesuffix("%").partition("/")
     try:
         return float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError):
         return None
 
 
+def _joined(answer: str) -> str:
+    return re.sub(r"\s", "", _plain(answer)).lower()
+
+
 def _plain(answer: str) -> str:
-    return re.sub(r"[\s$]|\\left|\\right|\\!|\.$", "", answer).lower()
+    """Of LaTeX, what a line of text would say: ``1/2`` for ``\\frac12``, ``18 apples`` for ``18\\text{ apples}``."""
+    for pattern, plain in _LATEX:
+        answer = re.sub(pattern, plain, answer)
+    return answer.strip().removesuffix(".")
 
 
 @dataclass(frozen=True)
@@ -162,7 +182,7 @@ def measure(
 def _solve(subject: Subject, config: CacheConfig, prompts: list[list[int]], protocol: Protocol) -> list[Row]:
     """What the model writes, for each prompt of a batch."""
     model, reads = subject.model, Reads()
-    cache = DynamicCache(config=model.config) if config.name == FULL else subject.cache(config)
+    cache = DynamicCache(config=model.config) if config.is_exact else subject.cache(config)
     torch.manual_seed(protocol.seed)
     count = functools.partial(reads.add_step, cache) if isinstance(cache, KVCache) else None
     written = write(model, cache, prompts, protocol.max_new_tokens, count)
