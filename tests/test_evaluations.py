@@ -114,6 +114,13 @@ def test_bars_count_what_was_kept(name, run, tmp_path, monkeypatch):
     assert [total for total, _ in moved] == [count for _, count in moved]
 
 
+@pytest.mark.parametrize(("recent", "told"), [("399", 1), ("32", 0)])
+def test_a_haystack_without_codes_is_told(recent, told, run):
+    result = run("retrieval", "-p", "b2", "--recent", recent)
+    assert result.exit_code == 0
+    assert result.stderr.count("400 tokens say nothing of b2: none was read as a code") == told
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_preset_is_enough(name, run):
     result = run(name, "-p", "kivi-2")

@@ -174,6 +174,15 @@ def retrieval(
         for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
     found.show(_retrieval_table)
+    for preset, context in dict.fromkeys(
+        (row["preset"], row["context"]) for row in found.rows if not row["read_as_codes"]
+    ):
+        notes.print(
+            f"{context} tokens say nothing of {preset}: none was read as a code, since all are exact. Take a longer "
+            "context, or a smaller window.",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def generate(

@@ -19,11 +19,10 @@ from qjl.cli.common import (
     JsonOption,
     ModelOption,
     RecentOption,
+    Rows,
     load,
     notes,
-    out,
     parse_recent,
-    print_json,
     progress,
     read_data,
     resolved,
@@ -89,24 +88,18 @@ def harness(
     text = read_data(data)
     if output is not None:
         records.require_writable(output)
-    kept = [] if output is None else records.resume(output)
+    found = Rows(output, json_output)
     bars = notes.is_terminal and not json_output
     tasks = load_tasks(task, protocol, models.load_tokenizer(model, progress=bars))
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     answers = None if output is None else output.with_suffix(f".answers{output.suffix}")
     trial = Harness(Subject(model, network, tokenizer, text), protocol, answers)
-    rows = []
-    for found in trial.measure(configs, tasks, lambda what: functools.partial(progress, what, quiet=json_output)):
-        for row in found:
-            rows.append(row)
-            if json_output:
-                print_json(row)
-            if output is not None and row not in kept:
-                records.append(output, row)
-        for row in found[:1]:
+    for rows in trial.measure(configs, tasks, lambda what: functools.partial(progress, what, quiet=json_output)):
+        for row in rows:
+            found.add(row)
+        for row in rows[:1]:
             _tell_if_no_codes(row)
-    if not json_output:
-        out.print(_table(rows))
+    found.show(_table)
 
 
 def _parse(metadata: str | None) -> dict[str, Any] | None:
