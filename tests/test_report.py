@@ -8,11 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 import typer.main
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 import report_rows as rows_of
 from colours import contrast
 from qjl import cli, presets, records, report
+from qjl.errors import QJLError
 from qjl.plots.style import INK, OURS, TONES
 from qjl.report import numbers
 from qjl.report.kinds import KINDS
@@ -336,3 +338,29 @@ def test_a_page_that_cannot_be_written_is_refused(name, folder):
     result = run(folder, "-o", folder / name)
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_damaged_row_is_shown_or_refused(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(b'<svg width="9pt"></svg>'))
+    path = tmp_path / "rows.jsonl"
+    first, *others = EVERY_KIND[kind]
+    needs, refused = {need.removesuffix("?") for need in KINDS[kind].needs}, set()
+    for field in first.keys() - {"case"}:
+        rest = {name: value for name, value in first.items() if name != field}
+        wrong = (None, 3 if isinstance(first[field], str) else "?") if field in needs else ()
+        for damaged in (rest, *(rest | {field: value} for value in wrong)):
+            path.write_text("".join(json.dumps(row) + "\n" for row in (damaged, *others)))
+            if message := refusal(path):
+                assert f"row of {kind} in rows.jsonl has " in message
+                assert field in message
+                refused.add(field)
+    assert refused == needs
+
+
+def refusal(path):
+    try:
+        report.page(report.read([path]))
+    except QJLError as error:
+        return str(error)
+    return None

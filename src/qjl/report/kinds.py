@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qjl.errors import QJLError
 from qjl.records import Row
@@ -16,7 +17,7 @@ from qjl.report.parts import Part, Section
 class Kind:
     """Rows of one evaluation or benchmark.
 
-    - ``needs``: fields without which a row is damaged.
+    - ``needs``: fields without which a row is damaged; with a question mark, if they may be null.
     - ``alike``: fields that rows must share to stand in one figure.
     - ``part``: of a page, made from such rows.
     """
@@ -34,8 +35,17 @@ class Kind:
 
 _PRESET = ("model", "preset", "bits", "source")
 _WHERE = ("machine", "device", "threads")
+_PROTOCOL = ("prefix", "decode", "chunks", "recent?")
 _LAYER = ("backend", "head_dim", "kv_heads", "group", "batch", "dtype", "repeats", *_WHERE)
-_OURS = ("preset", "tokens", "ms", "backend")
+_MODEL = ("model", "dtype", "device", "machine")
+_SHAPE = ("head_dim", "kv_heads", "group", "threads")
+_OURS = ("preset", "tokens", "ms", "backend?", "threads")
+_OTHERS: dict[str, Any] = (  # than numbers
+    dict.fromkeys(("model", "preset", "source", "role", "task", "metric", "right"), str)
+    | dict.fromkeys(("backend", "machine", "device", "dtype"), str)
+    | dict.fromkeys(("protocol", "statuses", "first_token_seconds", "request_seconds"), dict)
+    | {"peak_bytes": (int, list), "resident_bytes": list}
+)
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -45,7 +55,10 @@ KINDS: dict[str, Kind] = {
             "The frontier: quality against size",
             "How far the next token's distribution is from that of full precision, with all tokens outside the exact "
             "window read from packed codes, teacher-forced on real text.",
-            (*_PRESET, "kl", "kl_se", "bits_keys", "bits_values", "bits_with_window", "dppl_percent", "top1", "chunks"),
+            (
+                *(*_PRESET, "protocol", "kl", "kl_se?", "bits_keys", "bits_values", "bits_with_window"),
+                *("ppl_full", "dppl_percent", "top1", "retrieval?", "prefix", "decode", "chunks"),
+            ),
             ("model", "dtype", "protocol"),
             quality.frontier,
         ),
@@ -54,7 +67,7 @@ KINDS: dict[str, Kind] = {
             "Distortion of scores and outputs",
             "What quantization does to the scores and to the outputs of each layer's attention, on real keys, beside "
             "what theory says.",
-            (*_PRESET, "layer", "role", "error", "theory"),
+            (*_PRESET, "layer", "role", "error", "theory?", "recent?"),
             ("model", "dtype", "tokens", "rows", "text", "fitted_to"),
             quality.distortion,
         ),
@@ -62,7 +75,7 @@ KINDS: dict[str, Kind] = {
             "perplexity",
             "Perplexity against context",
             "Half of each context is prefilled and quantized, the other half decoded over the codes.",
-            (*_PRESET, "context", "ppl", "ppl_full", "kl", "kl_se"),
+            (*_PRESET, "context", "ppl", "ppl_full", "kl", "kl_se?", "chunks", "recent?"),
             ("model", "dtype", "text", "fitted_to", "chunks"),
             quality.perplexity,
         ),
@@ -70,7 +83,7 @@ KINDS: dict[str, Kind] = {
             "seeds",
             "Seeds: how much is luck",
             "The same measurement with other random projections, and with other prompts for the statistics.",
-            (*_PRESET, "seed", "kl"),
+            (*_PRESET, "seed", "kl", *_PROTOCOL),
             ("model", "dtype", "text", "fitted_to", "prefix", "decode", "chunks"),
             quality.seeds,
         ),
@@ -79,7 +92,7 @@ KINDS: dict[str, Kind] = {
             "Retrieval: needles in haystacks",
             "Something is hidden in a long text, which is quantized; the question is asked and answered over codes. "
             "Answers count by exact match.",
-            (*_PRESET, "task", "context", "depth", "seed", "found", "read_as_codes"),
+            (*_PRESET, "task", "context", "depth", "seed", "found", "read_as_codes", "recent?"),
             ("model", "dtype", "text", "fitted_to"),
             quality.haystack,
         ),
@@ -88,7 +101,10 @@ KINDS: dict[str, Kind] = {
             "Problems with a final answer",
             "Problems worked out step by step over the codes of the question and of all that was written, the final "
             "answer compared.",
-            (*_PRESET, "protocol", "task", "n", "accuracy", "accuracy_se", "right", "tokens", "unfinished"),
+            (
+                *(*_PRESET, "protocol", "task", "n", "accuracy", "accuracy_se", "right", "tokens", "unfinished"),
+                *("read_as_codes?", "recent?"),
+            ),
             ("model", "dtype", "task", "n", "protocol", "fitted_to"),
             quality.problems,
         ),
@@ -96,7 +112,7 @@ KINDS: dict[str, Kind] = {
             "harness",
             "Tasks of lm-evaluation-harness",
             "Log-likelihoods and answers taken over the packed codes of each context.",
-            (*_PRESET, "protocol", "task", "metric", "value", "value_se", "read_as_codes"),
+            (*_PRESET, "protocol", "task", "metric", "value", "value_se?", "read_as_codes", "recent?"),
             ("model", "dtype", "protocol", "limit", "fitted_to"),
             quality.harness,
         ),
@@ -106,16 +122,8 @@ KINDS: dict[str, Kind] = {
             "One token's attention over a packed layer with cold caches, everything included, beside attention in full "
             "precision. No speed is reported of what is not right.",
             (
-                *_OURS,
-                "head_dim",
-                "kv_heads",
-                "group",
-                "operations",
-                "bandwidth_gbs",
-                "peak_gflops",
-                "bytes",
-                "max_error",
-                "repeats",
+                *(*_OURS, *_SHAPE, "machine", "repeats", "operations", "bytes", "max_error"),
+                *("bandwidth_gbs", "peak_gflops", "fraction_of_bandwidth"),
             ),
             _LAYER,
             speed.decode,
@@ -124,7 +132,7 @@ KINDS: dict[str, Kind] = {
             "scan",
             "Scanning packed keys",
             "Scores of a group of queries with all keys, tables and scales included, and nothing else of attention.",
-            (*_OURS, "kv_heads", "group", "head_dim", "bits_per_key", "ns_per_vector"),
+            (*_OURS, *_SHAPE, "bits_per_key", "ns_per_vector"),
             (*_LAYER, "tokens"),
             speed.scan,
         ),
@@ -132,7 +140,7 @@ KINDS: dict[str, Kind] = {
             "encode",
             "Encoding a prompt",
             "A prompt's keys and values to packed codes, beside the attention of the prefill that they come from.",
-            (*_OURS, "role", "bits_per_vector", "ns_per_vector", "prefill_ms", "share_of_prefill"),
+            (*_OURS, *_SHAPE, "role", "bits_per_vector", "ns_per_vector", "prefill_ms", "share_of_prefill"),
             _LAYER,
             speed.encode,
         ),
@@ -140,7 +148,7 @@ KINDS: dict[str, Kind] = {
             "memory",
             "Whole models: time and memory against context",
             "Every cache reads the same prompt and decodes the same number of tokens after it.",
-            (*_OURS, "model", "prefill_ms", "cache_bytes", "peak_bytes", "prefill_peak_bytes", "dtype", "device"),
+            (*_OURS, *_MODEL, "prefill_ms", "cache_bytes", "peak_bytes?", "prefill_peak_bytes?"),
             ("model", "dtype", *_WHERE, "steps"),
             speed.memory,
         ),
@@ -149,15 +157,8 @@ KINDS: dict[str, Kind] = {
             "Throughput: as many sequences as fit",
             "All sequences hold the same tokens; batches grow until weights, caches and all else exceed the memory.",
             (
-                *_OURS,
-                "model",
-                "batch",
-                "tokens_per_second",
-                "is_largest",
-                "memory",
-                "cache_bytes",
-                "peak_bytes",
-                "device",
+                *(*_OURS, *_MODEL, "batch", "tokens_per_second", "is_largest", "memory"),
+                *("cache_bytes", "peak_bytes?"),
             ),
             ("model", "dtype", *_WHERE, "memory", "steps"),
             speed.throughput,
@@ -166,7 +167,7 @@ KINDS: dict[str, Kind] = {
             "generate",
             "Whole models: a token's time beside other engines",
             "Decoding with a whole model after a prompt, beside transformers' own caches and llama.cpp.",
-            (*_OURS, "model", "tokens_per_second", "attention_ms_per_layer", "threads"),
+            (*_OURS, "model", "machine", "tokens_per_second", "attention_ms_per_layer?"),
             ("model", *_WHERE),
             speed.generate,
         ),
@@ -176,9 +177,9 @@ KINDS: dict[str, Kind] = {
             "qjl serve, asked by many clients at once: each conversation has a secret of its own that is asked for, "
             "and that no other may hear.",
             (
-                *("preset", "model", "backend", "clients", "requests", "seconds", "statuses", "leaks", "repeated"),
-                *("first_token_seconds", "request_seconds", "tokens_per_second", "peak_bytes", "resident_bytes"),
-                *("smaller_than_full", "words", "answer", "slots", "queue", "dtype"),
+                *("preset", *_MODEL, "threads", "backend?", "clients", "requests", "seconds", "statuses", "leaks"),
+                *("repeated", "first_token_seconds", "request_seconds", "tokens_per_second", "peak_bytes?"),
+                *("resident_bytes", "smaller_than_full?", "words", "answer", "slots", "queue"),
             ),
             ("model", "dtype", *_WHERE, "clients", "requests", "words", "answer", "slots", "queue"),
             speed.serving,
@@ -188,7 +189,7 @@ KINDS: dict[str, Kind] = {
             "vLLM: pages of codes beside its own",
             "vLLM with the plugin and without: all sequences hold the same context and decode together.",
             (
-                *("preset", "model", "backend", "requests", "context", "steps", "cached_tokens"),
+                *("preset", *_MODEL, "threads", "backend?", "requests", "context", "steps", "cached_tokens"),
                 *("step_seconds", "step_cpu_seconds", "prefill_seconds", "prefill_cpu_seconds"),
             ),
             ("model", "dtype", *_WHERE, "requests", "steps"),
@@ -210,13 +211,23 @@ def kind_of(row: Row) -> str:
 
 
 def checked(row: Row, place: str) -> Row:
-    """The row, if nothing is missing.
+    """The row, if nothing is missing, and numbers are numbers.
 
     Raises:
         QJLError: if something is.
     """
     kind = KINDS.get(kind_of(row))
-    missing = [field for field in kind.needs if field not in row] if kind else []
-    if missing:
-        raise QJLError(f"a row of {kind_of(row)} in {place} has no {missing[0]}: measure it again, or leave it out.")
+    for need in kind.needs if kind else ():
+        field, may_be_null = need.removesuffix("?"), need.endswith("?")
+        if field not in row:
+            raise QJLError(f"a row of {kind_of(row)} in {place} has no {field}: measure it again, or leave it out.")
+        if not (may_be_null and row[field] is None) and not _fits(row[field], field):
+            raise QJLError(
+                f"a row of {kind_of(row)} in {place} has {row[field]!r} for {field}: measure it again, or leave it out."
+            )
     return row
+
+
+def _fits(value: object, field: str) -> bool:
+    """A number, if fields of this name are not something else."""
+    return isinstance(value, _OTHERS.get(field, (int, float)))

@@ -128,7 +128,7 @@ def memory(rows: Sequence[Row]) -> Part:
                 Cell(number(row["ms"])),
                 *(_ratio(row, name) for name in against),
                 Cell(_megabytes(row["cache_bytes"])),
-                Cell(number(row["smaller_than_dynamic"])),
+                Cell(number(row.get("smaller_than_dynamic"))),
                 Cell(_megabytes(row["peak_bytes"])),
                 Cell(_megabytes(row["prefill_peak_bytes"])),
             )
