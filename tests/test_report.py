@@ -15,6 +15,7 @@ import report_rows as rows_of
 from colours import contrast
 from qjl import cli, presets, records, report
 from qjl.errors import QJLError
+from qjl.plots.answers import by_metric
 from qjl.plots.style import INK, OURS, TONES
 from qjl.report import numbers
 from qjl.report.kinds import KINDS
@@ -200,6 +201,22 @@ def test_of_perplexities_the_lower_is_the_better():
     assert cells(part_of("harness", *rows).tables[0], "wiki, word_perplexity")["b3"][1] == "best"
 
 
+@pytest.mark.parametrize(("metric", "best"), [("brier_score", "b3"), ("loss", "b3"), ("gloss", "b2"), ("acc", "b2")])
+def test_which_metrics_are_better_when_lower(metric, best):
+    rows = [rows_of.harness(name, "task", metric, value) for name, value in (("b3", 0.1), ("b2", 0.9))]
+    marks = {name: mark for name, (_, mark) in cells(part_of("harness", *rows).tables[0], f"task, {metric}").items()}
+    assert marks == {"b3": "", "b2": "", best: "best"}
+
+
+def test_perplexities_are_compared_by_their_logarithms():
+    found = (("b3", 72.0, 32.0), ("b2", 74.0, 34.0), ("kivi-2", 68064.0, 147213.0))
+    rows = [rows_of.harness(name, "lambada", "perplexity", value, error) for name, value, error in found]
+    marks = {
+        name: mark for name, (_, mark) in cells(part_of("harness", *rows).tables[0], "lambada, perplexity").items()
+    }
+    assert marks == {"b3": "best", "b2": "near", "kivi-2": ""}
+
+
 def test_caches_are_compared_by_the_most_tokens_that_any_of_their_batches_gave():
     rows = [rows_of.throughput("dynamic", 4), rows_of.throughput("b3", 2) | {"tokens_per_second": 900.0}]
     (table,) = part_of("throughput", *rows, rows_of.throughput("b3", 8, True)).tables
@@ -217,8 +234,71 @@ def test_one_round_has_no_quartiles():
 
 def test_needles_are_compared_with_full_precision_cell_by_cell():
     (table,) = part_of("haystack", *EVERY_KIND["haystack"]).tables
-    notes = {line[0].text: line[table.columns.index("needle")].note for line in table.lines}
-    assert notes == {"full": "", "b3": "0", "kivi-2": MINUS + "50.0 ± 0"}
+    notes = {line[0].text: line[table.columns.index("needle, 4 haystacks")].note for line in table.lines}
+    assert notes == {"full": "", "b3": "0", "kivi-2": MINUS + "50.0"}
+
+
+def test_few_haystacks_tell_little_apart():
+    shares = {"b3": (1, 1, 1, 1), "b2": (1, 0, 0, 1), "kivi-2": (0, 0, 0, 0)}
+    rows = [
+        rows_of.haystack(name, context, depth, found)
+        for name, of in shares.items()
+        for (context, depth), found in zip(((c, d) for c in (1024, 2048) for d in (0.25, 0.75)), of, strict=True)
+    ]
+    (table,) = part_of("haystack", *rows).tables
+    assert [mark for _, mark in cells(table, "needle, 4 haystacks").values()] == ["near", "best", "near"]
+    assert not any(
+        mark
+        for _, mark in cells(
+            part_of("haystack", *rows[:4], *EVERY_KIND["haystack"][:4]).tables[0], table.columns[2]
+        ).values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("differences", "apart"),
+    [
+        ([], True),
+        ([1.0], False),
+        ([1.0] * 5, False),
+        ([1.0] * 6, True),
+        ([0.0] * 9, False),
+        ([1.0, 1.2], False),
+        ([1.0, 1.1], True),
+        ([2.0, 1.0, 3.0, 0.6], False),
+        ([2.0, 1.0, 3.0, 0.9], True),
+        ([0.0] * 12 + [1.0] * 4, True),
+        ([0.0] * 12 + [1.0] * 3, False),
+    ],
+)
+def test_pairs_are_judged_by_student_s_t(differences, apart):
+    assert numbers.are_apart(differences) is apart
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.71), (9, 2.262), (10, 2.228), (30, 2.042), (199, 1.972)])
+def test_student_s_quantiles(freedom, quantile):
+    assert numbers._student(freedom) == pytest.approx(quantile, abs=5e-3)
+
+
+def test_each_filter_has_a_column_and_a_panel():
+    rows = [
+        rows_of.harness(name, "gsm8k", "exact_match", value) | {"filter": chosen}
+        for name in ("b3", "b2")
+        for chosen, value in (("strict", 0.2), ("flexible", 0.3))
+    ]
+    (table,) = part_of("harness", *rows).tables
+    assert table.columns[2:4] == ("gsm8k, exact_match, strict", "gsm8k, exact_match, flexible")
+    assert {key: len(of) for key, of in by_metric(rows).items()} == {
+        ("gsm8k", "exact_match, strict"): 2,
+        ("gsm8k", "exact_match, flexible"): 2,
+    }
+
+
+def test_a_preset_with_two_windows_hides_neither():
+    rows = [rows_of.perplexity(name, 512, ppl) for name, ppl in (("b3", 20.2), ("kivi-2", 22.0))]
+    (section,) = report.sections([*rows, rows[0] | {"recent": 0, "ppl": 20.9}])
+    assert [[line[0].text for line in part.tables[0].lines] for part in section.parts] == [["b3", "kivi-2"], ["b3"]]
+    assert ["--recent 32" in part.command for part in section.parts] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +309,7 @@ def test_needles_are_compared_with_full_precision_cell_by_cell():
         (-12.34, 3.5, MINUS + "12.3 ± 3.5"),
         (36450.6, 120.0, "36,451 ± 120"),
         (0.0123456, None, "0.0123"),
-        (0.5, 0.0, "0.500 ± 0"),
+        (0.5, 0.0, "0.500"),
         (0.0, 0.0, "0"),
         (float("nan"), None, NOTHING),
         (None, None, NOTHING),
@@ -242,6 +322,7 @@ def test_digits_say_something(value, error, shown):
 def test_without_errors_nothing_is_as_good():
     assert numbers.marks([(1.0, None), (1.1, None), None, (1.0, None)], higher=False) == ["best", "", "", "best"]
     assert numbers.marks([(1.0, 0.1)], higher=True) == [""]
+    assert numbers.marks([(0.0, None), (0.0, None)], higher=True) == ["", ""]
 
 
 # Commands

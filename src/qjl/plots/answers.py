@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -46,26 +47,39 @@ def problems(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
 
 
 def tasks(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
-    """Rows of `qjl eval harness`: a panel per task and metric, in it the value of each preset.
+    """Rows of `qjl eval harness`: a panel per task, metric and filter, in it each preset's value.
 
     Raises:
         QJLError: if there is no row.
     """
     require(rows)
-    panels = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
-    count = max(sum((row["task"], row["metric"]) == panel for row in rows) for panel in panels)
+    panels = by_metric(rows)
+    count = max(map(len, panels.values()))
     lines = -(-len(panels) // 2)
     with matplotlib.rc_context(STYLE):
         figure = Figure((11.2, lines * (1.4 + 0.3 * count)), dpi=DPI, layout="constrained")
         places = figure.subplots(lines, 2, squeeze=False).flatten()
         for axes in places[len(panels) :]:
             axes.remove()
-        for axes, (task, metric) in zip(places, panels, strict=False):
-            chosen = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+        for axes, ((task, metric), chosen) in zip(places, panels.items(), strict=False):
             _draw_results(axes, [_result(row, row["value"], row["value_se"] or 0) for row in chosen])
             make_frame(axes, metric.replace("_", " "), "")
             axes.set_title(task, loc="left", fontsize=10)
         return content(figure, suffix)
+
+
+def by_metric(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Rows by their task and the name of their metric, which tells the filter where there are several."""
+    filters = Counter((task, metric) for task, metric, _ in {_measured(row) for row in rows})
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        task, metric, chosen = _measured(row)
+        found.setdefault((task, metric if filters[task, metric] == 1 else f"{metric}, {chosen}"), []).append(row)
+    return found
+
+
+def _measured(row: Row) -> tuple[str, str, str | None]:
+    return row["task"], row["metric"], row.get("filter")
 
 
 def _result(row: Row, value: float, error: float) -> _Result:

@@ -19,6 +19,12 @@ def groups(rows: Sequence[Row], *fields: str) -> list[list[Row]]:
     return list(found.values())
 
 
+def by_window(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows with each exact window apart, if a preset was measured with several: one would hide the other."""
+    windows = latest(rows, "preset", "recent")
+    return groups(rows, "recent") if len(windows) > len(latest(windows, "preset")) else [list(rows)]
+
+
 def latest(rows: Sequence[Row], *fields: str) -> list[Row]:
     """Of several rows alike in these fields the last one counts."""
     return [alike[-1] for alike in groups(rows, *fields)]

@@ -9,7 +9,7 @@ from typing import Any
 from qjl.errors import QJLError
 from qjl.records import Row
 from qjl.report import quality, speed
-from qjl.report.groups import groups
+from qjl.report.groups import by_window, groups
 from qjl.report.parts import Part, Section
 
 
@@ -30,7 +30,8 @@ class Kind:
     part: Callable[[Sequence[Row]], Part]
 
     def section(self, rows: Sequence[Row]) -> Section:
-        return Section(self.name, self.title, self.text, tuple(map(self.part, groups(rows, *self.alike))))
+        parts = (part for alike in groups(rows, *self.alike) for part in by_window(alike))
+        return Section(self.name, self.title, self.text, tuple(map(self.part, parts)))
 
 
 _PRESET = ("model", "preset", "bits", "source")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
 from qjl import plots
-from qjl.plots.answers import FULL
+from qjl.plots.answers import FULL, by_metric
 from qjl.plots.losses import ROLES
 from qjl.plots.pareto import LEAST_KL, Family, families
 from qjl.records import Row, pareto_front
 from qjl.report import commands
 from qjl.report.groups import facts, groups, latest, names, settings
 from qjl.report.numbers import (
-    ERRORS,
     NOTHING,
     Measured,
+    are_apart,
     column,
     marks,
     mean_and_error,
@@ -28,7 +30,7 @@ from qjl.report.numbers import (
 from qjl.report.parts import Cell, Figure, Part, Table
 
 SIZES = (1.75, 2.25, 2.75, 3.25, 4.25, 8.5)  # true bits: a nominal size, and its constants
-LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "bits_per_character", "loss", "mse", "mae")
+_LOWER_IS_BETTER = re.compile(r"(?:^|_)(?:perplexity|bits_per_byte|bits_per_character|brier|loss|mse|mae)(?:_|$)")
 
 
 def frontier(rows: Sequence[Row]) -> Part:
@@ -236,8 +238,9 @@ def haystack(rows: Sequence[Row]) -> Part:
     codes = [Cell(percent(_mean([row["read_as_codes"] for row in of]))) for of in presets]
     table = Table(
         "Share found, percent, with its standard error over haystacks; below, the difference to full precision on the "
-        "same haystacks. Full precision does not compete.",
-        ("preset", "true bits", *tasks, "read as codes, %"),
+        "same haystacks. Full precision does not compete. What is not told apart from the best is judged haystack by "
+        "haystack.",
+        ("preset", "true bits", *(f"{task}, {_count(rows, task)} haystacks" for task in tasks), "read as codes, %"),
         tuple(zip(names([of[0] for of in presets]), _bits(presets), *by_task, codes, strict=True)),
     )
     return Part(
@@ -250,6 +253,10 @@ def haystack(rows: Sequence[Row]) -> Part:
     )
 
 
+def _count(rows: Sequence[Row], task: str) -> int:
+    return len(groups([row for row in rows if row["task"] == task], "context", "depth", "seed"))
+
+
 def _found(presets: Sequence[Sequence[Row]], task: str) -> list[Cell]:
     """A column of the shares found."""
     cells = [
@@ -260,7 +267,7 @@ def _found(presets: Sequence[Sequence[Row]], task: str) -> list[Cell]:
     results = [mean_and_error(list(one.values())) if one else None for one in cells]
 
     def near(one: int, other: int) -> bool:
-        return not _is_told_apart(_paired(cells[one], cells[other]))
+        return not are_apart(_paired(cells[one], cells[other]))
 
     is_full = [of[0]["preset"] == FULL for of in presets]
     found = marks([None if full else one for full, one in zip(is_full, results, strict=True)], higher=True, near=near)
@@ -277,7 +284,7 @@ def problems(rows: Sequence[Row]) -> Part:
     full = next((one for one, of_full in zip(answers, is_full, strict=True) if of_full), {})
 
     def near(one: int, other: int) -> bool:
-        return not _is_told_apart(_paired(answers[one], answers[other]))
+        return not are_apart(_paired(answers[one], answers[other]))
 
     shares: list[Measured] = [(100 * row["accuracy"], 100 * row["accuracy_se"]) for row in rows]
     competing = [None if of_full else one for one, of_full in zip(shares, is_full, strict=True)]
@@ -313,35 +320,28 @@ def problems(rows: Sequence[Row]) -> Part:
     )
 
 
-def _paired(one: dict[Any, float], other: dict[Any, float]) -> Measured | None:
-    """The mean difference over what both were asked; None if that is nothing."""
-    differences = [one[asked] - other[asked] for asked in one if asked in other]
-    return mean_and_error(differences) if differences else None
-
-
-def _is_told_apart(difference: Measured | None) -> bool:
-    if difference is None or difference[1] is None:
-        return True
-    return abs(difference[0]) > ERRORS * difference[1]
+def _paired(one: dict[Any, float], other: dict[Any, float]) -> list[float]:
+    """The differences over what both were asked."""
+    return [one[asked] - other[asked] for asked in one if asked in other]
 
 
 def _difference(one: dict[Any, float], full: dict[Any, float]) -> str:
     found = _paired(one, full)
-    return signed(with_error(*found)) if found else NOTHING
+    return signed(with_error(*mean_and_error(found))) if found else NOTHING
 
 
 def harness(rows: Sequence[Row]) -> Part:
     rows = latest(rows, "preset", "task", "metric", "filter")
-    panels = groups(rows, "task", "metric", "filter")
+    panels = by_metric(rows)
     presets = [of[0] for of in sorted(groups(rows, "preset"), key=lambda of: (of[0]["preset"] != FULL, of[0]["bits"]))]
-    by_panel = [_values(panel, presets) for panel in panels]
+    by_panel = [_values(panel, presets) for panel in panels.values()]
     codes = [
         Cell(percent(_mean([row["read_as_codes"] for row in rows if row["preset"] == of["preset"]]))) for of in presets
     ]
     table = Table(
         "The harness's values with its standard errors. Full precision does not compete. Read as codes: the share of "
         "all tokens attended to; at 0 a task says nothing of a preset.",
-        ("preset", "true bits", *(f"{panel[0]['task']}, {panel[0]['metric']}" for panel in panels), "read as codes, %"),
+        ("preset", "true bits", *map(", ".join, panels), "read as codes, %"),
         tuple(zip(names(presets), (Cell(f"{row['bits']:.2f}") for row in presets), *by_panel, codes, strict=True)),
     )
     caption = "Each preset's value with its standard error; dashed: full precision. Round: methods of this project."
@@ -359,11 +359,20 @@ def _values(panel: Sequence[Row], presets: Sequence[Row]) -> list[Cell]:
     """A column of one task's metric."""
     of = {row["preset"]: row for row in panel}
     found = [of.get(row["preset"]) for row in presets]
+    metric = panel[0]["metric"]
+    values = [(row["value"], row["value_se"]) if row and row["preset"] != FULL else None for row in found]
+    if metric.endswith("perplexity"):
+        values = [one and _logarithm(*one) for one in values]
     return column(
-        [(row["value"], row["value_se"]) if row and row["preset"] != FULL else None for row in found],
+        values,
         [with_error(row["value"], row["value_se"]) if row else NOTHING for row in found],
-        higher=not any(word in panel[0]["metric"] for word in LOWER_IS_BETTER),
+        higher=not _LOWER_IS_BETTER.search(metric),
     )
+
+
+def _logarithm(value: float, error: float | None) -> Measured:
+    """Of a perplexity: the mean that it was made of."""
+    return math.log(value), error and error / value
 
 
 def _bits(presets: Sequence[Sequence[Row]]) -> list[Cell]:
