@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import report_rows as rows_of
 from colours import contrast
-from qjl import cli, presets, records, report
+from qjl import cli, presets, records, report, texts
 from qjl.errors import QJLError
 from qjl.plots.answers import by_metric
 from qjl.plots.style import INK, OURS, TONES
@@ -342,6 +342,28 @@ def test_a_preset_of_ones_own_is_a_file_with_its_settings():
     part = part_of("frontier", rows_of.frontier("b3", 0.01) | {"preset": "mine"})
     assert "--preset mine.json" in part.command
     assert presets.from_dict(json.loads(part.settings["mine"])).recent == 32
+
+
+def test_what_widths_name_is_asked_by_widths():
+    rows = [
+        rows_of.frontier("b3", 0.01),
+        *(rows_of.frontier("b2", 0.03) | {"preset": name} for name in ("b-2", "mine")),
+    ]
+    named, swept = part_of("frontier", *rows).command.replace("\\\n", "").split("\n")
+    assert "--preset mine.json --preset b3" in " ".join(named.split())
+    assert "--widths" in swept
+    assert "--preset" not in swept
+
+
+def test_the_default_text_needs_no_file():
+    row = rows_of.frontier("b3", 0.01)
+    protocol = row["protocol"] | {"text": records.digest(texts.essays())}
+    assert [
+        "--data" in part_of("frontier", row | {"protocol": one}).command for one in (row["protocol"], protocol)
+    ] == [
+        True,
+        False,
+    ]
 
 
 def test_tasks_that_were_asked_elsewhere_have_a_command_of_their_own():

@@ -1,18 +1,21 @@
 """The command that measures rows again.
 
-A text is named by the digest that rows keep of it, and a preset that is none of ours by a JSON file of that name, whose
-content is among the settings beside the command.
+A text that is not the default is named by the digest that rows keep of it, and a preset that is none of ours by a JSON
+file of that name, whose content is among the settings beside the command.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qjl import records, texts
 from qjl.bench.random_models import SHAPES
+from qjl.evals.widths import every_width
 from qjl.presets import PRESETS
 from qjl.records import Row
 
@@ -54,7 +57,12 @@ def _presets(rows: Sequence[Row]) -> list[str]:
 
 def _text(rows: Sequence[Row], field: str = "text") -> str | None:
     digest = rows[0].get(field) or rows[0].get("protocol", {}).get(field)
-    return f"{digest}.txt" if digest else None
+    return f"{digest}.txt" if digest and digest != _default_text() else None
+
+
+@functools.cache
+def _default_text() -> str:
+    return records.digest(texts.essays())
 
 
 def _recent(rows: Sequence[Row]) -> Any:
@@ -69,16 +77,24 @@ def _evaluated(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def frontier(rows: Sequence[Row]) -> str:
-    row, protocol = rows[0], rows[0]["protocol"]
+    """A command for presets by name, and one for those that only ``--widths`` names."""
+    swept = {config.name for config in every_width()} - PRESETS.keys()
+    named = _presets([row for row in rows if row["preset"] not in swept])
+    asked: list[dict[str, Any]] = [{"preset": named}] if named else []
+    if any(row["preset"] in swept for row in rows):
+        asked.append({"widths": True})
+    return "\n".join(_frontier(rows[0], chosen) for chosen in asked)
+
+
+def _frontier(row: Row, chosen: dict[str, Any]) -> str:
+    protocol = row["protocol"]
+    options = {name: protocol.get(name) for name in ("prefix", "decode", "chunks", "seeds")}
     return _line(
         "eval frontier",
-        model=row["model"],
-        dtype=row.get("dtype"),
-        bits="0..16",
-        preset=_presets(rows),
-        **{"data": _text(rows)} | {name: protocol[name] for name in ("prefix", "decode", "chunks", "seeds")},
-        recent="own" if protocol["recent"] is None else protocol["recent"],
-        no_retrieval=not protocol["retrieval"],
+        **{"model": row["model"], "dtype": row.get("dtype"), "bits": "0..16"} | chosen,
+        **{"data": _text([row])} | options,
+        recent="own" if protocol.get("recent") is None else protocol["recent"],
+        no_retrieval=not protocol.get("retrieval"),
     )
 
 
