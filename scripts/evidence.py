@@ -36,6 +36,7 @@ Command = tuple[str, tuple[str, ...]]
 VARIANTS = "--task passkey --task multikey --task multivalue --task tracking"
 QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their presets, the longest first
     "smollm2": {
+        "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 4", FEW),
         "frontier": (FRONTIER, ()),
         "widths": (f"{FRONTIER} --widths", ()),
         "retrieval": ("eval retrieval --context 1024 --context 2048 --context 4096 --depths 3", ("full", *CHOSEN)),
@@ -44,7 +45,6 @@ QUALITY: dict[str, dict[str, Command]] = {  # of each model: commands and their 
             "eval retrieval --task multikey --context 1024 --depths 2 --seeds 10",
             ("full", "b4", "b3", "b2", "kivi-4", "turboquant-4", "turboquant-3"),
         ),
-        "perplexity": ("eval perplexity --context 1024 --context 2048 --context 4096 --chunks 4", FEW),
         "seeds": ("eval seeds --seeds 10 --decode 128 --chunks 2", ("qjl-2", "qjl-paper", "turboquant-3", "b3")),
         "harness": (
             "eval harness --task olmes/piqa/rc_5shot --task olmes/lambada/bpb_0shot --limit 50",

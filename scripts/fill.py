@@ -15,8 +15,9 @@ from qjl import plots, records, report
 from qjl.bench.timing import exponent
 from qjl.records import Row
 from qjl.report.groups import groups
-from qjl.report.numbers import NOTHING, is_near, with_error
+from qjl.report.numbers import NOTHING, with_error
 from qjl.report.parts import Cell, Table
+from qjl.report.quality import lose_alike
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs/results"
@@ -79,13 +80,13 @@ def _name(row: Row) -> str:
 
 
 def _rival(row: Row, rows: list[Row]) -> str:
-    """The best of ours with no more bits, and whether the difference is beyond two of its standard errors."""
+    """The best of ours with no more bits, and whether the two can be told apart."""
     if records.is_ours(row):
         return ""
     best = _best(own for own in rows if records.is_ours(own) and own["bits"] <= row["bits"])
     if best is None:
         return "none is so small"
-    if is_near((row["kl"], row["kl_se"]), (best["kl"], best["kl_se"])):
+    if lose_alike(row, best):
         return f"{best['preset']} {best['kl']:.4f}: not told apart"
     return f"{best['preset']} {best['kl']:.4f}: {'better' if best['kl'] < row['kl'] else '**worse**'}"
 

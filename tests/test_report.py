@@ -167,6 +167,21 @@ def test_the_best_of_each_size_is_marked_and_what_is_as_good():
     assert cells(every, "KL, nats")["kivi-2"][1] == ""
 
 
+def test_losses_are_compared_stretch_by_stretch():
+    """A fifth more on every stretch is told apart, however much stretches differ."""
+    easy_to_hard = [0.01, 0.02, 0.04, 0.03]
+    best, worse = (
+        rows_of.frontier(name, factor * 0.025, 0.006) | {"kl_of_chunks": [factor * one for one in easy_to_hard]}
+        for name, factor in (("b3", 1.0), ("kivi-2", 1.2))
+    )
+    mixed = worse | {"kl_of_chunks": [0.012, 0.018, 0.05, 0.04]}
+    unpaired = worse | {"kl_of_chunks": None}
+    worse["kl_of_chunks"][0] *= 1.01
+    for other, mark in ((worse, ""), (mixed, "near"), (unpaired, "near")):
+        (_, worst) = cells(part_of("frontier", best, other).tables[0], "≤ 3.25 bits").values()
+        assert worst[1] == mark
+
+
 def test_problems_are_compared_one_by_one():
     part = part_of("problems", *EVERY_KIND["problems"], rows_of.problems("b2", "1100"))
     assert cells(part.tables[0], "difference to full") == {

@@ -111,8 +111,12 @@ def marks(
 
 
 def column(
-    results: Sequence[Measured | None], shown: Sequence[str], higher: bool = True, notes: Sequence[str] = ()
+    results: Sequence[Measured | None],
+    shown: Sequence[str],
+    higher: bool = True,
+    notes: Sequence[str] = (),
+    near: Callable[[int, int], bool] | None = None,
 ) -> list[Cell]:
     """Cells of results that compete, with their marks."""
-    found = marks(results, higher)
+    found = marks(results, higher, near)
     return [Cell(*parts) for parts in zip(shown, found, notes or [""] * len(shown), strict=True)]

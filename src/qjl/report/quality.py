@@ -20,6 +20,7 @@ from qjl.report.numbers import (
     Measured,
     are_apart,
     column,
+    is_near,
     marks,
     mean_and_error,
     number,
@@ -63,7 +64,8 @@ def _headline(rows: Sequence[Row]) -> tuple[Table, ...]:
         return ()
     caption = (
         "KL to full precision in nats per token (lower is better), of each method's best preset with no more true bits "
-        "than the column says; its name stands below. Methods of this project come first."
+        "than the column says; its name stands below. What is not told apart from the best is judged by the ratios on "
+        "each stretch of the text. Methods of this project come first."
     )
     named = [Cell(family.name, "ours" if family.is_ours else "") for family in methods]
     return (
@@ -75,12 +77,25 @@ def _within(methods: Sequence[Family], size: float) -> list[Cell]:
     """A column of the headline."""
     fitting = [[row for row in family.rows if row["bits"] <= size] for family in methods]
     best = [min(rows, key=lambda row: row["kl"]) if rows else None for rows in fitting]
+
+    def near(one: int, other: int) -> bool:
+        return lose_alike(best[one] or {}, best[other] or {})
+
     return column(
         [(row["kl"], row["kl_se"]) if row else None for row in best],
         [with_error(row["kl"], row["kl_se"]) if row else NOTHING for row in best],
         higher=False,
         notes=[row["preset"] if row else "" for row in best],
+        near=near,
     )
+
+
+def lose_alike(one: Row, other: Row) -> bool:
+    """Whether the KL of two rows cannot be told apart: by their ratio on each stretch of the text, if both tell it."""
+    chunks = [row.get("kl_of_chunks") for row in (one, other)]
+    if None in chunks:
+        return is_near((one["kl"], one["kl_se"]), (other["kl"], other["kl_se"]))
+    return not are_apart([math.log(a / b) for a, b in zip(*chunks, strict=True) if a > 0 and b > 0])
 
 
 def _every_preset(rows: Sequence[Row]) -> Table:
