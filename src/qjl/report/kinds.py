@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qjl.errors import QJLError
 from qjl.records import Row
 from qjl.report import quality, speed
+from qjl.report.fields import NEVER_NULL, fits
 from qjl.report.groups import by_window, groups
 from qjl.report.parts import Part, Section
 
@@ -41,12 +41,6 @@ _LAYER = ("backend", "head_dim", "kv_heads", "group", "batch", "dtype", "repeats
 _MODEL = ("model", "dtype", "device", "machine")
 _SHAPE = ("head_dim", "kv_heads", "group", "threads")
 _OURS = ("preset", "tokens", "ms", "backend?", "threads")
-_OTHERS: dict[str, Any] = (  # than numbers
-    dict.fromkeys(("model", "preset", "source", "role", "task", "metric", "right"), str)
-    | dict.fromkeys(("backend", "machine", "device", "dtype"), str)
-    | dict.fromkeys(("protocol", "statuses", "first_token_seconds", "request_seconds"), dict)
-    | {"peak_bytes": (int, list), "resident_bytes": list}
-)
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -212,23 +206,20 @@ def kind_of(row: Row) -> str:
 
 
 def checked(row: Row, place: str) -> Row:
-    """The row, if nothing is missing, and numbers are numbers.
+    """The row, if nothing is missing, and every field holds what its name says.
 
     Raises:
         QJLError: if something is.
     """
-    kind = KINDS.get(kind_of(row))
-    for need in kind.needs if kind else ():
-        field, may_be_null = need.removesuffix("?"), need.endswith("?")
+    name = kind_of(row)
+    if name not in KINDS:
+        return row
+    needs = {need.removesuffix("?"): need.endswith("?") for need in KINDS[name].needs}
+    for field in needs:
         if field not in row:
-            raise QJLError(f"a row of {kind_of(row)} in {place} has no {field}: measure it again, or leave it out.")
-        if not (may_be_null and row[field] is None) and not _fits(row[field], field):
-            raise QJLError(
-                f"a row of {kind_of(row)} in {place} has {row[field]!r} for {field}: measure it again, or leave it out."
-            )
+            raise QJLError(f"a row of {name} in {place} has no {field}: measure it again, or leave it out.")
+    for field, value in row.items():
+        may_be_null = needs.get(field, field not in NEVER_NULL)
+        if not (value is None and may_be_null) and not fits(name, field, value, is_needed=field in needs):
+            raise QJLError(f"a row of {name} in {place} has {value!r} for {field}: measure it again, or leave it out.")
     return row
-
-
-def _fits(value: object, field: str) -> bool:
-    """A number, if fields of this name are not something else."""
-    return isinstance(value, _OTHERS.get(field, (int, float)))
