@@ -137,7 +137,12 @@ def vllm(name, **fields):
 
 
 EVERY_KIND = {
-    "frontier": [frontier("full", 0.0, None), frontier("b3", 0.010), frontier("b2", 0.030), frontier("kivi-2", 0.2)],
+    "frontier": [
+        frontier("b3", 0.010, kl_of_chunks=[0.012, 0.008, 0.011, 0.009]),
+        frontier("full", 0.0, None),
+        frontier("b2", 0.030),
+        frontier("kivi-2", 0.2, kl_of_chunks=[0.3, 0.1, 0.25, 0.15]),
+    ],
     "distortion": [
         distortion(name, index, role, error, theory if role == "score" else None)
         for name, error, theory in (("b3", 0.01, None), ("kivi-2", 0.03, 0.028))

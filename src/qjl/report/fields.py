@@ -60,7 +60,7 @@ _BY_NAME: Mapping[str, Rule] = (
     | dict.fromkeys(("protocol", "statuses", "versions"), _is_group)
     | dict.fromkeys(("first_token_seconds", "request_seconds"), _are_percentiles)
     | dict.fromkeys(("bits", "tokens", "context", "batch"), _is_counted)
-    | {"problems.right": _are_answers, "found": _is_share, "resident_bytes": _are_numbers}
+    | {"problems.right": _are_answers, "found": _is_share, "resident_bytes": _are_numbers, "kl_of_chunks": _are_numbers}
     | {"asked": _has_task, "processor_seconds": _is_number}
     | {"serving.peak_bytes": _are_two, "problems.tokens": _is_number}
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -92,10 +92,10 @@ def _within(methods: Sequence[Family], size: float) -> list[Cell]:
 
 def lose_alike(one: Row, other: Row) -> bool:
     """Whether the KL of two rows cannot be told apart: by their ratio on each stretch of the text, if both tell it."""
-    chunks = [row.get("kl_of_chunks") for row in (one, other)]
-    if None in chunks:
+    of_one, of_other = one.get("kl_of_chunks"), other.get("kl_of_chunks")
+    if not of_one or not of_other or len(of_one) != len(of_other):
         return is_near((one["kl"], one["kl_se"]), (other["kl"], other["kl_se"]))
-    return not are_apart([math.log(a / b) for a, b in zip(*chunks, strict=True) if a > 0 and b > 0])
+    return not are_apart([math.log(a / b) for a, b in zip(of_one, of_other, strict=True) if a > 0 and b > 0])
 
 
 def _every_preset(rows: Sequence[Row]) -> Table:
@@ -280,12 +280,9 @@ def _found(presets: Sequence[Sequence[Row]], task: str) -> list[Cell]:
     ]
     full = next((one for of, one in zip(presets, cells, strict=True) if of[0]["preset"] == FULL), {})
     results = [mean_and_error(list(one.values())) if one else None for one in cells]
-
-    def near(one: int, other: int) -> bool:
-        return not are_apart(_paired(cells[one], cells[other]))
-
     is_full = [of[0]["preset"] == FULL for of in presets]
-    found = marks([None if full else one for full, one in zip(is_full, results, strict=True)], higher=True, near=near)
+    competing = [None if full_row else one for full_row, one in zip(is_full, results, strict=True)]
+    found = marks(competing, higher=True, near=_alike_in(cells))
     shown = [with_error(*one) if one else NOTHING for one in results]
     notes = ["" if full_row else _difference(one, full) for full_row, one in zip(is_full, cells, strict=True)]
     return [Cell(*parts) for parts in zip(shown, found, notes, strict=True)]
@@ -297,13 +294,10 @@ def problems(rows: Sequence[Row]) -> Part:
     answers = [{index: 100.0 * int(answer) for index, answer in enumerate(row["right"])} for row in rows]
     is_full = [row["preset"] == FULL for row in rows]
     full = next((one for one, of_full in zip(answers, is_full, strict=True) if of_full), {})
-
-    def near(one: int, other: int) -> bool:
-        return not are_apart(_paired(answers[one], answers[other]))
-
     shares: list[Measured] = [(100 * row["accuracy"], 100 * row["accuracy_se"]) for row in rows]
     competing = [None if of_full else one for one, of_full in zip(shares, is_full, strict=True)]
-    solved = zip((with_error(*one) for one in shares), marks(competing, higher=True, near=near), strict=True)
+    found = marks(competing, higher=True, near=_alike_in(answers))
+    solved = zip((with_error(*one) for one in shares), found, strict=True)
     table = Table(
         f"Percent of {rows[0]['n']} problems solved, with its standard error; the difference to full precision is "
         "taken problem by problem. What is not told apart from the best is judged problem by problem too. "
@@ -333,6 +327,11 @@ def problems(rows: Sequence[Row]) -> Part:
         commands.problems(rows),
         settings(rows),
     )
+
+
+def _alike_in(answers: Sequence[dict[Any, float]]) -> Callable[[int, int], bool]:
+    """Whether two presets' answers, by index, cannot be told apart question by question."""
+    return lambda one, other: not are_apart(_paired(answers[one], answers[other]))
 
 
 def _paired(one: dict[Any, float], other: dict[Any, float]) -> list[float]:
