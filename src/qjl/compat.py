@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "Cache",
     "CacheLayerMixin",
     "DynamicCache",
+    "Uncompiled",
     "cache_argument",
     "decoder_of",
     "flash_attention_for_cpu",
@@ -134,6 +136,37 @@ def uses_attention_interface(model: PreTrainedModel) -> bool:
 def is_autocast_on(kind: str) -> bool:
     """Whether the caller's operations on devices of this kind run in a dtype that autocast chooses."""
     return torch.is_autocast_enabled(kind)
+
+
+class Uncompiled:
+    """Between ``begin`` and ``end``, or in a ``with``, what was given to ``torch.compile`` runs as it was written.
+
+    torch keeps that for the whole process: as long as one thread needs it, no thread meets compiled code.
+    """
+
+    _lock = threading.Lock()
+    _open = 0
+    _stance: Any = None
+
+    @classmethod
+    def begin(cls) -> None:
+        with cls._lock:
+            if not cls._open:
+                cls._stance = torch.compiler.set_stance("force_eager")
+            cls._open += 1
+
+    @classmethod
+    def end(cls) -> None:
+        with cls._lock:
+            cls._open -= 1
+            if not cls._open:
+                cls._stance.__exit__(None, None, None)
+
+    def __enter__(self) -> None:
+        self.begin()
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
 
 def flash_attention_for_cpu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
