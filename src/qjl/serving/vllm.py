@@ -12,8 +12,7 @@ import torch
 
 from qjl.errors import QJLError
 from qjl.vllm import PRESET, UNCHANGED
-
-_PLUGINS = "vllm.general_plugins"
+from qjl.vllm.compat import API_KEY, ATTENTION, PLUGINS, SERVER
 
 
 def is_installed() -> bool:
@@ -22,7 +21,7 @@ def is_installed() -> bool:
 
 def has_plugin() -> bool:
     """Whether vLLM will find ours."""
-    return any(point.value.startswith("qjl.") for point in entry_points(group=_PLUGINS))
+    return any(point.value.startswith("qjl.") for point in entry_points(group=PLUGINS))
 
 
 def is_ready() -> bool:
@@ -43,10 +42,9 @@ def run(model: str, options: list[str], preset: str, api_key: str | None) -> NoR
     """Become vLLM's server of a model, with more options of ``vllm serve``."""
     environment = os.environ | {PRESET: preset}
     if api_key is not None:
-        environment["VLLM_API_KEY"] = api_key  # an argument could be read by everybody on the machine
+        environment[API_KEY] = api_key
     if torch.cuda.is_available() and preset != UNCHANGED:
-        options = ["--attention-backend=CUSTOM", *options]
-    # the module, since packages of other names than vllm have no working command
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", *options]
+        options = [f"--attention-backend={ATTENTION}", *options]
+    command = [sys.executable, "-m", SERVER, f"--model={model}", *options]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)
