@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from qjl import vllm
+from qjl.serving import vllm as serving
 from qjl.vllm import PRESET, compat
 from qjl.vllm.compat import CHECKED, ENGINE, SERVER, SERVING
 from released import FOLDER, Release, is_marked, parameters
@@ -20,7 +21,12 @@ from released import FOLDER, Release, is_marked, parameters
 ROOT = Path(__file__).parent.parent
 PLUGIN = ROOT / "src" / "qjl" / "vllm"
 COMPAT = PLUGIN / "compat.py"
-USERS = [*sorted(PLUGIN.glob("*.py")), ROOT / "src/qjl/bench/vllm.py", ROOT / "tests/serve_vllm.py"]
+USERS = [
+    *sorted(PLUGIN.glob("*.py")),
+    ROOT / "src/qjl/bench/vllm.py",
+    ROOT / "src/qjl/serving/vllm.py",
+    ROOT / "tests/serve_vllm.py",
+]
 EVERYTHING = [path for room in ("src", "tests", "scripts") for path in sorted((ROOT / room).rglob("*.py"))]
 VERSIONS = sorted({*CHECKED, *(path.stem for path in FOLDER.glob("*.zip"))})
 HOMES = {name: home for uses in (SERVING, ENGINE) for home, names in uses.names.items() for name in names}
@@ -373,3 +379,25 @@ def test_the_backend_is_put_where_vllm_looks(pretended):
     registry.register_backend = lambda backend, class_path: put.update({backend: class_path})
     compat.register(Theirs)
     assert put == dict.fromkeys(Names, f"{__name__}.Theirs")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "is_allowed"), [(None, True), ("qjl", True), ("lora,qjl", True), ("", False), ("lora", False)]
+)
+def test_a_vllm_that_would_not_load_the_plugin_is_refused(allowed, is_allowed, monkeypatch, refuses):
+    monkeypatch.setattr(serving, "is_installed", lambda: True)
+    monkeypatch.setattr(serving, "has_plugin", lambda: True)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    assert serving.is_ready() is is_allowed
+    if is_allowed:
+        serving.require_ready()
+        return
+    with refuses("VLLM_PLUGINS keeps vLLM from this package's plugin: add qjl to it, or unset it."):
+        serving.require_ready()
+
+
+def test_the_plugin_s_name_is_that_of_its_entry_point():
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][compat.PLUGINS]
+    assert points == {"qjl": "qjl.vllm:register"}

@@ -24,6 +24,7 @@ Class = TypeVar("Class", bound=type)
 
 CHECKED = ("0.32.0", "0.33.0")
 PLUGINS = "vllm.general_plugins"
+ALLOWED = "VLLM_PLUGINS"  # names of plugins, with commas between; without it all are loaded
 SERVER = "vllm.entrypoints.openai.api_server"  # vLLM's command has no name in packages other than vllm
 ATTENTION = "CUSTOM"
 API_KEY = "VLLM_API_KEY"  # an argument could be read by everybody on the machine
@@ -172,7 +173,7 @@ ENGINE = Uses(
         "vllm": ("LLM", "SamplingParams"),
         "vllm.config": ("CacheConfig", "VllmConfig"),
         "vllm.engine.arg_utils": ("EngineArgs",),
-        "vllm.envs": (API_KEY, LOGGING, *ONE_PROCESS),
+        "vllm.envs": (ALLOWED, API_KEY, LOGGING, *ONE_PROCESS),
         "vllm.outputs": ("CompletionOutput", "RequestOutput"),
         "vllm.v1.engine.llm_engine": ("LLMEngine",),
     },
