@@ -39,7 +39,7 @@ from qjl.serving.engine import CHUNK, Engine, Job, fit_codecs
 from qjl.serving.metrics import Metrics
 from qjl.serving.rows import read, rows_in
 from qjl.serving.sampling import Choice, Chooser
-from qjl.serving.writing import PATIENCE, Writer
+from qjl.serving.writing import Writer
 from qjl.vllm.model import ServedModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,13 +205,6 @@ def test_characters_come_whole(tokenizer):
     assert "".join(found) == text
     assert "🦦" in found
     assert not any("\ufffd" in piece for piece in found)
-
-
-def test_bytes_that_never_become_a_character_are_written(tokenizer):
-    broken = tokenizer("é").input_ids[0]
-    writer = Writer(tokenizer)
-    written = [writer.write(broken) for _ in range(2 * PATIENCE)]
-    assert "".join(written) == "\ufffd" * 2 * PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -450,24 +443,54 @@ def test_an_unknown_model_is_not_found(client):
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"n": 2}, None, "n = 2 is not supported"),
-        ({"logprobs": 3}, None, "logprobs = 3 is not supported"),
-        ({"logprobs": 0}, None, "logprobs = 0 is not supported"),  # those of the tokens written
-        ({"prompt": [1, "a"]}, "prompt", "prompt: "),
-        ({"best_of": 2}, None, "best_of"),
-        ({"echo": True}, None, "echo"),
-        ({"presence_penalty": 0.5}, None, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, None, "logit_bias"),
+        ({"n": 2}, "n", "n = 2 is not supported here: leave n out."),
+        ({"logprobs": 3}, "logprobs", "logprobs = 3 is not supported"),
+        ({"logprobs": 0}, "logprobs", "logprobs = 0 is not supported"),  # those of the tokens written
+        ({"prompt": [1, "a"]}, "prompt", "prompt: 'a' is no token: give integers."),
+        ({"prompt": [True]}, "prompt", "True is no token: give integers"),
+        ({"prompt": {}}, "prompt", "prompt: give a text, or a list of tokens."),
+        ({"best_of": 2}, "best_of", "best_of"),
+        ({"echo": True}, "echo", "echo"),
+        ({"echo": 0}, "echo", "echo"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty", "repetition_penalty = 1.1 is not supported"),
+        ({"top_k": 40}, "top_k", "top_k = 40 is not supported here: leave top_k out."),
+        ({"min_p": 0.05}, "min_p", "min_p"),
+        ({"ignore_eos": True}, "ignore_eos", "ignore_eos"),
+        ({"stop_token_ids": [5]}, "stop_token_ids", "stop_token_ids"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "skip_special_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools"),
+        ({"tool_choice": "required"}, "tool_choice", "tool_choice"),
+        ({"web_search_options": {}}, "web_search_options", "web_search_options"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats", "leave"),
         ({"prompt": ["one", "two"]}, "prompt", "one at a time"),
+        ({"prompt": [[1], [2]]}, "prompt", "one at a time"),
+        ({"prompt": ["one", 2]}, "prompt", "one at a time"),
+        ({"prompt": [[[1]]]}, "prompt", "is no token"),
+        ({"prompt": [2**70]}, "prompt", "must be from 0"),
+        ({"prompt": []}, None, "empty"),
+        ({"prompt": [[]]}, None, "empty"),
         ({"prompt": ""}, None, "empty"),
         ({"prompt": [1, 99999]}, "prompt", "must be from 0"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 257}, "max_tokens", "257 tokens were asked for and the most here is 256"),
+        ({"max_tokens": 0}, "max_tokens", "give 1 or more, or -1 for as long as there is room"),
+        ({"max_tokens": -3}, "max_tokens", "-3 is no length"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "0 is no length"),
+        ({"max_tokens": 2.5}, "max_tokens", "integer"),
+        ({"max_tokens": True}, "max_tokens", "true is no number"),
+        ({"max_tokens": "many"}, "max_tokens", "integer"),
+        ({"temperature": False}, "temperature", "false is no number"),
+        ({"seed": [1]}, "seed", "integer"),
+        ({"stream": "perhaps"}, "stream", "boolean"),
+        ({"stop": [1]}, "stop.0", "string"),
+        ({"stop": {}}, "stop", "list"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
-        ({"temprature": 1}, "temprature", "not permitted"),
+        ({"temprature": 1}, "temprature", "not permitted: leave it out"),
+        ({"prompt": None}, "prompt", "is missing: give it"),
     ],
 )
 def test_what_is_not_built_or_not_right_is_said(url, fields, param, says):
@@ -478,9 +501,169 @@ def test_what_is_not_built_or_not_right_is_said(url, fields, param, says):
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
 
 
-def test_settings_that_change_nothing_are_taken(url):
-    fields = {"n": 1, "logprobs": None, "user": "me", "presence_penalty": 0, "logit_bias": {}, "stop": None}
-    assert post(url, **fields).status_code == 200
+CHANGES_NOTHING = [
+    {"n": 1, "logprobs": None, "user": "me", "presence_penalty": 0, "logit_bias": {}, "stop": None},
+    *({"n": 1.0}, {"best_of": 1}, {"echo": False}, {"suffix": ""}, {"logprobs": False}, {"top_logprobs": 0}),
+    *({"top_k": -1}, {"top_k": 0}, {"min_p": 0}, {"min_p": 0.0}, {"typical_p": 1}, {"tfs_z": 1.0}, {"mirostat": 0}),
+    *({"repetition_penalty": 1.0}, {"repeat_penalty": 1}, {"frequency_penalty": 0.0}, {"presence_penalty": -0.0}),
+    *({"length_penalty": 1.0}, {"ignore_eos": False}, {"skip_special_tokens": True}, {"use_beam_search": False}),
+    *({"min_tokens": 0}, {"stop": ""}, {"stop": []}, {"stop": [""]}, {"stop_token_ids": []}, {"bad_words": []}),
+    *({"include_stop_str_in_output": False}, {"spaces_between_special_tokens": True}, {"add_generation_prompt": True}),
+    *({"tools": [], "tool_choice": None}, {"tools": None, "tool_choice": "auto"}, {"tool_choice": "none"}),
+    *({"functions": []}, {"function_call": None}, {"parallel_tool_calls": True}, {"response_format": {"type": "text"}}),
+    *({"verbosity": "low"}, {"reasoning_effort": "none"}, {"reasoning_effort": None}, {"web_search_options": None}),
+    *(
+        {"prompt_cache_retention": "24h"},
+        {"prompt_cache_key": "a"},
+        {"prediction": {"type": "content", "content": "a"}},
+    ),
+    *({"store": True}, {"metadata": {}}, {"service_tier": "auto"}, {"safety_identifier": "a"}, {"user": None}),
+    *({"num_ctx": 4096}, {"keep_alive": "5m"}, {"cache_prompt": True}, {"chat_template_kwargs": {}}, {"options": {}}),
+    *(
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"modalities": ["text"]},
+        {"audio": None},
+        {"anything": None},
+    ),
+    *(
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": {"include_usage": None}},
+        {"stream_options": None},
+    ),
+    *({"stream_options": {"continuous_usage_stats": False, "include_obfuscation": True}}, {"seed": 5}, {"seed": None}),
+    *({"temperature": "0"}, {"temperature": -0.0}, {"max_tokens": 4.0}, {"max_tokens": "4"}, {"stream": "false"}),
+    *({"max_completion_tokens": 4}, {"max_tokens": None, "max_completion_tokens": 4}, {"max_completion_tokens": 9000}),
+    *({"max_tokens": 9000, "max_completion_tokens": 4}, {"max_tokens": -1, "max_completion_tokens": 4}),
+    *({"model": None}, {"model": ""}, {"top_p": 1}, {"top_p": "1.0"}),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(url):
+    """Answers to requests that say no more than they must."""
+    return {path: answer_of(post(url, path, **ASKED[path])) for path in ASKED}
+
+
+ASKED = {
+    "/v1/completions": {},
+    "/v1/chat/completions": {"prompt": None, "messages": [{"role": "user", "content": "Hello"}]},
+}
+
+
+def answer_of(response):
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    return answer["choices"], answer["usage"], answer["model"]
+
+
+@pytest.mark.parametrize("fields", CHANGES_NOTHING, ids=str)
+@pytest.mark.parametrize("path", ASKED)
+def test_settings_that_change_nothing_are_taken(url, plain, path, fields):
+    assert answer_of(post(url, path, **ASKED[path] | fields)) == plain[path]
+
+
+def test_a_model_need_not_be_named(url, plain):
+    body = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
+    assert answer_of(httpx2.post(f"{url}/v1/completions", json=body, timeout=LONGEST)) == plain["/v1/completions"]
+
+
+@pytest.mark.parametrize("wanted", [-1, -2, 256, 257, 4096, 32000, 10**30])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("path", ASKED)
+def test_an_answer_is_as_long_as_is_wanted_and_there_is_room(url, path, name, wanted):
+    fields = ASKED[path] | {"max_tokens": None, name: wanted}
+    choices, usage, _ = answer_of(post(url, path, **fields))
+    assert (usage["completion_tokens"], choices[0]["finish_reason"]) == (256, "length")
+
+
+def test_the_smaller_of_two_lengths_holds(url):
+    lengths = [
+        answer_of(post(url, max_tokens=one, max_completion_tokens=other))[1]["completion_tokens"]
+        for one, other in ((3, 5), (5, 3), (-1, 3), (3, -1), (9000, 3))
+    ]
+    assert lengths == [3] * 5
+
+
+@pytest.mark.parametrize("wanted", [7, 20, -1])
+def test_an_answer_ends_with_the_context(model, tokenizer, wanted):
+    with serving(model, tokenizer, Limits("tiny", context=50)) as (url, _):
+        _, usage, _ = answer_of(post(url, prompt="a" * 43, max_tokens=wanted))
+    assert usage == {"prompt_tokens": 43, "completion_tokens": 7, "total_tokens": 50}
+
+
+SENT_BACK = {"role": "assistant", "content": "Hi"}
+SAME_MESSAGES = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]},
+    {"role": "user", "content": [{"type": "input_text", "text": "H"}, "i"]},
+    {"role": "user", "content": [{"text": "Hi"}], "cache_control": {"type": "ephemeral"}},
+    {"role": "user", "content": "Hi", "name": "me", "id": "1", "type": "message"},
+    *(
+        SENT_BACK | more
+        for more in (
+            *({}, {"refusal": None, "annotations": [], "audio": None, "tool_calls": [], "function_call": None}),
+            *({"reasoning_content": "they greet"}, {"reasoning": "they greet"}, {"reasoning_details": [{"a": 1}]}),
+            *({"thinking_blocks": []}, {"provider_specific_fields": {}}, {"prefix": False}, {"tool_calls": None}),
+            *({"content": [{"type": "output_text", "text": "Hi", "annotations": []}]}, {"anything": None}),
+            *({"content": None, "refusal": "Hi"}, {"content": [{"type": "refusal", "refusal": "Hi"}]}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("message", SAME_MESSAGES, ids=str)
+def test_messages_are_taken_as_clients_send_them(url, message):
+    """The template of the tests shows roles and contents alone."""
+    answers = [
+        answer_of(
+            post(url, "/v1/chat/completions", prompt=None, messages=[*messages, {"role": "user", "content": "a"}])
+        )
+        for messages in ([message], [{"role": message["role"], "content": "Hi"}])
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "message", [{"content": None}, {}, {"content": ""}, {"content": []}, {"content": [{"text": ""}]}]
+)
+def test_an_assistant_may_have_said_nothing(url, tokenizer, message):
+    messages = [{"role": "assistant", **message}]
+    _, usage, _ = answer_of(post(url, "/v1/chat/completions", prompt=None, messages=messages))
+    assert usage["prompt_tokens"] == len(tokenizer("[assistant] <end>[assistant] ").input_ids)
+
+
+def test_templates_are_told_what_they_know(model, tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}{{ m.name }}|{{ m.reasoning_content }}|{{ m.content }}{% endfor %}"
+        "{{ reasoning_effort }}{{ enable_thinking }}"
+    )
+    message = {"role": "assistant", "content": "Hi", "name": "me", "reasoning": "they greet"}
+    fields = {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
+    with serving(model, thinking) as (url, _):
+        _, usage, _ = answer_of(post(url, "/v1/chat/completions", prompt=None, messages=[message], **fields))
+    assert usage["prompt_tokens"] == len(tokenizer("me|they greet|HihighFalse").input_ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "says"),
+    [
+        ("{{ messages }}", {"reasoning_effort": "high"}, "tiny knows no reasoning_effort: leave it out"),
+        ("{{ enable_thinking }}", {"reasoning_effort": "none"}, "by chat_template_kwargs"),
+        ("a", {"chat_template_kwargs": {"chat_template": "b"}}, "cannot have chat_template: leave chat_template out"),
+        ("a", {"chat_template_kwargs": {"self": 1}}, "cannot have self"),
+        ("{{ 1 // number }}", {"chat_template_kwargs": {"number": 0}}, "the chat template refuses"),
+        ("{{ number + 1 }}", {"chat_template_kwargs": {"number": "a"}}, "the chat template refuses"),
+        ("{{ number.a.b }}", {"chat_template_kwargs": {"conversations": 1}}, "the chat template refuses"),
+    ],
+)
+def test_what_a_template_does_not_know_is_refused(model, tokenizer, template, fields, says):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with serving(model, other) as (url, _):
+        response = post(url, "/v1/chat/completions", prompt=None, messages=[SENT_BACK], **fields)
+    assert response.status_code == 400
+    assert says in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -499,27 +682,64 @@ def test_a_body_that_is_no_request_is_refused(url, body):
 
 
 @pytest.mark.parametrize(
-    "message", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": "robot"}, {}]
+    ("message", "param", "says"),
+    [
+        (
+            {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "content",
+            "type 'image_url' are not supported",
+        ),
+        ({"content": [{"type": "text"}]}, "content", "has no text"),
+        ({"content": [{"type": "text", "text": 3}]}, "content", "has no text"),
+        ({"content": [{"type": ["text"], "text": "a"}]}, "content", "not supported"),
+        ({"content": [{"type": "text", "text": "a", "image": "b"}]}, "content", "'image' of a part is not supported"),
+        ({"content": [3]}, "content", "send texts"),
+        ({"content": 3}, "content", "string"),
+        ({"content": {}}, "content", "string"),
+        ({"content": None}, "content", "is missing"),
+        ({"content": "a", "weather": "b"}, "weather", "not permitted"),
+        ({"content": "a", "reasoning_content": 3, "role": "assistant"}, "reasoning_content", "string"),
+        ({"content": "a", "tool_calls": [{"id": "1"}], "role": "assistant"}, "tool_calls", "tool_calls"),
+        ({"content": None, "function_call": {"name": "a"}, "role": "assistant"}, "function_call", "function_call"),
+        ({"content": "a", "prefix": True, "role": "assistant"}, "prefix", "leave prefix out"),
+        ({"content": "3", "role": "tool"}, "role", "'assistant'"),
+        ({"content": "3", "role": "robot"}, "role", "'assistant'"),
+        ({"content": "3", "role": None}, "role", "is missing"),
+        ({"content": "\ud83e"}, "content", "half a character"),
+        (3, None, "dictionary"),
+    ],
+    ids=str,
 )
-def test_messages_of_other_kinds_are_refused(url, message):
-    response = httpx2.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": [message]})
+def test_messages_of_other_kinds_are_refused(url, message, param, says):
+    if isinstance(message, dict):
+        message = {"role": "user"} | message
+    body = json.dumps({"model": "tiny", "messages": [message]})
+    response = httpx2.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
-    assert response.json()["error"]["param"].startswith("messages.0")
+    error = response.json()["error"]
+    assert error["param"] == ".".join(filter(None, ["messages.0", param]))
+    assert says in error["message"]
+    assert len(error["message"]) < 300
+
+
+def test_a_conversation_without_messages_is_refused(url):
+    error = post(url, "/v1/chat/completions", prompt=None, messages=[]).json()["error"]
+    assert (error["param"], error["message"]) == ("messages", "messages: is empty: give at least one.")
 
 
 def test_a_prompt_beyond_the_context_names_both_numbers(url):
-    response = post(url, prompt="a" * (tiny_checkpoint.CONTEXT - 3))
+    response = post(url, prompt="a" * tiny_checkpoint.CONTEXT)
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
     assert f"{tiny_checkpoint.CONTEXT} tokens" in error["message"]
-    assert f"{tiny_checkpoint.CONTEXT - 3} tokens" in error["message"]
-    assert post(url, prompt="a" * (tiny_checkpoint.CONTEXT - 4)).status_code == 200
+    assert f"has {tiny_checkpoint.CONTEXT} tokens" in error["message"]
+    assert post(url, prompt="a" * (tiny_checkpoint.CONTEXT - 1)).status_code == 200
 
 
 def test_a_context_may_be_shortened(model, tokenizer):
     with serving(model, tokenizer, Limits("tiny", context=50)) as (url, _):
-        assert post(url, prompt="a" * 46).status_code == 200
-        assert post(url, prompt="a" * 47).status_code == 400
+        assert post(url, prompt="a" * 49).status_code == 200
+        assert post(url, prompt="a" * 50).status_code == 400
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": None, "temperature": 0}
         answer = httpx2.post(f"{url}/v1/chat/completions", json=chat, timeout=LONGEST).json()
         assert answer["usage"]["total_tokens"] == 50
