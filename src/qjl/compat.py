@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, get_layer_types_and_kwargs
@@ -31,14 +32,18 @@ __all__ = [
     "Cache",
     "CacheLayerMixin",
     "DynamicCache",
+    "TorchDynamoException",
     "Uncompiled",
+    "add_hooks",
     "cache_argument",
     "decoder_of",
     "flash_attention_for_cpu",
     "get_layer_types_and_kwargs",
     "is_autocast_on",
+    "is_given_by_user",
     "is_sdpa_or_flash",
     "of_each_layer",
+    "remove_hooks",
     "replaces_default_cache",
     "sdpa_attention_forward",
     "supports_sdpa",
@@ -47,6 +52,7 @@ __all__ = [
     "tree_map",
     "uses_attention_interface",
     "versions",
+    "window_of",
     "wrap",
 ]
 
@@ -182,15 +188,41 @@ def of_each_layer(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return list(config.per_layer_config)
 
 
+def add_hooks(model: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Have two functions called around each forward pass, once however often they are added."""
+    if before not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        model.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+
+def remove_hooks(model: torch.nn.Module, *functions: Callable[..., Any]) -> None:
+    """Undo ``add_hooks``."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number in [number for number, hook in hooks.items() if hook in functions]:
+            del hooks[number]
+
+
+def is_given_by_user(cache: object) -> bool:
+    """Whether ``generate`` was called with this cache, and did not make it."""
+    return getattr(cache, "_is_user_defined", False)
+
+
+def window_of(layer: object) -> Tensor | None:
+    """The number of tokens that a layer of transformers holds at most, as its caches give it when iterated."""
+    return getattr(layer, "_sliding_window_tensor", None)
+
+
 def replaces_default_cache(model: PreTrainedModel) -> bool:
     """Whether the model has a cache of its own kind in place of transformers'."""
     return not type(model)._supports_default_dynamic_cache()  # type: ignore[attr-defined]
 
 
 def takes_cache_from_users(model: PreTrainedModel) -> bool:
-    """Whether the model's forward pass has an argument for a cache."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return any(
-        parameter.name in (CACHE, "past_key_values") or parameter.kind is parameter.VAR_KEYWORD
-        for parameter in parameters
-    )
+    """Whether the forward pass has an argument for a cache: the model's or its decoder's."""
+    return any(_has_cache_argument(type(part).forward) for part in (model, decoder_of(model)))
+
+
+def _has_cache_argument(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters
+    found = [parameters[name] for name in {CACHE, "past_key_values"} if name in parameters]
+    return any("dict" not in str(parameter.annotation) for parameter in found)  # XLM has a dict of that name

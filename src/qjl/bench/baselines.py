@@ -11,10 +11,10 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from qjl.compat import TorchDynamoException
 from qjl.errors import QJLError
 from qjl.ops.cpu import library
 

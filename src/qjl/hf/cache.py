@@ -127,7 +127,7 @@ class KVCache(WatchedCache):
         """Keys, values and window of each layer, as a ``DynamicCache`` gives them."""
         for layer in self.layers:
             keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
-            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+            yield keys, values, compat.window_of(layer)
 
     def __copy__(self) -> KVCache:
         return self._with(vars(self))

@@ -77,8 +77,8 @@ class Promise:
 
 def _broken(model: Any, what: str) -> str:
     return (
-        f"{type(model).__name__} was to use a quantized cache and {what} ({compat.versions()}): its text would come "
-        "from a cache in full precision. Run it without qjl, or with versions that this qjl supports."
+        f"{type(model).__name__} was to use a quantized cache and {what} ({compat.versions()}), so its text would come "
+        "from a cache in full precision: run it without qjl, or with versions that this qjl supports."
     )
 
 
@@ -133,17 +133,12 @@ compat.wrap(GenerationMixin, "_update_model_kwargs_for_generation", _update_mode
 
 def attach(model: PreTrainedModel) -> None:
     """Have the model's caches told of its forward passes, which it computes as before."""
-    if _before_forward in model._forward_pre_hooks.values():
-        return
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+    compat.add_hooks(model, _before_forward, _after_forward)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo ``attach``."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for number in [number for number, hook in hooks.items() if hook in (_before_forward, _after_forward)]:
-            del hooks[number]
+    compat.remove_hooks(model, _before_forward, _after_forward)
 
 
 _Pass = tuple[PreTrainedModel, WatchedCache | None, int]  # of which model, with which cache and its updates before
