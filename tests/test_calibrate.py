@@ -9,8 +9,8 @@ from transformers import BatchEncoding
 import qjl
 from models_for_tests import VOCABULARY, difference, exact, generate, packed_bytes, prompt, read, tiny
 from qjl import ops, wheels
-from qjl.architecture import fingerprint
 from qjl.calibrate import calibrate, measure
+from qjl.fingerprints import fingerprint
 from qjl.hf import statistics_path
 from qjl.statistics import StatisticsFile
 

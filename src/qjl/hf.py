@@ -23,10 +23,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from qjl import statistics, stored, trees
-from qjl.architecture import LayerShape, find_rope, fingerprint, layer_shapes, rope_is_used, text_config
+from qjl.architecture import LayerShape, find_rope, layer_shapes, rope_is_used, text_config
 from qjl.attention import Scoring, attend, attend_dense
 from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
+from qjl.fingerprints import fingerprint, fingerprint_or_none
 from qjl.methods.base import storage_bytes
 from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
 
@@ -367,7 +368,7 @@ class KVCache(Cache):
         ids = None if token_ids is None else self._ids_held(torch.as_tensor(token_ids))
         header = stored.Header(
             model=model.config.model_type,
-            fingerprint=require_fingerprint(model),
+            fingerprint=fingerprint(model),
             dtype=str(model.dtype).removeprefix("torch."),
             preset=to_dict(self.config),
             statistics=trees.digest([core.codecs for core in self.cores]),
@@ -499,18 +500,13 @@ def _restore_layer(layer: object, state: dict[str, Any]) -> None:
         raise QJLError(f"{type(layer).__name__} of this version of transformers holds other things.")
 
 
-def require_fingerprint(model: PreTrainedModel) -> str:
-    """Raises QJLError for a model that is not all here."""
-    name = fingerprint(model)
-    if name is None:
-        raise QJLError("a cache of a model that is sharded over processes or offloaded cannot be saved or loaded.")
-    return name
-
-
 def _require_same_model(file: stored.StoredFile, model: PreTrainedModel) -> None:
     header, dtype = file.header, str(model.dtype).removeprefix("torch.")
-    if header.fingerprint != require_fingerprint(model):
-        raise QJLError(f"prompt cache {file.path} belongs to another model, of type {header.model}: build it again.")
+    if header.fingerprint != fingerprint(model):
+        raise QJLError(
+            f"prompt cache {file.path} belongs to another model, of type {header.model}, or to this one with other "
+            "settings or adapters: load it with what it was saved with, or build it again."
+        )
     if header.dtype != dtype:
         raise QJLError(
             f"prompt cache {file.path} is of the model in {header.dtype}: load the model in it, not {dtype}."
@@ -759,8 +755,8 @@ def _after_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any], ou
 
 
 def statistics_path(model: PreTrainedModel) -> Path | None:
-    """Where ``qjl calibrate`` keeps this model's statistics; None for a model sharded over processes."""
-    name = fingerprint(model)
+    """Where ``qjl calibrate`` keeps this model's statistics; None for a model without a fingerprint."""
+    name = fingerprint_or_none(model)
     return None if name is None else statistics.path_of(name)
 
 
