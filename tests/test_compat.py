@@ -145,5 +145,3 @@ def test_nothing_private_is_used_elsewhere(path):
     of_others = r"\b(torch(\.\w+)*|model|cache|layer|module|config|generation_config|tokenizer)\._(?!_)\w+"
     found = [match.group() for match in re.finditer(of_others, text)]
     assert not set(found) - OF_OUR_OWN_CLASSES, f"{found} belong into compat.py"
-        f"{found} belong into compat.py"
-    )

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qjl import compat, stored, trees
-from qjl.architecture import LayerShape, fingerprint, layer_shapes, rope_is_used, text_config
+from qjl.architecture import LayerShape, layer_shapes, rope_is_used, text_config
 from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
+from qjl.fingerprints import fingerprint
 from qjl.hf.attention import QuantizedLayer, in_our_modes, padding_of
 from qjl.hf.promises import WatchedCache, attach
 from qjl.hf.sources import shared_sources, sources_of
@@ -234,7 +235,7 @@ class KVCache(WatchedCache):
         ids = None if token_ids is None else self._ids_held(torch.as_tensor(token_ids))
         header = stored.Header(
             model=model.config.model_type,
-            fingerprint=require_fingerprint(model),
+            fingerprint=fingerprint(model),
             dtype=str(model.dtype).removeprefix("torch."),
             preset=to_dict(self.config),
             statistics=trees.digest([core.codecs for core in self.cores]),
@@ -374,18 +375,13 @@ def _restore_layer(layer: object, state: dict[str, Any]) -> None:
         raise QJLError(f"{type(layer).__name__} of this version of transformers holds other things.")
 
 
-def require_fingerprint(model: PreTrainedModel) -> str:
-    """Raises QJLError for a model that is not all here."""
-    name = fingerprint(model)
-    if name is None:
-        raise QJLError("a cache of a model that is sharded over processes or offloaded cannot be saved or loaded.")
-    return name
-
-
 def _require_same_model(file: stored.StoredFile, model: PreTrainedModel) -> None:
     header, dtype = file.header, str(model.dtype).removeprefix("torch.")
-    if header.fingerprint != require_fingerprint(model):
-        raise QJLError(f"prompt cache {file.path} belongs to another model, of type {header.model}: build it again.")
+    if header.fingerprint != fingerprint(model):
+        raise QJLError(
+            f"prompt cache {file.path} belongs to another model, of type {header.model}, or to this one with other "
+            "settings or adapters: load it with what it was saved with, or build it again."
+        )
     if header.dtype != dtype:
         raise QJLError(
             f"prompt cache {file.path} is of the model in {header.dtype}: load the model in it, not {dtype}."
