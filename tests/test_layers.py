@@ -27,7 +27,7 @@ FLOORS = (
     ("statistics", "trellis"),
     ("codebook", "sketch"),
     ("ops", "rope"),
-    ("packed", "wheels"),
+    ("packed", "wheels", "modes"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}
