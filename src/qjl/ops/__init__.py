@@ -10,8 +10,8 @@ token, w coordinates per nibble, 64 tokens per block.
   ``out[r, t] = sum_j tables[r, j, nibble_j(t)]``.
 - ``expand(entries, codes)``: ``float32 [H, N, 16, w], codes -> float32 [B, H, T, N * w]``,
   ``out[t, j] = entries[j, nibble_j(t)]``; the transient tile that serves many queries, or values, at once.
-- ``attend(query, packed, bias, exact, queries, scaling, softcap)``: ``[B, H, R, D]`` of any float type, ``PackedTokens`` and
-  what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
+- ``attend(query, packed, bias, exact, queries, scaling, softcap)``: ``[B, H, R, D]`` of any float type,
+  ``PackedTokens`` and what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
   ``(out [B, H, R, D], log-sum-exp [B, H, R])``: values weighted by the softmax of
   ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
 - ``attend_paged(query, packed, bias, exact, queries, scaling, softcap)``: the same over ``PagedTokens``, of which row b

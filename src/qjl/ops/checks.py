@@ -6,6 +6,7 @@ What stays the same is asked once for each form and each ``PackedTokens`` or poo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,9 @@ def require(holds: bool, what: str) -> None:
         raise QJLError(f"{what}.")
 
 
-def require_shape(tensor: Tensor, shape: Sequence[int], what: str) -> None:
+def require_shape(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
     """Raises QJLError unless the tensor has this shape."""
-    if tensor.shape != tuple(shape):
+    if tensor.shape != shape:
         raise QJLError(f"{what} should be {list(shape)}, not {list(tensor.shape)}.")
 
 
@@ -93,59 +94,50 @@ def require_tokens(tokens: Tensor) -> None:
 # The fused decode step
 
 
-class Operands(NamedTuple):
-    """Of a step, as kernels read them."""
-
-    query: Tensor
-    bias: Tensor | None
-    exact: Sequence[ExactTokens]
-
-
 class _Sizes(NamedTuple):
-    batch: int | None
     heads: int
     key_dim: int
     value_dim: int
-    tokens: int
+    tokens: int  # of a row; 0 for pages
 
 
 def step_operands(
     query: Tensor, packed: PackedTokens | PagedTokens, bias: Tensor | None, exact: Sequence[ExactTokens], queries: int
-) -> Operands:
-    """Those of ``attend`` and ``attend_paged``, copied where they are of another type.
+) -> tuple[Tensor, Tensor | None, list[ExactTokens]]:
+    """Query, bias and exact tokens of a step as kernels read them, copied where they are of another type.
 
     Raises:
         QJLError: if they do not fit the packed tokens or each other.
     """
-    sizes = once(packed, "sizes", _sizes)
-    batch = packed.table.shape[0] if isinstance(packed, PagedTokens) else sizes.batch
-    rows = query.shape[2] if query.dim() == 4 else 0
-    require_shape(query, (batch, sizes.heads, rows, sizes.key_dim), "queries")
-    require(queries > 0 and rows % queries == 0, f"{rows} query rows are no multiple of {queries} queries")
-    of_bias = (batch, sizes.heads * rows // queries, queries)
-    return Operands(
-        query if query.dtype == torch.float32 and query.is_contiguous() else query.float().contiguous(),
-        _readable_bias(bias, of_bias, sizes.tokens),
-        [_readable_tokens(tokens, (batch, sizes.heads), sizes, of_bias) for tokens in exact],
-    )
+    heads, key_dim, value_dim, length = once(packed, "sizes", _sizes)
+    batch, rows = packed.batch, query.shape[-2]
+    require_shape(query, (batch, heads, rows, key_dim), "queries")
+    if queries <= 0 or rows % queries:
+        raise QJLError(f"{rows} query rows are no multiple of {queries} queries.")
+    if query.dtype != torch.float32 or not query.is_contiguous():
+        query = query.float().contiguous()
+    of_bias = (batch, heads * rows // queries, queries)
+    readable = [_readable(tokens, batch, heads, key_dim, value_dim, of_bias) for tokens in exact]
+    return query, _readable_bias(bias, of_bias, length), readable
 
 
-def _readable_bias(bias: Tensor | None, size: Sequence[int], tokens: int) -> Tensor | None:
-    """``[B, 1 or Hq, Q, t]``, any of them 1 where one serves all."""
+def _readable_bias(bias: Tensor | None, rows: Sequence[int], tokens: int) -> Tensor | None:
+    """``[B, Hq, Q, t]``, any of the first three 1 where one serves all."""
     if bias is None:
         return None
-    fits = bias.dim() == 4 and all(one in (1, most) for one, most in zip(bias.shape[:3], size, strict=True))
+    fits = bias.dim() == 4 and all(one in (1, most) for one, most in zip(bias.shape, rows, strict=False))
     if not fits or bias.shape[3] < tokens:
-        raise QJLError(f"the bias should be [*{list(size)}, {tokens}] or shared, not {list(bias.shape)}.")
+        raise QJLError(f"a bias should be {[*rows, tokens]}, or 1 where one serves all, not {list(bias.shape)}.")
     return bias if bias.dtype == torch.float32 else bias.float()
 
 
-def _readable_tokens(
-    tokens: ExactTokens, rows: tuple[int | None, int], sizes: _Sizes, of_bias: Sequence[int]
+def _readable(
+    tokens: ExactTokens, batch: int, heads: int, key_dim: int, value_dim: int, of_bias: Sequence[int]
 ) -> ExactTokens:
-    keys, values, count = tokens.keys, tokens.values, tokens.keys.shape[-2]
-    require_shape(keys, (*rows, count, sizes.key_dim), "exact keys")
-    require_shape(values, (*rows, count, sizes.value_dim), "exact values")
+    keys, values = tokens.keys, tokens.values
+    count = keys.shape[-2]
+    require_shape(keys, (batch, heads, count, key_dim), "exact keys")
+    require_shape(values, (batch, heads, count, value_dim), "exact values")
     bias = _readable_bias(tokens.bias, of_bias, count)
     if keys.dtype == values.dtype and keys.dtype in READABLE:
         return tokens if bias is tokens.bias else ExactTokens(keys, values, bias)
@@ -155,20 +147,21 @@ def _readable_tokens(
 def _sizes(packed: PackedTokens | PagedTokens) -> _Sizes:
     """Of packed tokens that fit their forms."""
     codes = packed.keys["codes"]
-    is_paged = isinstance(packed, PagedTokens)
-    batch, heads, blocks = (None if is_paged else codes.shape[0]), codes.shape[1], codes.shape[0 if is_paged else 2]
-    outer = (blocks, heads) if is_paged else (batch, heads, blocks)
-    dims = []
-    for form, of_blocks in ((packed.key_form, packed.keys), (packed.value_form, packed.values)):
-        dims.append(once(form, "head_dim", lambda form: _head_dim(form, heads)))
-        _require_blocks(form, of_blocks, outer, codes.shape[-1])
+    outer, length = tuple(codes.shape[:-2]), 0
+    heads = outer[1]
     if isinstance(packed, PackedTokens):
-        require_shape(packed.first, (batch, blocks), "positions of blocks")
+        require_shape(packed.first, (outer[0], outer[2]), "positions of blocks")
         require(packed.first.dtype == torch.int64, "positions of blocks should be int64")
-    return _Sizes(batch, heads, *dims, 0 if is_paged else blocks * BLOCK)
+        length = outer[2] * BLOCK
+    for form, blocks in ((packed.key_form, packed.keys), (packed.value_form, packed.values)):
+        _require_blocks(form, blocks, outer, codes.shape[-1])
+    key_dim, value_dim = (
+        once(form, f"head_dim of {heads}", partial(_head_dim, heads)) for form in (packed.key_form, packed.value_form)
+    )
+    return _Sizes(heads, key_dim, value_dim, length)
 
 
-def _require_blocks(form: NibbleForm, blocks: Blocks, outer: Sequence[int | None], tokens: int) -> None:
+def _require_blocks(form: NibbleForm, blocks: Blocks, outer: Sequence[int], tokens: int) -> None:
     constants = (form.groups, tokens)
     fields = {"codes": ((form.entries.shape[1] * form.groups // 2, tokens), torch.uint8)}
     fields[form.scale] = (constants, torch.float16 if form.unit is None else torch.uint8)
@@ -176,7 +169,7 @@ def _require_blocks(form: NibbleForm, blocks: Blocks, outer: Sequence[int | None
         fields[form.middle] = (constants, torch.float16)
     for name, (inner, dtype) in fields.items():
         field = blocks[name]
-        shape = field.shape
+        shape = tuple(field.shape)
         if name != "codes" and form.groups == 1 and field.dim() == len(outer) + 1:  # without a dimension for one group
             shape = (*shape[:-1], 1, shape[-1])
         require(
@@ -187,7 +180,7 @@ def _require_blocks(form: NibbleForm, blocks: Blocks, outer: Sequence[int | None
         require(lies.is_contiguous(), f"{name} of a block should lie together in memory")
 
 
-def _head_dim(form: NibbleForm, heads: int) -> int:
+def _head_dim(heads: int, form: NibbleForm) -> int:
     """Of the tokens that this form decodes to, all of whose parts fit each other."""
     code_heads, nibbles, entries, slots = form.entries.shape
     require(code_heads in (1, heads) and entries == 16 and nibbles % 2 == 0, "a form has codes for 1 or all heads")
@@ -195,7 +188,7 @@ def _head_dim(form: NibbleForm, heads: int) -> int:
     require_shape(form.coordinates, (code_heads, nibbles, slots), "coordinates of a form")
     if form.coordinates.numel():
         least, most = (int(x) for x in form.coordinates.aminmax())
-        fits = 0 <= least and most < form.code_dim // form.groups
+        fits = least >= 0 and most < form.code_dim // form.groups
         require(fits, f"a form of {form.code_dim // form.groups} coordinates adds to those from {least} to {most}")
     head_dim = form.code_dim
     if form.map is not None:
@@ -217,5 +210,5 @@ def _require_turn(form: NibbleForm, head_dim: int) -> None:
     require(form.mean is not None, "a form without a mean has nothing to turn")
     for places in (turn.first, turn.second):
         require_shape(places, turn.inv_freq.shape, "coordinates of the pairs that turn")
-        fits = not places.numel() or (0 <= int(places.min()) and int(places.max()) < head_dim)
+        fits = not places.numel() or (int(places.min()) >= 0 and int(places.max()) < head_dim)
         require(fits, f"a mean of dimension {head_dim} turns by coordinates beside it")

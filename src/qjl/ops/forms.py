@@ -67,6 +67,10 @@ class PackedTokens:
     first: Tensor
     derived: dict[str, Any] = field(default_factory=Derived)
 
+    @property
+    def batch(self) -> int:
+        return self.first.shape[0]
+
 
 @dataclass(frozen=True, eq=False)
 class PagedTokens:
@@ -100,6 +104,10 @@ class PagedTokens:
         require_tensor(self.lengths, (rows,), torch.int32, "lengths")
         require_tensor(self.skip, (rows,), torch.int32, "skip")
         require_tensor(self.origins, (rows,), torch.int64, "origins")
+
+    @property
+    def batch(self) -> int:
+        return self.table.shape[0]
 
     @property
     def page(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.ops.cpu import library, structs
+from qjl.ops.cpu.structs import CPU
 from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, PagedTokens, once, shared_strides
 from qjl.packed import BLOCK, Blocks
 
@@ -69,8 +70,8 @@ def _attend(
     step: structs.Step, bias: Tensor | None, exact: Sequence[ExactTokens], scaling: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows = step.batch, step.heads, step.rows
-    out = torch.empty((batch, heads, rows, step.values.head_dim), dtype=torch.float32, device="cpu")
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device="cpu")
+    out = torch.empty((batch, heads, rows, step.values.head_dim), dtype=torch.float32, device=CPU)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=CPU)
     if len(exact) > len(step.exact):
         raise QJLError(f"a step takes {len(step.exact)} segments of exact tokens, not {len(exact)}: join some of them.")
     step.exact_count = len(exact)
@@ -87,7 +88,7 @@ def _attend(
 def score(query: Tensor, packed: PackedTokens) -> Tensor:
     """Estimates of <q, k> alone, ``float32 [B, H, R, T]``, with the look-ups of the fused step."""
     step = _step(query, packed, 1)
-    scores = torch.empty((*query.shape[:3], step.blocks * BLOCK), dtype=torch.float32, device="cpu")
+    scores = torch.empty((*query.shape[:3], step.blocks * BLOCK), dtype=torch.float32, device=CPU)
     step.scores = scores.data_ptr()
     _run(step)
     return scores
@@ -149,7 +150,7 @@ def _kept_room() -> Tensor | None:
 
 
 def _grown_room(nbytes: int) -> Tensor:
-    _room.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    _room.bytes = torch.empty(nbytes, dtype=torch.uint8, device=CPU)
     return _room.bytes
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qjl.ops.cpu import library, structs
+from qjl.ops.cpu.structs import CPU
 from qjl.ops.recipe import (
     DenseMap,
     GridRecipe,
@@ -32,7 +33,7 @@ def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Te
         turn = replace(turn, cos=turn.cos.contiguous(), sin=turn.sin.contiguous())
     codes = _empty_codes(tokens, sum(part.nibbles for part in recipe.parts) // 2)
     dtype = torch.float16 if recipe.units is None else torch.uint8
-    scales = torch.empty((*codes.shape[:3], BLOCK), dtype=dtype, device="cpu")
+    scales = torch.empty((*codes.shape[:3], BLOCK), dtype=dtype, device=CPU)
     operation = structs.Encode(
         codes=structs.Codes.of(codes),
         tokens=_tokens(tokens),
@@ -54,8 +55,8 @@ def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Te
 def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Tensor]:
     tokens = _readable(tokens)
     codes = _empty_codes(tokens, tokens.shape[3] * recipe.num_bits // 8)
-    steps = torch.empty((*codes.shape[:3], recipe.groups, BLOCK), dtype=torch.float16, device="cpu")
-    middles = torch.empty(steps.shape, dtype=torch.float16, device="cpu")
+    steps = torch.empty((*codes.shape[:3], recipe.groups, BLOCK), dtype=torch.float16, device=CPU)
+    middles = torch.empty(steps.shape, dtype=torch.float16, device=CPU)
     operation = structs.EncodeGrid(
         codes=structs.Codes.of(codes),
         tokens=_tokens(tokens),
@@ -71,7 +72,7 @@ def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Ten
 
 
 def _room(nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    return torch.empty(nbytes, dtype=torch.uint8, device=CPU)
 
 
 def _readable(tokens: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def _readable(tokens: Tensor) -> Tensor:
 
 def _empty_codes(tokens: Tensor, count: int) -> Tensor:
     batch, heads, length, _ = tokens.shape
-    return torch.empty((batch, heads, length // BLOCK, count, BLOCK), dtype=torch.uint8, device="cpu")
+    return torch.empty((batch, heads, length // BLOCK, count, BLOCK), dtype=torch.uint8, device=CPU)
 
 
 def _tokens(tokens: Tensor) -> structs.Tokens:
@@ -122,7 +123,9 @@ def _part(part: Part) -> structs.Part:
         return structs.Part(kind=_TRELLIS, dim=part.dim, nibbles=part.nibbles, own=own, next=following, width=width)
     assert isinstance(part, SignsPart)
     gram = _pointer(part.gram)
-    return structs.Part(kind=_SIGNS, dim=part.dim, nibbles=part.nibbles, gram=gram, block=part.block, sweeps=part.sweeps)
+    return structs.Part(
+        kind=_SIGNS, dim=part.dim, nibbles=part.nibbles, gram=gram, block=part.block, sweeps=part.sweeps
+    )
 
 
 def _head_stride(tensor: Tensor) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int8, c_int32, c_int64, c_void_p
 
+import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
 MEANING = 1  # raised where a function or a field means something else, and no size tells so
 
 
