@@ -27,7 +27,7 @@ FLOORS = (
     ("statistics", "trellis"),
     ("codebook", "sketch"),
     ("ops", "rope"),
-    ("packed", "wheels", "compat"),
+    ("packed", "wheels", "modes", "compat"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}
