@@ -39,7 +39,6 @@ __all__ = [
     "decoder_of",
     "flash_attention_for_cpu",
     "get_layer_types_and_kwargs",
-    "is_autocast_on",
     "is_given_by_user",
     "is_sdpa_or_flash",
     "of_each_layer",
@@ -137,11 +136,6 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 def uses_attention_interface(model: PreTrainedModel) -> bool:
     """Whether the decoder's layers call the attention that its configuration names."""
     return type(decoder_of(model))._can_set_attn_implementation()
-
-
-def is_autocast_on(kind: str) -> bool:
-    """Whether the caller's operations on devices of this kind run in a dtype that autocast chooses."""
-    return torch.is_autocast_enabled(kind)
 
 
 class Uncompiled:

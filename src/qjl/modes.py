@@ -20,9 +20,7 @@ def in_own_precision(function: Callable[Arguments, Result]) -> Callable[Argument
 
     @wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if not any(
-            [torch.is_autocast_enabled(device) for device in DEVICES]
-        ):  # a list: a generator takes twice as long
+        if not _is_autocast_on():
             return function(*args, **kwargs)
         with without_autocast():
             return function(*args, **kwargs)
@@ -31,14 +29,23 @@ def in_own_precision(function: Callable[Arguments, Result]) -> Callable[Argument
 
 
 def for_keeps(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """What the function makes serves later calls in any mode: neither autocast nor inference mode marks it."""
+    """What the function makes serves later calls in any mode: no gradient, autocast or inference mode marks it.
+
+    ``torch.compile`` leaves it as it is.
+    """
 
     @wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if not (torch.is_grad_enabled() or torch.is_inference_mode_enabled() or _is_autocast_on()):
+            return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad(), without_autocast():
             return function(*args, **kwargs)
 
-    return run
+    return torch.compiler.disable(run)
+
+
+def _is_autocast_on() -> bool:
+    return any([torch.is_autocast_enabled(device) for device in DEVICES])  # noqa: C419  a generator takes twice as long
 
 
 @contextmanager

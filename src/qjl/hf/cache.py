@@ -17,10 +17,11 @@ from qjl.architecture import LayerShape, layer_shapes, rope_is_used, text_config
 from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
 from qjl.fingerprints import fingerprint
-from qjl.hf.attention import QuantizedLayer, in_our_modes, padding_of
+from qjl.hf.attention import QuantizedLayer, padding_of
 from qjl.hf.promises import WatchedCache, attach
 from qjl.hf.sources import shared_sources, sources_of
 from qjl.methods.base import storage_bytes
+from qjl.modes import for_keeps
 from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
 
 
@@ -147,7 +148,7 @@ class KVCache(WatchedCache):
             "qjl.KVCache.load(path, model)."
         )
 
-    @in_our_modes
+    @for_keeps
     def before_forward(self, tokens: int | None, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Settle, and learn the padding of a pass that reads a prompt."""
         self.settle()
@@ -157,7 +158,7 @@ class KVCache(WatchedCache):
     def after_forward(self) -> None:
         self.settle()
 
-    @in_our_modes
+    @for_keeps
     def settle(self) -> None:
         """Quantize what left the window in the layer updated last, if its attention has not done so."""
         if self._unsettled is not None:
@@ -215,7 +216,7 @@ class KVCache(WatchedCache):
             )
         return model
 
-    @in_our_modes
+    @for_keeps
     def save(self, path: str | Path, token_ids: Tensor | Sequence[int] | None = None) -> int:
         """Write the cache to a file, which appears whole or not at all; ``load`` reads it. Returns its bytes.
 
@@ -248,7 +249,7 @@ class KVCache(WatchedCache):
         return stored.write(Path(path), header, state, ids)
 
     @classmethod
-    @in_our_modes
+    @for_keeps
     def load(cls, path: str | Path, model: PreTrainedModel) -> KVCache:
         """The cache that ``save`` wrote, with the codecs that its tokens were coded with.
 

@@ -87,8 +87,8 @@ def test_codes_under_autocast_are_those_of_the_same_tokens(preset):
         logits = read(model, ids, cache, (300,))
     assert torch.bfloat16 in given
     assert difference(logits.float(), reference.float()) < 0.6
-    assert cache.cores[0].packed_tokens[0] >= 128
     core = cache.cores[0]
+    assert core.packed_tokens[0] >= 320 - core.sinks - core.recent - 63
     outside = qjl.KVCache(model, preset)
     read(model, ids, outside, (300,))
     inside = core.dense()[0]
