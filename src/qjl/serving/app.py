@@ -340,8 +340,8 @@ def _tell_errors(app: FastAPI) -> None:
         if problem.status_code == 404:
             message = f"there is no {reprlib.repr(http.url.path)} here: use one of {', '.join(PATHS)}."
         if problem.status_code == 405:
-            allowed = (problem.headers or {}).get("Allow", "another method")
-            message = f"{http.method} is not for {http.url.path}: use {allowed}."
+            allowed = sorted((problem.headers or {}).get("Allow", "another method").split(", "))
+            message = f"{http.method} is not for {http.url.path}: use {', '.join(allowed)}."
         return JSONResponse(error(problem.status_code, message), problem.status_code, problem.headers)
 
     @app.exception_handler(Stopped)
