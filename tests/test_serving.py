@@ -769,10 +769,10 @@ def test_a_body_that_is_no_request_is_refused(url, body):
         ({"content": None}, "content", "is missing"),
         ({"content": "a", "weather": "b"}, "weather", "not permitted"),
         ({"content": "a", "reasoning_content": 3, "role": "assistant"}, "reasoning_content", "string"),
-        ({"content": "a", "tool_calls": [{"id": "1"}], "role": "assistant"}, "tool_calls", "tool_calls"),
+        ({"content": "a", "tool_calls": [{"id": "1"}], "role": "assistant"}, "tool_calls", "messages.0: tool_calls"),
         ({"content": None, "function_call": {"name": "a"}, "role": "assistant"}, "function_call", "function_call"),
         ({"content": "a", "prefix": True, "role": "assistant"}, "prefix", "leave prefix out"),
-        ({"content": "3", "role": "tool"}, "role", "'assistant'"),
+        ({"content": "3", "role": "tool", "tool_call_id": "1"}, "role", "'assistant'"),
         ({"content": "3", "role": "robot"}, "role", "'assistant'"),
         ({"content": "3", "role": None}, "role", "is missing"),
         ({"content": "\ud83e"}, "content", "half a character"),
@@ -806,7 +806,7 @@ NAMES = sorted([*CompletionRequest.model_fields, *ChatRequest.model_fields, *_ON
 
 
 @given(st.sampled_from(sorted(ASKED)), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_whatever_is_sent_is_answered_or_refused_by_one_sentence(url, path, fields):
     response = post(url, path, **{"max_tokens": 1} | ASKED[path] | fields)
     if response.status_code == 200:
@@ -871,6 +871,14 @@ def test_other_addresses_and_methods_are_refused_in_the_same_form(url, method, p
     error = response.json()["error"]
     assert says in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v2"), ("GET", "/v1/completions"), ("POST", "/v1/models/")])
+@pytest.mark.parametrize("host", ["[", "", "a b"])
+def test_a_host_that_is_none_is_refused_in_the_same_form(url, method, path, host):
+    response = httpx2.request(method, url + path, headers={"Host": host})
+    assert response.status_code in (404, 405)
+    assert response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["//v1/completions", "/v1/completions/", "/v1//completions//", "///v1/completions"])
