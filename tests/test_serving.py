@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import http.client
 import json
 import logging
 import os
+import random
 import re
 import shlex
 import signal
@@ -22,6 +24,9 @@ import openai
 import pytest
 import torch
 import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders
 from typer.testing import CliRunner
 
 import tiny_checkpoint
@@ -37,10 +42,12 @@ from qjl.serving import server, vllm
 from qjl.serving.app import Limits, Service, build
 from qjl.serving.engine import CHUNK, Engine, Job, fit_codecs
 from qjl.serving.metrics import Metrics
+from qjl.serving.protocol import _CHANGE_NOTHING, _ONLY, ChatRequest, CompletionRequest
 from qjl.serving.rows import read, rows_in
 from qjl.serving.sampling import Choice, Chooser
 from qjl.serving.writing import Writer
 from qjl.vllm.model import ServedModel
+from test_writing import ALL, decoded, until, word_level
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "b3"
@@ -336,6 +343,58 @@ def test_an_answer_ends_at_a_stop_string(client):
     assert answer.choices[0].text == text[: text.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens < 60
+
+
+SCRIPTS = 8
+
+
+class Scripted:
+    """In place of a chooser: writes the tokens of the script that the seed names."""
+
+    scripts = ()
+
+    def __init__(self, choice):
+        self.tokens = iter(self.scripts[choice.seed])
+
+    def __call__(self, logits):
+        return next(self.tokens)
+
+
+@pytest.mark.parametrize("name", ["bytes", "metaspace, first", "llama", "words", "suffixes", "a string across tokens"])
+def test_a_stream_and_an_answer_are_the_tokenizers_text(monkeypatch, name):
+    """The tokens are random ones; each script also ends at a string that is in its text, if it has any."""
+    chance, words = random.Random(name), ALL[name]
+    words.chat_template = "<think>"
+    scripts = [[chance.randrange(len(words)) for _ in range(chance.randrange(1, 40))] for _ in range(SCRIPTS)]
+    monkeypatch.setattr(Scripted, "scripts", scripts)
+    monkeypatch.setattr(engine_module, "Chooser", Scripted)
+    with serving(tiny(vocab_size=len(words)), words, preset="full") as (url, _):
+        client = client_of(url)
+        for seed, tokens in enumerate(scripts):
+            text = decoded(words, tokens)
+            start = chance.randrange(len(text) + 1)
+            for stop in filter(None, {"never there", text[start : start + 3]}):
+                settings = {"tokens": len(tokens), "seed": seed, "stop": [stop]}
+                expected = (until(text, [stop]), "stop" if stop in text else "length")
+                answer = complete(client, [1], **settings).choices[0]
+                assert (answer.text, answer.finish_reason) == expected
+                *_, last = chunks = [one.choices[0] for one in complete(client, [1], stream=True, **settings)]
+                assert ("".join(one.text for one in chunks), last.finish_reason) == expected
+                chat = ask(client, **settings).choices[0]
+                assert (chat.message.content, chat.finish_reason) == expected
+                *_, last = chunks = [one.choices[0] for one in ask(client, stream=True, **settings)]
+                assert ("".join(one.delta.content or "" for one in chunks), last.finish_reason) == expected
+
+
+def test_events_are_lines_for_every_client(monkeypatch):
+    """Some end a line at other characters than newlines too."""
+    words = word_level(["a", "\u2028", "\x85", "\x0c"], decoders.Fuse())
+    monkeypatch.setattr(Scripted, "scripts", [[0, 1, 2, 3]])
+    monkeypatch.setattr(engine_module, "Chooser", Scripted)
+    with serving(tiny(vocab_size=len(words)), words, preset="full") as (url, _):
+        body = post(url, prompt=[0], seed=0, stream=True).content.decode()
+    events = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == "a\u2028\x85\x0c"
 
 
 def test_an_answer_ends_with_the_end_token(model, tokenizer):
@@ -666,10 +725,21 @@ def test_what_a_template_does_not_know_is_refused(model, tokenizer, template, fi
     assert says in response.json()["error"]["message"]
 
 
+NO_JSON = "the body is no JSON object: send one, as application/json."
+
+
+@pytest.mark.parametrize(
+    "body", ["{", "[]", '"text"', "", "3", "null", "prompt=Hello", '{"prompt": "a",}', "{'prompt': 'a'}"]
+)
+def test_a_body_that_is_no_object_is_refused_by_one_sentence(url, body):
+    status, answer = send(url, body.encode())
+    assert (status, answer["error"]["message"], answer["error"]["param"]) == (400, NO_JSON, None)
+
+
 @pytest.mark.parametrize(
     "body",
     [
-        *("{", "[]", '"text"', "", "\xff", "[" * 9000),
+        *("\xff", "[" * 9000, '{"prompt": "a", "seed": ' + "9" * 5000 + "}", '{"prompt": "a", "max_tokens": 1e999}'),
         '{"model": "tiny", "prompt": "Hello", "temperature": NaN}',
         '{"model": "tiny", "prompt": "half a character: \\ud83e"}',
     ],
@@ -699,10 +769,10 @@ def test_a_body_that_is_no_request_is_refused(url, body):
         ({"content": None}, "content", "is missing"),
         ({"content": "a", "weather": "b"}, "weather", "not permitted"),
         ({"content": "a", "reasoning_content": 3, "role": "assistant"}, "reasoning_content", "string"),
-        ({"content": "a", "tool_calls": [{"id": "1"}], "role": "assistant"}, "tool_calls", "tool_calls"),
+        ({"content": "a", "tool_calls": [{"id": "1"}], "role": "assistant"}, "tool_calls", "messages.0: tool_calls"),
         ({"content": None, "function_call": {"name": "a"}, "role": "assistant"}, "function_call", "function_call"),
         ({"content": "a", "prefix": True, "role": "assistant"}, "prefix", "leave prefix out"),
-        ({"content": "3", "role": "tool"}, "role", "'assistant'"),
+        ({"content": "3", "role": "tool", "tool_call_id": "1"}, "role", "'assistant'"),
         ({"content": "3", "role": "robot"}, "role", "'assistant'"),
         ({"content": "3", "role": None}, "role", "is missing"),
         ({"content": "\ud83e"}, "content", "half a character"),
@@ -720,6 +790,32 @@ def test_messages_of_other_kinds_are_refused(url, message, param, says):
     assert error["param"] == ".".join(filter(None, ["messages.0", param]))
     assert says in error["message"]
     assert len(error["message"]) < 300
+
+
+VALUES = st.recursive(
+    st.sampled_from(
+        [None, True, False, -1, 0, 1, 4, 0.5, 1e300, 10**30, "", "a", "0.5", "\x00", "true", "user", "text"]
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "content", "type", "text", "include_usage", "a"]), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+NAMES = sorted([*CompletionRequest.model_fields, *ChatRequest.model_fields, *_ONLY, *_CHANGE_NOTHING, "another"])
+
+
+@given(st.sampled_from(sorted(ASKED)), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
+@settings(max_examples=100)
+def test_whatever_is_sent_is_answered_or_refused_by_one_sentence(url, path, fields):
+    response = post(url, path, **{"max_tokens": 1} | ASKED[path] | fields)
+    if response.status_code == 200:
+        return
+    error = response.json()["error"]
+    assert response.status_code in (400, 404)
+    assert error["type"] == "invalid_request_error"
+    assert "\n" not in error["message"]
+    assert 10 < len(error["message"]) < 300
 
 
 def test_a_conversation_without_messages_is_refused(url):
@@ -755,10 +851,81 @@ def test_a_body_that_is_too_large_is_refused(url, is_chunked):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_other_addresses_and_methods_are_refused_in_the_same_form(url):
-    for response, status in ((httpx2.get(f"{url}/v2"), 404), (httpx2.get(f"{url}/v1/completions"), 405)):
-        assert response.status_code == status
-        assert response.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("method", "path", "status", "says"),
+    [
+        ("GET", "/v2", 404, "there is no '/v2' here: use one of /v1/chat/completions"),
+        ("POST", "/chat/completions", 404, "use one of /v1/chat/completions"),
+        ("POST", "/v1/v1/completions", 404, "there is no"),
+        ("POST", "/v1/embeddings", 404, "there is no"),
+        ("GET", "/", 404, "there is no '/' here"),
+        ("GET", "/v1/models/%00%ff", 404, "does not exist here"),
+        ("GET", "/v1/completions", 405, "GET is not for /v1/completions: use POST."),
+        ("OPTIONS", "/v1/completions", 405, "OPTIONS is not for /v1/completions: use POST."),
+        ("DELETE", "/v1/models/tiny", 405, "use GET, HEAD."),
+    ],
+)
+def test_other_addresses_and_methods_are_refused_in_the_same_form(url, method, path, status, says):
+    response = httpx2.request(method, url + path)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert says in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v2"), ("GET", "/v1/completions"), ("POST", "/v1/models/")])
+@pytest.mark.parametrize("host", ["[", "", "a b"])
+def test_a_host_that_is_none_is_refused_in_the_same_form(url, method, path, host):
+    response = httpx2.request(method, url + path, headers={"Host": host})
+    assert response.status_code in (404, 405)
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["//v1/completions", "/v1/completions/", "/v1//completions//", "///v1/completions"])
+def test_slashes_that_are_too_many_do_no_harm(url, plain, path):
+    assert answer_of(post(url, path)) == plain["/v1/completions"]
+    assert httpx2.get(f"{url}//v1/models/").json() == httpx2.get(f"{url}/v1/models").json()
+    assert httpx2.get(f"{url}/v1/models/tiny/?a=b").json()["id"] == "tiny"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny", "/health", "/metrics"])
+def test_what_can_be_read_can_be_asked_for_its_head(url, path):
+    response = httpx2.head(url + path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+JSON_TYPES = [
+    *(None, "application/json", "application/json; charset=utf-8", "text/plain", "application/octet-stream"),
+    *("application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "nonsense", ""),
+]
+
+
+def send(url, content, kind="application/json", **headers):
+    """Through the socket's own client, which adds no headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", httpx2.URL(url).port, timeout=LONGEST)
+    with contextlib.closing(connection):
+        given = headers if kind is None else headers | {"Content-Type": kind}
+        connection.request("POST", "/v1/completions", content, given)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+BODY = json.dumps({"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0}).encode()
+
+
+@pytest.mark.parametrize("kind", JSON_TYPES)
+def test_json_is_json_however_it_is_declared(url, plain, kind):
+    for body in (BODY, b"\xef\xbb\xbf" + BODY, BODY.decode().encode("utf-16"), b" \n" + BODY + b"\n"):
+        status, answer = send(url, body, kind)
+        assert status == 200, answer
+        assert answer["choices"] == plain["/v1/completions"][0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in JSON_TYPES if "json" not in (kind or "")])
+def test_a_page_cannot_ask_past_its_browser(url, kind):
+    """Requests of such types are sent without asking whether the page may."""
+    status, answer = send(url, BODY, kind, Origin="https://elsewhere.example")
+    assert (status, answer["error"]["message"]) == (400, NO_JSON)
 
 
 def test_a_model_without_a_chat_template_says_what_to_do(model, tokenizer):
@@ -784,8 +951,119 @@ def test_a_key_is_wanted_where_there_is_one(model, tokenizer):
         assert httpx2.get(f"{url}/v1/models").status_code == 401
         assert httpx2.get(f"{url}/metrics").status_code == 401
         assert httpx2.get(f"{url}/health").status_code == 200
+        for given, status in (("bearer " + KEY, 200), (KEY, 401), ("Basic " + KEY, 401), ("Bearer", 401), ("", 401)):
+            assert httpx2.get(f"{url}/v1/models", headers={"Authorization": given}).status_code == status
         counted = metrics(url, {"Authorization": f"Bearer {KEY}"})
     assert counted['qjl_requests_total{path="/v1/completions",status="401"}'] == 3
+
+
+# Browsers
+
+PAGE = "http://localhost:3000"
+
+
+def preflight(url, page=PAGE, path="/v1/chat/completions", **headers):
+    wanted = {
+        "Origin": page,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    return httpx2.request("OPTIONS", url + path, headers=wanted | headers)
+
+
+def allowed(response):
+    return response.headers.get("access-control-allow-origin")
+
+
+@pytest.fixture
+def open_to(model, tokenizer):
+    """A server for some pages, with a key."""
+
+    @contextlib.contextmanager
+    def start(*origins, **settings):
+        limits = Limits("tiny", api_key=KEY, origins=origins, max_body=20_000, queue=1)
+        with serving(model, tokenizer, limits, slots=1, **settings) as (url, _):
+            yield url
+
+    return start
+
+
+def test_pages_may_read_nothing_unless_they_are_named(url):
+    assert preflight(url).status_code == 405
+    assert not [name for name in post_of_page(url).headers if name.startswith("access-control")]
+
+
+def post_of_page(url, page=PAGE, key=KEY, path="/v1/completions", **fields):
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0} | fields
+    headers = {"Origin": page, "Authorization": f"Bearer {key}"}
+    return httpx2.post(url + path, json=body, headers=headers, timeout=LONGEST)
+
+
+@pytest.mark.parametrize(("origins", "expected"), [(("http://a.example", PAGE), PAGE), (("*",), "*")])
+def test_pages_that_are_named_may_ask_and_read(open_to, origins, expected):
+    with open_to(*origins) as url:
+        asked = preflight(url, **{"Access-Control-Request-Private-Network": "true"})  # which has no key
+        assert (asked.status_code, allowed(asked)) == (200, expected)
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert "authorization" in asked.headers["access-control-allow-headers"].lower()
+        assert asked.headers["access-control-allow-private-network"] == "true"
+        for fields in ({}, {"stream": True}):
+            answer = post_of_page(url, **fields)
+            assert (answer.status_code, allowed(answer)) == (200, expected)
+            assert "Retry-After" in answer.headers["access-control-expose-headers"]
+        assert allowed(httpx2.get(f"{url}/health", headers={"Origin": PAGE})) == expected
+
+
+def test_other_pages_may_not(open_to):
+    with open_to(PAGE) as url:
+        asked = preflight(url, page="http://elsewhere.example")
+        assert (asked.status_code, allowed(asked)) == (400, None)
+        assert "another --cors-origin" in asked.json()["error"]["message"]
+        assert allowed(post_of_page(url, page="http://elsewhere.example")) is None
+
+
+def test_pages_are_told_what_is_wrong(open_to, monkeypatch, turns):
+    with open_to(PAGE) as url, asking(lambda number: post_of_page(url), 2):
+        key = {"Authorization": f"Bearer {KEY}"}
+        wait_until(lambda: metrics(url, key)["qjl_requests_waiting"] == 1)
+        full = post_of_page(url)
+        turns.release(ENOUGH)
+        wait_until(lambda: metrics(url, key)["qjl_requests_running"] == 0)
+
+        def fail(*arguments):
+            raise RuntimeError("out of luck")
+
+        monkeypatch.setattr(engine_module, "read", fail)
+        answers = [
+            *(full, post_of_page(url, key="another"), post_of_page(url, path="/v2"), post_of_page(url, n=2)),
+            *(post_of_page(url, prompt="a" * 30_000), post_of_page(url)),
+        ]
+    assert [answer.status_code for answer in answers] == [429, 401, 404, 400, 413, 500]
+    assert {allowed(answer) for answer in answers} == {PAGE}
+    assert all(answer.json()["error"]["message"] for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("page", "origin"),
+    [
+        ("*", "*"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("HTTP://LocalHost:3000/", "http://localhost:3000"),
+        ("https://a.example:443", "https://a.example"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("app://obsidian.md", "app://obsidian.md"),
+    ],
+)
+def test_an_origin_is_as_browsers_name_it(page, origin):
+    assert serving_command.origin_of(page) == origin
+
+
+@pytest.mark.parametrize(
+    "page", ["", "localhost", "localhost:3000", "http://a/b", "http://u@a", "http://[::1", "null", "//a"]
+)
+def test_a_page_that_is_no_origin_is_refused(page, refuses):
+    with refuses("give https://host"):
+        serving_command.origin_of(page)
 
 
 # Under load
@@ -1115,6 +1393,7 @@ def test_a_port_that_is_taken_is_one_sentence():
         (["smollm2", "--engine", "transformers", "--", "--enforce-eager"], "are for --engine vllm"),
         (["--engine", "vllm", "--queue", "0", "--bits", "3"], "--queue, --bits are for --engine transformers"),
         (["--port", "0", "--preset", "b99"], "b99"),
+        (["--cors-origin", "localhost:3000"], "--cors-origin 'localhost:3000' is no origin"),
         (["--port", "0", "--max-body", "much"], "memory 'much' is not a size"),
     ],
 )
@@ -1157,12 +1436,13 @@ def pretended_vllm(tmp_path, monkeypatch):
 
 def test_vllm_serves_where_it_is(pretended_vllm, checkpoint, command, monkeypatch, tmp_path):
     monkeypatch.setenv("QJL_CACHE", str(tmp_path))
-    options = ["--preset", "b2", "--slots", "4", "--api-key", KEY, "--", "--enforce-eager"]
+    options = ["--preset", "b2", "--slots", "4", "--api-key", KEY, "--cors-origin", PAGE, "--", "--enforce-eager"]
     serve(*command[4:], *options)
     program, given, environment = pretended_vllm.call_args.args
     assert program == given[0] == sys.executable
     assert given[1:4] == ["-m", "vllm.entrypoints.openai.api_server", f"--model={checkpoint}"]
     assert {"--port=0", "--host=127.0.0.1", "--max-num-seqs=4", "--enforce-eager"} <= set(given)
+    assert f'--allowed-origins=["{PAGE}"]' in given
     assert KEY not in given  # everybody on the machine could read it there
     assert (environment["QJL_VLLM_PRESET"], environment["VLLM_API_KEY"]) == ("b2", KEY)
     measured = ServedModel(checkpoint).statistics_path.stat()

@@ -319,11 +319,11 @@ def _what_is_wrong(problem: dict[str, Any]) -> tuple[str, str | None]:
     if kind == "json_invalid" or (len(problem["loc"]) == 1 and kind != "not_built"):
         return "the body is no JSON object: send one, as application/json.", None
     message = _IN_OTHER_WORDS.get(kind) or str(problem["msg"]).removeprefix("Value error, ")
-    if kind == "not_built":
-        place.append(problem["ctx"]["param"])
-        return message, ".".join(map(str, place))
     name = ".".join(map(str, place))
-    return f"{name}: {message}" if name else message, name or None
+    message = f"{name}: {message}" if name else message
+    if kind == "not_built":
+        name = ".".join(filter(None, [name, problem["ctx"]["param"]]))
+    return message, name or None
 
 
 def _tell_errors(app: FastAPI) -> None:
@@ -338,10 +338,10 @@ def _tell_errors(app: FastAPI) -> None:
     async def refused_by_http(http: Request, problem: HTTPException) -> Response:
         message = str(problem.detail)
         if problem.status_code == 404:
-            message = f"there is no {reprlib.repr(http.url.path)} here: use one of {', '.join(PATHS)}."
+            message = f"there is no {reprlib.repr(http.scope['path'])} here: use one of {', '.join(PATHS)}."
         if problem.status_code == 405:
-            allowed = (problem.headers or {}).get("Allow", "another method")
-            message = f"{http.method} is not for {http.url.path}: use {allowed}."
+            allowed = sorted((problem.headers or {}).get("Allow", "another method").split(", "))
+            message = f"{http.method} is not for {http.scope['path']}: use {', '.join(allowed)}."
         return JSONResponse(error(problem.status_code, message), problem.status_code, problem.headers)
 
     @app.exception_handler(Stopped)

@@ -53,11 +53,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 _OF_A_MESSAGE_CHANGE_NOTHING = {
     *("cache_control", "annotations", "id", "reasoning_details", "thinking_blocks", "provider_specific_fields"),
+    "tool_call_id",  # of a role that is refused
 }
 _OF_A_MESSAGE_ONLY: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tool_calls", "images"), ([],)),
     **dict.fromkeys(("prefix", "partial"), (False,)),
-    **dict.fromkeys(("audio", "function_call", "tool_call_id"), ()),
+    **dict.fromkeys(("audio", "function_call"), ()),
     "type": ("message",),
 }
 _TEXT_OF_PART = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
