@@ -13,7 +13,7 @@ class Release:
 
     def __init__(self, version):
         self.path = FOLDER / f"{version}.zip"
-        self.module = cache(self._module)
+        self.module, self.members = cache(self._module), cache(self._members)
 
     @cached_property
     def _archive(self):
@@ -69,7 +69,7 @@ class Release:
             if isinstance(base, ast.Name):
                 yield from self.classes(found[0], base.id)
 
-    def members(self, module, name):
+    def _members(self, module, name):
         """Methods, fields and enum members of a class, and what its methods set of ``self``: statements by name."""
         found = {}
         for owner in reversed([*self.classes(module, name)]):
