@@ -194,7 +194,9 @@ def _sized(name, **settings):
 
 def _bigbird_pegasus():
     sizes = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
-    return build(transformers.BigBirdPegasusConfig(vocab_size=128, encoder_layers=1, **sizes))
+    return build(
+        transformers.BigBirdPegasusConfig(vocab_size=128, encoder_layers=2, encoder_attention_heads=4, **sizes)
+    )
 
 
 def _gpt_neo():

@@ -27,7 +27,7 @@ FLOORS = (
     ("statistics", "trellis"),
     ("codebook", "sketch"),
     ("ops", "rope"),
-    ("packed", "wheels", "modes", "compat"),
+    ("packed", "wheels", "modes", "compat", "copies"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}

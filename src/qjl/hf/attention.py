@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from qjl import compat
 from qjl.attention import Scoring, attend, attend_dense
 from qjl.cache import CacheLayer
+from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.modes import for_keeps
 
@@ -83,7 +84,7 @@ class CachedStates(torch.Tensor):
         raise QJLError(f"{self!r} is a handle on a cache: save its tensor, handle.clone().")
 
 
-class QuantizedLayer(compat.CacheLayerMixin):
+class QuantizedLayer(Copied, compat.CacheLayerMixin):
     """A ``qjl.cache.CacheLayer`` as transformers wants a layer.
 
     ``has_text`` tells whether it holds the tokens of the text, as self-attention does; cross-attention holds others,
@@ -101,13 +102,13 @@ class QuantizedLayer(compat.CacheLayerMixin):
         self.knows_padding = not has_text
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
-        """All keys, decoded: for inspection, not on the way of generation."""
-        return self.core.dense()[0]
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """All keys, decoded: for inspection, not on the way of generation. None before there are any."""
+        return self.core.dense()[0] if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
-        return self.core.dense()[1]
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self.core.dense()[1] if self.is_initialized else None
 
     @property
     def batch_size(self) -> int:

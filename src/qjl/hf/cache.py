@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qjl import compat, stored, trees
 from qjl.architecture import LayerShape, layer_shapes, rope_is_used, text_config
 from qjl.cache import CacheLayer, LayerSource
+from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.fingerprints import fingerprint
 from qjl.hf.attention import QuantizedLayer, padding_of
@@ -25,7 +25,7 @@ from qjl.modes import for_keeps
 from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
 
 
-class KVCache(WatchedCache):
+class KVCache(Copied, WatchedCache):
     """A quantized key-value cache for one call of ``generate``, or for a whole conversation.
 
     >>> cache = qjl.KVCache(model, "b3")
@@ -130,23 +130,6 @@ class KVCache(WatchedCache):
         for layer in self.layers:
             keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
             yield keys, values, compat.window_of(layer)
-
-    def __copy__(self) -> KVCache:
-        return self._with(vars(self))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        return self._with(copy.deepcopy(vars(self), memo))
-
-    def _with(self, attributes: dict[str, Any]) -> KVCache:
-        twin = type(self).__new__(type(self))
-        vars(twin).update(attributes)
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise QJLError(
-            "a quantized cache is not pickled: write it with cache.save(path), and read it with "
-            "qjl.KVCache.load(path, model)."
-        )
 
     @for_keeps
     def before_forward(self, tokens: int | None, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
