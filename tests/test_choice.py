@@ -360,6 +360,14 @@ def test_a_choice_is_kept(model, tokenizer, short, cache_folder, monkeypatch):
     assert [entry.name for entry in cache_folder.iterdir()] == ["choices"]
 
 
+def test_a_choice_for_a_model_without_a_name_is_not_kept_and_says_why(model, tokenizer, short, cache_folder, caplog):
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, output: None)
+    qjl.choose(model, tokenizer, 2.5)
+    hook.remove()
+    assert not (cache_folder / "choices").exists()
+    assert "model.layers.0 has a forward hook of test_choice, which may change what it computes" in caplog.text
+
+
 def test_a_failed_choice_leaves_no_file(model, tokenizer, short, cache_folder, monkeypatch):
     def fail(*arguments):
         raise QJLError("no luck.")

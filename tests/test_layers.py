@@ -19,7 +19,7 @@ FLOORS = (
     ("hf", "vllm"),
     ("stored",),
     ("models", "texts", "records", "machine"),
-    ("architecture", "attention", "fingerprints"),
+    ("architecture", "attention", "fingerprints", "gguf_metadata"),
     ("cache",),
     ("exact", "runs"),
     ("presets", "trees"),
@@ -47,7 +47,7 @@ ABOVE_MODELS = {
     "demo",
     "cli",
 }
-KNOW_TRANSFORMERS = {"compat", "architecture", "fingerprints", "models"} | ABOVE_MODELS
+KNOW_TRANSFORMERS = {"compat", "architecture", "fingerprints", "gguf_metadata", "models"} | ABOVE_MODELS
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 
