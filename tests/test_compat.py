@@ -125,6 +125,41 @@ def test_flash_attention_on_a_cpu_gives_sums():
     torch.testing.assert_close(out, scores.softmax(-1) @ query)
 
 
+@pytest.mark.parametrize("name", sorted(compat._HOMES_OF_GGUF))
+def test_what_reads_gguf_files_is_there(name):
+    assert compat.gguf_reader(name) is not None
+
+
+def test_a_reader_of_gguf_files_that_has_gone_is_named(monkeypatch, refuses):
+    monkeypatch.setitem(compat._HOMES_OF_GGUF, "no_such_reader", "transformers.integrations.gguf")
+    with refuses("transformers.integrations.gguf has no no_such_reader in transformers"):
+        compat.gguf_reader("no_such_reader")
+
+
+def test_the_bar_of_gguf_files_is_there():
+    with compat.gguf_bar(print):
+        pass
+
+
+def test_what_a_module_holds_is_read():
+    norm = torch.nn.BatchNorm1d(3)
+    assert {"weight", "bias", "running_mean"} <= compat.tensors_of(norm).keys()
+    assert compat.parts_of(torch.nn.Sequential(norm)) == {"0": norm}
+    assert compat.compiled_module(torch.compile(norm)) is norm
+    assert compat.has_own_forward(norm)
+    norm.register_forward_hook(print)
+    assert compat.hooks_of(norm) == [print]
+    norm.forward = print
+    assert not compat.has_own_forward(norm)
+
+
+def test_buffers_are_computed_that_no_file_holds():
+    model, twin = tiny(), tiny()
+    model.model.rotary_emb.inv_freq.zero_()
+    compat.compute_buffers(model)
+    assert model.model.rotary_emb.inv_freq.equal(twin.model.rotary_emb.inv_freq)
+
+
 def test_a_method_that_has_gone_is_named(refuses):
     class Empty:
         pass
