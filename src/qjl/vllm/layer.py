@@ -108,15 +108,17 @@ class Step:
 def _together(rows: list[tuple[int, Request, Reading]], page_tokens: int, device: torch.device) -> Together:
     queries = rows[0][1].fresh
     pages = [request.pages[: -(-reading.packed // page_tokens)] for _, request, reading in rows]
-    counts = torch.tensor([len(reading.slots) for _, _, reading in rows])
+    counts = torch.tensor([len(reading.slots) for _, _, reading in rows], dtype=torch.int64)
     slots = _padded([reading.slots for _, _, reading in rows])
     beyond = torch.arange(slots.shape[1]) >= counts[:, None]
-    bias = torch.zeros(slots.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
-    causal = torch.zeros(1, 1, queries, queries).masked_fill_(
+    bias = torch.zeros(slots.shape, dtype=torch.float32).masked_fill_(beyond, -torch.inf)[:, None, None]
+    causal = torch.zeros(1, 1, queries, queries, dtype=torch.float32).masked_fill_(
         ~causal_mask(queries, queries, torch.device("cpu")), -torch.inf
     )
     return Together(
-        tokens=(torch.tensor([begin for begin, _, _ in rows])[:, None] + torch.arange(queries)).to(device),
+        tokens=(torch.tensor([begin for begin, _, _ in rows], dtype=torch.int64)[:, None] + torch.arange(queries)).to(
+            device
+        ),
         pages=_padded(pages).int().to(device),
         skip=_on(device, [reading.skip for _, _, reading in rows]).int(),
         packed=_on(device, [reading.packed for _, _, reading in rows]).int(),

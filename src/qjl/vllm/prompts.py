@@ -97,7 +97,7 @@ class PromptKernel:
         counts = [-(-total // BLOCK) for total in totals]
         *firsts, pages = accumulate(counts, initial=0)
         slots = [torch.arange(total) + first * BLOCK for total, first in zip(totals, firsts, strict=True)]
-        table = torch.tensor(firsts)[:, None] + torch.arange(max(counts))
+        table = torch.tensor(firsts, dtype=torch.int64)[:, None] + torch.arange(max(counts))
         starts = torch.tensor(list(accumulate(fresh, initial=0)), dtype=torch.int32)
         lengths = torch.tensor(totals, dtype=torch.int32)
         schedule = ops.cpu_attn_get_scheduler_metadata(
