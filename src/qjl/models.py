@@ -251,7 +251,7 @@ def weights_bytes(config: PretrainedConfig) -> int:
 def as_device(device: torch.device | str) -> torch.device:
     """Raises QJLError unless tensors can be put there."""
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, device=device, dtype=torch.uint8).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise QJLError(
             f"device {str(device)!r} is unknown or not available here: use 'cpu', or 'cuda' with a GPU"
