@@ -72,7 +72,8 @@ def test_the_keyword_of_the_cache_is_that_of_models_and_of_generate():
 
 
 def test_the_keyword_of_the_newest_is_taken_by_all_versions_and_warns_of_nothing(recwarn):
-    model, caches = tiny(), [qjl.KVCache(tiny(), "full") for _ in range(2)]
+    model = tiny()
+    caches = [qjl.KVCache(model, "full") for _ in range(2)]
     model.generate(prompt(20), cache=caches[0], max_new_tokens=2)
     model(prompt(20), cache=caches[1])
     assert [cache.get_seq_length() for cache in caches] == [21, 20]
