@@ -59,7 +59,7 @@ _chosen: str | None = None
 
 
 def _after_fork() -> None:
-    """GNU OpenMP, which torch uses, waits in a forked child for threads that only its parent has: one thread does not."""
+    """GNU OpenMP, which torch uses, waits in a forked child for threads of its parent, for ever: one does not."""
     if _chosen is not None:
         torch.set_num_threads(1)
 
