@@ -13,7 +13,7 @@ EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
 
-.PHONY: setup setup-vllm native demo test test-vllm report sanitize emulate clean
+.PHONY: setup setup-vllm native demo test test-vllm models report sanitize emulate clean
 
 setup: .venv/installed
 
@@ -52,6 +52,10 @@ test: setup
 # Engines with our pages and with vLLM's own, each in a process of its own.
 test-vllm: setup-vllm
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/pytest -n $(WORKERS) --dist loadscope tests/test_vllm_serving.py
+
+# Every family of models that transformers has, tiny and random; those that the file tells of are not asked again.
+models: setup
+	OMP_NUM_THREADS=1 $(BIN)/qjl eval models --workers $(WORKERS) --out results/models.jsonl
 
 # All that the report tells of the embedded model, measured from nothing; what is there already is not measured again.
 report: setup
