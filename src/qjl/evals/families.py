@@ -11,6 +11,7 @@ A row's ``verdict``:
 
 from __future__ import annotations
 
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,10 +54,10 @@ def row(verdict: str, why: str | None = None, **numbers: float | None) -> Row:
 
 
 def told(error: BaseException) -> str:
-    """The first line of an error, and where it was raised."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    """An error on one line, and where it was raised."""
+    text = textwrap.shorten(str(error), 300)
     place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first} ({'/'.join(place.filename.split('/')[-2:])}:{place.lineno})"
+    return f"{type(error).__name__}: {text} ({'/'.join(place.filename.split('/')[-2:])}:{place.lineno})"
 
 
 class Trial:

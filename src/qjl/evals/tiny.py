@@ -41,10 +41,10 @@ _WIDTHS = {  # by the whole of a name; the first that fits counts
     r".*(projection|proj|output|input)_dim|.*(input|output|pooler|projector)_size|.*projector_.*_dim": WIDTH,
     r"mamba_d_ssm": 2 * WIDTH,
     r"query_pre_attn_scalar": HEAD_DIM,
+    r".*(position_embeddings|_positions)|seq_len|max_seq_len|model_max_length|n_positions|n_ctx|context_length": 1024,
 }
 _LIMITS = {
     r".*vocab_size.*|n_words": VOCABULARY,
-    r".*(position_embeddings|_positions)|seq_len|max_seq_len|model_max_length|n_positions|n_ctx|context_length": 1024,
     r".*sliding_window(_size)?|local_attention|attention_(chunk|window)_size|window_size": 64,
     r"mamba_(n|num)_heads": 2 * HEADS,
     r".*_rank": 32,
@@ -58,7 +58,12 @@ _DEPTHS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_
 _INDEXES = re.compile(r".*(layers|indexes|indices|idxs|layer_ids)")
 _SPECIAL = re.compile(r".*_token_(id|index)|.*_id")
 _USUAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_SET = {"tie_word_embeddings": False, "is_decoder": True}  # tied, each token's own logit would hide all others
+_SET = {
+    "tie_word_embeddings": False,  # else each token's own logit hides all others
+    "is_decoder": True,
+    "logit_scale": 1.0,
+}
+_FORCED = ("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens")
 _NOT_ASKED = {"transformers_version", "_name_or_path", "architectures", "id2label", "label2id", "dtype"}
 
 
@@ -79,7 +84,7 @@ def build(family: str, task: str) -> PreTrainedModel:
     model: PreTrainedModel = kind._from_config(_part(configuration(family), kind.config_class), dtype=torch.float32)
     redraw(model)
     if settings := getattr(model, "generation_config", None):
-        settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = 1, None, 0
+        settings.update(bos_token_id=1, eos_token_id=None, pad_token_id=0, **dict.fromkeys(_FORCED))
     return model.eval().requires_grad_(False)
 
 
