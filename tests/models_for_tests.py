@@ -2,12 +2,25 @@
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from qjl.compat import cache_argument
 
 VOCABULARY = 128
 WINDOW = 128  # of the layers with a sliding window
 PADDING = 9  # a token like any other: the one of a tokenizer embeds to zero, which hides where padding counts
+OWN = "an-attention-of-the-users-own"  # of which nobody knows what it computes: it reads what is decoded
 SLIDING_THEN_FULL = ["sliding_attention", "full_attention"]
+
+
+def _users_attention(*args, **kwargs):
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+AttentionInterface.register(OWN, _users_attention)
+AttentionMaskInterface.register(OWN, sdpa_mask)
 
 
 def _sizes(head_dim=32, heads=4, kv_heads=2, layers=2, **settings):
@@ -117,9 +130,10 @@ def left_padded(rows):
     return {"input_ids": ids, "attention_mask": mask.long()}
 
 
-def generate(model, ids, tokens=8, **settings):
+def generate(model, ids, tokens=8, cache=None, **settings):
     """New tokens ``[B, tokens]``, greedy unless told otherwise."""
-    settings = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens} | settings
+    given = {} if cache is None else cache_argument(cache)
+    settings = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens} | given | settings
     return model.generate(ids, **settings)[:, ids.shape[1] :]
 
 
@@ -127,7 +141,7 @@ def read(model, ids, cache, sizes=(280,)):
     """Logits ``[B, T, V]`` of all tokens, given in steps of these sizes and one by one from there on."""
     sizes = [*sizes, *[1] * (ids.shape[1] - sum(sizes))]
     with torch.no_grad():
-        steps = [model(input_ids=step, past_key_values=cache).logits for step in ids.split(sizes, dim=1)]
+        steps = [model(input_ids=step, **cache_argument(cache)).logits for step in ids.split(sizes, dim=1)]
     return torch.cat(steps, dim=1)
 
 

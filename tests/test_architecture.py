@@ -8,6 +8,7 @@ import transformers
 
 from models_for_tests import FAMILIES, config_of, tiny
 from qjl.architecture import LayerShape, find_rope, fingerprint, layer_shapes, text_config
+from qjl.compat import CACHE
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1e4},
@@ -47,7 +48,7 @@ def rotated_keys(model, ids):
     keys = []
     for position_ids in (torch.arange(ids.shape[1])[None], torch.zeros_like(ids)):
         with torch.no_grad():
-            cache = model(ids, position_ids=position_ids, use_cache=True).past_key_values
+            cache = model(ids, position_ids=position_ids, use_cache=True)[CACHE]
         keys.append(cache.layers[-1].keys)
     return keys
 
@@ -118,7 +119,7 @@ def test_shapes_are_those_of_the_cache(family):
     """Of the layers that transformers fills."""
     model = tiny(family)
     with torch.no_grad():
-        cache = model(torch.full((1, 5), 3), use_cache=True).past_key_values
+        cache = model(torch.full((1, 5), 3), use_cache=True)[CACHE]
     shapes = layer_shapes(model.config)
     assert [shape.index for shape in shapes] == list(range(len(cache.layers)))
     for shape, layer in zip(shapes, cache.layers, strict=True):

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 import qjl
 from models_for_tests import (
     FAMILIES,
+    OWN,
     agreement,
     build,
     config_of,
@@ -20,8 +21,9 @@ from models_for_tests import (
     read,
     tiny,
 )
+from qjl.compat import cache_argument
 
-ATTENTIONS = ("qjl", "sdpa", "eager")
+ATTENTIONS = ("sdpa", "eager", OWN)
 NOISE = 1e-2  # of the logits: a few codes at an edge; quantization itself is ten times as much
 
 
@@ -32,7 +34,7 @@ def own_cache_folder(tmp_path, monkeypatch):
 
 def model_with(family, attention):
     model = tiny(family)
-    if attention == "sdpa" and not model._supports_sdpa:
+    if attention != "eager" and not model._supports_sdpa:
         pytest.skip(f"{family} has no sdpa")
     return model
 
@@ -48,22 +50,24 @@ def cache_under(attention, model, preset):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_equals_the_dynamic_cache(family, attention):
     model, ids, sizes = model_with(family, attention), prompt(214), (150, 60)
-    model.set_attn_implementation("eager" if attention == "qjl" else attention)
+    model.set_attn_implementation(attention)
     reference = exact(model, ids, sizes)
     cache = cache_under(attention, model, "full")
     torch.testing.assert_close(read(model, ids, cache, sizes), reference, atol=2e-5, rtol=1e-4)
     assert cache.cores[-1].packed_tokens == [128]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3n", "phi", "gpt-oss", "cohere", "qwen3-next"])
-def test_attentions_agree_on_a_quantized_cache(family):
-    ids, results = prompt(290), {}
-    for attention in ("qjl", "eager"):
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt-oss", "cohere", "qwen3-next"])
+def test_attention_over_codes_is_the_models_own_over_what_they_decode_to(family, monkeypatch):
+    ids, results = prompt(290), []
+    for over_codes in (True, False):
+        if not over_codes:
+            monkeypatch.setattr(qjl.hf.attention, "_codes_give_all", lambda *_: False)
         model = tiny(family)
-        cache = cache_under(attention, model, "b3")
-        results[attention] = read(model, ids, cache), packed_bytes(cache)
+        attention, cache = model.config._attn_implementation, qjl.KVCache(model, "b3")
+        results.append((read(model, ids, cache), packed_bytes(cache)))
         assert model.config._attn_implementation == attention
-    ours, theirs = results["qjl"], results["eager"]
+    ours, theirs = results
     assert difference(ours[0], theirs[0]) < NOISE
     assert agreement(ours[1], theirs[1]) > 0.999
     assert difference(ours[0], exact(tiny(family), ids)) > 1e-4, "nothing was quantized"
@@ -84,7 +88,7 @@ def generate_logits(model, inputs):
     cache = qjl.KVCache(model)
     result = model.generate(
         **inputs,
-        past_key_values=cache,
+        **cache_argument(cache),
         do_sample=False,
         max_new_tokens=6,
         output_logits=True,
@@ -104,10 +108,10 @@ def test_attentions_read_the_same_codes(preset, kv_heads):
     results = {}
     for attention in ATTENTIONS:
         cache = cache_under(attention, model, preset)
-        results[attention] = generate(model, ids, past_key_values=cache), packed_bytes(cache)
-    for attention in ("sdpa", "eager"):
-        assert results[attention][0].equal(results["qjl"][0])
-        assert agreement(results[attention][1], results["qjl"][1]) > 0.999
+        results[attention] = generate(model, ids, cache=cache), packed_bytes(cache)
+    for attention in ("eager", OWN):
+        assert results[attention][0].equal(results["sdpa"][0])
+        assert agreement(results[attention][1], results["sdpa"][1]) > 0.999
 
 
 @pytest.mark.parametrize(
@@ -147,19 +151,20 @@ def test_linear_attention_stays_transformers_own():
 
 def test_assisted_decoding_rolls_sliding_windows_back():
     model, ids = tiny("gemma2"), prompt(300)
-    expected = generate(model, ids, past_key_values=qjl.KVCache(model, "full"))
+    expected = generate(model, ids, cache=qjl.KVCache(model, "full"))
     cache = qjl.KVCache(model, "full")
-    assert generate(model, ids, past_key_values=cache, prompt_lookup_num_tokens=4).equal(expected)
+    assert generate(model, ids, cache=cache, prompt_lookup_num_tokens=4).equal(expected)
 
 
-@pytest.mark.parametrize(("family", "message"), [("bloom", "attention interface"), ("gptj", "attention interface")])
+@pytest.mark.parametrize(("family", "message"), [("bloom", "attention interface"), ("gpt_neo", "attention interface")])
 def test_models_that_hide_their_queries(family, message, refuses):
     sizes = {"vocab_size": 128, "hidden_size": 128, "n_embd": 128, "n_layer": 2, "n_head": 4}
-    sizes = sizes | ({"rotary_dim": 16} if family == "gptj" else {})
+    if family == "gpt_neo":
+        sizes |= {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}
     model, ids = build(transformers.AutoConfig.for_model(family, **sizes)), prompt(214)
     with refuses(message):
         qjl.KVCache(model, "b3")
-    assert model.config._attn_implementation != "qjl"
+    assert not model._forward_pre_hooks
     reference, cache = exact(model, ids, (200,)), qjl.KVCache(model, "full")
     torch.testing.assert_close(read(model, ids, cache, (200,)), reference, atol=2e-5, rtol=1e-4)
 
@@ -174,8 +179,6 @@ def test_encoders_beside_the_decoder_keep_their_attention():
     ids = prompt(290)
     reference = exact(model, ids)
     cache = qjl.KVCache(model, "b4")
-    assert model.config.text_config._attn_implementation == "qjl"
-    assert model.config.vision_config._attn_implementation == "eager"
     assert difference(read(model, ids, cache), reference) < 0.1
-    qjl.disable(model)
     assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "eager"

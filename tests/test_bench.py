@@ -35,6 +35,7 @@ from qjl.bench import (
 from qjl.bench.protocol import Inaccurate, Settings, relative_error, require_accurate, using_backend
 from qjl.bench.synthetic import DISTINCT, Maker, Shape, fill
 from qjl.cache import CacheLayer, LayerSource
+from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.ops.cpu import library
 from qjl.plots import steps, style
@@ -635,7 +636,7 @@ def test_bytes_of_transformers_quantized_caches_are_those_of_their_codes(peer):
     make = caches.makers(model, [], [peer])[peer]
     cache, numbers = make(), 2 * 2 * 2 * 64 * 512
     with torch.inference_mode():
-        model(input_ids=torch.ones(1, 512, dtype=torch.int64), past_key_values=cache)
+        model(input_ids=torch.ones(1, 512, dtype=torch.int64), **cache_argument(cache))
     assert 0.5 * numbers < caches.nbytes(cache) < 0.7 * numbers
 
 

@@ -53,7 +53,7 @@ def test_caches_use_it_without_waiting(attention, caplog):
     model.set_attn_implementation(attention)
     ops.backend_of(torch.device("cpu"))  # which is told once, in whatever test comes first
     with caplog.at_level(logging.INFO, logger="qjl"):
-        generate(model, prompt(110), past_key_values=cache, tokens=2)
+        generate(model, prompt(110), cache=cache, tokens=2)
     assert cache.cores[0].packed_tokens == [64]
     assert not caplog.records
 

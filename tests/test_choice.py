@@ -17,6 +17,7 @@ import tiny_checkpoint
 from models_for_tests import FAMILIES, prompt, tiny
 from qjl import architecture, choice, cli, demo, hf, presets, sensitivity, texts
 from qjl.choice import Option, allocate, choose
+from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.methods.balanced import Balanced
 from qjl.methods.transform import Transform
@@ -139,7 +140,7 @@ def test_what_is_cached_is_what_transformers_caches(family):
     probed = sensitivity.probe(model, ids, sinks=SINKS, window=WINDOW)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cache_argument(cache))
     for layer, one in probed.items():
         torch.testing.assert_close(one.keys, cache.layers[layer].keys, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(one.values, cache.layers[layer].values, atol=1e-4, rtol=1e-3)
@@ -271,7 +272,7 @@ def test_a_choice_serves_wherever_a_preset_does(model, tokenizer, short):
     config = qjl.choose(model, tokenizer, 2.5, TEXT)
     ids = prompt(300)
     settings = {"max_new_tokens": 4, "do_sample": False}
-    given_cache = model.generate(ids, past_key_values=qjl.KVCache(model, config), **settings)
+    given_cache = model.generate(ids, **cache_argument(qjl.KVCache(model, config)), **settings)
     enabled = qjl.enable(model, config).generate(ids, **settings)
     assert torch.equal(given_cache, enabled)
 

@@ -13,6 +13,7 @@ import qjl
 import tiny_checkpoint
 from qjl import cli, demo, generation, models, presets, texts
 from qjl.cli import common, planning
+from qjl.compat import cache_argument
 from qjl.conversation import Conversation
 from qjl.demo import QUESTION
 
@@ -360,7 +361,7 @@ def test_a_prompt_cache_lies_beside_its_text_if_not_told_otherwise(checkpoint, t
 def test_a_prompt_cache_without_tokens_is_not_continued(checkpoint, tmp_path):
     model, _ = models.load(checkpoint)
     cache = qjl.KVCache(model, "b3")
-    model(torch.ones(1, 300, dtype=torch.long), past_key_values=cache)
+    model(torch.ones(1, 300, dtype=torch.long), **cache_argument(cache))
     cache.save(tmp_path / "prompt.qjl")
     result = run("cache", "use", str(tmp_path / "prompt.qjl"), "And then?", "--model", checkpoint)
     assert (result.exit_code, "has no token ids of one prompt" in result.stderr) == (2, True)

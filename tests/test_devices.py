@@ -21,6 +21,7 @@ if not runtime.is_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from pretended_gpu import GPU, OnGpu, on_gpu, on_host, pretended_gpu, watched
+from qjl.compat import cache_argument
 
 not_interpreted = pytest.mark.skipif(runtime.is_interpreted(), reason="the kernels themselves are run by others")
 SEES_A_GPU = torch.cuda.is_available() and not runtime.is_interpreted()
@@ -240,7 +241,7 @@ def test_a_model_writes_the_same_on_a_gpu(preset, settings, gpu, reference_backe
     for model, inputs in _both(**left_padded([prompt(350), prompt(290, seed=1)])):
         caches.append(qjl.KVCache(model, preset))
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        written = generate(model, ids, 12, past_key_values=caches[-1], attention_mask=mask, **settings)
+        written = generate(model, ids, 12, cache=caches[-1], attention_mask=mask, **settings)
         texts.append(on_host(written))
     assert torch.equal(*texts)
     assert caches[0].cores[0].packed_tokens == caches[1].cores[0].packed_tokens
@@ -255,10 +256,10 @@ def test_a_model_writes_the_same_with_the_kernels_of_triton(preset, gpu):
     texts = []
     with using_backend("reference"):
         model = tiny()
-        texts.append(generate(model, prompt(260), 3, past_key_values=qjl.KVCache(model, preset)))
+        texts.append(generate(model, prompt(260), 3, cache=qjl.KVCache(model, preset)))
     model = _there(tiny())
     with using_backend("triton"), watched() as seen:
-        texts.append(on_host(generate(model, on_gpu(prompt(260)), 3, past_key_values=qjl.KVCache(model, preset))))
+        texts.append(on_host(generate(model, on_gpu(prompt(260)), 3, cache=qjl.KVCache(model, preset))))
     assert "packed_part" in seen.launches
     assert torch.equal(*texts)
 
@@ -271,9 +272,9 @@ def test_a_token_of_a_model_waits_for_nothing(preset, gpu):
     ids = on_gpu(prompt(302))
     with torch.no_grad():
         for place in (slice(0, 300), slice(300, 301)):
-            model(input_ids=ids[:, place], past_key_values=cache)
+            model(input_ids=ids[:, place], **cache_argument(cache))
         with watched() as seen:
-            model(input_ids=ids[:, 301:], past_key_values=cache)
+            model(input_ids=ids[:, 301:], **cache_argument(cache))
     assert not seen.waits
 
 
@@ -282,7 +283,7 @@ def test_rows_are_reordered_after_one_wait(gpu, reference_backend):
     model = _there(tiny())
     cache = qjl.KVCache(model, "b3")
     with torch.no_grad():
-        model(input_ids=on_gpu(prompt(300, 2)), past_key_values=cache)
+        model(input_ids=on_gpu(prompt(300, 2)), **cache_argument(cache))
     chosen = torch.tensor([1, 1], device=GPU)
     with watched() as seen:
         cache.reorder_cache(chosen)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models_for_tests import tiny
+from qjl.compat import CACHE
 from qjl.evals import distortion, perplexity, seeds
 from qjl.evals.distortion import Protocol, expected_error
 from qjl.evals.fidelity import Protocol as Fidelity
@@ -77,7 +78,7 @@ def test_what_has_no_formula_has_no_theory(key):
 def test_states_are_what_the_model_attends_to(subject):
     ids = subject.tokens(TEXT)[:, :200]
     layers = distortion.states(subject.model, ids)
-    cache = subject.model(input_ids=ids, use_cache=True).past_key_values
+    cache = subject.model(input_ids=ids, use_cache=True)[CACHE]
     for index, layer in layers.items():
         torch.testing.assert_close(layer.keys, cache.layers[index].keys)
         torch.testing.assert_close(layer.values, cache.layers[index].values)

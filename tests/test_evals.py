@@ -11,6 +11,7 @@ import torch
 import qjl
 from models_for_tests import agreement, packed_bytes, prompt, tiny
 from qjl import calibrate, machine
+from qjl.compat import cache_argument
 from qjl.evals import decoding, fidelity
 from qjl.evals.fidelity import Protocol
 from qjl.evals.frontier import Frontier, parse_bits, within
@@ -50,7 +51,7 @@ def test_filled_caches_are_as_prefilled_by_the_model(family, preset):
     caches = [give_statistics(qjl.KVCache(model, config, share=False), statistics) for _ in range(2)]
     decoding.refill(caches[0], decoding.prefill(model, ids[:, :PREFIX]))
     with torch.inference_mode():
-        model(input_ids=ids[:, :PREFIX], past_key_values=caches[1])
+        model(input_ids=ids[:, :PREFIX], **cache_argument(caches[1]))
     assert agreement(*map(packed_bytes, caches)) > 0.999
     filled, prefilled = (decoding.compare(model, cache, ids, PREFIX, reference) for cache in caches)
     assert filled.kl.shape == (2, 149)
@@ -77,7 +78,7 @@ def test_statistics_measured_once_give_the_codes_of_a_first_prompt():
     give_statistics(given, calibrate.measure(model, ids))
     for cache in (first, given):
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **cache_argument(cache))
     assert agreement(packed_bytes(first), packed_bytes(given)) == 1
 
 

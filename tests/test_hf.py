@@ -12,7 +12,9 @@ from transformers import DynamicCache, StaticCache
 
 import qjl
 from models_for_tests import (
+    OWN,
     agreement,
+    build,
     config_of,
     difference,
     exact,
@@ -24,7 +26,8 @@ from models_for_tests import (
     tiny,
 )
 from qjl.cache import CacheLayer
-from qjl.hf import ATTENTION
+from qjl.compat import CACHE, cache_argument
+from qjl.hf.promises import ENABLED
 from qjl.methods.balanced import Balanced
 from qjl.packed import BLOCK
 
@@ -48,10 +51,10 @@ def fitted():
 
 @pytest.fixture
 def model(fitted):
-    """The same for all tests, under our attention and with transformers' generate."""
+    """The same for all tests, under sdpa and with transformers' generate."""
     yield fitted
-    fitted.set_attn_implementation(ATTENTION)
-    vars(fitted).pop("_prepare_cache_for_generation", None)
+    fitted.set_attn_implementation("sdpa")
+    vars(fitted).pop(ENABLED, None)
 
 
 def generated(model, ids, **settings):
@@ -73,7 +76,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("attention", [ATTENTION, "sdpa"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mode", MODES)
 def test_full_generates_like_the_dynamic_cache(model, mode, attention):
     """45 tokens, over the edge of a block."""
@@ -83,7 +86,7 @@ def test_full_generates_like_the_dynamic_cache(model, mode, attention):
     model.set_attn_implementation(attention)
     for cache in (DynamicCache(config=model.config), qjl.KVCache(model, "full")):
         torch.manual_seed(0)
-        texts.append(generate(model, ids, tokens=45, past_key_values=cache, **settings))
+        texts.append(generate(model, ids, tokens=45, cache=cache, **settings))
     assert texts[1].equal(texts[0])
     assert min(cache.cores[0].packed_tokens) >= 192
     assert not cache.is_compileable
@@ -95,7 +98,7 @@ def test_a_quantized_cache_generates_in_every_mode(model, mode):
     if "assistant_model" in settings:
         settings["assistant_model"] = qjl.enable(tiny(layers=1), "full")
     cache = qjl.KVCache(model, "b3")
-    new = generate(model, prompt(200), tokens=45, past_key_values=cache, **settings)
+    new = generate(model, prompt(200), tokens=45, cache=cache, **settings)
     assert new.shape[1] == 45
     assert cache.get_seq_length() in (244, 245)
     assert min(cache.cores[0].packed_tokens) >= 192
@@ -114,7 +117,7 @@ def test_a_conversation_continues_on_one_cache(model):
     text = prompt(120)
     for turn in range(3):
         text = torch.cat([text, prompt(90, seed=turn)], dim=1)
-        answers = [generate(model, text, past_key_values=cache) for cache in (ours, reference)]
+        answers = [generate(model, text, cache=cache) for cache in (ours, reference)]
         assert answers[0].equal(answers[1])
         text = torch.cat([text, answers[0]], dim=1)
     assert ours.get_seq_length() == reference.get_seq_length() == text.shape[1] - 1
@@ -122,9 +125,9 @@ def test_a_conversation_continues_on_one_cache(model):
 
 def test_what_is_packed_stays_as_it_is(model):
     cache, text = qjl.KVCache(model, "b3"), prompt(200)
-    generate(model, text, past_key_values=cache)
+    generate(model, text, cache=cache)
     before = packed_bytes(cache)
-    generate(model, torch.cat([text, prompt(90)], dim=1), past_key_values=cache)
+    generate(model, torch.cat([text, prompt(90)], dim=1), cache=cache)
     assert cache.cores[0].packed_tokens == [256]
     after = [tensor[:, : old.shape[1]] for tensor, old in zip(packed_bytes(cache), before, strict=True)]
     assert all(map(torch.equal, after, before))
@@ -149,23 +152,23 @@ def test_a_padded_row_is_the_row_alone(model, lengths, settings):
     batch = left_padded(rows)
     cache = qjl.KVCache(model, "b3")
     mask = batch["attention_mask"]
-    together = generate(model, batch["input_ids"], attention_mask=mask, past_key_values=cache, **settings)
+    together = generate(model, batch["input_ids"], attention_mask=mask, cache=cache, **settings)
     assert cache.cores[0].padding == [max(lengths) - length for length in lengths]
     for index, row in enumerate(rows):
         alone = qjl.KVCache(model, "b3")
-        assert together[index].equal(generate(model, row, past_key_values=alone, **settings)[0])
+        assert together[index].equal(generate(model, row, cache=alone, **settings)[0])
         assert cache.cores[0].packed_tokens[index] == alone.cores[0].packed_tokens[0]
         if alone.cores[0].packed:
             assert agreement(packed_bytes(cache, row=index), packed_bytes(alone)) > 0.999
 
 
 def test_padding_is_known_without_hooks():
-    """From the mask that our attention sees: a cache of a configuration has no model to watch."""
+    """From the mask that attention is given: a cache of a configuration has no model to watch."""
     rows = [prompt(300), prompt(270, seed=1)]
-    unwatched, watched = tiny(attention=ATTENTION), tiny(attention=ATTENTION)
+    unwatched, watched = tiny(), tiny()
     caches = [qjl.KVCache(unwatched.config), qjl.KVCache(watched)]
     texts = [
-        model.generate(**left_padded(rows), past_key_values=cache, max_new_tokens=4)
+        model.generate(**left_padded(rows), cache=cache, max_new_tokens=4)
         for model, cache in zip((unwatched, watched), caches, strict=True)
     ]
     assert not unwatched._forward_pre_hooks
@@ -188,7 +191,7 @@ def test_positions_of_the_first_real_tokens(model, positions, origin):
         step_ids = None if ids is None else ids[:, step]
         inputs = {"input_ids": batch["input_ids"][:, step], "attention_mask": mask, "position_ids": step_ids}
         with torch.no_grad():
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **cache_argument(cache))
     assert cache.cores[0].padding == [0, 30]
     assert cache.cores[0].origin == origin
 
@@ -283,7 +286,7 @@ def test_tokens_are_exact_until_the_statistics_are_there():
     assert difference(logits[:, 1:], reference[:, 256:]) > 1e-3
 
 
-@pytest.mark.parametrize("attention", [ATTENTION, "sdpa"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_statistics_serve_all_caches_and_are_told_once(attention, caplog):
     model = tiny(layers=3)
     qjl.KVCache(model)
@@ -291,9 +294,9 @@ def test_statistics_serve_all_caches_and_are_told_once(attention, caplog):
     with caplog.at_level(logging.INFO, logger="qjl"):
         for length in (300, 120, 300):
             cache = qjl.KVCache(model)
-            generate(model, prompt(length), past_key_values=cache, tokens=2)
+            generate(model, prompt(length), cache=cache, tokens=2)
             assert min(cache.cores[0].packed_tokens) >= 64, "a short prompt is packed with known statistics"
-        generate(model, prompt(300), past_key_values=qjl.KVCache(model, "qjl-2"), tokens=2)
+        generate(model, prompt(300), cache=qjl.KVCache(model, "qjl-2"), tokens=2)
     messages = [record.getMessage() for record in caplog.records if record.name == "qjl"]
     assert messages == ["llama: statistics taken from the first prompt, 296 tokens"]
 
@@ -318,7 +321,7 @@ def first_layer_statistics(inputs):
     model = tiny()
     cache = qjl.KVCache(model, KEEP_ALL)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_argument(cache))
     return cache.cores[0].measure()
 
 
@@ -359,7 +362,7 @@ def numbers_held(core: CacheLayer):
     return core.exact_nbytes // (2 * TINY_HEADS * TINY_DIM * 4)
 
 
-@pytest.mark.parametrize("attention", [ATTENTION, "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_prefill_keeps_one_layer_exact_at_most(attention):
     """The first prompt, which gives the statistics, and one after it."""
     model = tiny(layers=4)
@@ -429,7 +432,7 @@ def test_the_window_is_not_copied_at_every_token(model):
 
 def test_a_layer_is_decoded_once_for_each_step(model, monkeypatch):
     cache, decoded = qjl.KVCache(model, "b3"), []
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation(OWN)
     dense = CacheLayer.dense
     monkeypatch.setattr(CacheLayer, "dense", lambda core: decoded.append(core.name) or dense(core))
     read(model, prompt(203), cache, sizes=(200,))
@@ -439,7 +442,7 @@ def test_a_layer_is_decoded_once_for_each_step(model, monkeypatch):
 @pytest.mark.parametrize("length", [50, 220])
 def test_no_gradient_is_kept(model, length):
     cache, ids = qjl.KVCache(model, "b3"), prompt(length)
-    with_gradient = model(ids, past_key_values=cache).logits
+    with_gradient = model(ids, **cache_argument(cache)).logits
     assert not any(segment.keys.requires_grad for segment in cache.cores[0].segments()[0])
     assert with_gradient.equal(read(model, ids, qjl.KVCache(model, "b3"), sizes=(length,)))
 
@@ -449,12 +452,12 @@ def test_inference_mode_does_not_stick():
     model, ids = tiny(), prompt(300)
     cache = qjl.KVCache(model, "b3")
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     for more in (5, 70):
         ids = torch.cat([ids, prompt(more)], dim=1)
-        generate(model, ids, past_key_values=cache, tokens=1)
+        generate(model, ids, cache=cache, tokens=1)
     assert cache.cores[0].packed_tokens == [320]
-    model(prompt(3), past_key_values=cache).logits.sum().backward()
+    model(prompt(3), **cache_argument(cache)).logits.sum().backward()
 
 
 # Around the model
@@ -462,9 +465,9 @@ def test_inference_mode_does_not_stick():
 
 def test_enable_gives_each_call_a_fresh_cache(model):
     assert qjl.enable(model, "full") is model
-    plain = generate(model, prompt(), past_key_values=DynamicCache(config=model.config), tokens=3)
+    plain = generate(model, prompt(), cache=DynamicCache(config=model.config), tokens=3)
     results = [generated(model, prompt()) for _ in range(2)]
-    caches = [result.past_key_values for result in results]
+    caches = [result[CACHE] for result in results]
     assert [type(cache) for cache in caches] == [qjl.KVCache] * 2
     assert caches[0] is not caches[1]
     assert caches[1].get_seq_length() == 302
@@ -485,7 +488,7 @@ def test_enable_gives_each_call_a_fresh_cache(model):
 def test_what_the_user_asks_for_wins(model, settings, kind):
     expected = generated(model, prompt(150), **settings)
     result = generated(qjl.enable(model, "full"), prompt(150), **settings)
-    assert type(result.past_key_values) is kind
+    assert type(getattr(result, CACHE)) is kind
     assert result.sequences.equal(expected.sequences)
 
 
@@ -493,7 +496,7 @@ def test_what_the_user_asks_for_wins(model, settings, kind):
 def test_a_given_cache_wins(model, make):
     qjl.enable(model, "b3")
     cache = make(model)
-    assert generated(model, prompt(), past_key_values=cache).past_key_values is cache
+    assert generated(model, prompt(), cache=cache)[CACHE] is cache
 
 
 def test_disable_undoes_everything():
@@ -501,15 +504,15 @@ def test_disable_undoes_everything():
     untouched = set(vars(model))
     qjl.enable(model, "b3")
     qjl.enable(model, "full")
-    assert model.config._attn_implementation == ATTENTION
-    assert generated(model, prompt()).past_key_values.config.name == "full"
+    assert model.config._attn_implementation == "eager"
+    assert generated(model, prompt())[CACHE].config.name == "full"
     assert len(model._forward_pre_hooks) == 1
     assert qjl.disable(model) is model
     assert model.config._attn_implementation == "eager"
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     assert set(vars(model)) == untouched
-    assert type(generated(model, prompt()).past_key_values) is DynamicCache
+    assert type(generated(model, prompt())[CACHE]) is DynamicCache
     qjl.disable(model)
 
 
@@ -519,23 +522,18 @@ def test_disable_leaves_a_later_choice_of_attention_alone():
     assert qjl.disable(model).config._attn_implementation == "sdpa"
 
 
-def test_disable_leaves_the_attention_a_model_was_loaded_with():
-    model = tiny(attention=ATTENTION)
-    assert qjl.disable(qjl.enable(model)).config._attn_implementation == ATTENTION
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_an_enabled_model_is_its_own(duplicate):
     model = qjl.enable(tiny(attention="eager"), "full")
     twin = duplicate(model)
     with torch.no_grad():
         twin.lm_head.weight.neg_()
-    assert type(generated(twin, prompt(120)).past_key_values) is qjl.KVCache
+    assert type(generated(twin, prompt(120))[CACHE]) is qjl.KVCache
     assert not generated(twin, prompt(120)).sequences.equal(generated(model, prompt(120)).sequences)
     qjl.disable(twin)
     assert twin.config._attn_implementation == "eager"
-    assert type(generated(twin, prompt(120)).past_key_values) is DynamicCache
-    assert type(generated(model, prompt(120)).past_key_values) is qjl.KVCache
+    assert type(generated(twin, prompt(120))[CACHE]) is DynamicCache
+    assert type(generated(model, prompt(120))[CACHE]) is qjl.KVCache
 
 
 def test_nothing_of_ours_is_saved_with_a_model(tmp_path):
@@ -553,12 +551,12 @@ def test_other_caches_are_served_as_by_sdpa(model):
 
 def test_two_models_in_two_threads():
     models = [tiny(seed=seed) for seed in (1, 2)]
-    expected = [generate(model, prompt(), past_key_values=qjl.KVCache(model, share=False)) for model in models]
+    expected = [generate(model, prompt(), cache=qjl.KVCache(model, share=False)) for model in models]
     results = {}
 
     def work(index):
         model = models[index]
-        results[index] = [generate(model, prompt(), past_key_values=qjl.KVCache(model)) for _ in range(2)]
+        results[index] = [generate(model, prompt(), cache=qjl.KVCache(model)) for _ in range(2)]
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
@@ -579,35 +577,40 @@ def test_dropout_acts_on_what_is_decoded():
     assert branch.get_seq_length() == 230
 
 
-def test_attention_weights_come_from_eager_only(model, caplog):
-    for attention, count in ((ATTENTION, 0), ("eager", 2)):
-        model.set_attn_implementation(attention)
-        cache = qjl.KVCache(model, "b3")
-        result = generated(model, prompt(150), past_key_values=cache, output_attentions=True)
-        weights = result.attentions[1]
-        assert len(weights) == count
-    assert weights[0].shape == (1, 4, 1, 151)
-    told = [record for record in caplog.records if record.name == "qjl" and "eager" in record.getMessage()]
-    assert len(told) == 1
+def test_attention_weights_are_given_as_by_transformers(model):
+    """By eager, which reads what is decoded for them; the text is the same with them and without."""
+    model.set_attn_implementation("eager")
+    stock = generated(model, prompt(150), output_attentions=True)
+    results = [
+        generated(model, prompt(150), cache=qjl.KVCache(model, preset), output_attentions=True)
+        for preset in ("full", "b3")
+    ]
+    for step in range(3):
+        for layer in range(2):
+            torch.testing.assert_close(results[0].attentions[step][layer], stock.attentions[step][layer])
+            assert results[1].attentions[step][layer].shape == stock.attentions[step][layer].shape
+    assert results[1].sequences.equal(generated(model, prompt(150), cache=qjl.KVCache(model, "b3")).sequences)
 
 
-def test_a_configuration_is_enough():
-    """With a model loaded under our attention; nothing is attached to it, and nothing is shared."""
-    model = tiny(attention=ATTENTION)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_configuration_is_enough(attention):
+    """Nothing is attached to the model that reads, and nothing is shared."""
+    model = tiny(attention=attention)
     texts = []
     for cache in (qjl.KVCache(model.config), qjl.KVCache(model.config, "b3")):
-        texts.append(generate(model, prompt(), past_key_values=cache))
+        texts.append(generate(model, prompt(), cache=cache))
         assert cache.cores[0].packed_tokens == [256]
     assert not model._forward_pre_hooks
     assert texts[0].equal(texts[1])
-    assert texts[0].equal(generate(model, prompt(), past_key_values=qjl.KVCache(model)))
+    assert texts[0].equal(generate(model, prompt(), cache=qjl.KVCache(model)))
 
 
-def test_a_configuration_needs_our_attention_for_queries(refuses):
-    model = tiny()
-    generate(model, prompt(), past_key_values=qjl.KVCache(model.config, "qjl-paper"))
-    with refuses("the statistics need the queries of the first prompt"):
-        generate(model, prompt(), past_key_values=qjl.KVCache(model.config, "b3"))
+def test_queries_that_are_not_shown_are_missed(refuses):
+    """A configuration does not tell that BLOOM's attention cannot be watched."""
+    model = build(transformers.BloomConfig(vocab_size=128, hidden_size=128, n_layer=2, n_head=4))
+    generate(model, prompt(), cache=qjl.KVCache(model.config, "kivi-2"))
+    with refuses("the statistics need the queries of the first prompt, and this model's attention does not show them"):
+        generate(model, prompt(), cache=qjl.KVCache(model.config, "b3"))
 
 
 @pytest.mark.parametrize(
@@ -655,7 +658,7 @@ def test_a_refused_model_is_left_as_it_was(refuses):
         qjl.enable(model, "b9")
     assert model.config._attn_implementation == "sdpa"
     assert not model._forward_pre_hooks
-    assert type(generated(model, prompt(20)).past_key_values) is DynamicCache
+    assert type(generated(model, prompt(20))[CACHE]) is DynamicCache
 
 
 @pytest.mark.parametrize("use", [qjl.KVCache, qjl.enable])

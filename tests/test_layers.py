@@ -27,7 +27,7 @@ FLOORS = (
     ("statistics", "trellis"),
     ("codebook", "sketch"),
     ("ops", "rope"),
-    ("packed", "wheels"),
+    ("packed", "wheels", "compat"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}
@@ -47,7 +47,7 @@ ABOVE_MODELS = {
     "demo",
     "cli",
 }
-KNOW_TRANSFORMERS = {"architecture", "models"} | ABOVE_MODELS
+KNOW_TRANSFORMERS = {"compat", "architecture", "models"} | ABOVE_MODELS
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 
@@ -105,4 +105,4 @@ def test_the_imports_of_a_file_are_found(tmp_path):
     """The reader of imports itself: every form of import is seen."""
     assert "qjl.ops" in set(_imports(SOURCE / "methods" / "nibble.py"))
     assert {"qjl.errors", "torch"} <= set(_imports(SOURCE / "cache.py"))
-    assert "transformers" in {name.split(".")[0] for name in _imports(SOURCE / "hf.py")}
+    assert "transformers" in {name.split(".")[0] for name in _imports(SOURCE / "compat.py")}

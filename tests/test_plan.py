@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from models_for_tests import FAMILIES, config_of, prompt, tiny
 from qjl import KVCache, presets
+from qjl.compat import cache_argument
 from qjl.plan import Planner, parse_memory
 from qjl.presets import PRESETS, resolve
 
@@ -19,7 +20,7 @@ def own_cache_folder(tmp_path, monkeypatch):
 
 def held_by(model, cache, tokens):
     with torch.no_grad():
-        model(input_ids=prompt(tokens), past_key_values=cache)
+        model(input_ids=prompt(tokens), **cache_argument(cache))
     return cache
 
 

@@ -16,6 +16,7 @@ from method_cases import BUDGETS, every_head_dim, float64
 from models_for_tests import build, config_of, exact, generate, left_padded, packed_bytes, prompt, read, tiny
 from qjl.architecture import find_rope
 from qjl.cache import CacheLayer, LayerSource
+from qjl.compat import cache_argument
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import POSITIONS, RIDGE, LayerContext, Unrotated
 from qjl.methods.identity import Identity
@@ -105,7 +106,7 @@ def test_what_is_stored_are_the_models_own_keys_before_rope(kind, positions):
                 batch["input_ids"][:, step],
                 attention_mask=batch["attention_mask"][:, : step.stop],
                 position_ids=None if position_ids is None else position_ids[:, step],
-                past_key_values=cache,
+                **cache_argument(cache),
             )
     core = cache.cores[0]
     stored = core.packed[0].view()["tokens"].flatten(2, 3)
@@ -136,7 +137,7 @@ def test_it_generates_as_at_full_precision(kind, mode):
     batch = left_padded(rows[:1] if mode == "prompt lookup" else rows)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     ours, truth = (
-        generate(model, ids, tokens=40, attention_mask=mask, past_key_values=cache, **MODES[mode])
+        generate(model, ids, tokens=40, attention_mask=mask, cache=cache, **MODES[mode])
         for cache in (qjl.KVCache(model, EXACT), DynamicCache(config=model.config))
     )
     assert ours.equal(truth)

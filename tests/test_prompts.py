@@ -11,6 +11,7 @@ import torch
 import qjl
 from models_for_tests import generate, left_padded, prompt, tiny
 from qjl import prompts
+from qjl.compat import cache_argument
 from qjl.hf import KVCache
 from qjl.stored import PARTIAL, SUFFIX
 from stored_cases import mutated
@@ -36,7 +37,7 @@ def caches(tmp_path):
 def prefilled(model, ids, preset="b3", **settings):
     cache = KVCache(model, preset)
     with torch.no_grad():
-        model(ids, past_key_values=cache, **settings)
+        model(ids, **cache_argument(cache), **settings)
     return cache
 
 
@@ -57,7 +58,7 @@ def test_the_longest_beginning_is_found(caches, model):
     assert cache.get_seq_length() == 420
     assert cache.prompt_ids.equal(ids[:, :420])
     direct = prefilled(model, ids[:, :420])
-    assert generate(model, ids, 20, past_key_values=cache).equal(generate(model, ids, 20, past_key_values=direct))
+    assert generate(model, ids, 20, cache=cache).equal(generate(model, ids, 20, cache=direct))
 
 
 def test_a_prompt_that_goes_another_way_is_cropped(caches, model):
@@ -68,7 +69,7 @@ def test_a_prompt_that_goes_another_way_is_cropped(caches, model):
     cache = caches.longest(model, turned)
     assert cache.get_seq_length() == cache.prompt_ids.shape[1] == 333
     kept.crop(333 - 400)
-    assert generate(model, turned, 20, past_key_values=cache).equal(generate(model, turned, 20, past_key_values=kept))
+    assert generate(model, turned, 20, cache=cache).equal(generate(model, turned, 20, cache=kept))
 
 
 def test_a_token_is_left_to_read(caches, model):
@@ -78,12 +79,12 @@ def test_a_token_is_left_to_read(caches, model):
         asked = ids[:, : PROMPT - shorter]
         cache = caches.longest(model, asked)
         assert cache.get_seq_length() == asked.shape[1] - 1
-        assert generate(model, asked, 3, past_key_values=cache).shape == (1, 3)
+        assert generate(model, asked, 3, cache=cache).shape == (1, 3)
 
 
 def test_what_a_list_and_what_generate_return_are_tokens_too(caches, model):
     ids, cache = prompt(PROMPT), KVCache(model, "b3")
-    output = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    output = model.generate(ids, **cache_argument(cache), max_new_tokens=5, do_sample=False)
     caches.put(cache, output[0].tolist())
     assert caches.longest(model, and_then(output)[0].tolist()).get_seq_length() == PROMPT + 4
 
@@ -93,7 +94,7 @@ def test_a_conversation_goes_on_from_turn_to_turn(caches, model):
     for turn in range(3):
         cache = caches.longest(model, ids) or KVCache(model, "b3")
         held.append(cache.get_seq_length())
-        output = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        output = model.generate(ids, **cache_argument(cache), max_new_tokens=20, do_sample=False)
         caches.put(cache, output)
         ids = and_then(output, seed=turn)
     assert held == [0, PROMPT + 19, PROMPT + 19 + 60]
@@ -133,7 +134,7 @@ def test_what_a_folder_does_not_keep(caches, model, refuses):
     masked = KVCache(model, "b3")
     masked.mark(torch.ones(1, PROMPT, dtype=torch.bool))
     with torch.no_grad():
-        model(prompt(PROMPT), past_key_values=masked)
+        model(prompt(PROMPT), **cache_argument(masked))
     for cache, ids in (
         (prefilled(model, batch["input_ids"], attention_mask=batch["attention_mask"]), batch["input_ids"]),
         (prefilled(model, batch["input_ids"][1:], attention_mask=batch["attention_mask"][1:]), batch["input_ids"][1:]),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 import qjl
 from models_for_tests import config_of, generate, left_padded, packed_bytes, prompt, read, tiny
 from qjl import stored, trees
+from qjl.compat import cache_argument
 from qjl.hf import forget_statistics
 from qjl.presets import PRESETS
 from qjl.stored import StoredFile
@@ -43,7 +44,7 @@ def prefilled(model, preset="b3", ids=None, **settings):
     """A cache that holds the prompt."""
     cache = qjl.KVCache(model, preset)
     with torch.no_grad():
-        model(prompt(LENGTH) if ids is None else ids, past_key_values=cache, **settings)
+        model(prompt(LENGTH) if ids is None else ids, **cache_argument(cache), **settings)
     return cache
 
 
@@ -74,7 +75,7 @@ def test_a_loaded_cache_continues_as_if_it_had_never_been_away(preset, path):
     cache = prefilled(model, preset)
     other = loaded(cache, path, model)
     ids = torch.cat([prompt(LENGTH), prompt(30, seed=1)], dim=1)
-    texts = [generate(model, ids, 70, past_key_values=one) for one in (cache, other)]
+    texts = [generate(model, ids, 70, cache=one) for one in (cache, other)]
     assert texts[0].equal(texts[1])
     assert_same(cache, other)
 
@@ -105,7 +106,7 @@ def test_rows_with_padding(path, model):
     assert other.prompt_ids.equal(batch["input_ids"])
     fresh = torch.cat([batch["input_ids"], prompt(9, batch=3, seed=3)], dim=1)
     mask = torch.cat([batch["attention_mask"], torch.ones(3, 9, dtype=torch.long)], dim=1)
-    texts = [generate(model, fresh, 70, attention_mask=mask, past_key_values=one) for one in (cache, other)]
+    texts = [generate(model, fresh, 70, attention_mask=mask, cache=one) for one in (cache, other)]
     assert texts[0].equal(texts[1])
     assert_same(cache, other)
 
@@ -115,10 +116,10 @@ def test_a_token_mask(path, model):
     cache = qjl.KVCache(model, "b3")
     cache.mark((torch.arange(500) < 250)[None] & (torch.arange(500) > 20))
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     other = loaded(cache, path, model)
     more = torch.cat([ids, prompt(90, seed=1)], dim=1)
-    texts = [generate(model, more, 70, past_key_values=one) for one in (cache, other)]
+    texts = [generate(model, more, 70, cache=one) for one in (cache, other)]
     assert texts[0].equal(texts[1])
     assert_same(cache, other)
 
@@ -129,7 +130,7 @@ def test_layers_of_transformers_itself_are_saved_too(family, path):
     cache = prefilled(model)
     other = loaded(cache, path, model)
     ids = torch.cat([prompt(LENGTH), prompt(20, seed=1)], dim=1)
-    texts = [generate(model, ids, 20, past_key_values=one) for one in (cache, other)]
+    texts = [generate(model, ids, 20, cache=one) for one in (cache, other)]
     assert texts[0].equal(texts[1])
     assert_same(cache, other)
 

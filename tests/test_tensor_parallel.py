@@ -26,7 +26,7 @@ folder, preset = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
 model.generation_config.pad_token_id = 0
 cache = qjl.KVCache(model, preset)
-tokens = generate(model, prompt(), past_key_values=cache)
+tokens = generate(model, prompt(), cache=cache)
 assert statistics_path(model) is None, "statistics of a part of a model are not kept"
 heads = cache.cores[0].packed[0].heads
 torch.save((tokens, heads, cache.cores[0].packed_tokens), f"{folder}/{torch.distributed.get_rank()}.pt")
@@ -52,7 +52,7 @@ def test_two_processes_write_the_text_of_one(tmp_path, monkeypatch, preset):
     monkeypatch.setenv("QJL_CACHE", str(tmp_path))
     model = tiny(heads=4, kv_heads=2)
     model.save_pretrained(tmp_path)
-    expected = generate(model, prompt(), past_key_values=qjl.KVCache(model, preset))
+    expected = generate(model, prompt(), cache=qjl.KVCache(model, preset))
     run(2, tmp_path, preset)
     for rank in range(2):
         tokens, heads, packed_tokens = torch.load(tmp_path / f"{rank}.pt")

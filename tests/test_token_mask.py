@@ -24,6 +24,7 @@ from models_for_tests import (
 )
 from qjl.attention import Scoring, attend, causal_mask
 from qjl.cache import CacheLayer, LayerSource
+from qjl.compat import cache_argument
 from qjl.methods.balanced import Balanced
 from qjl.methods.identity import Identity
 from qjl.methods.qjl import QJL
@@ -393,7 +394,7 @@ def test_full_generates_like_the_dynamic_cache(fitted, settings):
     for cache in (DynamicCache(config=fitted.config), qjl.KVCache(fitted, "full")):
         if isinstance(cache, qjl.KVCache):
             cache.mark(marked(300, (20, 230)).expand(settings.get("num_beams", 1), -1))
-        texts.append(generate(fitted, ids, tokens=100, past_key_values=cache, **settings))
+        texts.append(generate(fitted, ids, tokens=100, cache=cache, **settings))
     assert texts[1].equal(texts[0])
     assert set(cache.cores[0].packed_tokens) == {192}
 
@@ -403,7 +404,7 @@ def test_generation_keeps_text_exact(fitted):
     ids, reference = prompt(300), DynamicCache(config=fitted.config)
     cache = qjl.KVCache(fitted, "b3")
     cache.mark(marked(300, (20, 230)))
-    new = generate(fitted, ids, tokens=150, past_key_values=cache)
+    new = generate(fitted, ids, tokens=150, cache=cache)
     assert cache.get_seq_length() == 449
     assert all(core.packed_tokens == [192] for core in cache.cores)
     read(fitted, torch.cat([ids, new], dim=1)[:, :449], reference, sizes=(300,))
@@ -429,12 +430,12 @@ def test_images_at_other_places_in_each_row_of_a_padded_batch(fitted):
     batch = left_padded(rows)
     cache = qjl.KVCache(fitted, "b3")
     cache.mark(torch.cat([F.pad(mask, (300 - mask.shape[1], 0)) for mask in masks]))
-    together = generate(fitted, batch["input_ids"], attention_mask=batch["attention_mask"], past_key_values=cache)
+    together = generate(fitted, batch["input_ids"], attention_mask=batch["attention_mask"], cache=cache)
     assert cache.cores[0].packed_tokens == [192, 128, 0]
     for index, (row, mask) in enumerate(zip(rows, masks, strict=True)):
         alone = qjl.KVCache(fitted, "b3")
         alone.mark(mask)
-        assert together[index].equal(generate(fitted, row, past_key_values=alone)[0])
+        assert together[index].equal(generate(fitted, row, cache=alone)[0])
         if alone.cores[0].packed:
             ours, theirs = packed_bytes(cache, layer=0, row=index), packed_bytes(alone, layer=0)
             assert all(a[..., : b.shape[-1]].equal(b) for a, b in zip(ours, theirs, strict=True))
@@ -447,7 +448,7 @@ def test_a_conversation_with_an_image_in_each_turn(fitted):
         fresh = text.shape[1] - cache.get_seq_length()
         cache.mark(marked(fresh, (fresh - 150, fresh - 40)))
         branch = copy.deepcopy(cache)
-        text = torch.cat([text, generate(fitted, text, past_key_values=cache, tokens=40)], dim=1)
+        text = torch.cat([text, generate(fitted, text, cache=cache, tokens=40)], dim=1)
         assert branch.get_seq_length() == cache.get_seq_length() - fresh - 39
     assert cache.cores[0].packed_tokens == [128]
     assert cache.cores[0].packed[0].first_tokens().tolist() == [[50, 290]]
@@ -482,7 +483,7 @@ def test_an_image_of_llava():
         cache = DynamicCache(config=model.config.text_config) if preset is None else qjl.KVCache(model, preset)
         if preset is not None:
             cache.mark(inputs["input_ids"] == model.config.image_token_id)
-        texts.append(model.generate(**inputs, past_key_values=cache, max_new_tokens=110, do_sample=False))
+        texts.append(model.generate(**inputs, **cache_argument(cache), max_new_tokens=110, do_sample=False))
         if preset is not None:
             assert cache.cores[1].packed_tokens == [192]
             assert cache.cores[1].packed[0].first_tokens().tolist() == [[10, 74, 138]]

@@ -3,7 +3,7 @@
 >>> import qjl
 >>> model, tokenizer = qjl.load("smollm2")
 >>> cache = qjl.KVCache(model, "b3")
->>> model.generate(**tokenizer("Hello", return_tensors="pt"), past_key_values=cache)
+>>> model.generate(**tokenizer("Hello", return_tensors="pt"), cache=cache)
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
+from qjl import compat
 from qjl.errors import QJLError
 from qjl.rope import Rope
 
@@ -28,13 +28,17 @@ _STORED_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One decoder layer's cache: ``kind`` as transformers names it; a window bounds its tokens."""
+    """One decoder layer's cache: ``kind`` as transformers names it; a window bounds its tokens.
+
+    Cross-attention holds tokens of an image or a sound in place of the text's.
+    """
 
     index: int
     kind: str
     num_key_value_heads: int
     head_dim: int
     window: int | None = None
+    is_cross_attention: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -61,7 +65,9 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
         raise QJLError(f"{name} has no attention layers: there is no key-value cache to quantize.")
     if getattr(decoder, "kv_lora_rank", None) is not None:
         raise QJLError(f"{name} caches latents in place of keys and values: such a cache cannot be quantized.")
-    kinds, settings = get_layer_types_and_kwargs(decoder)
+    kinds, settings = compat.get_layer_types_and_kwargs(decoder)
+    layers = compat.of_each_layer(decoder)
+    crossing = set(getattr(decoder, "cross_attention_layers", None) or ())
     shapes = [
         LayerShape(
             index,
@@ -69,9 +75,10 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
             getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads,
             getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
             setting.get("sliding_window"),
+            index in crossing,
         )
         # layers beyond the kinds share the keys of others
-        for index, (kind, setting, layer) in enumerate(zip(kinds, settings, decoder.per_layer_config, strict=False))
+        for index, (kind, setting, layer) in enumerate(zip(kinds, settings, layers, strict=False))
     ]
     if not any(shape.is_quantized for shape in shapes):
         found = ", ".join(sorted(set(kinds)))
@@ -118,6 +125,11 @@ def _grows(parameters: dict[str, Any]) -> bool:
     """Whether the frequencies change with the length of the sequence."""
     kind = parameters.get("rope_type")
     return kind == "dynamic" or (kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor"))
+
+
+def drops_cache_at(decoder: PreTrainedConfig) -> int | None:
+    """The length of a text beyond which its model reads it anew, with other frequencies (LongRoPE); None: never."""
+    return getattr(decoder, "original_max_position_embeddings", None)
 
 
 def _rotary_embedding(module: ModuleType, decoder: PreTrainedConfig) -> Any:

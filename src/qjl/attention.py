@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qjl import ops
+from qjl import compat, ops
 from qjl.cache import CacheLayer, ExactSegment, PackedSegment
 from qjl.methods.nibble import EXPAND_FROM_ROWS
 from qjl.ops.forms import ExactTokens
@@ -158,8 +158,7 @@ def _fused_part(
         bias = bias.expand(batch, -1, -1, -1).reshape(*folded.shape[:2], *bias.shape[2:])
     elif bias is not None and bias.shape[0] > 1:
         bias = bias.repeat_interleave(heads, dim=0)
-    # torch's public function keeps the log-sum-exp to itself
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = compat.flash_attention_for_cpu(
         folded, keys, values, is_causal=is_causal, attn_mask=bias, scale=scoring.scaling
     )
     if bias is not None:
@@ -191,7 +190,8 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def _fused(query: Tensor, segment: ExactSegment, scoring: Scoring) -> Tensor:
     """Nothing packed yet: torch's own kernel. One query token folds its group, which is 10x faster on a CPU."""
-    keys, values, mask = segment.keys, segment.values, scoring.mask
+    keys, values, mask, dtype = segment.keys, segment.values, scoring.mask, query.dtype
+    query = query.to(keys.dtype)
     batch, query_heads, tokens, _ = query.shape
     group = query_heads // keys.shape[1]
     if tokens == 1:
@@ -199,13 +199,13 @@ def _fused(query: Tensor, segment: ExactSegment, scoring: Scoring) -> Tensor:
             mask = mask.expand(-1, query_heads, -1, -1).reshape(-1, keys.shape[1], group, mask.shape[3])
         folded = query.reshape(batch, keys.shape[1], group, -1)
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scoring.scaling)
-        return out.reshape(batch, query_heads, 1, -1)
+        return out.reshape(batch, query_heads, 1, -1).to(dtype)
     if mask is None and tokens < keys.shape[2]:
         mask = causal_mask(tokens, keys.shape[2], query.device)
     keys, values = (x.repeat_interleave(group, dim=1) if group > 1 else x for x in (keys, values))
     return F.scaled_dot_product_attention(
         query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scoring.scaling
-    )
+    ).to(dtype)
 
 
 def causal_mask(queries: int, columns: int, device: torch.device, rows: slice = slice(None)) -> Tensor:

@@ -8,6 +8,7 @@ tokens, its mask and the layer's statistics: not on how the tokens arrived, nor 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -39,6 +40,7 @@ class LayerSource:
     calibrated: Callable[[], LayerStatistics | None] = lambda: None
     announce: Callable[[int], None] = lambda count: None
     codecs: dict[tuple[Hashable, ...], tuple[Codec, Codec]] = field(default_factory=dict)
+    fitting: threading.RLock = field(default_factory=threading.RLock, init=False)  # one thread fits, for all of them
     _ropes: dict[torch.device, Rope] = field(default_factory=dict, init=False)
 
     def rope_on(self, device: torch.device) -> Rope | None:
@@ -173,6 +175,7 @@ class CacheLayer:
         self._marks = Marks(0)
         self.is_settled = False  # whether nothing was added since all that is due was quantized
         self._packed: tuple[Packed, Packed] | None = None
+        self._codecs_of_packed: tuple[Codec, Codec] | None = None
         self._forget_segments()
         self._attention = AttentionMoments()
 
@@ -216,6 +219,7 @@ class CacheLayer:
             if state["packed"] is not None:
                 keys, values = state["packed"]
                 self._packed = self._restored(keys, key), self._restored(values, value)
+                self._codecs_of_packed = key, value
         self.is_settled = bool(state["is_settled"])
         self._require_whole()
 
@@ -236,6 +240,12 @@ class CacheLayer:
     @property
     def batch(self) -> int:
         return len(self.padding)
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers of a value."""
+        assert self._window is not None
+        return self._window.values.shape[3]
 
     @property
     def has_mask(self) -> bool:
@@ -269,6 +279,7 @@ class CacheLayer:
                 quantization on other devices, where looking would stall every step).
         """
         self._check(keys, values)
+        keys, values = _of_one_dtype(keys, values)
         if self._window is None:
             self.padding = self.padding or [0] * keys.shape[0]
             self.origin = self.origin or [0] * keys.shape[0]
@@ -338,6 +349,7 @@ class CacheLayer:
         codecs = self._codecs() or self._measure_and_fit()
         if codecs is None:
             return
+        self._codecs_of_packed = codecs
         starts = self._window_starts()
         for rows in self._alike(due):
             self._pack(rows, due[rows[0]], codecs)
@@ -450,6 +462,9 @@ class CacheLayer:
         return is_needed and self._codecs() is None and self.source.calibrated() is None
 
     def _codecs(self) -> tuple[Codec, Codec] | None:
+        """Those that tokens are packed with, or will be; what is packed stays with its own."""
+        if self._codecs_of_packed is not None:
+            return self._codecs_of_packed
         if self._window is None:
             wanted = (self.key, self.value, self.pre_rope)
             return next((codecs for known, codecs in self.source.codecs.items() if known[:3] == wanted), None)
@@ -486,10 +501,13 @@ class CacheLayer:
         """Fit to the first prompt, once a row of it is long enough."""
         if self.length - min(self.padding) < MIN_TOKENS:
             return None
-        statistics = self.measure()
-        self.source.announce(statistics.count)
-        self._attention = AttentionMoments()
-        return self._fit(statistics)
+        with self.source.fitting:
+            if fitted := self._codecs():  # another thread was first
+                return fitted
+            statistics = self.measure()
+            self.source.announce(statistics.count)
+            self._attention = AttentionMoments()
+            return self._fit(statistics)
 
     @property
     def _codec_key(self) -> tuple[Hashable, ...]:
@@ -498,6 +516,12 @@ class CacheLayer:
         return self.key, self.value, self.pre_rope, self._window.device, self._window.dtype
 
     def _fit(self, statistics: LayerStatistics | None) -> tuple[Codec, Codec]:
+        with self.source.fitting:
+            if self._codec_key not in self.source.codecs:
+                self.source.codecs[self._codec_key] = self._fitted(statistics)
+            return self.source.codecs[self._codec_key]
+
+    def _fitted(self, statistics: LayerStatistics | None) -> tuple[Codec, Codec]:
         assert self._window is not None
         keys, values = self._window.keys, self._window.values
         rope = self.source.rope_on(keys.device)
@@ -517,9 +541,7 @@ class CacheLayer:
         if rope is not None and is_undone:
             codec = Unrotated(codec, rope)
         context = LayerContext("value", values.shape[1], values.shape[3], values.device, values.dtype, statistics)
-        fitted = (codec, self.value.fit(context))
-        self.source.codecs[self._codec_key] = fitted
-        return fitted
+        return codec, self.value.fit(context)
 
     # Rows and columns
 
@@ -687,6 +709,12 @@ class CacheLayer:
         if keys.device.type == "cpu":
             require_finite(keys, f"keys of {self.name}")
             require_finite(values, f"values of {self.name}")
+
+
+def _of_one_dtype(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast a model's keys and values may differ in theirs."""
+    dtype = torch.promote_types(keys.dtype, values.dtype)
+    return keys.to(dtype), values.to(dtype)
 
 
 def _column(of_rows: Sequence[int], device: torch.device = CPU) -> Tensor:

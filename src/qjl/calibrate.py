@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import statistics
+from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.hf import KVCache, forget_statistics, statistics_path
 from qjl.methods.balanced import Balanced
@@ -22,7 +23,7 @@ _KEEP_ALL_EXACT = CacheConfig(Balanced(), Balanced(2, metric=False), recent=1 <<
 def measure(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int, LayerStatistics]:
     """Statistics of every quantized layer from ``input_ids [B, T]``, in one forward pass."""
     cache = KVCache(model, _KEEP_ALL_EXACT, share=False)
-    model(input_ids=input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+    model(input_ids=input_ids.to(model.device), logits_to_keep=1, **cache_argument(cache))
     quantized = [shape.index for shape in cache.shapes if shape.is_quantized]
     return {index: core.measure() for index, core in zip(quantized, cache.cores, strict=True)}
 

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import texts
+from qjl.compat import cache_argument
 from qjl.conversation import MARK, chat_tokens
 from qjl.errors import QJLError
 from qjl.evals.decoding import Agreement, compare, log_probabilities
@@ -155,7 +156,7 @@ def _read_on(model: PreTrainedModel, full_cache: DynamicCache, cache: KVCache, p
     for one in (full_cache, cache):
         one.crop(prompt.essay_end - one.get_seq_length())
     rest = torch.tensor([prompt.rest], device=model.device)
-    reference = log_probabilities(model(input_ids=rest[:, :-1], past_key_values=full_cache).logits)
+    reference = log_probabilities(model(input_ids=rest[:, :-1], **cache_argument(full_cache)).logits)
     return compare(model, cache, rest.cpu(), 0, reference)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.hf import KVCache
 from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
@@ -106,7 +107,7 @@ def prefill(
 ) -> None:
     """Read a prompt into a cache, some tokens at a time; ``on_tokens`` hears how many were read."""
     for part in torch.tensor([ids], device=model.device).split(PREFILL_TOKENS, dim=1):
-        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=part, logits_to_keep=1, **cache_argument(cache))
         on_tokens(part.shape[1])
 
 
@@ -138,7 +139,7 @@ def generate(
     output = model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=limit,
         streamer=streamer,
         pad_token_id=_padding_token(tokenizer),

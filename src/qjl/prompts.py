@@ -37,7 +37,7 @@ class PromptCaches:
 
     >>> caches = qjl.PromptCaches("prompts", max_bytes=10 * 2**30)
     >>> cache = caches.longest(model, ids) or qjl.KVCache(model)
-    >>> output = model.generate(ids, past_key_values=cache)
+    >>> output = model.generate(ids, cache=cache)
     >>> caches.put(cache, output)
     """
 

@@ -24,15 +24,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
 from qjl.architecture import layer_shapes
 from qjl.attention import causal_mask
 from qjl.errors import QJLError
-from qjl.hf import attention_set_to, qjl_attention
+from qjl.hf import attention_watched
 
-ATTENTION = "qjl-sensitivity"
 DRAWS = 2  # of y; more of them cost a backward pass each
 
 
@@ -77,7 +75,7 @@ def probe(
         raise QJLError(f"a probe needs rows of more than {sinks + window} tokens, not {input_ids.shape[1]}.")
     generator = torch.Generator().manual_seed(seed)
     layers = [shape.index for shape in layer_shapes(model.config) if shape.is_quantized]
-    with attention_set_to(model, ATTENTION), _fixed_weights(model):
+    with attention_watched(model, _attention), _fixed_weights(model):
         rows = [_probe_row(model, row[None], _Reading(layers, sinks, window), draws, generator) for row in input_ids]
     words, count = _words(input_ids).to(model.device), positions * len(rows)
     return {layer: _joined([row[layer] for row in rows], words, count) for layer in layers}
@@ -167,6 +165,7 @@ def _fixed_weights(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _attention(
+    own: Any,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -175,15 +174,15 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention for ``AttentionInterface`` that reads coded tokens with errors, in the layers that are quantized.
+) -> tuple[Tensor, Tensor | None]:
+    """Reads coded tokens with errors, in the layers that are quantized; others compute as the model says.
 
     What is [Hq, T, T] is worked out again in the backward pass, in place of being kept for every layer.
     """
     reading = _current.get()
     errors = reading.errors_of(cast(int, module.layer_idx), key, value)
     if errors is None:
-        return qjl_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+        return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     tokens = query.shape[2]
     mask = causal_mask(tokens, tokens, query.device) if attention_mask is None else attention_mask
     is_coded = reading.is_coded(tokens, query.device)
@@ -217,7 +216,3 @@ def _attend(
         scores = torch.cat([scores, sink_logits.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     weights = scores.softmax(-1)[..., : key.shape[2]]
     return weights @ value + (is_coded * weights) @ value_error
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -123,8 +123,8 @@ class AttentionMoments:
     def _moment(self, name: str) -> Tensor:
         if not self.count:
             raise QJLError(
-                "the statistics need the queries of the first prompt: build the cache with the model "
-                "(qjl.KVCache(model, ...)), use attn_implementation='qjl', or run `qjl calibrate`."
+                "the statistics need the queries of the first prompt, and this model's attention does not show them: "
+                "choose a preset that needs none, such as kivi-2."
             )
         return self._sums[name] / self.count
 

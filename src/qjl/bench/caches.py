@@ -20,6 +20,7 @@ from qjl.bench.places import Place, place_of
 from qjl.bench.protocol import Settings, require_accurate
 from qjl.bench.synthetic import Shape, fill
 from qjl.bench.timing import Spread, wall_ms
+from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.hf import KVCache
 from qjl.packed import BLOCK
@@ -67,8 +68,8 @@ def warm(model: PreTrainedModel, make: Make, input_ids: Tensor) -> None:
     """A prompt ``[1, T]``, after which codecs are fitted and kernels compiled."""
     cache = make()
     prompt = input_ids[:, :FITTED].to(model.device)
-    model(input_ids=prompt, past_key_values=cache, logits_to_keep=1)
-    model(input_ids=prompt[:, :1], past_key_values=cache)
+    model(input_ids=prompt, logits_to_keep=1, **cache_argument(cache))
+    model(input_ids=prompt[:, :1], **cache_argument(cache))
 
 
 def refill(cache: Cache, exact: Sequence[tuple[Tensor, Tensor]], context: int, batch: int, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from qjl.architecture import layer_shapes
 from qjl.bench import caches, llama
 from qjl.bench.protocol import REFERENCE, relative_error, require_accurate, using_backend
 from qjl.bench.timing import Timings, Work, interleave, use_threads, wall_ms
+from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.evals.decoding import prefill
 from qjl.hf import KVCache
@@ -64,7 +65,7 @@ class Transformer:
 
     def step(self) -> Tensor:
         token = torch.ones(1, 1, dtype=torch.int64)
-        return self.model(input_ids=token, past_key_values=self.cache).logits[0]  # type: ignore[index]
+        return self.model(input_ids=token, **cache_argument(self.cache)).logits[0]  # type: ignore[index]
 
 
 def installed(peers: Sequence[str] = PEERS) -> list[str]:

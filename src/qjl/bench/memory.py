@@ -16,6 +16,7 @@ from torch import Tensor
 from qjl.bench.caches import DYNAMIC, Make, Rig, nbytes, ratio
 from qjl.bench.peak import Peak
 from qjl.bench.timing import Timings, use_threads
+from qjl.compat import cache_argument
 from qjl.records import Row
 
 CONTEXTS = tuple(2**power for power in range(10, 18))
@@ -63,8 +64,8 @@ def _run(rig: Rig, make: Make, ids: Tensor, steps: int) -> _Run:
     model, peak, token = rig.model, Peak(rig.device), ids[:, :1]
     cache = make()
     peak.restart()
-    prefill_ms = rig.timed(lambda: model(input_ids=ids, past_key_values=cache, logits_to_keep=1))
+    prefill_ms = rig.timed(lambda: model(input_ids=ids, logits_to_keep=1, **cache_argument(cache)))
     prefill_peak = peak.nbytes
     peak.restart()
-    step_ms = rig.timed(lambda: [model(input_ids=token, past_key_values=cache) for _ in range(steps)]) / steps
+    step_ms = rig.timed(lambda: [model(input_ids=token, **cache_argument(cache)) for _ in range(steps)]) / steps
     return _Run(prefill_ms, step_ms, prefill_peak, peak.nbytes, nbytes(cache))

@@ -14,6 +14,7 @@ from torch import Tensor
 from qjl.bench.caches import DYNAMIC, Rig, nbytes, refill
 from qjl.bench.peak import Peak
 from qjl.bench.timing import use_threads
+from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.evals.decoding import prefill
 from qjl.records import Row
@@ -87,9 +88,9 @@ def _run(rig: Rig, name: str, exact: States, context: int, batch: int, steps: in
     token = rig.ids(1).expand(batch, -1)
     try:
         refill(cache, exact, context, batch, rig.model.dtype)
-        rig.model(input_ids=token, past_key_values=cache)
+        rig.model(input_ids=token, **cache_argument(cache))
         peak.restart()
-        ms = rig.timed(lambda: [rig.model(input_ids=token, past_key_values=cache) for _ in range(steps)]) / steps
+        ms = rig.timed(lambda: [rig.model(input_ids=token, **cache_argument(cache)) for _ in range(steps)]) / steps
     except torch.OutOfMemoryError:
         return None
     if peak.nbytes is None:

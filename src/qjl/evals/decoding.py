@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from qjl.architecture import text_config
+from qjl.compat import cache_argument
 from qjl.hf import KVCache, QuantizedLayer
 from qjl.presets import CacheConfig
 from qjl.statistics import LayerStatistics
@@ -76,7 +77,7 @@ def _given(statistics: LayerStatistics) -> LayerStatistics:
 def feed(model: PreTrainedModel, cache: Cache, input_ids: Tensor) -> None:
     """Put ``input_ids [B, T]`` through the model, all at once; none are fine."""
     if input_ids.shape[1]:
-        model(input_ids=input_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(input_ids=input_ids.to(model.device), logits_to_keep=1, **cache_argument(cache))
 
 
 def prefill(model: PreTrainedModel, input_ids: Tensor) -> DynamicCache:
@@ -111,7 +112,7 @@ def decode(model: PreTrainedModel, cache: KVCache, input_ids: Tensor, prefix: in
         first, stop = prefix, input_ids.shape[1] - 1
         while first < stop:
             last = min(first + min(core.tokens_until_due for core in cache.cores), stop)
-            logits = model(input_ids=input_ids[:, first:last].to(model.device), past_key_values=cache).logits
+            logits = model(input_ids=input_ids[:, first:last].to(model.device), **cache_argument(cache)).logits
             cache.settle()
             yield first, logits
             first = last

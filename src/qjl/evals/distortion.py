@@ -20,22 +20,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
 from qjl.attention import Scoring, attend, attend_dense
 from qjl.cache import CacheLayer
 from qjl.codebook import scalar_distortion
 from qjl.errors import QJLError
 from qjl.evals.subject import Subject
-from qjl.hf import KVCache, attention_set_to, qjl_attention
+from qjl.hf import KVCache, attention_watched
 from qjl.methods.base import Quantizer
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
 from qjl.presets import CacheConfig, resolve
 from qjl.records import Journal, Row, digest
 
-ATTENTION = "qjl-distortion"
 QUERIES = 64  # that ask, the last of each row
 
 
@@ -107,7 +105,7 @@ def states(model: PreTrainedModel, input_ids: Tensor) -> dict[int, States]:
     kept: dict[int, States] = {}
     token = _kept.set(kept)
     try:
-        with attention_set_to(model, ATTENTION):
+        with attention_watched(model, _attention):
             model(input_ids=input_ids.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         _kept.reset(token)
@@ -118,6 +116,7 @@ _kept: ContextVar[dict[int, States]] = ContextVar("qjl-states")
 
 
 def _attention(
+    own: Any,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -126,15 +125,11 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Exact attention for ``AttentionInterface`` that keeps what it is given."""
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own, keeping what it is given."""
     layer = cast(int, module.layer_idx)
     _kept.get()[layer] = States(query[:, :, -QUERIES:], key, value, scaling or query.shape[-1] ** -0.5)
-    return qjl_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    return own(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
 @torch.inference_mode()

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.evals import requests
 from qjl.evals.decoding import decode, feed, log_probabilities, prefill, refill
@@ -231,7 +232,7 @@ class PackedModel(HFLM):
             max_length,
             stop,
             attention_mask=mask,
-            past_key_values=cache,
+            **cache_argument(cache),
             prefill_chunk_size=self._chunk,
             logits_processor=LogitsProcessorList([Watch(cache, reads)]),
             **settings,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from qjl.compat import cache_argument
 from qjl.evals.decoding import feed
 from qjl.evals.subject import Subject
 from qjl.generation import end_tokens
@@ -26,7 +27,7 @@ def continue_greedily(
     feed(model, cache, question[:, :-1])
     token, found = question[:, -1:], []
     for _ in range(max_new_tokens):
-        token = model(input_ids=token.to(model.device), past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(input_ids=token.to(model.device), **cache_argument(cache)).logits[:, -1:].argmax(-1)
         if int(token) in ends:
             break
         found.append(int(token))
@@ -57,7 +58,7 @@ def write(
         input_ids=ids[:, past],
         attention_mask=mask[:, past],
         position_ids=positions[:, past],
-        past_key_values=cache,
+        **cache_argument(cache),
         logits_to_keep=1,
     )
     written = ids.new_full((len(prompts), max_new_tokens), -1)
@@ -70,7 +71,7 @@ def write(
             input_ids=token,
             attention_mask=mask[rows, :stop],
             position_ids=positions[rows, stop - 1 : stop],
-            past_key_values=cache,
+            **cache_argument(cache),
         ).logits
         token = logits[:, -1:].argmax(-1)
         written[rows, step] = token[:, 0]

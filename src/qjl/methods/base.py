@@ -119,6 +119,10 @@ class Codec(ABC):
 
     layout: Layout
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Codec:
+        """Never changed once it is fitted, it serves a cache and its copies."""
+        return self
+
     @abstractmethod
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
         """Encode whole blocks."""

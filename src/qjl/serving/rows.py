@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PreTrainedModel
 
 from qjl.architecture import layer_shapes
 from qjl.attention import causal_mask
+from qjl.compat import CACHE, Cache
 from qjl.errors import QJLError
-from qjl.hf import CachedStates, attention_set_to, qjl_attention
+from qjl.hf import CachedStates, attention_over, attention_watched
 
-ATTENTION = "qjl-rows"
 _KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -69,8 +67,8 @@ def read(model: PreTrainedModel, caches: Sequence[Cache], tokens: Sequence[Seque
     output = model(
         input_ids=ids[None].to(device),
         position_ids=torch.cat(positions)[None].to(device),
-        past_key_values=Rows(caches, lengths),
         logits_to_keep=last.to(device),
+        **{CACHE: Rows(caches, lengths)},
     )
     return output.logits[0].float()
 
@@ -88,26 +86,25 @@ def rows_in(model: PreTrainedModel) -> Iterator[None]:
             f"{model.config.model_type} has layers of {others[0]}, which cannot read several sequences in one pass: "
             "serve a model with attention layers alone."
         )
-    with attention_set_to(model, ATTENTION):
+    with attention_watched(model, _rows_attention):
         yield
 
 
 def _rows_attention(
+    own: Any,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor | RowStates,
     value: Tensor | RowStates,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Each row by itself; for other caches the same as the attention ``"qjl"``."""
+) -> tuple[Tensor, Tensor | None]:
+    """Each row by itself; for other caches what the model's own function computes."""
     if not isinstance(key, RowStates) or not isinstance(value, RowStates):
-        return qjl_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)  # type: ignore[arg-type]
+        return own(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.get("sliding_window")
     outputs = [
-        qjl_attention(module, queries, keys, values, _mask(queries, keys, window), scaling, dropout, **kwargs)[0]
+        attention_over(module, queries, keys, values, _mask(queries, keys, window), **kwargs)[0]
         for queries, keys, values in zip(query.split(key.lengths, 2), key.rows, value.rows, strict=True)
     ]
     return torch.cat(outputs, 1), None
@@ -121,7 +118,3 @@ def _mask(query: Tensor, keys: Tensor, window: int | None) -> Tensor | None:
         return None
     mask = causal_mask(queries, columns, query.device)
     return mask.triu(columns - queries - window + 1) if window is not None and is_cut else mask
-
-
-AttentionInterface.register(ATTENTION, _rows_attention)  # type: ignore[arg-type]
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,25 @@
+"""The transformers integration: caches for ``generate``, and the attention that reads them.
+
+- ``attention``: handles in place of tensors, and attention over the codes behind them.
+- ``promises``: a model uses the cache it was given, or says so.
+- ``sources``: what all caches of one model share.
+- ``cache``: ``KVCache``. ``model``: ``enable`` and ``disable``.
+"""
+
+from qjl.hf.attention import CachedStates, QuantizedLayer, attention_over, attention_watched
+from qjl.hf.cache import KVCache, require_fingerprint
+from qjl.hf.model import disable, enable
+from qjl.hf.sources import forget_statistics, statistics_path
+
+__all__ = [
+    "CachedStates",
+    "KVCache",
+    "QuantizedLayer",
+    "attention_over",
+    "attention_watched",
+    "disable",
+    "enable",
+    "forget_statistics",
+    "require_fingerprint",
+    "statistics_path",
+]

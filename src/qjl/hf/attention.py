@@ -1,0 +1,425 @@
+"""Attention over packed codes inside of transformers' models, whatever attention they were loaded with.
+
+``KVCache.update`` returns handles in place of tensors. The functions that ``AttentionInterface`` gives to models are
+wrapped: where key and value are both handles of one layer, and nothing is asked for that codes cannot give, they are
+scored on their codes. In all other cases the model's own function computes, on plain tensors: a handle decodes itself
+wherever a torch operation meets it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeGuard, TypeVar, cast
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from qjl import compat
+from qjl.attention import Scoring, attend, attend_dense
+from qjl.cache import CacheLayer
+from qjl.errors import QJLError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def in_our_modes(function: _Function) -> _Function:
+    """Called with whatever modes the caller is in, it computes in its own.
+
+    Its tensors are ordinary ones, also under ``inference_mode``: later calls may write to them outside. Autocast does
+    not reach it, and ``torch.compile`` leaves it as it is.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        autocast = [kind for kind in _devices() if compat.is_autocast_on(kind)]
+        if not autocast and not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+            for kind in autocast:
+                modes.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return cast(_Function, torch.compiler.disable(call))
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+
+
+class _Decoding:
+    """Keys and values of a layer as of now, decoded at most once."""
+
+    def __init__(self, core: CacheLayer) -> None:
+        self.core = core
+
+    @functools.cached_property
+    def states(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.core.dense()
+        return keys.contiguous(), values.contiguous()
+
+
+class CachedStates(torch.Tensor):
+    """A handle on one layer's keys or values; any torch operation on it sees the decoded tensor."""
+
+    layer: QuantizedLayer
+    _decoding: _Decoding
+    _part: int
+
+    @staticmethod
+    def __new__(cls, layer: QuantizedLayer, decoding: _Decoding, part: int, like: Tensor) -> CachedStates:
+        shape = (like.shape[0], like.shape[1], layer.core.length, like.shape[3])
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+    def __init__(self, layer: QuantizedLayer, decoding: _Decoding, part: int, like: Tensor) -> None:
+        self.layer = layer
+        self._decoding = decoding
+        self._part = part
+
+    @in_our_modes
+    def decoded(self) -> Tensor:
+        """``[B, H, T, D]`` in the model's dtype, contiguous as the handle says it is."""
+        return self._decoding.states[self._part]
+
+    def is_key_of(self, value: object) -> TypeGuard[CachedStates]:
+        """Whether these are the keys and those the values that one update handed out."""
+        return isinstance(value, CachedStates) and self._decoding is value._decoding and self._part < value._part
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = compat.tree_map(
+            lambda x: x.decoded() if isinstance(x, CachedStates) else x, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        part = ("keys", "values")[self._part]
+        return f"CachedStates({part} of {self.layer.core.name}, {self.shape[2]} tokens)"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise QJLError(f"{self!r} is a handle on a cache: save its tensor, handle.clone().")
+
+
+class QuantizedLayer(compat.CacheLayerMixin):
+    """A ``qjl.cache.CacheLayer`` as transformers wants a layer.
+
+    ``has_text`` tells whether it holds the tokens of the text, as self-attention does; cross-attention holds others,
+    which the text's padding says nothing of.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, core: CacheLayer, has_text: bool = True) -> None:
+        self.core = core
+        self.has_text = has_text
+        self.is_initialized = False
+        self.knows_padding = not has_text
+
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        """All keys, decoded: for inspection, not on the way of generation."""
+        return self.core.dense()[0]
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        return self.core.dense()[1]
+
+    @property
+    def batch_size(self) -> int:
+        return self.core.batch or -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device, self.heads = key_states.dtype, key_states.device, key_states.shape[1]
+        self.is_initialized = True
+
+    @in_our_modes
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.core.append(key_states.detach(), value_states.detach())
+        decoding = _Decoding(self.core)
+        return CachedStates(self, decoding, 0, key_states), CachedStates(self, decoding, 1, value_states)
+
+    def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
+        """Attention of the tokens updated last, after which what left the window is quantized."""
+        out = attend(query, self.core, scoring)
+        self.observe(query, out)
+        self.settle()
+        return out
+
+    @in_our_modes
+    def observe(self, query: Tensor, out: Tensor) -> None:
+        """Count the queries ``[B, Hq, Q, D]`` of the tokens updated last, and their outputs, as long as awaited."""
+        if self.core.wants_queries and out.shape[-1] == self.core.value_dim:
+            self.core.observe(query, out)
+
+    @in_our_modes
+    def settle(self) -> None:
+        self.core.settle()
+
+    def observe_mask(self, mask: Tensor, position_ids: Tensor | None) -> None:
+        """Left padding from the mask of a forward pass, for a cache that no hook tells it to."""
+        last = mask[:, 0, -1].expand(self.core.batch, -1)
+        seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+        self.core.set_padding(*padding_of(seen, position_ids, self.core.length - mask.shape[2], self.core))
+
+    def get_seq_length(self) -> int:
+        return self.core.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.core.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.core.reset()
+        self.is_initialized = False
+        self.knows_padding = not self.has_text
+
+    @in_our_modes
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, told as a negative number; or all but the first, where transformers allows that."""
+        if tokens_to_remove > 0 and not compat.CROP_TAKES_LENGTHS:
+            raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
+        self.core.crop(tokens_to_remove if tokens_to_remove > 0 else self.core.length + tokens_to_remove)
+
+    @in_our_modes
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.core.select(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep some rows: what a tensor of rows can be indexed with, or a tuple of numbers."""
+        chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        self.reorder_cache(torch.arange(self.core.batch)[chosen].reshape(-1))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(self.core.batch).repeat_interleave(repeats))
+
+    def state(self) -> dict[str, Any]:
+        return {"core": self.core.state(), "knows_padding": self.knows_padding}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.core.restore(state["core"])
+        window = self.core.segments()[0][-1]
+        self.lazy_initialization(window.keys, window.values)
+        self.knows_padding = bool(state["knows_padding"])
+
+    def offload(self) -> None:
+        raise QJLError("a quantized cache is not offloaded: it is small enough to stay on its device.")
+
+    prefetch = offload
+
+
+def padding_of(real: Tensor, position_ids: Tensor | None, past: int, core: CacheLayer) -> tuple[list[int], list[int]]:
+    """Left padding of each row and the RoPE position of its first real token.
+
+    ``real`` bool [B, past + Q] are the tokens that count; without ``position_ids [B or 1, Q]`` models number
+    the columns. Rows that began in the past keep the origin they have in ``core``.
+    """
+    padding = (real.cumsum(1) == 0).sum(1)
+    origin = padding
+    if position_ids is not None and position_ids.dim() == 2:
+        first = (padding - past).clamp(0, position_ids.shape[1] - 1)
+        origin = position_ids.expand(real.shape[0], -1).gather(1, first[:, None].to(position_ids.device))[:, 0]
+    before = core.origin if past else [0] * real.shape[0]
+    rows = zip(padding.tolist(), origin.tolist(), before, strict=True)
+    pairs = [(pad, now if pad >= past else then) for pad, now, then in rows]
+    return [pad for pad, _ in pairs], [position for _, position in pairs]
+
+
+# What models call
+
+
+def _find_attention(own: Any, interface: AttentionInterface, name: str, default: Attention) -> Attention:
+    """In place of ``AttentionInterface.get_interface``."""
+    found = own(interface, name, default)
+    return functools.partial(_attention, found, found is default)
+
+
+def _attention(
+    own: Attention,
+    is_models_own: bool,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if _open_watches and (watcher := _watcher_of(module)):
+        return watcher(own, module, query, key, value, attention_mask, *args, **kwargs)
+    if isinstance(key, CachedStates):
+        return _attention_over_handle(own, is_models_own, module, query, key, value, attention_mask, *args, **kwargs)
+    return own(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+compat.wrap(AttentionInterface, "get_interface", _find_attention)
+
+
+@torch.compiler.disable
+def _attention_over_handle(
+    own: Attention,
+    is_models_own: bool,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: CachedStates,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """On codes where they give all that is asked for, by the model's own function otherwise."""
+    layer = key.layer
+    if key.is_key_of(value) and not args and _codes_give_all(own, is_models_own, module, kwargs):
+        mask = _mask_for_codes(is_models_own, module, query, key, attention_mask, kwargs)
+        if mask is not _OF_ANOTHER_KIND:
+            return attention_over(module, query, key, value, mask, **kwargs)
+    if not layer.knows_padding and _tells_padding(attention_mask):
+        layer.observe_mask(attention_mask, kwargs.get("position_ids"))
+    is_whole = key.is_key_of(value)
+    states = (x.decoded() if isinstance(x, CachedStates) else x for x in (key, value))
+    out, weights = own(module, query, *states, attention_mask, *args, **kwargs)
+    layer.observe(query, out.transpose(1, 2))
+    if is_whole:
+        layer.settle()
+    return out, weights
+
+
+def _codes_give_all(own: Attention, is_models_own: bool, module: torch.nn.Module, asked: dict[str, Any]) -> bool:
+    """Whether the numbers that the function is called with tell all that it computes, and no weights are wanted."""
+    if asked.get("dropout") or asked.get("position_bias") is not None or _wants_weights(module, asked):
+        return False
+    if not is_models_own:
+        return compat.is_sdpa_or_flash(own)
+    tells_more = asked.get("softcap") is not None or asked.get("s_aux") is not None
+    return tells_more or compat.supports_sdpa(type(module).__module__)
+
+
+def _wants_weights(module: torch.nn.Module, asked: dict[str, Any]) -> bool:
+    return bool(asked.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False))
+
+
+_OF_ANOTHER_KIND = object()
+
+
+def _mask_for_codes(
+    is_models_own: bool, module: torch.nn.Module, query: Tensor, key: Tensor, mask: Any, asked: dict[str, Any]
+) -> Any:
+    """The mask as ``Scoring`` takes it; ``_OF_ANOTHER_KIND`` for one of another kind, such as flex attention's."""
+    if mask is not None and not isinstance(mask, Tensor):
+        return _OF_ANOTHER_KIND
+    if mask is None or mask.dim() == 2:
+        is_causal = not is_models_own and _is_causal(module, asked)
+        return _mask_of_columns(mask, query, key, is_causal)
+    if mask.dim() != 4:
+        return _OF_ANOTHER_KIND
+    return None if query.shape[2] == 1 and mask.is_floating_point() and not mask.any() else mask
+
+
+def _mask_of_columns(real: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) -> Tensor | None:
+    """From the tokens that count, ``[B, columns]``, as flash attention is told; None where none is needed."""
+    if real is not None and bool(real.all()):
+        real = None
+    queries, columns = query.shape[2], key.shape[2]
+    if real is None and (is_causal or queries == 1):
+        return None
+    shape = (1, 1, queries, columns)
+    seen = torch.ones(shape, dtype=torch.bool, device=query.device)
+    seen = seen.tril(columns - queries) if is_causal else seen
+    return seen if real is None else seen & real[:, None, None, -columns:].bool()
+
+
+@in_our_modes
+def attention_over(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention by what sdpa, soft caps and learned sinks are: over packed codes where ``key`` is a handle.
+
+    ``query [B, Hq, Q, D]``; returns ``[B, Q, Hq, D]``. Without a mask it is causal, unless the module says otherwise.
+    """
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    is_special = isinstance(key, CachedStates) or softcap is not None or sinks is not None
+    if dropout or kwargs.get("position_bias") is not None or not is_special:
+        return compat.sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask is None and query.shape[2] > 1 and not _is_causal(module, kwargs):
+        attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    scoring = Scoring(scaling or query.shape[-1] ** -0.5, attention_mask, softcap, sinks)
+    if not isinstance(key, CachedStates):
+        return attend_dense(query, key, value, scoring).transpose(1, 2).contiguous(), None
+    if not key.layer.knows_padding and _tells_padding(attention_mask):
+        key.layer.observe_mask(attention_mask, kwargs.get("position_ids"))
+    return key.layer.attend(query, scoring).transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: torch.nn.Module, asked: dict[str, Any]) -> bool:
+    is_causal = asked.get("is_causal")
+    return getattr(module, "is_causal", True) if is_causal is None else is_causal
+
+
+def _tells_padding(mask: Any) -> TypeGuard[Tensor]:
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] > 1
+
+
+# Watching
+
+
+_open_watches = 0  # in all threads; none keeps the variable below out of graphs that others compile
+_counting = threading.Lock()
+_watch: ContextVar[tuple[frozenset[int], Attention] | None] = ContextVar("qjl-watch", default=None)
+
+
+def _watcher_of(module: torch.nn.Module) -> Attention | None:
+    watch = _watch.get()
+    return watch[1] if watch is not None and id(module) in watch[0] else None
+
+
+@contextmanager
+def attention_watched(model: PreTrainedModel, watcher: Attention) -> Iterator[None]:
+    """While it lasts, in this thread, ``watcher(own, module, query, key, value, mask, **kwargs)`` is called.
+
+    It takes the place of ``own`` in all of the decoder's layers; the model itself stays as it is.
+
+    Raises:
+        QJLError: if the model's layers do not call the attention that its configuration names.
+    """
+    if not compat.uses_attention_interface(model):
+        raise QJLError(
+            f"{model.config.model_type} does not use transformers' attention interface, so its attention cannot be "
+            "watched: take a preset in place of bits, or another model."
+        )
+    modules = frozenset(map(id, compat.decoder_of(model).modules()))
+    token = _watch.set((modules, watcher))
+    _count_watches(1)
+    try:
+        yield
+    finally:
+        _count_watches(-1)
+        _watch.reset(token)
+
+
+def _count_watches(more: int) -> None:
+    global _open_watches
+    with _counting:
+        _open_watches += more
