@@ -21,16 +21,21 @@ _INDEXER = {
     "ngram_vocab_size_base": 512,
     "split_ngram_parts": 8,
 }
-_DOTS3 = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
 _IMAGE_WORDS = {"<image>": 192, "<|extra_200|>": 193}
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
-    "apertus1p5": {"audio_config": {"codebook_dim": 256}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "hrm_text": {"num_hidden_layers": 8, "num_layers_per_stack": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "apertus1p5": {"audio_config": {"codebook_dim": 256}, "audio_token_offset": 200, "image_token_offset": 200},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "blt": {"encoder_hash_byte_group_vocab": 256},
     "chameleon": {"vocabulary_map": _IMAGE_WORDS},
     "cohere_compass": {"text_config": _COMPASS},
     "cohere_compass_text": _COMPASS,
-    "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 256}},
     "dory": {
@@ -46,7 +51,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [0, 1]},
-    "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [6, 5, 5]}}},
+    "hy_v4_vl": {"text_config": {"rope_parameters": {"mrope_section": [12, 10, 10]}}},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},

@@ -33,7 +33,8 @@ LAYERS = range(2, 7)
 GAIN = 1.5  # of a linear map: at the usual deviation of 0.02 the context hardly matters
 
 _WIDTHS = {  # by the whole of a name; the first that fits counts
-    r"qk_(rope|nope)_head_dim|rotary_dim": HEAD_DIM // 2,
+    r"qk_head_dim": 2 * HEAD_DIM,
+    r"rotary_dim": HEAD_DIM // 2,
     r".*head_?dim|d_head|dim_head|d_kv|kv_channels|mamba_d_head|attention_head_size": HEAD_DIM,
     r"(.*_)?heads|n_heads?|.*_n_heads|.*num_attention_heads": HEADS,
     r"(.*_)?hidden_size(_.*)?|d_model|n_embd|(.*_)?embed_dim|emb_dim|embedding_(dim|size)|lru_width|d_inner": WIDTH,
@@ -51,7 +52,7 @@ _LIMITS = {
     r".*state_size|.*d_state": 16,
     r"(num|n)_(local_|routed_)?experts|moe_num_experts": 4,
     r"num_experts_per_tok(en)?|moe_(topk|k|top_k)|top_k_experts": 2,
-    r".*shared_experts|n_groups?|topk_group|first_k_dense_replace|num_dense_layers|num_nextn_predict_layers": 1,
+    r".*shared_experts|n_groups?|num_expert_group|topk_group|first_k_dense_replace|num_dense_layers|num_nextn_predict_layers": 1,
 }
 _KV_HEADS = re.compile(r".*num_key_value_heads|num_kv_heads|kv_n_heads")
 _DEPTHS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|depth")
@@ -62,6 +63,7 @@ _SET = {
     "tie_word_embeddings": False,  # else each token's own logit hides all others
     "is_decoder": True,
     "logit_scale": 1.0,
+    "attention_multiplier": HEAD_DIM**-0.5,
 }
 _FORCED = ("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens")
 _NOT_ASKED = {"transformers_version", "_name_or_path", "architectures", "id2label", "label2id", "dtype"}
