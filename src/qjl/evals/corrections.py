@@ -21,16 +21,44 @@ _INDEXER = {
     "ngram_vocab_size_base": 512,
     "split_ngram_parts": 8,
 }
+_DOTS3 = {
+    "num_hidden_layers": 2,
+    "layer_types": ["indexed_attention", "sliding_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "head_dim": 128,
+    "per_layer_config": {1: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16}},
+}
+_MUP = {"logits_mup_width_multiplier": 1.0}
 _IMAGE_WORDS = {"<image>": 192, "<|extra_200|>": 193}
 
 CORRECTIONS: dict[str, dict[str, Any]] = {
+    "zamba2": {"attention_hidden_size": 512, "attention_head_dim": 128},
+    "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 2}},
+    "dots3_note_text": _DOTS3,
+    "dots3_note": {"text_config": _DOTS3},
+    "inkling2_loop": {"text_config": _MUP},
+    "inkling2": {"text_config": _MUP},
+    "inkling_mm_model": {"text_config": _MUP},
+    "inkling2_loop_text": _MUP,
+    "inkling2_text": _MUP,
+    "inkling_text": _MUP,
     "deepseek_v2": {"num_experts_per_tok": 2},
     "hrm_text": {"num_hidden_layers": 8, "num_layers_per_stack": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "bamba": {"attn_layer_indices": [1]},
-    "apertus1p5": {"audio_config": {"codebook_dim": 256}, "audio_token_offset": 200, "image_token_offset": 200},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "apertus1p5": {
+        "vision_config": {"codebook_size": 16},
+        "audio_config": {"codebook_size": 16, "codebook_dim": 256},
+        "image_token_offset": 200,
+        "audio_token_offset": 216,
+    },
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 512,
+        "attention_head_dim": 128,
+    },
     "blt": {"encoder_hash_byte_group_vocab": 256},
     "chameleon": {"vocabulary_map": _IMAGE_WORDS},
     "cohere_compass": {"text_config": _COMPASS},
@@ -39,6 +67,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
     "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 256}},
     "dory": {
+        "ngpt_alpha_init": 0.5,
         "num_hidden_layers": 8,
         "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp"] * 2,
         "n_input_layers": 2,
@@ -61,4 +90,6 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Without these there is no default configuration.
-NEEDED: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}}}
+NEEDED: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+}

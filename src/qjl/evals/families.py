@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from qjl.errors import QJLError
@@ -146,10 +147,19 @@ class Trial:
         if way.beams > 1:
             is_same = answer.tokens.equal(own.tokens)
             return Finding("works") if is_same else Finding("wrong", "full finds other texts by beams")
-        error = answer.error(own)
+        error = self._error(way, answer)
         if error > TOLERANCE:
             return Finding("wrong", f"full is off by {error:.1e} of the logits in {way.name}", error)
         return Finding("works", error=error)
+
+    def _error(self, way: Way, answer: Answer) -> float:
+        """Of the worst row; a padded one may also be as it is alone, for some models attend to padding."""
+        own = self._own[way.name]
+        errors = answer.errors(own)
+        for row in (errors > TOLERANCE).nonzero().flatten().tolist() if len(errors) > 1 else ():
+            alone = way.alone(row).ask(self._model, pen=Pen(own.tokens[row : row + 1]))
+            errors[row] = torch.minimum(errors[row], answer.row(row).errors(alone)[0])
+        return float(errors.max())
 
     def _judged(self, way: Way, answer: Answer) -> Finding:
         """With codes in place of numbers there must be a loss, and a small one."""

@@ -52,7 +52,8 @@ _LIMITS = {
     r".*state_size|.*d_state": 16,
     r"(num|n)_(local_|routed_)?experts|moe_num_experts": 4,
     r"num_experts_per_tok(en)?|moe_(topk|k|top_k)|top_k_experts": 2,
-    r".*shared_experts|n_groups?|num_expert_group|topk_group|first_k_dense_replace|num_dense_layers|num_nextn_predict_layers": 1,
+    r".*shared_experts|n_groups?|num_expert_group|topk_group": 1,
+    r"first_k_dense_replace|num_dense_layers|num_nextn_predict_layers": 1,
 }
 _KV_HEADS = re.compile(r".*num_key_value_heads|num_kv_heads|kv_n_heads")
 _DEPTHS = re.compile(r"num_hidden_layers|n_layers?|num_layers|(encoder|decoder)_layers|depth")
@@ -132,8 +133,8 @@ def _value(name: str, value: Any, fields: Fields, kept: list[int], tokens: Mappi
         return _rope(value)
     if name == "per_layer_config" and value:
         return _per_layer(value, kept)
-    if isinstance(value, dict):
-        return _shrunk(value, tokens) if _is_fields(value) else value
+    if _is_fields(value):
+        return _shrunk(value, tokens)
     if isinstance(value, list):
         return _list(name, value, _depth(fields), kept)
     if name in tokens and isinstance(value, int):
@@ -232,20 +233,20 @@ def _special_tokens(fields: Fields) -> dict[str, int]:
 
 def _special_names(fields: Fields) -> Iterator[str]:
     for name, value in fields.items():
-        if name not in _NOT_ASKED and isinstance(value, dict) and _is_fields(value):
+        if name not in _NOT_ASKED and _is_fields(value):
             yield from _special_names(value)
         elif _SPECIAL.fullmatch(name) and type(value) is int and value >= WORDS.start:
             yield name
 
 
-def _is_fields(value: dict[Any, Any]) -> bool:
-    return all(isinstance(name, str) for name in value)
+def _is_fields(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 def _merged(fields: Fields, corrections: Fields) -> Fields:
     """Corrections win; in parts of a configuration, field by field."""
     both = {
-        name: _merged(fields[name], value) if isinstance(fields.get(name), dict) and isinstance(value, dict) else value
+        name: _merged(fields[name], value) if _is_fields(fields.get(name)) and _is_fields(value) else value
         for name, value in corrections.items()
     }
     return fields | both

@@ -6,7 +6,7 @@ token by token, whatever cache they come from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,10 +30,13 @@ class Answer:
     tokens: Tensor
     cache: Any
 
-    def error(self, own: Answer) -> float:
-        """The largest of all tokens, of the norm of the model's own logits."""
+    def row(self, index: int) -> Answer:
+        return replace(self, logits=self.logits[index : index + 1], tokens=self.tokens[index : index + 1])
+
+    def errors(self, own: Answer) -> Tensor:
+        """The largest of each row's tokens, of the norm of the model's own logits."""
         away = (self.logits - own.logits).norm(dim=-1) / own.logits.norm(dim=-1)
-        return float(away.nan_to_num(torch.inf).max())
+        return away.nan_to_num(torch.inf).amax(-1)
 
     def kl(self, own: Answer) -> float:
         """KL(own || this) in nats, on average over the tokens of this."""
@@ -73,6 +76,11 @@ class Way:
         stop = self.ids.shape[1]
         found = self._generate(model, stop, cache, pen or Pen(), self.answer)
         return Answer(torch.stack(found.logits, dim=1).float(), found.sequences[:, stop:], found.past_key_values)
+
+    def alone(self, row: int) -> Way:
+        """One of the prompts, without padding."""
+        ids = self.ids[row : row + 1, self.mask[row].bool()]
+        return replace(self, ids=ids, mask=torch.ones_like(ids))
 
     def _generate(self, model: PreTrainedModel, stop: int, cache: Any, pen: Pen, count: int) -> Any:
         given = {} if cache is None else {"past_key_values": cache}
