@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from qjl.errors import QJLError
@@ -28,7 +27,7 @@ from qjl.records import Row
 VERDICTS = ("wrong", "traceback", "refused", "works", "not built")  # of several the first counts
 FULL = "full"
 TOLERANCE = 1e-4  # of the logits' norm
-LEAST_CONTEXT = 1e-3  # nats that another beginning of the prompt must change, so that answers tell of a cache
+LEAST_CONTEXT = 1e-4  # nats that another beginning of the prompt must change, so that answers tell of a cache
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Trial:
             max_error_full=max((one.error for one in full if one.error is not None), default=None),
             kl=next((one.kl for one in coded if one.kl is not None), None),
             kl_other=self._kl_other,
-        )
+        ) | {"asked": list(self._own)}
 
     def _reason_not_to_ask(self) -> str | None:
         """What is the matter with the model alone."""
@@ -94,12 +93,21 @@ class Trial:
         except Exception as error:  # of the model's own code
             return told(error)
         for way in (ways.padded(), ways.in_parts(), ways.beams()):
-            try:
-                self._own[way.name] = way.ask(self._model)
-            except Exception:  # a way that the model's own cache does not know is not asked of ours
-                continue
+            if (answer := self._answered_alone(way)) is not None:
+                self._own[way.name] = answer
         is_deaf = self._kl_other < LEAST_CONTEXT
         return f"another prompt changes only {self._kl_other:.1e} nats" if is_deaf else None
+
+    def _answered_alone(self, way: Way) -> Answer | None:
+        """None where the model's own cache does not know this way, or has no right answer since padding is read."""
+        try:
+            answer = way.ask(self._model)
+            if not way.has_padding:
+                return answer
+            other = way.with_other_padding().ask(self._model, pen=Pen(answer.tokens))
+        except Exception:  # of the model's own code
+            return None
+        return answer if other.error(answer) <= TOLERANCE else None
 
     def _with_full(self) -> list[Finding]:
         found = []
@@ -147,19 +155,10 @@ class Trial:
         if way.beams > 1:
             is_same = answer.tokens.equal(own.tokens)
             return Finding("works") if is_same else Finding("wrong", "full finds other texts by beams")
-        error = self._error(way, answer)
+        error = answer.error(own)
         if error > TOLERANCE:
             return Finding("wrong", f"full is off by {error:.1e} of the logits in {way.name}", error)
         return Finding("works", error=error)
-
-    def _error(self, way: Way, answer: Answer) -> float:
-        """Of the worst row; a padded one may also be as it is alone, for some models attend to padding."""
-        own = self._own[way.name]
-        errors = answer.errors(own)
-        for row in (errors > TOLERANCE).nonzero().flatten().tolist() if len(errors) > 1 else ():
-            alone = way.alone(row).ask(self._model, pen=Pen(own.tokens[row : row + 1]))
-            errors[row] = torch.minimum(errors[row], answer.row(row).errors(alone)[0])
-        return float(errors.max())
 
     def _judged(self, way: Way, answer: Answer) -> Finding:
         """With codes in place of numbers there must be a loss, and a small one."""

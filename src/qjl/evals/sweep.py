@@ -21,7 +21,14 @@ from qjl.errors import QJLError
 from qjl.evals import families, tiny
 from qjl.records import Row
 
-SECONDS, BYTES = 180, 6 << 30  # for one family
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one family's process: seconds of the processor, bytes, and seconds of the clock, which end a hang."""
+
+    cpu_seconds: int = 120
+    nbytes: int = 6 << 30
+    seconds: int = 1800
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,14 @@ def measure(
     workers: int,
     known: Sequence[Row] = (),
     on_row: Callable[[int], None] = lambda count: None,
+    limits: Limits = Limits(),
 ) -> Iterator[Row]:
     """A row per family, in their order; those that are ``known`` are not measured again."""
 
     def work(subject: Subject) -> Row:
         identity = subject.identity(preset)
         found = next((row for row in known if row.items() >= identity.items()), None)
-        row = found or identity | _in_a_process(subject, preset)
+        row = found or identity | _in_a_process(subject, preset, limits)
         on_row(1)
         return row
 
@@ -81,13 +89,13 @@ def measure(
             pool.shutdown(cancel_futures=True)
 
 
-def _in_a_process(subject: Subject, preset: str) -> Row:
+def _in_a_process(subject: Subject, preset: str, limits: Limits) -> Row:
     """The last row that it sends."""
     receiver, sender = _context().Pipe(duplex=False)
-    process = _context().Process(target=_work, args=(sender, subject, preset), daemon=True)
+    process = _context().Process(target=_work, args=(sender, subject, preset, limits), daemon=True)
     process.start()
     sender.close()
-    end, row = time.monotonic() + SECONDS, families.row("not built", "its process did not begin")
+    end, row = time.monotonic() + limits.seconds, families.row("not built", "its process did not begin")
     try:
         while receiver.poll(max(0, end - time.monotonic())):
             row = receiver.recv()
@@ -107,17 +115,19 @@ def _context() -> Any:
     return context
 
 
-def _work(place: Connection, subject: Subject, preset: str) -> None:
+def _work(place: Connection, subject: Subject, preset: str, limits: Limits) -> None:
+    """Sends what is true if this process ends without another word, as often as that changes."""
     if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (limits.nbytes, limits.nbytes))
+        resource.setrlimit(resource.RLIMIT_CPU, (limits.cpu_seconds, limits.cpu_seconds))
     torch.set_num_threads(1)
-    ended = f"its process died, or took more than {SECONDS} seconds"
+    ended = f"its process died, or took more than {limits.cpu_seconds} seconds"
+
+    def on_built() -> None:
+        place.send(families.row("traceback", f"{ended}, with ours"))
+
     place.send(families.row("not built", f"{ended}, with its own cache"))
-    place.send(
-        families.check(
-            subject.family, subject.task, preset, lambda: place.send(families.row("traceback", f"{ended}, with ours"))
-        )
-    )
+    place.send(families.check(subject.family, subject.task, preset, on_built))
     place.close()

@@ -30,13 +30,10 @@ class Answer:
     tokens: Tensor
     cache: Any
 
-    def row(self, index: int) -> Answer:
-        return replace(self, logits=self.logits[index : index + 1], tokens=self.tokens[index : index + 1])
-
-    def errors(self, own: Answer) -> Tensor:
-        """The largest of each row's tokens, of the norm of the model's own logits."""
+    def error(self, own: Answer) -> float:
+        """The largest of all tokens, of the norm of the model's own logits."""
         away = (self.logits - own.logits).norm(dim=-1) / own.logits.norm(dim=-1)
-        return away.nan_to_num(torch.inf).amax(-1)
+        return float(away.nan_to_num(torch.inf).max())
 
     def kl(self, own: Answer) -> float:
         """KL(own || this) in nats, on average over the tokens of this."""
@@ -77,10 +74,13 @@ class Way:
         found = self._generate(model, stop, cache, pen or Pen(), self.answer)
         return Answer(torch.stack(found.logits, dim=1).float(), found.sequences[:, stop:], found.past_key_values)
 
-    def alone(self, row: int) -> Way:
-        """One of the prompts, without padding."""
-        ids = self.ids[row : row + 1, self.mask[row].bool()]
-        return replace(self, ids=ids, mask=torch.ones_like(ids))
+    @property
+    def has_padding(self) -> bool:
+        return not bool(self.mask.all())
+
+    def with_other_padding(self) -> Way:
+        """The same to a model that does not read padding."""
+        return replace(self, ids=torch.where(self.mask.bool(), self.ids, self.ids + 1))
 
     def _generate(self, model: PreTrainedModel, stop: int, cache: Any, pen: Pen, count: int) -> Any:
         given = {} if cache is None else {"past_key_values": cache}
