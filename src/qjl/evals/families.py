@@ -145,7 +145,7 @@ class Trial:
         try:
             return way.ask(self._model, cache, pen)
         except QJLError as error:
-            when = f"after {pen.written} tokens" if pen.written else "in the first forward pass"
+            when = f"after {pen.written} of {way.answer} tokens" if pen.written else "in the first forward pass"
             return Finding("refused", f"{when}: {error}")
         except Exception as error:  # the kind of fault that is looked for
             return Finding("traceback", f"{name}, {way.name}: {told(error)}")
