@@ -13,7 +13,7 @@ EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
 
-.PHONY: setup setup-vllm native demo test test-vllm models report sanitize emulate clean
+.PHONY: setup setup-vllm vllm-sources native demo test test-vllm models report sanitize emulate clean
 
 setup: .venv/installed
 
@@ -31,6 +31,10 @@ setup-vllm: .venv-vllm/installed
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-vllm.lock
 	$(VLLM_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
+
+# Python sources of the releases of vLLM that the plugin knows, for tests/test_vllm_contract.py.
+vllm-sources: setup
+	$(BIN)/python scripts/vllm_sources.py
 
 # The kernels alone, into the working tree: after a change in csrc/ that `make setup` has not seen.
 native:

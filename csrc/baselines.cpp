@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "refusals.h"
 
 namespace qjl {
 namespace {
@@ -488,7 +489,8 @@ int qjl_baselines_run_here() {
 #endif
 }
 
-void qjl_flash_decode(const QjlFlashDecode* operation, int64_t threads) {
+int64_t qjl_flash_decode(const QjlFlashDecode* operation, int64_t threads) {
+    if (const int64_t refused = refusal(*operation)) return refused;
     const int64_t splits = threads / common_divisor(operation->heads, threads), parts = operation->heads * splits;
     FlashDecode decode{*operation, splits, nullptr};
     void* scratch = nullptr;
@@ -498,13 +500,18 @@ void qjl_flash_decode(const QjlFlashDecode* operation, int64_t threads) {
     for (int64_t head = 0; head < operation->heads; ++head)
         for (int64_t h = 0; h < operation->group; ++h) decode.merge(head, h);
     free(scratch);
+    return 0;
 }
 
-void qjl_popcount_scan(const QjlPopcountScan* operation, int64_t threads) {
+int64_t qjl_popcount_scan(const QjlPopcountScan* operation, int64_t threads) {
+    if (const int64_t refused = refusal(*operation)) return refused;
     parallel_for(operation->heads, threads, scan_head, operation);
+    return 0;
 }
 
-void qjl_read(const QjlRead* operation, int64_t threads) {
+int64_t qjl_read(const QjlRead* operation, int64_t threads) {
+    if (const int64_t refused = refusal(*operation)) return refused;
     const Read read{*operation, threads};
     parallel_for(threads, threads, read_part, &read);
+    return 0;
 }

@@ -32,6 +32,6 @@ struct QjlRead {
     float* sums;  // [threads][4]: so that no read can be left out
 };
 
-QJL_EXPORT void qjl_flash_decode(const QjlFlashDecode* operation, int64_t threads);
-QJL_EXPORT void qjl_popcount_scan(const QjlPopcountScan* operation, int64_t threads);
-QJL_EXPORT void qjl_read(const QjlRead* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_flash_decode(const QjlFlashDecode* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_popcount_scan(const QjlPopcountScan* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_read(const QjlRead* operation, int64_t threads);

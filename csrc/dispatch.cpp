@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "refusals.h"
 
 namespace qjl {
 
@@ -86,14 +87,27 @@ void over_blocks(const Operation& operation, void (*kernel)(const Operation&, Ra
     over_blocks(operation.codes, threads, [&](Range range, int) { kernel(operation, range); });
 }
 
+template <class Operation, class Work>
+int64_t run(const Operation& operation, const Work& work) {
+    if (const int64_t refused = refusal(operation)) return refused;
+    work();
+    return 0;
+}
+
 // Encoding: every worker has room of its own
 
+int64_t workers(int64_t threads) { return std::clamp<int64_t>(threads, 1, MAX_THREADS); }
+
 template <class Operation>
-void over_blocks(const Operation& operation, void (*kernel)(const Operation&, Range, float*), int64_t room,
-                 int64_t threads) {
+int64_t run_in_room(const Operation& operation, int64_t threads, void (*kernel)(const Operation&, Range, float*),
+                    int64_t (*floats)(const Operation&)) {
+    if (const int64_t refused = refusal(operation)) return refused;
+    const int64_t room = floats(operation), needed = workers(threads) * room * int64_t(sizeof(float));
+    if (operation.room_bytes < needed) return needed;
     over_blocks(operation.codes, threads, [&](Range range, int worker) {
         kernel(operation, range, operation.room + worker * room);
     });
+    return 0;
 }
 
 // The fused decode step
@@ -151,26 +165,37 @@ int qjl_select(const char* name) {
     return 1;
 }
 
-void qjl_pack(const QjlPack* operation, int64_t threads) { over_blocks(*operation, kernels().pack, threads); }
-void qjl_unpack(const QjlPack* operation, int64_t threads) { over_blocks(*operation, kernels().unpack, threads); }
-void qjl_scan(const QjlScan* operation, int64_t threads) { over_blocks(*operation, kernels().scan, threads); }
-void qjl_expand(const QjlExpand* operation, int64_t threads) { over_blocks(*operation, kernels().expand, threads); }
-
-int64_t qjl_encode_room(const QjlEncode* operation) { return kernels().encode_room(*operation); }
-int64_t qjl_encode_grid_room(const QjlEncodeGrid* operation) { return kernels().encode_grid_room(*operation); }
-
-void qjl_encode(const QjlEncode* operation, int64_t threads) {
-    over_blocks(*operation, kernels().encode, qjl_encode_room(operation), threads);
+int64_t qjl_pack(const QjlPack* operation, int64_t threads) {
+    return run(*operation, [&] { over_blocks(*operation, kernels().pack, threads); });
 }
 
-void qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads) {
-    over_blocks(*operation, kernels().encode_grid, qjl_encode_grid_room(operation), threads);
+int64_t qjl_unpack(const QjlPack* operation, int64_t threads) {
+    return run(*operation, [&] { over_blocks(*operation, kernels().unpack, threads); });
 }
 
-int64_t qjl_step_workspace(const QjlStep* step, int64_t threads) { return kernels().step_workspace(*step, threads); }
+int64_t qjl_scan(const QjlScan* operation, int64_t threads) {
+    return run(*operation, [&] { over_blocks(*operation, kernels().scan, threads); });
+}
 
-void qjl_step(const QjlStep* step, int64_t threads) {
+int64_t qjl_expand(const QjlExpand* operation, int64_t threads) {
+    return run(*operation, [&] { over_blocks(*operation, kernels().expand, threads); });
+}
+
+int64_t qjl_encode(const QjlEncode* operation, int64_t threads) {
     const Kernels& table = kernels();
+    return run_in_room(*operation, threads, table.encode, table.encode_room);
+}
+
+int64_t qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads) {
+    const Kernels& table = kernels();
+    return run_in_room(*operation, threads, table.encode_grid, table.encode_grid_room);
+}
+
+int64_t qjl_step(const QjlStep* step, int64_t threads) {
+    if (const int64_t refused = refusal(*step)) return refused;
+    const Kernels& table = kernels();
+    const int64_t needed = table.step_room(*step, workers(threads));
+    if (step->room_bytes < needed) return needed;
     const int64_t pairs = step->batch * step->heads;
     const int64_t few = worth_waking(threads, pairs, PAIRS_PER_THREAD);
     const OverItems ask{*step, table.step_ask}, packed{*step, table.step_packed}, finish{*step, table.step_finish};
@@ -178,4 +203,5 @@ void qjl_step(const QjlStep* step, int64_t threads) {
     parallel_for(pairs * step->splits, worth_waking(threads, blocks_of(*step), BLOCKS_PER_THREAD), OverItems::run,
                  &packed);
     if (!step->scores) parallel_for(pairs, few, OverItems::run, &finish);
+    return 0;
 }

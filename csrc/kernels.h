@@ -21,7 +21,7 @@ struct Kernels {
     void (*expand)(const QjlExpand&, Range);
 
     // step.inl: over one KV head, then over one split of its packed tokens, then over one KV head
-    int64_t (*step_workspace)(const QjlStep&, int64_t workers);
+    int64_t (*step_room)(const QjlStep&, int64_t workers);  // bytes
     void (*step_ask)(const QjlStep&, int64_t pair, int worker);
     void (*step_packed)(const QjlStep&, int64_t item, int worker);
     void (*step_finish)(const QjlStep&, int64_t pair, int worker);

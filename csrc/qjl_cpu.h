@@ -1,6 +1,9 @@
 // The C interface of the library: what Python calls through ctypes.
 //
 // Arrays are contiguous unless strides are given; strides count elements. `threads` is the most threads to use.
+//
+// An operation returns 0 when it is done; the bytes of `room` that it needs where it was given fewer, and nothing has
+// been done; or a negative number where its sizes do not fit each other, which qjl_refusal puts into words.
 #pragma once
 
 #include <stdint.h>
@@ -12,6 +15,19 @@
 QJL_EXPORT const char* qjl_supported();  // names that run on this machine, separated by spaces, best last
 QJL_EXPORT const char* qjl_selected();
 QJL_EXPORT int qjl_select(const char* name);  // 0, or 1 where that name does not run here
+
+// What Python compares and reads before the first call
+
+QJL_EXPORT uint64_t qjl_abi();  // of all structs (abi.cpp)
+QJL_EXPORT const char* qjl_refusal(int64_t returned);
+
+struct QjlLimits {
+    int64_t dim;      // coordinates of a part or of a group, whose places are kept in 16 bits
+    int64_t exact;    // segments of exact tokens
+    int64_t threads;  // that share the work of an operation
+};
+
+QJL_EXPORT void qjl_limits(QjlLimits* limits);
 
 // Packed codes (codes.inl): pack, unpack, scan, expand as src/qjl/ops/__init__.py tells them
 
@@ -40,10 +56,10 @@ struct QjlExpand {
     int64_t head_stride, width;
 };
 
-QJL_EXPORT void qjl_pack(const QjlPack* operation, int64_t threads);
-QJL_EXPORT void qjl_unpack(const QjlPack* operation, int64_t threads);
-QJL_EXPORT void qjl_scan(const QjlScan* operation, int64_t threads);
-QJL_EXPORT void qjl_expand(const QjlExpand* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_pack(const QjlPack* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_unpack(const QjlPack* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_scan(const QjlScan* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_expand(const QjlExpand* operation, int64_t threads);
 
 // Encoding (encode.inl, grid.inl): encode and encode_grid as src/qjl/ops/__init__.py tells them
 
@@ -100,7 +116,8 @@ struct QjlEncode {
     const float* units;    // [heads] of exact scales as uint8 logarithms; null for float16 norms times norm_factor
     float norm_factor;
     void* scales;          // [batch, heads, blocks, 64]
-    float* room;           // `qjl_encode_room` floats for each of `threads` threads, on a boundary of 64 bytes
+    float* room;           // on a boundary of 64 bytes
+    int64_t room_bytes;
 };
 
 struct QjlEncodeGrid {
@@ -111,12 +128,11 @@ struct QjlEncodeGrid {
     float clip;
     uint16_t *steps, *middles;  // float16 [batch, heads, blocks, groups, 64]
     float* room;                // as above
+    int64_t room_bytes;
 };
 
-QJL_EXPORT int64_t qjl_encode_room(const QjlEncode* operation);
-QJL_EXPORT int64_t qjl_encode_grid_room(const QjlEncodeGrid* operation);
-QJL_EXPORT void qjl_encode(const QjlEncode* operation, int64_t threads);
-QJL_EXPORT void qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_encode(const QjlEncode* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads);
 
 // The fused decode step (step.inl)
 

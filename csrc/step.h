@@ -70,6 +70,7 @@ struct QjlPages {
     const int32_t *lengths, *skip;  // [batch]
     const int64_t* origins;         // [batch]: position of token 0
     int64_t capacity, tokens;       // tokens of a page
+    int64_t count;                  // of pages in the pool
 };
 
 struct QjlStep {
@@ -89,8 +90,8 @@ struct QjlStep {
     float* out;                           // [batch][heads][rows][head_dim of the values]
     float* lse;                           // [batch][heads][rows]
     float* scores;                        // [batch][heads][rows][blocks * 64]: the scan alone; null: the whole step
-    uint8_t* workspace;
+    uint8_t* room;  // on a boundary of 64 bytes
+    int64_t room_bytes;
 };
 
-QJL_EXPORT int64_t qjl_step_workspace(const QjlStep* step, int64_t threads);  // bytes
-QJL_EXPORT void qjl_step(const QjlStep* step, int64_t threads);
+QJL_EXPORT int64_t qjl_step(const QjlStep* step, int64_t threads);

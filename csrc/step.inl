@@ -119,6 +119,6 @@ inline void finish_item(const QjlStep& s, int64_t pair, int worker) {
     Merge{s, head_of(s, pair), pair, room}.run();
 }
 
-inline int64_t workspace(const QjlStep& s, int64_t workers) { return shared_bytes(s) + workers * scratch_bytes(s); }
+inline int64_t room_bytes(const QjlStep& s, int64_t workers) { return shared_bytes(s) + workers * scratch_bytes(s); }
 
 }  // namespace step

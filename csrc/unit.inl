@@ -14,7 +14,7 @@ constexpr Kernels table_named(const char* name) {
         .unpack = codes::unpack,
         .scan = codes::scan,
         .expand = codes::expand,
-        .step_workspace = step::workspace,
+        .step_room = step::room_bytes,
         .step_ask = step::ask_item,
         .step_packed = step::packed_item,
         .step_finish = step::finish_item,

@@ -1,18 +1,21 @@
 """One vLLM engine in a process of its own: reads a job, answers its calls, tells what served them.
 
 A job is JSON: ``engine`` (what ``vllm.LLM`` takes) and ``calls``, each with ``prompts`` (token ids), ``sampling``, and
-``one_by_one`` or ``forget`` (prompts that are cached) where wanted.
+``one_by_one`` or ``forget`` (prompts that are cached) where wanted; ``without`` names what is taken away from vLLM.
 """
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 
 def main(job_path, answer_path):
-    from vllm import LLM, SamplingParams
+    from qjl.vllm.compat import LLM, SamplingParams
 
     job = json.loads(Path(job_path).read_text())
+    for home, name in job.get("without", ()):
+        delattr(import_module(home), name)
     llm = LLM(enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, seed=0, **job["engine"])
     calls = []
     for call in job["calls"]:

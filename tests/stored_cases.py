@@ -112,7 +112,7 @@ def _other_metadata(content, generator):
     header = json.loads(metadata["qjl"])
     name = generator.choice([*header, "format"])
     if name == "format":
-        metadata["format"] = f"qjl-prompt-cache-{generator.randrange(2, 100)}"
+        metadata["format"] = f"qjl-prompt-cache-{generator.randrange(3, 100)}"
     else:
         header[name] = generator.choice([None, "", generator.randrange(1000), generator.randbytes(4).hex(), [], {}])
         metadata["qjl"] = json.dumps(header)

@@ -1,13 +1,11 @@
-"""What a configuration says about its cache, and whose weights these are."""
-
-import copy
+"""What a configuration says about its cache."""
 
 import pytest
 import torch
 import transformers
 
 from models_for_tests import FAMILIES, config_of, tiny
-from qjl.architecture import LayerShape, find_rope, fingerprint, layer_shapes, text_config
+from qjl.architecture import LayerShape, find_rope, layer_shapes, text_config
 from qjl.compat import CACHE
 
 ROPES = {
@@ -155,27 +153,3 @@ def test_the_text_part_of_a_configuration():
     composite = transformers.Gemma3Config()
     assert text_config(composite) is composite.text_config
     assert layer_shapes(composite) == layer_shapes(composite.text_config)
-
-
-def test_a_fingerprint_is_of_the_weights_alone():
-    model = tiny()
-    name = fingerprint(model)
-    assert len(name) == 32
-    assert fingerprint(copy.deepcopy(model)) == fingerprint(tiny(attention="eager")) == name
-    assert fingerprint(copy.deepcopy(model).to(torch.bfloat16)) == name
-    assert fingerprint(tiny(seed=1)) != name
-    assert fingerprint(tiny("qwen2")) != name
-
-
-def test_a_fingerprint_sees_a_fine_tuned_layer():
-    model = tiny()
-    before = fingerprint(model)
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight += 0.01
-    assert fingerprint(model) != before
-
-
-def test_a_model_that_is_not_here_has_no_fingerprint():
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config_of("llama"))
-    assert fingerprint(model) is None

@@ -182,3 +182,105 @@ def test_encoders_beside_the_decoder_keep_their_attention():
     assert difference(read(model, ids, cache), reference) < 0.1
     assert model.config.text_config._attn_implementation == "eager"
     assert model.config.vision_config._attn_implementation == "eager"
+
+
+# Models whose attention is not what the interface's arguments say
+
+
+def _sized(name, **settings):
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return build(getattr(transformers, name)(**(sizes | settings)))
+
+
+def _bigbird_pegasus():
+    sizes = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+    return build(
+        transformers.BigBirdPegasusConfig(vocab_size=128, encoder_layers=2, encoder_attention_heads=4, **sizes)
+    )
+
+
+def _gpt_neo():
+    kinds = [[["global"], 2]]
+    return _sized("GPTNeoConfig", num_layers=2, num_heads=4, attention_types=kinds, intermediate_size=96)
+
+
+UNUSUAL = {
+    "diffllama": lambda: _sized("DiffLlamaConfig", num_key_value_heads=2, intermediate_size=96),
+    "bigbird_pegasus": _bigbird_pegasus,
+    "bloom": lambda: _sized("BloomConfig", n_layer=2, n_head=4),
+    "xglm": lambda: _sized("XGLMConfig", d_model=64, ffn_dim=96, num_layers=2, attention_heads=4),
+    "gpt_neo": _gpt_neo,
+    "falcon": lambda: _sized("FalconConfig", num_kv_heads=4, new_decoder_architecture=True),
+    "jetmoe": lambda: _sized("JetMoeConfig", num_key_value_heads=2, kv_channels=16, num_local_experts=2),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_an_unusual_attention_reads_what_it_wrote(family, batch):
+    """In one prompt, in chunks and token by token; values that are changed after they were cached, ALiBi, own masks."""
+    model = UNUSUAL[family]()
+    ids = torch.cat([prompt(214, seed=seed) for seed in range(batch)])
+    for sizes in ((150, 60), (64, 64, 64)):
+        reference = exact(model, ids, sizes)
+        cache = qjl.KVCache(model, "full")
+        torch.testing.assert_close(read(model, ids, cache, sizes), reference, atol=3e-5, rtol=1e-4)
+        assert cache.cores[-1].packed_tokens == [128] * batch
+    coded = read(model, ids, qjl.KVCache(model, "kivi-4"), (150, 60))
+    assert difference(coded, reference) < 0.2
+
+
+@pytest.mark.parametrize("family", ["diffllama", "bigbird_pegasus"])
+def test_statistics_come_from_an_unusual_attention_too(family):
+    model, ids = UNUSUAL[family](), prompt(300)
+    cache = qjl.KVCache(model, "b3")
+    assert difference(read(model, ids, cache), exact(model, ids)) < 0.5
+    assert cache.cores[-1].packed_tokens == [256]
+
+
+def test_dropout_and_gradients_are_the_models_own_with_a_cache_made_before():
+    for family in ("llama", "gemma2", "gpt-oss"):
+        gradients = []
+        for has_cache in (False, True):
+            model = tiny(family, attention_dropout=0.1)
+            if has_cache:
+                qjl.KVCache(model, "full")
+            torch.manual_seed(0)
+            model.train()(input_ids=prompt(40), labels=prompt(40), use_cache=False).loss.backward()
+            gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert gradients[0].keys() == gradients[1].keys()
+        for name, gradient in gradients[0].items():
+            assert (gradient is None) == (gradients[1][name] is None)
+            assert gradient is None or gradient.equal(gradients[1][name])
+
+
+def test_padding_of_the_text_is_none_of_cross_attentions():
+    """Mllama's gates are opened, without which an image counts for nothing."""
+    text = config_of("llama", layers=3).to_dict() | {"cross_attention_layers": [1], "model_type": "mllama_text_model"}
+    text |= {"hidden_size": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "vocab_size": 128}
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "max_num_tiles": 1, "intermediate_size": 32, "vision_output_dim": 64}
+    config = transformers.MllamaConfig(
+        text_config=text,
+        vision_config=vision | {"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]},
+        image_token_index=7,
+    )
+    torch.manual_seed(0)
+    model = transformers.MllamaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name:
+                parameter.fill_(1)
+    batch = left_padded([prompt(30), prompt(12, seed=1)])
+    states = torch.randn(2, 5, 128)
+    results = []
+    for make in (lambda: DynamicCache(config=model.config), lambda: qjl.KVCache(model, "full")):
+        cache = make()
+        with torch.no_grad():
+            mask = torch.ones(2, 30, 1, 1, dtype=torch.long)
+            first = model(**batch, cross_attention_states=states, cross_attention_mask=mask, **cache_argument(cache))
+        results.append(first.logits)
+    torch.testing.assert_close(results[1], results[0], atol=2e-5, rtol=1e-4)
+    assert [layer.has_text for layer in cache.quantized_layers] == [True, False, True]
+    assert cache.cores[1].padding == [0, 0]
+    assert cache.cores[2].padding == [0, 18]

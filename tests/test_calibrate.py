@@ -9,8 +9,8 @@ from transformers import BatchEncoding
 import qjl
 from models_for_tests import VOCABULARY, difference, exact, generate, packed_bytes, prompt, read, tiny
 from qjl import ops, wheels
-from qjl.architecture import fingerprint
 from qjl.calibrate import calibrate, measure
+from qjl.fingerprints import fingerprint
 from qjl.hf import statistics_path
 from qjl.statistics import StatisticsFile
 
@@ -45,7 +45,7 @@ def test_the_file_is_named_by_the_weights_and_lies_in_the_cache_folder(folder):
         assert torch.linalg.eigvalsh(layer.query_moment).min() > -1e-4
 
 
-@pytest.mark.parametrize("attention", ["qjl", "sdpa"])
+@pytest.mark.parametrize("attention", ["sdpa"])
 def test_caches_use_it_without_waiting(attention, caplog):
     calibrate(tiny(), ByteTokenizer(), TEXT)
     model = tiny()

@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AttentionInterface, DynamicCache
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import qjl
@@ -57,7 +56,7 @@ def model(tokenizer):
 def disturbed_logits(model, ids, layer, key_error, value_error):
     """What the model says if this layer's tokens are read with errors from the window on: written apart from ours."""
 
-    def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
+    def attention(own, module, query, key, value, mask, scaling=None, dropout=0.0, **kwargs):
         group = query.shape[1] // key.shape[1]
         near, far = (key, value), (key + key_error, value + value_error)
         if module.layer_idx != layer:
@@ -74,9 +73,7 @@ def disturbed_logits(model, ids, layer, key_error, value_error):
             out[:, :, t] = (weights @ values)[:, :, 0]
         return out.transpose(1, 2), None
 
-    AttentionInterface.register("qjl-test-disturbed", attention)
-    AttentionMaskInterface.register("qjl-test-disturbed", sdpa_mask)
-    with hf.attention_set_to(model, "qjl-test-disturbed"), torch.no_grad():
+    with hf.attention_watched(model, attention), torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits.double()
 
 
@@ -361,6 +358,14 @@ def test_a_choice_is_kept(model, tokenizer, short, cache_folder, monkeypatch):
     choose(tiny(vocab_size=len(tokenizer), layers=3, seed=1), tokenizer, 2.5, TEXT)
     assert len(list((cache_folder / "choices").iterdir())) == 4
     assert [entry.name for entry in cache_folder.iterdir()] == ["choices"]
+
+
+def test_a_choice_for_a_model_without_a_name_is_not_kept_and_says_why(model, tokenizer, short, cache_folder, caplog):
+    hook = model.model.layers[0].register_forward_hook(lambda module, args, output: None)
+    qjl.choose(model, tokenizer, 2.5)
+    hook.remove()
+    assert not (cache_folder / "choices").exists()
+    assert "model.layers.0 has a forward hook of test_choice, which may change what it computes" in caplog.text
 
 
 def test_a_failed_choice_leaves_no_file(model, tokenizer, short, cache_folder, monkeypatch):

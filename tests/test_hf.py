@@ -1,9 +1,11 @@
 """The cache in transformers: every way to generate, what it costs in memory, and what users may do around it."""
 
 import copy
+import gc
 import logging
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -682,3 +684,81 @@ def test_handles_look_like_tensors(model):
     assert "keys of layer 0, 201 tokens" in repr(keys)
     assert (keys * 1)[:, :, -1].equal(fresh[:, :, 0])
     assert (keys + values).equal(cache.layers[0].keys + cache.layers[0].values)
+
+
+# What transformers' own caches can do
+
+
+def test_a_cache_is_iterated_as_a_dynamic_cache_is(model):
+    caches = qjl.KVCache(model, "full"), DynamicCache(config=model.config)
+    for cache in caches:
+        assert [layer[0] for layer in cache] == [None, None]
+        read(model, prompt(200), cache, sizes=(200,))
+    for ours, theirs in zip(*caches, strict=True):
+        assert len(ours) == len(theirs) == 3
+        torch.testing.assert_close(ours[0], theirs[0])
+        torch.testing.assert_close(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [(0, 2), [0, 2], torch.tensor([0, 2]), torch.tensor([True, False, True]), slice(0, None, 2), range(0, 3, 2)],
+    ids=str,
+)
+def test_rows_are_selected_by_all_that_selects_rows_of_a_tensor(model, indices):
+    rows = torch.cat([prompt(200, seed=seed) for seed in range(3)])
+    cache = qjl.KVCache(model, "full")
+    read(model, rows, cache, sizes=(200,))
+    expected = cache.layers[0].keys[[0, 2]]
+    cache.batch_select_indices(indices)
+    assert cache.layers[0].keys.equal(expected)
+
+
+@pytest.mark.parametrize("preset", ["full", "b3"])
+def test_a_pickle_is_refused_by_naming_save(model, preset, refuses, tmp_path):
+    cache = qjl.KVCache(model, preset)
+    result = generated(model, prompt(), cache=cache)
+    for thing in (cache, result, cache.layers[0], [cache.cores[0]]):
+        with refuses("cache.save(path)"):
+            pickle.dumps(thing)
+    with refuses("cache.save(path)"):
+        torch.save(cache, tmp_path / "cache.pt")
+    twin = copy.copy(cache)
+    assert twin.layers is cache.layers
+
+
+@pytest.mark.parametrize("how", ["cache", "enable", "generate", "disable"])
+def test_a_deleted_model_is_freed_at_once(how):
+    model = tiny()
+    if how == "cache":
+        read(model, prompt(), qjl.KVCache(model, "b3"))
+    else:
+        qjl.enable(model, "b3")
+    if how == "generate":
+        generate(model, prompt())
+    if how == "disable":
+        qjl.disable(model)
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_continuous_batching_is_as_it_was():
+    model = tiny()
+    settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [prompt(60)[0].tolist(), prompt(30, seed=1)[0].tolist()]
+
+    def texts():
+        return [row.generated_tokens for row in model.generate_batch(prompts, generation_config=settings).values()]
+
+    expected = texts()
+    cache = qjl.KVCache(model, "b3")
+    assert texts() == expected
+    del cache
+    qjl.enable(model, "b3")
+    assert texts() == expected

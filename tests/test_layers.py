@@ -19,7 +19,7 @@ FLOORS = (
     ("hf", "vllm"),
     ("stored",),
     ("models", "texts", "records", "machine"),
-    ("architecture", "attention"),
+    ("architecture", "attention", "fingerprints", "gguf_metadata"),
     ("cache",),
     ("exact", "runs"),
     ("presets", "trees"),
@@ -27,7 +27,7 @@ FLOORS = (
     ("statistics", "trellis"),
     ("codebook", "sketch"),
     ("ops", "rope"),
-    ("packed", "wheels", "compat"),
+    ("packed", "wheels", "modes", "compat", "copies"),
     ("errors",),
 )
 HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}
@@ -47,7 +47,7 @@ ABOVE_MODELS = {
     "demo",
     "cli",
 }
-KNOW_TRANSFORMERS = {"compat", "architecture", "models"} | ABOVE_MODELS
+KNOW_TRANSFORMERS = {"compat", "architecture", "fingerprints", "gguf_metadata", "models"} | ABOVE_MODELS
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import http.client
 import json
 import logging
 import os
+import random
 import re
 import shlex
 import signal
@@ -22,6 +24,9 @@ import openai
 import pytest
 import torch
 import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders
 from typer.testing import CliRunner
 
 import tiny_checkpoint
@@ -37,10 +42,12 @@ from qjl.serving import server, vllm
 from qjl.serving.app import Limits, Service, build
 from qjl.serving.engine import CHUNK, Engine, Job, fit_codecs
 from qjl.serving.metrics import Metrics
+from qjl.serving.protocol import _CHANGE_NOTHING, _ONLY, ChatRequest, CompletionRequest
 from qjl.serving.rows import read, rows_in
 from qjl.serving.sampling import Choice, Chooser
-from qjl.serving.writing import PATIENCE, Writer
+from qjl.serving.writing import Writer
 from qjl.vllm.model import ServedModel
+from test_writing import ALL, decoded, until, word_level
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "b3"
@@ -207,13 +214,6 @@ def test_characters_come_whole(tokenizer):
     assert not any("\ufffd" in piece for piece in found)
 
 
-def test_bytes_that_never_become_a_character_are_written(tokenizer):
-    broken = tokenizer("é").input_ids[0]
-    writer = Writer(tokenizer)
-    written = [writer.write(broken) for _ in range(2 * PATIENCE)]
-    assert "".join(written) == "\ufffd" * 2 * PATIENCE
-
-
 @pytest.mark.parametrize(
     ("stops", "expected"),
     [(["END"], "one ENtwo "), (["EN"], "one "), (["zzz"], "one ENtwo END three"), (["three", "o E"], "one ENtw")],
@@ -345,6 +345,58 @@ def test_an_answer_ends_at_a_stop_string(client):
     assert answer.usage.completion_tokens < 60
 
 
+SCRIPTS = 8
+
+
+class Scripted:
+    """In place of a chooser: writes the tokens of the script that the seed names."""
+
+    scripts = ()
+
+    def __init__(self, choice):
+        self.tokens = iter(self.scripts[choice.seed])
+
+    def __call__(self, logits):
+        return next(self.tokens)
+
+
+@pytest.mark.parametrize("name", ["bytes", "metaspace, first", "llama", "words", "suffixes", "a string across tokens"])
+def test_a_stream_and_an_answer_are_the_tokenizers_text(monkeypatch, name):
+    """The tokens are random ones; each script also ends at a string that is in its text, if it has any."""
+    chance, words = random.Random(name), ALL[name]
+    words.chat_template = "<think>"
+    scripts = [[chance.randrange(len(words)) for _ in range(chance.randrange(1, 40))] for _ in range(SCRIPTS)]
+    monkeypatch.setattr(Scripted, "scripts", scripts)
+    monkeypatch.setattr(engine_module, "Chooser", Scripted)
+    with serving(tiny(vocab_size=len(words)), words, preset="full") as (url, _):
+        client = client_of(url)
+        for seed, tokens in enumerate(scripts):
+            text = decoded(words, tokens)
+            start = chance.randrange(len(text) + 1)
+            for stop in filter(None, {"never there", text[start : start + 3]}):
+                settings = {"tokens": len(tokens), "seed": seed, "stop": [stop]}
+                expected = (until(text, [stop]), "stop" if stop in text else "length")
+                answer = complete(client, [1], **settings).choices[0]
+                assert (answer.text, answer.finish_reason) == expected
+                *_, last = chunks = [one.choices[0] for one in complete(client, [1], stream=True, **settings)]
+                assert ("".join(one.text for one in chunks), last.finish_reason) == expected
+                chat = ask(client, **settings).choices[0]
+                assert (chat.message.content, chat.finish_reason) == expected
+                *_, last = chunks = [one.choices[0] for one in ask(client, stream=True, **settings)]
+                assert ("".join(one.delta.content or "" for one in chunks), last.finish_reason) == expected
+
+
+def test_events_are_lines_for_every_client(monkeypatch):
+    """Some end a line at other characters than newlines too."""
+    words = word_level(["a", "\u2028", "\x85", "\x0c"], decoders.Fuse())
+    monkeypatch.setattr(Scripted, "scripts", [[0, 1, 2, 3]])
+    monkeypatch.setattr(engine_module, "Chooser", Scripted)
+    with serving(tiny(vocab_size=len(words)), words, preset="full") as (url, _):
+        body = post(url, prompt=[0], seed=0, stream=True).content.decode()
+    events = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == "a\u2028\x85\x0c"
+
+
 def test_an_answer_ends_with_the_end_token(model, tokenizer):
     token = int(make_next(model, tokenizer("Hello").input_ids))
     ending = copy.deepcopy(tokenizer)
@@ -450,24 +502,54 @@ def test_an_unknown_model_is_not_found(client):
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
-        ({"n": 2}, None, "n = 2 is not supported"),
-        ({"logprobs": 3}, None, "logprobs = 3 is not supported"),
-        ({"logprobs": 0}, None, "logprobs = 0 is not supported"),  # those of the tokens written
-        ({"prompt": [1, "a"]}, "prompt", "prompt: "),
-        ({"best_of": 2}, None, "best_of"),
-        ({"echo": True}, None, "echo"),
-        ({"presence_penalty": 0.5}, None, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, None, "logit_bias"),
+        ({"n": 2}, "n", "n = 2 is not supported here: leave n out."),
+        ({"logprobs": 3}, "logprobs", "logprobs = 3 is not supported"),
+        ({"logprobs": 0}, "logprobs", "logprobs = 0 is not supported"),  # those of the tokens written
+        ({"prompt": [1, "a"]}, "prompt", "prompt: 'a' is no token: give integers."),
+        ({"prompt": [True]}, "prompt", "True is no token: give integers"),
+        ({"prompt": {}}, "prompt", "prompt: give a text, or a list of tokens."),
+        ({"best_of": 2}, "best_of", "best_of"),
+        ({"echo": True}, "echo", "echo"),
+        ({"echo": 0}, "echo", "echo"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty", "repetition_penalty = 1.1 is not supported"),
+        ({"top_k": 40}, "top_k", "top_k = 40 is not supported here: leave top_k out."),
+        ({"min_p": 0.05}, "min_p", "min_p"),
+        ({"ignore_eos": True}, "ignore_eos", "ignore_eos"),
+        ({"stop_token_ids": [5]}, "stop_token_ids", "stop_token_ids"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "skip_special_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools"),
+        ({"tool_choice": "required"}, "tool_choice", "tool_choice"),
+        ({"web_search_options": {}}, "web_search_options", "web_search_options"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats", "leave"),
         ({"prompt": ["one", "two"]}, "prompt", "one at a time"),
+        ({"prompt": [[1], [2]]}, "prompt", "one at a time"),
+        ({"prompt": ["one", 2]}, "prompt", "one at a time"),
+        ({"prompt": [[[1]]]}, "prompt", "is no token"),
+        ({"prompt": [2**70]}, "prompt", "must be from 0"),
+        ({"prompt": []}, None, "empty"),
+        ({"prompt": [[]]}, None, "empty"),
         ({"prompt": ""}, None, "empty"),
         ({"prompt": [1, 99999]}, "prompt", "must be from 0"),
-        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"max_tokens": 257}, "max_tokens", "257 tokens were asked for and the most here is 256"),
+        ({"max_tokens": 0}, "max_tokens", "give 1 or more, or -1 for as long as there is room"),
+        ({"max_tokens": -3}, "max_tokens", "-3 is no length"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "0 is no length"),
+        ({"max_tokens": 2.5}, "max_tokens", "integer"),
+        ({"max_tokens": True}, "max_tokens", "true is no number"),
+        ({"max_tokens": "many"}, "max_tokens", "integer"),
+        ({"temperature": False}, "temperature", "false is no number"),
+        ({"seed": [1]}, "seed", "integer"),
+        ({"stream": "perhaps"}, "stream", "boolean"),
+        ({"stop": [1]}, "stop.0", "string"),
+        ({"stop": {}}, "stop", "list"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "hot"}, "temperature", "number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
-        ({"temprature": 1}, "temprature", "not permitted"),
+        ({"temprature": 1}, "temprature", "not permitted: leave it out"),
+        ({"prompt": None}, "prompt", "is missing: give it"),
     ],
 )
 def test_what_is_not_built_or_not_right_is_said(url, fields, param, says):
@@ -478,15 +560,186 @@ def test_what_is_not_built_or_not_right_is_said(url, fields, param, says):
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
 
 
-def test_settings_that_change_nothing_are_taken(url):
-    fields = {"n": 1, "logprobs": None, "user": "me", "presence_penalty": 0, "logit_bias": {}, "stop": None}
-    assert post(url, **fields).status_code == 200
+CHANGES_NOTHING = [
+    {"n": 1, "logprobs": None, "user": "me", "presence_penalty": 0, "logit_bias": {}, "stop": None},
+    *({"n": 1.0}, {"best_of": 1}, {"echo": False}, {"suffix": ""}, {"logprobs": False}, {"top_logprobs": 0}),
+    *({"top_k": -1}, {"top_k": 0}, {"min_p": 0}, {"min_p": 0.0}, {"typical_p": 1}, {"tfs_z": 1.0}, {"mirostat": 0}),
+    *({"repetition_penalty": 1.0}, {"repeat_penalty": 1}, {"frequency_penalty": 0.0}, {"presence_penalty": -0.0}),
+    *({"length_penalty": 1.0}, {"ignore_eos": False}, {"skip_special_tokens": True}, {"use_beam_search": False}),
+    *({"min_tokens": 0}, {"stop": ""}, {"stop": []}, {"stop": [""]}, {"stop_token_ids": []}, {"bad_words": []}),
+    *({"include_stop_str_in_output": False}, {"spaces_between_special_tokens": True}, {"add_generation_prompt": True}),
+    *({"tools": [], "tool_choice": None}, {"tools": None, "tool_choice": "auto"}, {"tool_choice": "none"}),
+    *({"functions": []}, {"function_call": None}, {"parallel_tool_calls": True}, {"response_format": {"type": "text"}}),
+    *({"verbosity": "low"}, {"reasoning_effort": "none"}, {"reasoning_effort": None}, {"web_search_options": None}),
+    *(
+        {"prompt_cache_retention": "24h"},
+        {"prompt_cache_key": "a"},
+        {"prediction": {"type": "content", "content": "a"}},
+    ),
+    *({"store": True}, {"metadata": {}}, {"service_tier": "auto"}, {"safety_identifier": "a"}, {"user": None}),
+    *({"num_ctx": 4096}, {"keep_alive": "5m"}, {"cache_prompt": True}, {"chat_template_kwargs": {}}, {"options": {}}),
+    *(
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"modalities": ["text"]},
+        {"audio": None},
+        {"anything": None},
+    ),
+    *(
+        {"stream_options": {"include_usage": True}},
+        {"stream_options": {"include_usage": None}},
+        {"stream_options": None},
+    ),
+    *({"stream_options": {"continuous_usage_stats": False, "include_obfuscation": True}}, {"seed": 5}, {"seed": None}),
+    *({"temperature": "0"}, {"temperature": -0.0}, {"max_tokens": 4.0}, {"max_tokens": "4"}, {"stream": "false"}),
+    *({"max_completion_tokens": 4}, {"max_tokens": None, "max_completion_tokens": 4}, {"max_completion_tokens": 9000}),
+    *({"max_tokens": 9000, "max_completion_tokens": 4}, {"max_tokens": -1, "max_completion_tokens": 4}),
+    *({"model": None}, {"model": ""}, {"top_p": 1}, {"top_p": "1.0"}),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(url):
+    """Answers to requests that say no more than they must."""
+    return {path: answer_of(post(url, path, **ASKED[path])) for path in ASKED}
+
+
+ASKED = {
+    "/v1/completions": {},
+    "/v1/chat/completions": {"prompt": None, "messages": [{"role": "user", "content": "Hello"}]},
+}
+
+
+def answer_of(response):
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    return answer["choices"], answer["usage"], answer["model"]
+
+
+@pytest.mark.parametrize("fields", CHANGES_NOTHING, ids=str)
+@pytest.mark.parametrize("path", ASKED)
+def test_settings_that_change_nothing_are_taken(url, plain, path, fields):
+    assert answer_of(post(url, path, **ASKED[path] | fields)) == plain[path]
+
+
+def test_a_model_need_not_be_named(url, plain):
+    body = {"prompt": "Hello", "max_tokens": 4, "temperature": 0}
+    assert answer_of(httpx2.post(f"{url}/v1/completions", json=body, timeout=LONGEST)) == plain["/v1/completions"]
+
+
+@pytest.mark.parametrize("wanted", [-1, -2, 256, 257, 4096, 32000, 10**30])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("path", ASKED)
+def test_an_answer_is_as_long_as_is_wanted_and_there_is_room(url, path, name, wanted):
+    fields = ASKED[path] | {"max_tokens": None, name: wanted}
+    choices, usage, _ = answer_of(post(url, path, **fields))
+    assert (usage["completion_tokens"], choices[0]["finish_reason"]) == (256, "length")
+
+
+def test_the_smaller_of_two_lengths_holds(url):
+    lengths = [
+        answer_of(post(url, max_tokens=one, max_completion_tokens=other))[1]["completion_tokens"]
+        for one, other in ((3, 5), (5, 3), (-1, 3), (3, -1), (9000, 3))
+    ]
+    assert lengths == [3] * 5
+
+
+@pytest.mark.parametrize("wanted", [7, 20, -1])
+def test_an_answer_ends_with_the_context(model, tokenizer, wanted):
+    with serving(model, tokenizer, Limits("tiny", context=50)) as (url, _):
+        _, usage, _ = answer_of(post(url, prompt="a" * 43, max_tokens=wanted))
+    assert usage == {"prompt_tokens": 43, "completion_tokens": 7, "total_tokens": 50}
+
+
+SENT_BACK = {"role": "assistant", "content": "Hi"}
+SAME_MESSAGES = [
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]},
+    {"role": "user", "content": [{"type": "input_text", "text": "H"}, "i"]},
+    {"role": "user", "content": [{"text": "Hi"}], "cache_control": {"type": "ephemeral"}},
+    {"role": "user", "content": "Hi", "name": "me", "id": "1", "type": "message"},
+    *(
+        SENT_BACK | more
+        for more in (
+            *({}, {"refusal": None, "annotations": [], "audio": None, "tool_calls": [], "function_call": None}),
+            *({"reasoning_content": "they greet"}, {"reasoning": "they greet"}, {"reasoning_details": [{"a": 1}]}),
+            *({"thinking_blocks": []}, {"provider_specific_fields": {}}, {"prefix": False}, {"tool_calls": None}),
+            *({"content": [{"type": "output_text", "text": "Hi", "annotations": []}]}, {"anything": None}),
+            *({"content": None, "refusal": "Hi"}, {"content": [{"type": "refusal", "refusal": "Hi"}]}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("message", SAME_MESSAGES, ids=str)
+def test_messages_are_taken_as_clients_send_them(url, message):
+    """The template of the tests shows roles and contents alone."""
+    answers = [
+        answer_of(
+            post(url, "/v1/chat/completions", prompt=None, messages=[*messages, {"role": "user", "content": "a"}])
+        )
+        for messages in ([message], [{"role": message["role"], "content": "Hi"}])
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    "message", [{"content": None}, {}, {"content": ""}, {"content": []}, {"content": [{"text": ""}]}]
+)
+def test_an_assistant_may_have_said_nothing(url, tokenizer, message):
+    messages = [{"role": "assistant", **message}]
+    _, usage, _ = answer_of(post(url, "/v1/chat/completions", prompt=None, messages=messages))
+    assert usage["prompt_tokens"] == len(tokenizer("[assistant] <end>[assistant] ").input_ids)
+
+
+def test_templates_are_told_what_they_know(model, tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}{{ m.name }}|{{ m.reasoning_content }}|{{ m.content }}{% endfor %}"
+        "{{ reasoning_effort }}{{ enable_thinking }}"
+    )
+    message = {"role": "assistant", "content": "Hi", "name": "me", "reasoning": "they greet"}
+    fields = {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
+    with serving(model, thinking) as (url, _):
+        _, usage, _ = answer_of(post(url, "/v1/chat/completions", prompt=None, messages=[message], **fields))
+    assert usage["prompt_tokens"] == len(tokenizer("me|they greet|HihighFalse").input_ids)
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "says"),
+    [
+        ("{{ messages }}", {"reasoning_effort": "high"}, "tiny knows no reasoning_effort: leave it out"),
+        ("{{ enable_thinking }}", {"reasoning_effort": "none"}, "by chat_template_kwargs"),
+        ("a", {"chat_template_kwargs": {"chat_template": "b"}}, "cannot have chat_template: leave chat_template out"),
+        ("a", {"chat_template_kwargs": {"self": 1}}, "cannot have self"),
+        ("{{ 1 // number }}", {"chat_template_kwargs": {"number": 0}}, "the chat template refuses"),
+        ("{{ number + 1 }}", {"chat_template_kwargs": {"number": "a"}}, "the chat template refuses"),
+        ("{{ number.a.b }}", {"chat_template_kwargs": {"conversations": 1}}, "the chat template refuses"),
+    ],
+)
+def test_what_a_template_does_not_know_is_refused(model, tokenizer, template, fields, says):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with serving(model, other) as (url, _):
+        response = post(url, "/v1/chat/completions", prompt=None, messages=[SENT_BACK], **fields)
+    assert response.status_code == 400
+    assert says in response.json()["error"]["message"]
+
+
+NO_JSON = "the body is no JSON object: send one, as application/json."
+
+
+@pytest.mark.parametrize(
+    "body", ["{", "[]", '"text"', "", "3", "null", "prompt=Hello", '{"prompt": "a",}', "{'prompt': 'a'}"]
+)
+def test_a_body_that_is_no_object_is_refused_by_one_sentence(url, body):
+    status, answer = send(url, body.encode())
+    assert (status, answer["error"]["message"], answer["error"]["param"]) == (400, NO_JSON, None)
 
 
 @pytest.mark.parametrize(
     "body",
     [
-        *("{", "[]", '"text"', "", "\xff", "[" * 9000),
+        *("\xff", "[" * 9000, '{"prompt": "a", "seed": ' + "9" * 5000 + "}", '{"prompt": "a", "max_tokens": 1e999}'),
         '{"model": "tiny", "prompt": "Hello", "temperature": NaN}',
         '{"model": "tiny", "prompt": "half a character: \\ud83e"}',
     ],
@@ -499,27 +752,90 @@ def test_a_body_that_is_no_request_is_refused(url, body):
 
 
 @pytest.mark.parametrize(
-    "message", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"role": "robot"}, {}]
+    ("message", "param", "says"),
+    [
+        (
+            {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "content",
+            "type 'image_url' are not supported",
+        ),
+        ({"content": [{"type": "text"}]}, "content", "has no text"),
+        ({"content": [{"type": "text", "text": 3}]}, "content", "has no text"),
+        ({"content": [{"type": ["text"], "text": "a"}]}, "content", "not supported"),
+        ({"content": [{"type": "text", "text": "a", "image": "b"}]}, "content", "'image' of a part is not supported"),
+        ({"content": [3]}, "content", "send texts"),
+        ({"content": 3}, "content", "string"),
+        ({"content": {}}, "content", "string"),
+        ({"content": None}, "content", "is missing"),
+        ({"content": "a", "weather": "b"}, "weather", "not permitted"),
+        ({"content": "a", "reasoning_content": 3, "role": "assistant"}, "reasoning_content", "string"),
+        ({"content": "a", "tool_calls": [{"id": "1"}], "role": "assistant"}, "tool_calls", "messages.0: tool_calls"),
+        ({"content": None, "function_call": {"name": "a"}, "role": "assistant"}, "function_call", "function_call"),
+        ({"content": "a", "prefix": True, "role": "assistant"}, "prefix", "leave prefix out"),
+        ({"content": "3", "role": "tool", "tool_call_id": "1"}, "role", "'assistant'"),
+        ({"content": "3", "role": "robot"}, "role", "'assistant'"),
+        ({"content": "3", "role": None}, "role", "is missing"),
+        ({"content": "\ud83e"}, "content", "half a character"),
+        (3, None, "dictionary"),
+    ],
+    ids=str,
 )
-def test_messages_of_other_kinds_are_refused(url, message):
-    response = httpx2.post(f"{url}/v1/chat/completions", json={"model": "tiny", "messages": [message]})
+def test_messages_of_other_kinds_are_refused(url, message, param, says):
+    if isinstance(message, dict):
+        message = {"role": "user"} | message
+    body = json.dumps({"model": "tiny", "messages": [message]})
+    response = httpx2.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
-    assert response.json()["error"]["param"].startswith("messages.0")
+    error = response.json()["error"]
+    assert error["param"] == ".".join(filter(None, ["messages.0", param]))
+    assert says in error["message"]
+    assert len(error["message"]) < 300
+
+
+VALUES = st.recursive(
+    st.sampled_from(
+        [None, True, False, -1, 0, 1, 4, 0.5, 1e300, 10**30, "", "a", "0.5", "\x00", "true", "user", "text"]
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["role", "content", "type", "text", "include_usage", "a"]), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+NAMES = sorted([*CompletionRequest.model_fields, *ChatRequest.model_fields, *_ONLY, *_CHANGE_NOTHING, "another"])
+
+
+@given(st.sampled_from(sorted(ASKED)), st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3))
+@settings(max_examples=100)
+def test_whatever_is_sent_is_answered_or_refused_by_one_sentence(url, path, fields):
+    response = post(url, path, **{"max_tokens": 1} | ASKED[path] | fields)
+    if response.status_code == 200:
+        return
+    error = response.json()["error"]
+    assert response.status_code in (400, 404)
+    assert error["type"] == "invalid_request_error"
+    assert "\n" not in error["message"]
+    assert 10 < len(error["message"]) < 300
+
+
+def test_a_conversation_without_messages_is_refused(url):
+    error = post(url, "/v1/chat/completions", prompt=None, messages=[]).json()["error"]
+    assert (error["param"], error["message"]) == ("messages", "messages: is empty: give at least one.")
 
 
 def test_a_prompt_beyond_the_context_names_both_numbers(url):
-    response = post(url, prompt="a" * (tiny_checkpoint.CONTEXT - 3))
+    response = post(url, prompt="a" * tiny_checkpoint.CONTEXT)
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
     assert f"{tiny_checkpoint.CONTEXT} tokens" in error["message"]
-    assert f"{tiny_checkpoint.CONTEXT - 3} tokens" in error["message"]
-    assert post(url, prompt="a" * (tiny_checkpoint.CONTEXT - 4)).status_code == 200
+    assert f"has {tiny_checkpoint.CONTEXT} tokens" in error["message"]
+    assert post(url, prompt="a" * (tiny_checkpoint.CONTEXT - 1)).status_code == 200
 
 
 def test_a_context_may_be_shortened(model, tokenizer):
     with serving(model, tokenizer, Limits("tiny", context=50)) as (url, _):
-        assert post(url, prompt="a" * 46).status_code == 200
-        assert post(url, prompt="a" * 47).status_code == 400
+        assert post(url, prompt="a" * 49).status_code == 200
+        assert post(url, prompt="a" * 50).status_code == 400
         chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": None, "temperature": 0}
         answer = httpx2.post(f"{url}/v1/chat/completions", json=chat, timeout=LONGEST).json()
         assert answer["usage"]["total_tokens"] == 50
@@ -535,10 +851,81 @@ def test_a_body_that_is_too_large_is_refused(url, is_chunked):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_other_addresses_and_methods_are_refused_in_the_same_form(url):
-    for response, status in ((httpx2.get(f"{url}/v2"), 404), (httpx2.get(f"{url}/v1/completions"), 405)):
-        assert response.status_code == status
-        assert response.json()["error"]["message"]
+@pytest.mark.parametrize(
+    ("method", "path", "status", "says"),
+    [
+        ("GET", "/v2", 404, "there is no '/v2' here: use one of /v1/chat/completions"),
+        ("POST", "/chat/completions", 404, "use one of /v1/chat/completions"),
+        ("POST", "/v1/v1/completions", 404, "there is no"),
+        ("POST", "/v1/embeddings", 404, "there is no"),
+        ("GET", "/", 404, "there is no '/' here"),
+        ("GET", "/v1/models/%00%ff", 404, "does not exist here"),
+        ("GET", "/v1/completions", 405, "GET is not for /v1/completions: use POST."),
+        ("OPTIONS", "/v1/completions", 405, "OPTIONS is not for /v1/completions: use POST."),
+        ("DELETE", "/v1/models/tiny", 405, "use GET, HEAD."),
+    ],
+)
+def test_other_addresses_and_methods_are_refused_in_the_same_form(url, method, path, status, says):
+    response = httpx2.request(method, url + path)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert says in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v2"), ("GET", "/v1/completions"), ("POST", "/v1/models/")])
+@pytest.mark.parametrize("host", ["[", "", "a b"])
+def test_a_host_that_is_none_is_refused_in_the_same_form(url, method, path, host):
+    response = httpx2.request(method, url + path, headers={"Host": host})
+    assert response.status_code in (404, 405)
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["//v1/completions", "/v1/completions/", "/v1//completions//", "///v1/completions"])
+def test_slashes_that_are_too_many_do_no_harm(url, plain, path):
+    assert answer_of(post(url, path)) == plain["/v1/completions"]
+    assert httpx2.get(f"{url}//v1/models/").json() == httpx2.get(f"{url}/v1/models").json()
+    assert httpx2.get(f"{url}/v1/models/tiny/?a=b").json()["id"] == "tiny"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny", "/health", "/metrics"])
+def test_what_can_be_read_can_be_asked_for_its_head(url, path):
+    response = httpx2.head(url + path)
+    assert (response.status_code, response.content) == (200, b"")
+
+
+JSON_TYPES = [
+    *(None, "application/json", "application/json; charset=utf-8", "text/plain", "application/octet-stream"),
+    *("application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "nonsense", ""),
+]
+
+
+def send(url, content, kind="application/json", **headers):
+    """Through the socket's own client, which adds no headers."""
+    connection = http.client.HTTPConnection("127.0.0.1", httpx2.URL(url).port, timeout=LONGEST)
+    with contextlib.closing(connection):
+        given = headers if kind is None else headers | {"Content-Type": kind}
+        connection.request("POST", "/v1/completions", content, given)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+BODY = json.dumps({"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0}).encode()
+
+
+@pytest.mark.parametrize("kind", JSON_TYPES)
+def test_json_is_json_however_it_is_declared(url, plain, kind):
+    for body in (BODY, b"\xef\xbb\xbf" + BODY, BODY.decode().encode("utf-16"), b" \n" + BODY + b"\n"):
+        status, answer = send(url, body, kind)
+        assert status == 200, answer
+        assert answer["choices"] == plain["/v1/completions"][0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in JSON_TYPES if "json" not in (kind or "")])
+def test_a_page_cannot_ask_past_its_browser(url, kind):
+    """Requests of such types are sent without asking whether the page may."""
+    status, answer = send(url, BODY, kind, Origin="https://elsewhere.example")
+    assert (status, answer["error"]["message"]) == (400, NO_JSON)
 
 
 def test_a_model_without_a_chat_template_says_what_to_do(model, tokenizer):
@@ -564,8 +951,119 @@ def test_a_key_is_wanted_where_there_is_one(model, tokenizer):
         assert httpx2.get(f"{url}/v1/models").status_code == 401
         assert httpx2.get(f"{url}/metrics").status_code == 401
         assert httpx2.get(f"{url}/health").status_code == 200
+        for given, status in (("bearer " + KEY, 200), (KEY, 401), ("Basic " + KEY, 401), ("Bearer", 401), ("", 401)):
+            assert httpx2.get(f"{url}/v1/models", headers={"Authorization": given}).status_code == status
         counted = metrics(url, {"Authorization": f"Bearer {KEY}"})
     assert counted['qjl_requests_total{path="/v1/completions",status="401"}'] == 3
+
+
+# Browsers
+
+PAGE = "http://localhost:3000"
+
+
+def preflight(url, page=PAGE, path="/v1/chat/completions", **headers):
+    wanted = {
+        "Origin": page,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    return httpx2.request("OPTIONS", url + path, headers=wanted | headers)
+
+
+def allowed(response):
+    return response.headers.get("access-control-allow-origin")
+
+
+@pytest.fixture
+def open_to(model, tokenizer):
+    """A server for some pages, with a key."""
+
+    @contextlib.contextmanager
+    def start(*origins, **settings):
+        limits = Limits("tiny", api_key=KEY, origins=origins, max_body=20_000, queue=1)
+        with serving(model, tokenizer, limits, slots=1, **settings) as (url, _):
+            yield url
+
+    return start
+
+
+def test_pages_may_read_nothing_unless_they_are_named(url):
+    assert preflight(url).status_code == 405
+    assert not [name for name in post_of_page(url).headers if name.startswith("access-control")]
+
+
+def post_of_page(url, page=PAGE, key=KEY, path="/v1/completions", **fields):
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 4, "temperature": 0} | fields
+    headers = {"Origin": page, "Authorization": f"Bearer {key}"}
+    return httpx2.post(url + path, json=body, headers=headers, timeout=LONGEST)
+
+
+@pytest.mark.parametrize(("origins", "expected"), [(("http://a.example", PAGE), PAGE), (("*",), "*")])
+def test_pages_that_are_named_may_ask_and_read(open_to, origins, expected):
+    with open_to(*origins) as url:
+        asked = preflight(url, **{"Access-Control-Request-Private-Network": "true"})  # which has no key
+        assert (asked.status_code, allowed(asked)) == (200, expected)
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert "authorization" in asked.headers["access-control-allow-headers"].lower()
+        assert asked.headers["access-control-allow-private-network"] == "true"
+        for fields in ({}, {"stream": True}):
+            answer = post_of_page(url, **fields)
+            assert (answer.status_code, allowed(answer)) == (200, expected)
+            assert "Retry-After" in answer.headers["access-control-expose-headers"]
+        assert allowed(httpx2.get(f"{url}/health", headers={"Origin": PAGE})) == expected
+
+
+def test_other_pages_may_not(open_to):
+    with open_to(PAGE) as url:
+        asked = preflight(url, page="http://elsewhere.example")
+        assert (asked.status_code, allowed(asked)) == (400, None)
+        assert "another --cors-origin" in asked.json()["error"]["message"]
+        assert allowed(post_of_page(url, page="http://elsewhere.example")) is None
+
+
+def test_pages_are_told_what_is_wrong(open_to, monkeypatch, turns):
+    with open_to(PAGE) as url, asking(lambda number: post_of_page(url), 2):
+        key = {"Authorization": f"Bearer {KEY}"}
+        wait_until(lambda: metrics(url, key)["qjl_requests_waiting"] == 1)
+        full = post_of_page(url)
+        turns.release(ENOUGH)
+        wait_until(lambda: metrics(url, key)["qjl_requests_running"] == 0)
+
+        def fail(*arguments):
+            raise RuntimeError("out of luck")
+
+        monkeypatch.setattr(engine_module, "read", fail)
+        answers = [
+            *(full, post_of_page(url, key="another"), post_of_page(url, path="/v2"), post_of_page(url, n=2)),
+            *(post_of_page(url, prompt="a" * 30_000), post_of_page(url)),
+        ]
+    assert [answer.status_code for answer in answers] == [429, 401, 404, 400, 413, 500]
+    assert {allowed(answer) for answer in answers} == {PAGE}
+    assert all(answer.json()["error"]["message"] for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("page", "origin"),
+    [
+        ("*", "*"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("HTTP://LocalHost:3000/", "http://localhost:3000"),
+        ("https://a.example:443", "https://a.example"),
+        ("http://[::1]:80", "http://[::1]"),
+        ("app://obsidian.md", "app://obsidian.md"),
+    ],
+)
+def test_an_origin_is_as_browsers_name_it(page, origin):
+    assert serving_command.origin_of(page) == origin
+
+
+@pytest.mark.parametrize(
+    "page", ["", "localhost", "localhost:3000", "http://a/b", "http://u@a", "http://[::1", "null", "//a"]
+)
+def test_a_page_that_is_no_origin_is_refused(page, refuses):
+    with refuses("give https://host"):
+        serving_command.origin_of(page)
 
 
 # Under load
@@ -895,6 +1393,7 @@ def test_a_port_that_is_taken_is_one_sentence():
         (["smollm2", "--engine", "transformers", "--", "--enforce-eager"], "are for --engine vllm"),
         (["--engine", "vllm", "--queue", "0", "--bits", "3"], "--queue, --bits are for --engine transformers"),
         (["--port", "0", "--preset", "b99"], "b99"),
+        (["--cors-origin", "localhost:3000"], "--cors-origin 'localhost:3000' is no origin"),
         (["--port", "0", "--max-body", "much"], "memory 'much' is not a size"),
     ],
 )
@@ -937,12 +1436,13 @@ def pretended_vllm(tmp_path, monkeypatch):
 
 def test_vllm_serves_where_it_is(pretended_vllm, checkpoint, command, monkeypatch, tmp_path):
     monkeypatch.setenv("QJL_CACHE", str(tmp_path))
-    options = ["--preset", "b2", "--slots", "4", "--api-key", KEY, "--", "--enforce-eager"]
+    options = ["--preset", "b2", "--slots", "4", "--api-key", KEY, "--cors-origin", PAGE, "--", "--enforce-eager"]
     serve(*command[4:], *options)
     program, given, environment = pretended_vllm.call_args.args
     assert program == given[0] == sys.executable
     assert given[1:4] == ["-m", "vllm.entrypoints.openai.api_server", f"--model={checkpoint}"]
     assert {"--port=0", "--host=127.0.0.1", "--max-num-seqs=4", "--enforce-eager"} <= set(given)
+    assert f'--allowed-origins=["{PAGE}"]' in given
     assert KEY not in given  # everybody on the machine could read it there
     assert (environment["QJL_VLLM_PRESET"], environment["VLLM_API_KEY"]) == ("b2", KEY)
     measured = ServedModel(checkpoint).statistics_path.stat()

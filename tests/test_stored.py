@@ -190,7 +190,7 @@ def test_any_reader_of_safetensors_can_look_inside(path, model):
     cache = prefilled(model)
     cache.save(path, prompt(LENGTH))
     with safe_open(path, framework="pt") as file:
-        assert file.metadata()["format"] == "qjl-prompt-cache-1"
+        assert file.metadata()["format"] == "qjl-prompt-cache-2"
         assert file.get_tensor("token_ids").equal(prompt(LENGTH).int())
         assert file.get_tensor("0.core.packed.0.fields.codes").equal(cache.cores[0].packed[0].view()["codes"])
 
@@ -268,7 +268,7 @@ def test_a_missing_file_and_a_folder(path, tmp_path, model, refuses):
 
 def test_another_version(path, model, refuses, monkeypatch):
     cache = prefilled(model)
-    monkeypatch.setattr(stored, "VERSION", 2)
+    monkeypatch.setattr(stored, "VERSION", 1)
     cache.save(path)
     assert qjl.KVCache.load(path, model).get_seq_length() == LENGTH
     monkeypatch.undo()
@@ -278,7 +278,7 @@ def test_another_version(path, model, refuses, monkeypatch):
 
 def test_settings_that_this_version_does_not_know(path, model, refuses, monkeypatch):
     cache = prefilled(model)
-    monkeypatch.setattr("qjl.hf.to_dict", lambda config: {"key": {"method": "magic"}, "value": {"method": "qjl"}})
+    monkeypatch.setattr("qjl.hf.cache.to_dict", lambda config: {"key": {"method": "magic"}, "value": {"method": "qjl"}})
     cache.save(path)
     with refuses("has a preset that is not known here: preset 'custom' needs a method for keys and values"):
         qjl.KVCache.load(path, model)

@@ -1,5 +1,9 @@
 """A layer of the vLLM plugin, on every backend, against attention over what its tokens decode to."""
 
+import ast
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +25,7 @@ PAGES = 40
 SINKS, RECENT = 4, 32
 MOST_QUERIES = 8
 SCORING = Scoring(0.125)
+FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")}
 every_page = pytest.mark.parametrize("page_tokens", [] if runtime.is_interpreted() else [16, 32, 64])  # minutes
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -154,6 +159,64 @@ def test_a_pool_in_half_precision():
     one = server.sequence(110)
     server.step((one, 100))
     _check(server.step((one, 1)), atol=3e-2)
+
+
+@contextmanager
+def half_precision():
+    """As vLLM sets it while it loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+def no_device():
+    """What asks for no device gets no memory."""
+    return torch.device("meta")
+
+
+def tensors_in(x):
+    if torch.is_tensor(x):
+        yield x
+    elif isinstance(x, list | tuple):
+        yield from (inner for one in x for inner in tensors_in(one))
+    elif is_dataclass(x):
+        yield from tensors_in([getattr(x, one.name) for one in fields(x)])
+
+
+@pytest.mark.parametrize("mode", [half_precision, no_device])
+def test_torch_s_defaults_do_not_reach_into_plans_and_pools(mode):
+    """A prompt's chunk, drafts of several tokens and of one, beside each other."""
+    pool = PoolShape(32, SINKS, 12, 4)
+    contexts = ((0, 150), (130, 90), (130, 3), (60, 3), (100, 1))
+    pages = [list(range(7 * row, 7 * row + 7)) for row in range(len(contexts))]
+    requests = [Request(own, *one) for own, one in zip(pages, contexts, strict=True)]
+    before = [Request(own, 0, context) for own, (context, _) in zip(pages, contexts, strict=True) if context]
+    codecs = Server(32).layer.codecs
+
+    def made():
+        planner = Planner(pool, RECENT)
+        planner.plan(before)
+        step = Step.of(planner.plan(requests), requests, 32, MOST_QUERIES, torch.device("cpu"))
+        layer = PagedLayer(codecs, pool, HEADS, HEAD_DIM, torch.float16, torch.device("cpu"))
+        return [*tensors_in(step), layer.keys, layer.values]
+
+    usual = made()
+    with mode():
+        ours = made()
+    assert len(usual) > 30
+    for one, other in zip(ours, usual, strict=True):
+        assert (one.dtype, one.device) == (other.dtype, other.device)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("path", sorted(Path(layer.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_the_plugin_makes_no_tensor_of_torch_s_default_kind(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    made = [call for call in calls if ast.unparse(call.func) in FACTORIES]
+    for call in made:
+        assert {one.arg for one in call.keywords} >= {"dtype", "device"}, ast.unparse(call)
+    assert made or path.stem != "layer"
 
 
 def test_codes_without_a_value_per_token_do_not_fit_pages(refuses):

@@ -20,6 +20,7 @@ from models_for_tests import tiny
 from qjl import models
 from qjl.calibrate import calibrate
 from qjl.presets import PRESETS, to_dict
+from qjl.vllm.compat import ONE_PROCESS
 
 pytestmark = pytest.mark.model
 TESTS = Path(__file__).parent
@@ -41,19 +42,21 @@ class Served:
 
     def __init__(self, folder, home):
         self.folder, self.home = folder, home
-        self.environment = os.environ | {
-            "QJL_CACHE": str(home),
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_NO_USAGE_STATS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
+        self.environment = (
+            os.environ
+            | ONE_PROCESS
+            | {
+                "QJL_CACHE": str(home),
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+                "OMP_NUM_THREADS": "1",
+            }
+        )
 
-    def start(self, preset, calls, **engine):
+    def start(self, preset, calls, without=(), **engine):
         job, answers = self.home / "job.json", self.home / "answers.json"
-        job.write_text(json.dumps({"engine": ENGINE | {"model": str(self.folder)} | engine, "calls": calls}))
+        told = {"engine": ENGINE | {"model": str(self.folder)} | engine, "calls": calls, "without": without}
+        job.write_text(json.dumps(told))
         return subprocess.run(
             [sys.executable, str(TESTS / "serve_vllm.py"), str(job), str(answers)],
             env=self.environment | {"QJL_VLLM_PRESET": str(preset)},
@@ -283,3 +286,10 @@ def test_an_unknown_preset_stops_the_engine(smollm2):
     result = smollm2.start("b33", [])
     assert result.returncode != 0
     assert "unknown preset 'b33': choose one of" in result.stderr
+
+
+def test_a_vllm_that_lacks_what_the_plugin_uses_does_not_start(smollm2):
+    gone = [("vllm._custom_ops", "cpu_attn_reshape_and_cache")]
+    result = smollm2.start("b3", [], without=gone)
+    assert result.returncode != 0
+    assert "lacks vllm._custom_ops.cpu_attn_reshape_and_cache, which the plugin uses: install vLLM" in result.stderr

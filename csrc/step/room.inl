@@ -1,4 +1,4 @@
-// What lies where in the workspace: what splits and exact tokens leave, what queries ask, and room for each worker.
+// What lies where in the room of a step: what splits and exact tokens leave, what queries ask, and room for each worker.
 
 // Room that one worker and one piece of work need; the order of the members is the order in memory.
 struct Room {
@@ -40,7 +40,7 @@ struct Asked {
 // What a worker needs.
 struct Scratch {
     float *row, *queries, *mapped, *tables_of_floats, *bounds;
-    float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs;
+    float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs, *sums_of_middles, *energy;
     double* phasors;
     uint8_t *weights, *codes, *nibbles;
     uint8_t *block_of_keys, *blocks_of_values;  // put together from pages
@@ -70,6 +70,8 @@ struct Scratch {
         parts = room.take<float>(4 * room_for_parts(pairs));
         shared = room.take<float>(4 * RANK);
         sums_of_pairs = room.take<float>(s.values.pair_count * 8);
+        sums_of_middles = room.take<float>(s.values.groups * MAX_ROWS);
+        energy = room.take<float>(s.values.groups * MAX_ROWS);
         end = room.at;
     }
 };
@@ -92,7 +94,7 @@ inline int64_t shared_bytes(const QjlStep& s) {
 }
 
 inline float* exact_of(const QjlStep& s, int64_t pair) {
-    return reinterpret_cast<float*>(s.workspace + pair * left_bytes(s));
+    return reinterpret_cast<float*>(s.room + pair * left_bytes(s));
 }
 
 inline float* split_of(const QjlStep& s, int64_t pair, int64_t split) {
@@ -101,10 +103,10 @@ inline float* split_of(const QjlStep& s, int64_t pair, int64_t split) {
 
 inline Asked asked_of(const QjlStep& s, int64_t pair, int64_t first_row) {
     const int64_t place = pair * row_groups(s) + first_row / MAX_ROWS;
-    const uint8_t* first = s.workspace + s.batch * s.heads * left_bytes(s);
+    const uint8_t* first = s.room + s.batch * s.heads * left_bytes(s);
     return {s, {reinterpret_cast<uintptr_t>(first + place * asked_bytes(s))}};
 }
 
 inline Scratch scratch_of(const QjlStep& s, int64_t worker) {
-    return {s, {reinterpret_cast<uintptr_t>(s.workspace + shared_bytes(s) + worker * scratch_bytes(s))}};
+    return {s, {reinterpret_cast<uintptr_t>(s.room + shared_bytes(s) + worker * scratch_bytes(s))}};
 }

@@ -9,13 +9,17 @@ struct Sums {
     static constexpr int MOST_TAKEN_OUT = 6;
     int64_t first_row, rows;
     float* of_pairs;  // [pair_count][2][4]
+    float* middles;   // [groups][MAX_ROWS]: sums of weights times middles
+    float* energy;    // [groups][MAX_ROWS]: sums of squared products
     float maximum[MAX_ROWS], weight[MAX_ROWS];
     Place places[TILE];
 
     Sums(const Head& h, Scratch& room, int64_t first_row, int64_t rows)
         : h(h), side(h.s.values), room(room), first_row(first_row), rows(rows),
-          of_pairs(room.sums_of_pairs) {
+          of_pairs(room.sums_of_pairs), middles(room.sums_of_middles), energy(room.energy) {
         __builtin_memset(of_pairs, 0, side.pair_count * 8 * sizeof(float));
+        __builtin_memset(middles, 0, side.groups * MAX_ROWS * sizeof(float));
+        __builtin_memset(energy, 0, side.groups * MAX_ROWS * sizeof(float));
         for (int64_t r = 0; r < MAX_ROWS; ++r) maximum[r] = LOWEST, weight[r] = 0;
     }
 
@@ -230,8 +234,4 @@ struct Sums {
             }
         }
     }
-
-    static constexpr int MAX_GROUPS = 64;
-    float middles[MAX_GROUPS * MAX_ROWS]{};  // sums of weights times middles
-    float energy[MAX_GROUPS * MAX_ROWS]{};   // sums of squared products
 };

@@ -1,20 +1,15 @@
-"""What a transformers model or configuration says about its cache: layers, heads, RoPE, fingerprint."""
+"""What a transformers configuration says about its cache: layers, heads, RoPE."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from qjl import compat
 from qjl.errors import QJLError
@@ -22,8 +17,6 @@ from qjl.rope import Rope
 
 FULL_ATTENTION = "full_attention"
 _PROBED_POSITIONS = (0, 1, 7, 101)
-_FINGERPRINT_SAMPLES = 16
-_STORED_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -158,51 +151,3 @@ def _probe(module: ModuleType, embedding: Any, inv_freq: Tensor, layer_kind: str
     arguments = (unit, positions, layer_kind) if has_kinds else (unit, positions)
     cos, sin = embedding(*arguments)
     return module.apply_rotary_pos_emb(unit, unit, cos, sin)[1]
-
-
-def fingerprint(model: PreTrainedModel) -> str | None:
-    """A name for these weights: shapes from the configuration and a sample of every parameter, in
-    bfloat16, so that it does not depend on the dtype they were loaded in. None for a model that is not
-    all here: sharded over processes, or offloaded.
-    """
-    if any(hasattr(parameter, "device_mesh") or parameter.is_meta for parameter in model.parameters()):
-        return None
-    return _digest(model.config, ((name, _sampled(tensor.detach())) for name, tensor in model.named_parameters()))
-
-
-def fingerprint_of_folder(folder: Path) -> str | None:
-    """The fingerprint that the model in a folder will have, from some pages of its files; None where transformers
-    makes its parameters of other tensors than the files have.
-    """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    stored = _stored_tensors(folder)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if any(name not in stored or tuple(stored[name].shape) != shape for name, shape in shapes.items()):
-        return None
-    return _digest(config, ((name, _sampled(stored[name])) for name in shapes))
-
-
-def _digest(config: PreTrainedConfig, samples: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    shapes = [(shape.kind, shape.num_key_value_heads, shape.head_dim) for shape in layer_shapes(config)]
-    digest.update(json.dumps([config.model_type, shapes]).encode())
-    for name, sample in sorted(samples, key=lambda named: named[0]):
-        digest.update(name.encode())
-        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _sampled(parameter: Tensor) -> Tensor:
-    flat = parameter.reshape(-1)
-    return flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)][:_FINGERPRINT_SAMPLES]
-
-
-def _stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """Tensors of a folder's safetensors files, as views of the files."""
-    tensors: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {name: tensor for name, tensor in tensors.items() if tensor.dtype in _STORED_DTYPES}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.exact import Kept, Window
 from qjl.methods.base import Codec, LayerContext, Quantizer, Unrotated, require_finite
@@ -128,7 +129,7 @@ class PackedSegment(_Segment):
         )
 
 
-class CacheLayer:
+class CacheLayer(Copied):
     """Keys and values of one attention layer.
 
     The order of a step is ``append`` (fresh tokens), attention over the segments, ``settle`` (quantize what has left
@@ -161,7 +162,7 @@ class CacheLayer:
         self.name = name
         self.reset()
 
-    def __getstate__(self) -> dict[str, object]:
+    def _copied(self) -> dict[str, object]:
         """A copy makes its own segments, on its own storage."""
         return vars(self) | {"_segment": None, "_kept_segment": None, "_first_in_window": None}
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qjl import statistics
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
-from qjl.hf import KVCache, forget_statistics, statistics_path
+from qjl.fingerprints import fingerprint
+from qjl.hf import KVCache, forget_statistics
 from qjl.methods.balanced import Balanced
 from qjl.presets import CacheConfig
 from qjl.statistics import MIN_TOKENS, LayerStatistics
@@ -34,12 +35,10 @@ def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
     Caches made from now on use them; caches that exist keep the codecs they were fitted with.
 
     Raises:
-        QJLError: if the text is shorter than 256 tokens, the model is sharded, or the cache folder is not
+        QJLError: if the text is shorter than 256 tokens, the model has no fingerprint, or the cache folder is not
             writable.
     """
-    path = statistics_path(model)
-    if path is None:
-        raise QJLError("statistics of a model sharded over processes or offloaded cannot be saved.")
+    path = statistics.path_of(fingerprint(model))
     statistics.save(path, measure(model, rows_of(model, tokenizer, text)), path.stem)
     forget_statistics(model)
     return path

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,10 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import calibrate, sensitivity, texts, wheels
-from qjl.architecture import LayerShape, find_rope, fingerprint, layer_shapes
+from qjl.architecture import LayerShape, find_rope, layer_shapes
 from qjl.cache import CacheLayer, LayerSource
 from qjl.errors import QJLError
 from qjl.evals.decoding import compare, full_log_probabilities, prefill, refill
+from qjl.fingerprints import Unnamed, fingerprint
 from qjl.generation import require_context
 from qjl.hf import KVCache
 from qjl.methods.balanced import Balanced
@@ -39,6 +41,7 @@ from qjl.packed import BLOCK, block_bits
 from qjl.presets import CacheConfig, LayerOverride, from_dict, to_dict
 from qjl.statistics import LayerStatistics
 
+logger = logging.getLogger("qjl")
 KEYS = tuple(Transform(bits) for bits in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5))
 MEASURED_KEYS = tuple(Transform(bits) for bits in (1, 2, 3, 5))  # the damage in between is geometric in the bits
 VALUES = (
@@ -345,12 +348,14 @@ def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
 
 
 def _path(model: PreTrainedModel, bits: float, text: str | None) -> Path | None:
-    """Where a choice is kept; None for a model sharded over processes."""
-    weights = fingerprint(model)
-    if weights is None:
+    """Where a choice is kept; None, which is told, for a model without a fingerprint."""
+    try:
+        name = fingerprint(model)
+    except Unnamed as error:
+        logger.warning("%s", error)
         return None
     digest = "" if text is None else f"-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return wheels.cache_dir() / "choices" / f"{weights}-{bits:g}{digest}.json"
+    return wheels.cache_dir() / "choices" / f"{name}-{bits:g}{digest}.json"
 
 
 def _write(path: Path, config: CacheConfig) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, get_layer_types_and_kwargs
@@ -30,13 +32,17 @@ __all__ = [
     "Cache",
     "CacheLayerMixin",
     "DynamicCache",
+    "TorchDynamoException",
+    "Uncompiled",
+    "add_hooks",
     "cache_argument",
     "decoder_of",
     "flash_attention_for_cpu",
     "get_layer_types_and_kwargs",
-    "is_autocast_on",
+    "is_given_by_user",
     "is_sdpa_or_flash",
     "of_each_layer",
+    "remove_hooks",
     "replaces_default_cache",
     "sdpa_attention_forward",
     "supports_sdpa",
@@ -45,6 +51,7 @@ __all__ = [
     "tree_map",
     "uses_attention_interface",
     "versions",
+    "window_of",
     "wrap",
 ]
 
@@ -131,9 +138,35 @@ def uses_attention_interface(model: PreTrainedModel) -> bool:
     return type(decoder_of(model))._can_set_attn_implementation()
 
 
-def is_autocast_on(kind: str) -> bool:
-    """Whether the caller's operations on devices of this kind run in a dtype that autocast chooses."""
-    return torch.is_autocast_enabled(kind)
+class Uncompiled:
+    """Between ``begin`` and ``end``, or in a ``with``, what was given to ``torch.compile`` runs as it was written.
+
+    torch keeps that for the whole process: as long as one thread needs it, no thread meets compiled code.
+    """
+
+    _lock = threading.Lock()
+    _open = 0
+    _stance: Any = None
+
+    @classmethod
+    def begin(cls) -> None:
+        with cls._lock:
+            if not cls._open:
+                cls._stance = torch.compiler.set_stance("force_eager")
+            cls._open += 1
+
+    @classmethod
+    def end(cls) -> None:
+        with cls._lock:
+            cls._open -= 1
+            if not cls._open:
+                cls._stance.__exit__(None, None, None)
+
+    def __enter__(self) -> None:
+        self.begin()
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
 
 
 def flash_attention_for_cpu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -149,15 +182,41 @@ def of_each_layer(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     return list(config.per_layer_config)
 
 
+def add_hooks(model: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Have two functions called around each forward pass, once however often they are added."""
+    if before not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(before, with_kwargs=True)
+        model.register_forward_hook(after, with_kwargs=True, always_call=True)
+
+
+def remove_hooks(model: torch.nn.Module, *functions: Callable[..., Any]) -> None:
+    """Undo ``add_hooks``."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number in [number for number, hook in hooks.items() if hook in functions]:
+            del hooks[number]
+
+
+def is_given_by_user(cache: object) -> bool:
+    """Whether ``generate`` was called with this cache, and did not make it."""
+    return getattr(cache, "_is_user_defined", False)
+
+
+def window_of(layer: object) -> Tensor | None:
+    """The number of tokens that a layer of transformers holds at most, as its caches give it when iterated."""
+    return getattr(layer, "_sliding_window_tensor", None)
+
+
 def replaces_default_cache(model: PreTrainedModel) -> bool:
     """Whether the model has a cache of its own kind in place of transformers'."""
     return not type(model)._supports_default_dynamic_cache()  # type: ignore[attr-defined]
 
 
 def takes_cache_from_users(model: PreTrainedModel) -> bool:
-    """Whether the model's forward pass has an argument for a cache."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return any(
-        parameter.name in (CACHE, "past_key_values") or parameter.kind is parameter.VAR_KEYWORD
-        for parameter in parameters
-    )
+    """Whether the forward pass has an argument for a cache: the model's or its decoder's."""
+    return any(_has_cache_argument(type(part).forward) for part in (model, decoder_of(model)))
+
+
+def _has_cache_argument(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters
+    found = [parameters[name] for name in {CACHE, "past_key_values"} if name in parameters]
+    return any("dict" not in str(parameter.annotation) for parameter in found)  # XLM has a dict of that name

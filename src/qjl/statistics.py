@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qjl.errors import QJLError
+from qjl.modes import for_keeps
 from qjl.rope import Rope
 from qjl.wheels import cache_dir
 
@@ -99,6 +100,7 @@ class AttentionMoments:
         """Queries of each KV head so far."""
         return int(self._count)
 
+    @for_keeps
     def add(self, query: Tensor, out: Tensor, positions: Tensor, real: Tensor, rope: Rope | None, heads: int) -> None:
         """``query``, ``out [B, Hq, Q, D]`` at ``positions [B, Q]``; only ``real`` (bool [B, Q]) tokens count."""
         unrotated = query.float() if rope is None else rope.unrotate(query.float(), positions)
@@ -129,6 +131,7 @@ class AttentionMoments:
         return self._sums[name] / self.count
 
 
+@for_keeps
 def measure(
     keys: Tensor,
     values: Tensor,

@@ -28,7 +28,7 @@ from qjl import trees
 from qjl.errors import QJLError
 from qjl.machine import installed_version
 
-VERSION = 1
+VERSION = 2
 SUFFIX = ".qjl"
 PARTIAL = ".partial"
 _LENGTH = 8  # bytes of the header's length
@@ -58,7 +58,7 @@ _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, Runti
 class Header:
     """What a file says of the cache inside.
 
-    - ``model``: the kind of model, for people; ``fingerprint``, which weights; ``dtype``, what they ran in.
+    - ``model``: the kind of model, for people; ``fingerprint``, what it computes; ``dtype``, what they ran in.
     - ``preset``: the configuration, as ``presets.to_dict`` has it.
     - ``statistics``: SHA-256 of the codecs, which are fitted to statistics.
     - ``rows``, ``tokens``: rows of the batch and tokens of each, padding included.

@@ -96,7 +96,8 @@ class Emulated:
 @cache
 def _load():
     emulated = Emulated(os.environ["QJL_EMULATED_LIBRARY"])
-    emulated.qjl_supported.restype = emulated.qjl_selected.restype = ctypes.c_char_p
+    assert library.fits(emulated), "the emulated library was built from other structs"
+    library.declare(emulated)
     return emulated
 
 

@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
-from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
+from qjl.compat import TorchDynamoException
 from qjl.errors import QJLError
-from qjl.ops.cpu import library
+from qjl.ops.cpu import library, structs
 
 READ_BYTES = 1 << 28
 BF16, FP32, FP16 = "torch_bf16", "torch_fp32", "fp16_avx2"
 FLASH, FLEX = "flash_bf16", "flex_bf16"
-
-
-class _FlashDecode(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("query", "keys", "values", "out")),
-        *((name, c_int64) for name in ("heads", "group", "tokens", "head_dim")),
-        ("scaling", c_float),
-    )
-
-
-class _PopcountScan(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("query", "signs", "scale", "ones", "scores")),
-        *((name, c_int64) for name in ("heads", "group", "tokens", "m")),
-    )
-
-
-class _Read(ctypes.Structure):
-    _fields_ = (("numbers", c_void_p), ("count", c_int64), ("sums", c_void_p))
 
 
 def require_compiled() -> None:
@@ -55,7 +34,7 @@ def flash_decode(query: Tensor, keys: Tensor, values: Tensor, scaling: float) ->
     pointers = (x.data_ptr() for x in (query, keys, values, out))
     batch, heads, group, head_dim = query.shape
     sizes = (batch * heads, group, keys.shape[2], head_dim)
-    library.call("qjl_flash_decode", _FlashDecode(*pointers, *sizes, scaling))
+    library.call("qjl_flash_decode", structs.FlashDecode(*pointers, *sizes, scaling))
     return out
 
 
@@ -148,7 +127,7 @@ def popcount_scan(query: Tensor, rows: SignRows) -> Tensor:
     heads, group, m = query.shape
     scores = torch.empty(heads, group, rows.signs.shape[1])
     pointers = (x.data_ptr() for x in (query, rows.signs, rows.scale, rows.ones, scores))
-    library.call("qjl_popcount_scan", _PopcountScan(*pointers, heads, group, rows.signs.shape[1], m))
+    library.call("qjl_popcount_scan", structs.PopcountScan(*pointers, heads, group, rows.signs.shape[1], m))
     return scores
 
 
@@ -164,5 +143,5 @@ class Reader:
 
     def __call__(self) -> Tensor:
         sums = torch.empty(torch.get_num_threads(), 4)
-        library.call("qjl_read", _Read(self._numbers.data_ptr(), self._numbers.numel(), sums.data_ptr()))
+        library.call("qjl_read", structs.Read(self._numbers.data_ptr(), self._numbers.numel(), sums.data_ptr()))
         return sums

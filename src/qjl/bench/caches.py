@@ -9,7 +9,6 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
 from qjl import machine, ops
@@ -20,7 +19,7 @@ from qjl.bench.places import Place, place_of
 from qjl.bench.protocol import Settings, require_accurate
 from qjl.bench.synthetic import Shape, fill
 from qjl.bench.timing import Spread, wall_ms
-from qjl.compat import cache_argument
+from qjl.compat import cache_argument, tree_leaves
 from qjl.errors import QJLError
 from qjl.hf import KVCache
 from qjl.packed import BLOCK

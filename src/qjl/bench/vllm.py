@@ -25,7 +25,7 @@ from qjl import machine, ops
 from qjl.bench.protocol import Inaccurate
 from qjl.errors import QJLError
 from qjl.records import Row
-from qjl.vllm import PRESET, UNCHANGED
+from qjl.vllm import PRESET, UNCHANGED, compat
 
 RIGHT = 0.9  # of the answers' tokens, so that a turn counts
 ROOM = 1 << 30  # bytes of pages
@@ -71,14 +71,8 @@ def measure(model: str, trial: Trial, presets: Sequence[str], rounds: int) -> It
 
 
 def _turn(trial: Trial) -> Row:
-    environment = os.environ | {
-        PRESET: trial.preset,
-        "OMP_NUM_THREADS": f"{trial.threads}",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    told = {PRESET: trial.preset, "OMP_NUM_THREADS": f"{trial.threads}", compat.LOGGING: "ERROR"}
+    environment = os.environ | compat.ONE_PROCESS | told
     command = [sys.executable, "-m", __name__, json.dumps(asdict(trial))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -102,11 +96,10 @@ def _require_right(row: Row, preset: str) -> None:
 
 def run(trial: Trial) -> Row:
     """One turn, in this process, whose environment has named the preset."""
-    from vllm import LLM
-
+    compat.require(compat.ENGINE)
     is_on_gpu = torch.cuda.is_available()
-    chosen: dict[str, Any] = {"attention_backend": "CUSTOM"} if is_on_gpu and trial.preset != UNCHANGED else {}
-    llm = LLM(
+    chosen: dict[str, Any] = {"attention_backend": compat.ATTENTION} if is_on_gpu and trial.preset != UNCHANGED else {}
+    llm = compat.LLM(
         trial.source,
         dtype=trial.dtype,
         max_model_len=trial.context + 2 * trial.steps,
@@ -146,12 +139,10 @@ class _Engine:
 
     def prefill(self) -> None:
         """Until all requests are decoding."""
-        from vllm import SamplingParams
-
-        settings = SamplingParams(temperature=0, max_tokens=2 * self._trial.steps, ignore_eos=True)
+        settings = compat.SamplingParams(temperature=0, max_tokens=2 * self._trial.steps, ignore_eos=True)
         for request in range(self._trial.requests):
             prompt = {"prompt_token_ids": self._told(request, 0, self._trial.context)}
-            self._engine.add_request(str(request), prompt, settings)
+            self._engine.add_request(request_id=str(request), prompt=prompt, params=settings)
         while len(self._answers) < self._trial.requests:
             self.step()
 

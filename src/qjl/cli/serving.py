@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 _OF_TRANSFORMERS = "Of the transformers engine."
+_PORTS = {"http": ":80", "https": ":443"}  # which browsers leave out
 _SLOTS, _QUEUE, _MAX_TOKENS, _MAX_BODY, _GRACE = 16, 64, 2048, "4M", 30.0
 
 
@@ -75,6 +78,12 @@ def serve(
     max_body: Annotated[
         str | None, typer.Option(help=f"Largest request. {_OF_TRANSFORMERS}", show_default=_MAX_BODY)
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A page whose scripts may ask, as https://host:port; * for all. Repeatable.", show_default="none"
+        ),
+    ] = None,
     grace: Annotated[
         float | None,
         typer.Option(
@@ -93,6 +102,7 @@ def serve(
 
     if api_key == "":
         raise QJLError("the API key is empty: give one, or leave it out.")
+    origins = tuple(map(origin_of, cors_origin or ()))
     called = name or (Path(model).name if Path(model).exists() else model)
     own = {"--queue": queue, "--max-tokens": max_tokens, "--max-body": max_body, "--grace": grace}
     if engine is Program.vllm or (engine is Program.auto and vllm.is_ready()):
@@ -102,6 +112,7 @@ def serve(
         measure_for_vllm(source, chosen, data)
         given = {"--host": host, "--port": port, "--served-model-name": called, "--max-model-len": context}
         given |= {"--max-num-seqs": slots, "--dtype": dtype}
+        given |= {"--allowed-origins": json.dumps(origins) if origins else None}
         options = [f"{option}={value}" for option, value in given.items() if value is not None]
         vllm.run(source, [*options, *(arguments or [])], chosen, api_key)
     _require_none({"arguments behind --": arguments or None}, "are for --engine vllm")
@@ -116,7 +127,8 @@ def serve(
         _warn_if_open(host, api_key)
         wanted = asked(preset, bits)
         body = parse_memory(max_body or _MAX_BODY)
-        limits = Limits(called, api_key, max_tokens or _MAX_TOKENS, context, body, _QUEUE if queue is None else queue)
+        waiting_room = _QUEUE if queue is None else queue
+        limits = Limits(called, api_key, max_tokens or _MAX_TOKENS, context, body, waiting_room, origins)
         network, tokenizer = load(model, device, dtype)
         config = configuration(wanted, network, tokenizer)
         with waiting("Fitting codes"):
@@ -126,6 +138,23 @@ def serve(
         app = build(Service(writing, tokenizer, limits))
         patience = _GRACE if grace is None else grace
         Server(app, writing, grace=patience, on_start=lambda: typer.echo(line)).run([listener])
+
+
+def origin_of(page: str) -> str:
+    """A page's origin as browsers name it.
+
+    Raises:
+        QJLError: if that is more, or less, than an origin.
+    """
+    if page == "*":
+        return page
+    found = re.fullmatch(
+        r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[^\s/?#@:]+|\[[0-9a-f:.]+\])(?P<port>:\d+)?/?", page.lower()
+    )
+    if found is None:
+        raise QJLError(f"--cors-origin {page!r} is no origin: give https://host or http://host:port, or *.")
+    port = found["port"] or ""
+    return f"{found['scheme']}://{found['host']}{'' if port == _PORTS.get(found['scheme']) else port}"
 
 
 def _warn_if_open(host: str, api_key: str | None) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import machine
-from qjl.architecture import fingerprint
 from qjl.errors import QJLError
 from qjl.evals.fidelity import Protocol, measure
+from qjl.fingerprints import fingerprint_or_none
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig, resolve
 from qjl.records import Row, digest
@@ -76,7 +76,7 @@ class Frontier:
 
     @functools.cached_property
     def _weights(self) -> str | None:
-        return fingerprint(self.model)
+        return fingerprint_or_none(self.model)
 
     def identity(self, preset: CacheConfig) -> Row:
         """All that the row of a preset depends on, but for the versions of packages."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import calibrate, machine
-from qjl.architecture import fingerprint
 from qjl.evals.decoding import calibrated_cache
+from qjl.fingerprints import fingerprint_or_none
 from qjl.hf import KVCache
 from qjl.presets import CacheConfig
 from qjl.records import Row, digest
@@ -54,7 +54,7 @@ class Subject:
 
     @functools.cached_property
     def _weights(self) -> str | None:
-        return fingerprint(self.model)
+        return fingerprint_or_none(self.model)
 
     def identity(self, config: CacheConfig) -> Row:
         """All of the model and the preset that an answer depends on."""

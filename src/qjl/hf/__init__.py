@@ -7,7 +7,7 @@
 """
 
 from qjl.hf.attention import CachedStates, QuantizedLayer, attention_over, attention_watched
-from qjl.hf.cache import KVCache, require_fingerprint
+from qjl.hf.cache import KVCache
 from qjl.hf.model import disable, enable
 from qjl.hf.sources import forget_statistics, statistics_path
 
@@ -20,6 +20,5 @@ __all__ = [
     "disable",
     "enable",
     "forget_statistics",
-    "require_fingerprint",
     "statistics_path",
 ]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,38 +22,11 @@ from transformers import AttentionInterface, PreTrainedModel
 from qjl import compat
 from qjl.attention import Scoring, attend, attend_dense
 from qjl.cache import CacheLayer
+from qjl.copies import Copied
 from qjl.errors import QJLError
+from qjl.modes import for_keeps
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-def in_our_modes(function: _Function) -> _Function:
-    """Called with whatever modes the caller is in, it computes in its own.
-
-    Its tensors are ordinary ones, also under ``inference_mode``: later calls may write to them outside. Autocast does
-    not reach it, and ``torch.compile`` leaves it as it is.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        autocast = [kind for kind in _devices() if compat.is_autocast_on(kind)]
-        if not autocast and not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        with ExitStack() as modes:
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.no_grad())
-            for kind in autocast:
-                modes.enter_context(torch.autocast(kind, enabled=False))
-            return function(*args, **kwargs)
-
-    return cast(_Function, torch.compiler.disable(call))
-
-
-@functools.cache
-def _devices() -> tuple[str, ...]:
-    accelerator = torch.accelerator.current_accelerator()
-    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)
 
 
 class _Decoding:
@@ -85,7 +58,7 @@ class CachedStates(torch.Tensor):
         self._decoding = decoding
         self._part = part
 
-    @in_our_modes
+    @for_keeps
     def decoded(self) -> Tensor:
         """``[B, H, T, D]`` in the model's dtype, contiguous as the handle says it is."""
         return self._decoding.states[self._part]
@@ -111,7 +84,7 @@ class CachedStates(torch.Tensor):
         raise QJLError(f"{self!r} is a handle on a cache: save its tensor, handle.clone().")
 
 
-class QuantizedLayer(compat.CacheLayerMixin):
+class QuantizedLayer(Copied, compat.CacheLayerMixin):
     """A ``qjl.cache.CacheLayer`` as transformers wants a layer.
 
     ``has_text`` tells whether it holds the tokens of the text, as self-attention does; cross-attention holds others,
@@ -129,13 +102,13 @@ class QuantizedLayer(compat.CacheLayerMixin):
         self.knows_padding = not has_text
 
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
-        """All keys, decoded: for inspection, not on the way of generation."""
-        return self.core.dense()[0]
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """All keys, decoded: for inspection, not on the way of generation. None before there are any."""
+        return self.core.dense()[0] if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
-        return self.core.dense()[1]
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self.core.dense()[1] if self.is_initialized else None
 
     @property
     def batch_size(self) -> int:
@@ -145,7 +118,7 @@ class QuantizedLayer(compat.CacheLayerMixin):
         self.dtype, self.device, self.heads = key_states.dtype, key_states.device, key_states.shape[1]
         self.is_initialized = True
 
-    @in_our_modes
+    @for_keeps
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -160,13 +133,13 @@ class QuantizedLayer(compat.CacheLayerMixin):
         self.settle()
         return out
 
-    @in_our_modes
+    @for_keeps
     def observe(self, query: Tensor, out: Tensor) -> None:
         """Count the queries ``[B, Hq, Q, D]`` of the tokens updated last, and their outputs, as long as awaited."""
         if self.core.wants_queries and out.shape[-1] == self.core.value_dim:
             self.core.observe(query, out)
 
-    @in_our_modes
+    @for_keeps
     def settle(self) -> None:
         self.core.settle()
 
@@ -190,14 +163,14 @@ class QuantizedLayer(compat.CacheLayerMixin):
         self.is_initialized = False
         self.knows_padding = not self.has_text
 
-    @in_our_modes
+    @for_keeps
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens, told as a negative number; or all but the first, where transformers allows that."""
         if tokens_to_remove > 0 and not compat.CROP_TAKES_LENGTHS:
             raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
         self.core.crop(tokens_to_remove if tokens_to_remove > 0 else self.core.length + tokens_to_remove)
 
-    @in_our_modes
+    @for_keeps
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.core.select(beam_idx)
 
@@ -344,7 +317,7 @@ def _mask_of_columns(real: Tensor | None, query: Tensor, key: Tensor, is_causal:
     return seen if real is None else seen & real[:, None, None, -columns:].bool()
 
 
-@in_our_modes
+@for_keeps
 def attention_over(
     module: torch.nn.Module,
     query: Tensor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,17 +12,20 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qjl import compat, stored, trees
-from qjl.architecture import LayerShape, fingerprint, layer_shapes, rope_is_used, text_config
+from qjl.architecture import LayerShape, layer_shapes, rope_is_used, text_config
 from qjl.cache import CacheLayer, LayerSource
+from qjl.copies import Copied
 from qjl.errors import QJLError
-from qjl.hf.attention import QuantizedLayer, in_our_modes, padding_of
+from qjl.fingerprints import fingerprint
+from qjl.hf.attention import QuantizedLayer, padding_of
 from qjl.hf.promises import WatchedCache, attach
 from qjl.hf.sources import shared_sources, sources_of
 from qjl.methods.base import storage_bytes
+from qjl.modes import for_keeps
 from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
 
 
-class KVCache(WatchedCache):
+class KVCache(Copied, WatchedCache):
     """A quantized key-value cache for one call of ``generate``, or for a whole conversation.
 
     >>> cache = qjl.KVCache(model, "b3")
@@ -127,26 +129,9 @@ class KVCache(WatchedCache):
         """Keys, values and window of each layer, as a ``DynamicCache`` gives them."""
         for layer in self.layers:
             keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
-            yield keys, values, getattr(layer, "_sliding_window_tensor", None)
+            yield keys, values, compat.window_of(layer)
 
-    def __copy__(self) -> KVCache:
-        return self._with(vars(self))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
-        return self._with(copy.deepcopy(vars(self), memo))
-
-    def _with(self, attributes: dict[str, Any]) -> KVCache:
-        twin = type(self).__new__(type(self))
-        vars(twin).update(attributes)
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise QJLError(
-            "a quantized cache is not pickled: write it with cache.save(path), and read it with "
-            "qjl.KVCache.load(path, model)."
-        )
-
-    @in_our_modes
+    @for_keeps
     def before_forward(self, tokens: int | None, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Settle, and learn the padding of a pass that reads a prompt."""
         self.settle()
@@ -156,7 +141,7 @@ class KVCache(WatchedCache):
     def after_forward(self) -> None:
         self.settle()
 
-    @in_our_modes
+    @for_keeps
     def settle(self) -> None:
         """Quantize what left the window in the layer updated last, if its attention has not done so."""
         if self._unsettled is not None:
@@ -214,7 +199,7 @@ class KVCache(WatchedCache):
             )
         return model
 
-    @in_our_modes
+    @for_keeps
     def save(self, path: str | Path, token_ids: Tensor | Sequence[int] | None = None) -> int:
         """Write the cache to a file, which appears whole or not at all; ``load`` reads it. Returns its bytes.
 
@@ -234,7 +219,7 @@ class KVCache(WatchedCache):
         ids = None if token_ids is None else self._ids_held(torch.as_tensor(token_ids))
         header = stored.Header(
             model=model.config.model_type,
-            fingerprint=require_fingerprint(model),
+            fingerprint=fingerprint(model),
             dtype=str(model.dtype).removeprefix("torch."),
             preset=to_dict(self.config),
             statistics=trees.digest([core.codecs for core in self.cores]),
@@ -247,7 +232,7 @@ class KVCache(WatchedCache):
         return stored.write(Path(path), header, state, ids)
 
     @classmethod
-    @in_our_modes
+    @for_keeps
     def load(cls, path: str | Path, model: PreTrainedModel) -> KVCache:
         """The cache that ``save`` wrote, with the codecs that its tokens were coded with.
 
@@ -374,18 +359,13 @@ def _restore_layer(layer: object, state: dict[str, Any]) -> None:
         raise QJLError(f"{type(layer).__name__} of this version of transformers holds other things.")
 
 
-def require_fingerprint(model: PreTrainedModel) -> str:
-    """Raises QJLError for a model that is not all here."""
-    name = fingerprint(model)
-    if name is None:
-        raise QJLError("a cache of a model that is sharded over processes or offloaded cannot be saved or loaded.")
-    return name
-
-
 def _require_same_model(file: stored.StoredFile, model: PreTrainedModel) -> None:
     header, dtype = file.header, str(model.dtype).removeprefix("torch.")
-    if header.fingerprint != require_fingerprint(model):
-        raise QJLError(f"prompt cache {file.path} belongs to another model, of type {header.model}: build it again.")
+    if header.fingerprint != fingerprint(model):
+        raise QJLError(
+            f"prompt cache {file.path} belongs to another model, of type {header.model}, or to this one with other "
+            "settings or adapters: load it with what it was saved with, or build it again."
+        )
     if header.dtype != dtype:
         raise QJLError(
             f"prompt cache {file.path} is of the model in {header.dtype}: load the model in it, not {dtype}."

@@ -79,7 +79,7 @@ def _prepare_cache(
 def _is_chosen_by_user(cache: object, generation_config: GenerationConfig) -> bool:
     if generation_config.cache_implementation or generation_config.use_cache is False:
         return True
-    return getattr(cache, "_is_user_defined", False)
+    return compat.is_given_by_user(cache)
 
 
 compat.wrap(GenerationMixin, "_prepare_cache_for_generation", _prepare_cache)

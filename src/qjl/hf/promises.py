@@ -77,8 +77,8 @@ class Promise:
 
 def _broken(model: Any, what: str) -> str:
     return (
-        f"{type(model).__name__} was to use a quantized cache and {what} ({compat.versions()}): its text would come "
-        "from a cache in full precision. Run it without qjl, or with versions that this qjl supports."
+        f"{type(model).__name__} was to use a quantized cache and {what} ({compat.versions()}), so its text would come "
+        "from a cache in full precision: run it without qjl, or with versions that this qjl supports."
     )
 
 
@@ -104,7 +104,8 @@ def _generate(own: Any, model: GenerationMixin, *args: Any, **kwargs: Any) -> An
     promise = Promise(model, given, is_enabled)
     token = _promise.set(promise)
     try:
-        output = own(model, *args, **_renamed(kwargs))
+        with compat.Uncompiled():
+            output = own(model, *args, **_renamed(kwargs))
     finally:
         _promise.reset(token)
     promise.require_kept()
@@ -132,20 +133,15 @@ compat.wrap(GenerationMixin, "_update_model_kwargs_for_generation", _update_mode
 
 def attach(model: PreTrainedModel) -> None:
     """Have the model's caches told of its forward passes, which it computes as before."""
-    if _before_forward in model._forward_pre_hooks.values():
-        return
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward, with_kwargs=True, always_call=True)
+    compat.add_hooks(model, _before_forward, _after_forward)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo ``attach``."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for number in [number for number, hook in hooks.items() if hook in (_before_forward, _after_forward)]:
-            del hooks[number]
+    compat.remove_hooks(model, _before_forward, _after_forward)
 
 
-_Pass = tuple[WatchedCache | None, int]  # what a forward pass was given, and how many updates that had seen
+_Pass = tuple[PreTrainedModel, WatchedCache | None, int]  # of which model, with which cache and its updates before
 _passes: ContextVar[tuple[_Pass, ...]] = ContextVar("qjl-passes", default=())
 
 
@@ -157,9 +153,10 @@ def _before_forward(
     if cache is None and (cache := _dropped_where_rope_changes(model, inputs)):
         cache.reset()
         kwargs = kwargs | {compat.CACHE: cache}
-    _passes.set((*_passes.get(), (cache, cache.updates if cache else 0)))
+    _passes.set((*_passes.get(), (model, cache, cache.updates if cache else 0)))
     if cache is None:
         return None
+    compat.Uncompiled.begin()
     named = dict(zip(_parameters(model), args, strict=False)) | kwargs
     tokens = None if inputs is None else inputs.shape[1]
     cache.before_forward(tokens, named.get("attention_mask"), named.get("position_ids"))
@@ -168,9 +165,14 @@ def _before_forward(
 
 @torch.compiler.disable
 def _after_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-    *before, (cache, updates) = _passes.get()
+    *before, (whose, cache, updates) = _passes.get() or ((None, None, 0),)
+    if whose is not model:  # another hook failed before ours
+        return
     _passes.set(tuple(before))
-    if cache is None or output is None:
+    if cache is None:
+        return
+    compat.Uncompiled.end()
+    if output is None:
         return
     if cache.updates == updates:
         raise QJLError(_broken(model, "did not look at it"))

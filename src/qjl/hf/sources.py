@@ -11,8 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qjl import statistics
-from qjl.architecture import find_rope, fingerprint, layer_shapes
+from qjl.architecture import find_rope, layer_shapes
 from qjl.cache import LayerSource
+from qjl.fingerprints import fingerprint_or_none
 
 logger = logging.getLogger("qjl")
 _sources_of: weakref.WeakKeyDictionary[PreTrainedModel, list[LayerSource]] = weakref.WeakKeyDictionary()
@@ -64,8 +65,8 @@ class _Announcement:
 
 
 def statistics_path(model: PreTrainedModel) -> Path | None:
-    """Where ``qjl calibrate`` keeps this model's statistics; None for a model sharded over processes."""
-    name = fingerprint(model)
+    """Where ``qjl calibrate`` keeps this model's statistics; None for a model without a fingerprint."""
+    name = fingerprint_or_none(model)
     return None if name is None else statistics.path_of(name)
 
 

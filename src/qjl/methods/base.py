@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
+from qjl.modes import for_keeps, in_own_precision
 from qjl.ops.forms import NibbleForm
 from qjl.packed import BLOCK, Blocks, Layout, block_bits
 from qjl.rope import Rope
@@ -83,6 +84,11 @@ class Quantizer(ABC):
     method: ClassVar[str]
     source: ClassVar[str]
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "fit" in vars(cls):
+            cls.fit = for_keeps(cls.fit)  # type: ignore[method-assign]
+
     @property
     def is_exact(self) -> bool:
         """Whether tokens are stored as they come."""
@@ -119,6 +125,12 @@ class Codec(ABC):
 
     layout: Layout
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in ("quantize", "dequantize", "score", "mix"):
+            if name in vars(cls):
+                setattr(cls, name, in_own_precision(getattr(cls, name)))
+
     def __deepcopy__(self, memo: dict[int, object]) -> Codec:
         """Never changed once it is fitted, it serves a cache and its copies."""
         return self
@@ -131,10 +143,12 @@ class Codec(ABC):
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
         """Decode to ``float32 [B, H, T, D]``."""
 
+    @in_own_precision
     def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
         """Estimates of <q, k>: ``float32 [B, H, R, T]``."""
         return query @ self.dequantize(blocks, first).transpose(2, 3)
 
+    @in_own_precision
     def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
         """Weighted sum of tokens: ``float32 [B, H, R, T] -> [B, H, R, D]``."""
         return weights @ self.dequantize(blocks, first)

@@ -10,8 +10,8 @@ token, w coordinates per nibble, 64 tokens per block.
   ``out[r, t] = sum_j tables[r, j, nibble_j(t)]``.
 - ``expand(entries, codes)``: ``float32 [H, N, 16, w], codes -> float32 [B, H, T, N * w]``,
   ``out[t, j] = entries[j, nibble_j(t)]``; the transient tile that serves many queries, or values, at once.
-- ``attend(query, packed, bias, exact, queries, scaling, softcap)``: ``float32 [B, H, R, D]``, ``PackedTokens`` and
-  what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
+- ``attend(query, packed, bias, exact, queries, scaling, softcap)``: ``[B, H, R, D]`` of any float type,
+  ``PackedTokens`` and what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
   ``(out [B, H, R, D], log-sum-exp [B, H, R])``: values weighted by the softmax of
   ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
 - ``attend_paged(query, packed, bias, exact, queries, scaling, softcap)``: the same over ``PagedTokens``, of which row b
@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -42,8 +43,11 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.ops import cpu, reference
+from qjl.modes import in_own_precision
+from qjl.ops import checks, cpu, reference
 from qjl.ops.cpu import library
+from qjl.ops.forms import ExactTokens, PackedTokens, PagedTokens
+from qjl.ops.recipe import GridRecipe, Recipe, Turn
 from qjl.ops.triton import runtime
 
 AUTOMATIC = "auto"
@@ -136,41 +140,73 @@ def _automatic() -> str:
     return "cpu"
 
 
-def pack(nibbles):
+@in_own_precision
+def pack(nibbles: Tensor) -> Tensor:
     """Pack nibbles into blocks of 64 tokens; T must be a multiple of 64 and N even."""
+    checks.require_nibbles(nibbles)
     return _backend(nibbles).pack(nibbles)
 
 
-def unpack(codes):
+@in_own_precision
+def unpack(codes: Tensor) -> Tensor:
     """Nibbles of packed blocks, one per byte."""
+    checks.require_codes(codes)
     return _backend(codes).unpack(codes)
 
 
-def scan(tables, codes):
+@in_own_precision
+def scan(tables: Tensor, codes: Tensor) -> Tensor:
     """Sum of table look-ups for every query row and token."""
+    checks.require_tables(tables, codes)
     return _backend(codes).scan(tables, codes)
 
 
-def expand(entries, codes):
+@in_own_precision
+def expand(entries: Tensor, codes: Tensor) -> Tensor:
     """Codebook entries of every token in slot order."""
+    checks.require_entries(entries, codes)
     return _backend(codes).expand(entries, codes)
 
 
-def encode(tokens, recipe, turn=None):
+@in_own_precision
+def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of tokens, T a multiple of 64; for backends that ``offers`` says have it."""
+    checks.require_encodable(tokens, recipe, turn)
     return _backend(tokens).encode(tokens, recipe, turn)
 
 
-def encode_grid(tokens, recipe):
+@in_own_precision
+def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, steps and middles of tokens on uniform grids; for backends that ``offers`` says have it."""
+    checks.require_gridded(tokens, recipe)
     return _backend(tokens).encode_grid(tokens, recipe)
 
 
-def attend(query, packed, bias, exact, queries, scaling, softcap):
+@in_own_precision
+def attend(
+    query: Tensor,
+    packed: PackedTokens,
+    bias: Tensor | None,
+    exact: Sequence[ExactTokens],
+    queries: int,
+    scaling: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
     """Attention over packed and exact tokens in one step."""
+    query, bias, exact = checks.step_operands(query, packed, bias, exact, queries)
     return _backend(query).attend(query, packed, bias, exact, queries, scaling, softcap)
 
 
-def attend_paged(query, packed, bias, exact, queries, scaling, softcap):
+@in_own_precision
+def attend_paged(
+    query: Tensor,
+    packed: PagedTokens,
+    bias: Tensor | None,
+    exact: Sequence[ExactTokens],
+    queries: int,
+    scaling: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
     """Attention over pages of a pool and exact tokens in one step."""
+    query, bias, exact = checks.step_operands(query, packed, bias, exact, queries)
     return _backend(query).attend_paged(query, packed, bias, exact, queries, scaling, softcap)

@@ -12,6 +12,13 @@ from torch import Tensor
 from qjl.packed import Blocks, require_tensor
 
 
+class Derived(dict[str, Any]):
+    """What a backend makes of something at its first use; copies and files begin without it."""
+
+    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
+        return Derived, ()
+
+
 @dataclass(frozen=True, eq=False)
 class Turn:
     """RoPE of a mean: pair f of coordinates ``first[f], second[f]`` turns by ``position * inv_freq[f]``."""
@@ -41,7 +48,7 @@ class NibbleForm:
     groups: int = 1
     mean: Tensor | None = None
     turn: Turn | None = None
-    derived: dict[str, Any] = field(default_factory=dict)  # what a backend makes of it once
+    derived: dict[str, Any] = field(default_factory=Derived)
 
     @property
     def has_shared_code(self) -> bool:
@@ -58,7 +65,11 @@ class PackedTokens:
     key_form: NibbleForm
     value_form: NibbleForm
     first: Tensor
-    derived: dict[str, Any] = field(default_factory=dict)  # what a backend makes of them once
+    derived: dict[str, Any] = field(default_factory=Derived)
+
+    @property
+    def batch(self) -> int:
+        return self.first.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +96,7 @@ class PagedTokens:
     lengths: Tensor
     skip: Tensor
     origins: Tensor
-    derived: dict[str, Any] = field(default_factory=dict)  # what a backend makes of the pool once
+    derived: dict[str, Any] = field(default_factory=Derived)  # of the pool, whichever rows there are
 
     def __post_init__(self) -> None:
         rows = self.table.shape[0]
@@ -93,6 +104,10 @@ class PagedTokens:
         require_tensor(self.lengths, (rows,), torch.int32, "lengths")
         require_tensor(self.skip, (rows,), torch.int32, "skip")
         require_tensor(self.origins, (rows,), torch.int64, "origins")
+
+    @property
+    def batch(self) -> int:
+        return self.table.shape[0]
 
     @property
     def page(self) -> int:
@@ -110,10 +125,12 @@ class ExactTokens:
 
 
 def once(source: NibbleForm | PackedTokens | PagedTokens, name: str, derive: Callable[[Any], Any]) -> Any:
-    """What a backend makes of a form or of packed tokens, made at its first use."""
-    if name not in source.derived:
-        source.derived[name] = derive(source)
-    return source.derived[name]
+    """What a backend makes of a form or of packed tokens, made at its first use.
+
+    Threads that come at once may each make one, but all of them get the same, which stays as long as its source.
+    """
+    made = source.derived.get(name)
+    return source.derived.setdefault(name, derive(source)) if made is None else made
 
 
 def shared_strides(bias: Tensor) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qjl.errors import QJLError
+
 
 @dataclass(frozen=True, eq=False)
 class DenseMap:
@@ -27,6 +29,10 @@ class DenseMap:
     def rows(self) -> int:
         return self.matrix.shape[1]
 
+    def takes(self, heads: int, dim: int) -> bool:
+        """Whether it maps so many heads of this dimension."""
+        return self.matrix.shape[0] in (1, heads) and self.matrix.shape[2] == dim
+
 
 @dataclass(frozen=True, eq=False)
 class SketchMap:
@@ -42,6 +48,10 @@ class SketchMap:
     @property
     def rows(self) -> int:
         return self.order.shape[0]
+
+    def takes(self, heads: int, dim: int) -> bool:
+        """Whether it maps tokens of this dimension."""
+        return self.flips.shape == (-(-self.rows // self.size), dim) and dim <= self.size
 
 
 Map = DenseMap | SketchMap
@@ -78,6 +88,10 @@ class LevelsPart:
     def nibbles(self) -> int:
         return self.bit_coordinate.shape[1]
 
+    def takes(self, heads: int) -> bool:
+        """Whether it codes so many heads."""
+        return self.kinds.shape[0] in (1, heads) and self.bit_coordinate.shape[0] in (1, heads)
+
 
 @dataclass(frozen=True, eq=False)
 class TrellisPart:
@@ -90,6 +104,9 @@ class TrellisPart:
     @property
     def nibbles(self) -> int:
         return self.dim // self.own.shape[1]
+
+    def takes(self, heads: int) -> bool:
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +121,9 @@ class SignsPart:
     @property
     def nibbles(self) -> int:
         return self.dim // 4
+
+    def takes(self, heads: int) -> bool:
+        return True
 
 
 Part = LevelsPart | TrellisPart | SignsPart
@@ -125,6 +145,20 @@ class Recipe:
     weights: Tensor | None = None
     units: Tensor | None = None
     norm_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        rows = self.map.rows
+        if sum(part.dim for part in self.parts) != rows:
+            raise QJLError(f"the parts of a recipe do not make up the {rows} coordinates of its map.")
+        if not self.gains:
+            raise QJLError("a recipe has no gain to try.")
+
+    def takes(self, heads: int, dim: int) -> bool:
+        """Whether it is for so many heads of this dimension."""
+        by_head = (self.mean, self.weights, self.units)
+        sizes = ((heads, dim), (heads, self.map.rows), (heads,))
+        fit = all(x is None or x.shape == size for x, size in zip(by_head, sizes, strict=True))
+        return fit and self.map.takes(heads, dim) and all(part.takes(heads) for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import inspect
 import json
 import reprlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +37,14 @@ ANSWERED = ("/v1/chat/completions", "/v1/completions")
 PATHS = (*ANSWERED, "/v1/models", "/health", "/metrics")
 RETRY_WHEN_FULL, RETRY_WHEN_STOPPING = "1", "5"  # seconds
 BODY_SECONDS = 30.0
+_OURS_TO_TELL = {"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters}
+_REASONING = ("reasoning_effort", "enable_thinking", "thinking")  # what templates call it
+_TEMPLATES_RAISE = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_IN_OTHER_WORDS = {  # a kind of pydantic's errors
+    "extra_forbidden": "extra fields are not permitted: leave it out, or write it as OpenAI does.",
+    "missing": "is missing: give it.",
+    "too_short": "is empty: give at least one.",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class Limits:
       for.
     - ``max_body``: bytes of a request.
     - ``queue``: requests that may wait for one of the engine's slots.
+    - ``origins``: pages whose scripts may read answers, as browsers name them; ``*`` for all.
     """
 
     name: str
@@ -50,6 +64,7 @@ class Limits:
     context: int | None = None
     max_body: int = 4 << 20
     queue: int = 64
+    origins: tuple[str, ...] = ()
 
 
 class BadRequest(QJLError):
@@ -90,20 +105,40 @@ class Service:
                 f"{self.limits.name} has no chat template: use /v1/completions, or serve a model that has one.",
                 param="messages",
             )
-        messages = [message.for_template() for message in request.messages]
+        messages, told = [message.for_template() for message in request.messages], self._told_to_template(request)
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as problem:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **told)
+        except _TEMPLATES_RAISE as problem:
             raise BadRequest(f"the chat template refuses these messages: {problem}.", param="messages") from problem
         return self.tokenizer(str(text), add_special_tokens=False, verbose=False).input_ids
+
+    def _told_to_template(self, request: ChatRequest) -> dict[str, Any]:
+        """What a template may be told besides messages."""
+        told = request.chat_template_kwargs
+        ours = sorted(told.keys() & _OURS_TO_TELL)
+        if ours:
+            raise BadRequest(
+                f"chat_template_kwargs cannot have {ours[0]}: leave {ours[0]} out.", param="chat_template_kwargs"
+            )
+        effort, template = request.reasoning_effort, str(self.tokenizer.chat_template)
+        if effort is None or (effort == "none" and not any(name in template for name in _REASONING)):
+            return told
+        if "reasoning_effort" not in template:
+            raise BadRequest(
+                f"{self.limits.name} knows no reasoning_effort: leave it out, and tell its chat template what it knows "
+                "by chat_template_kwargs.",
+                param="reasoning_effort",
+            )
+        return {"reasoning_effort": effort} | told
 
     def _prompt_ids(self, request: CompletionRequest) -> list[int]:
         if isinstance(request.prompt, str):
             return self.tokenizer(request.prompt, verbose=False).input_ids
         return request.prompt
 
-    def require_model(self, name: str) -> None:
-        if name != self.limits.name:
+    def require_model(self, name: str | None) -> None:
+        """Raises BadRequest if that is another model; who names none means the one that is here."""
+        if name not in (None, "", self.limits.name):
             raise BadRequest(
                 f"the model {reprlib.repr(name)} does not exist here: this server has {self.limits.name!r}.",
                 status=404,
@@ -112,25 +147,20 @@ class Service:
             )
 
     def room_for(self, ids: list[int], wanted: int | None) -> int:
-        """The longest answer to a prompt, in tokens."""
+        """The longest answer to a prompt, in tokens: as many as are wanted, the limit and the context allow."""
         if not ids:
             raise BadRequest("the prompt is empty: give some text.")
         size = self.engine.model.config.get_text_config(decoder=True).vocab_size
         if not 0 <= min(ids) <= max(ids) < size:
             raise BadRequest(f"tokens of the prompt must be from 0 to {size - 1}.", param="prompt")
-        if wanted is not None and wanted > self.limits.max_tokens:
-            raise BadRequest(
-                f"{wanted} tokens were asked for and the most here is {self.limits.max_tokens}: ask for less.",
-                param="max_tokens",
-            )
         room = None if self.context is None else self.context - len(ids)
-        if room is not None and room < (wanted or 1):
-            asked = f"the prompt has {len(ids)} tokens and the answer may have {wanted or 1}"
+        if room is not None and room < 1:
             raise BadRequest(
-                f"the context is {self.context} tokens, {asked}: make one of them shorter.",
+                f"the context is {self.context} tokens and the prompt has {len(ids)} tokens, which leaves no room for "
+                "an answer: make it shorter.",
                 code="context_length_exceeded",
             )
-        return min(size for size in (wanted or self.limits.max_tokens, room) if size is not None)
+        return min(size for size in (wanted, self.limits.max_tokens, room) if size is not None)
 
 
 class Answer:
@@ -214,7 +244,7 @@ async def _events(answer: Answer, piece: Piece, form: Form, sends_usage: bool) -
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(data)}\n\n"  # in ASCII, since clients end lines at more characters than at newlines
 
 
 def _told(problem: Exception) -> tuple[int, dict[str, Any]]:
@@ -235,40 +265,42 @@ def build(service: Service) -> ASGIApp:
         service.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, max_body_size=service.limits.max_body)
+    reading = partial(app.api_route, methods=["GET", "HEAD"])
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, http: Request) -> Response:
         service.require_model(request.model)
-        return await _respond(service, http, request, await service.chat_ids(request), ChatForm(request.model))
+        return await _respond(service, http, request, await service.chat_ids(request), ChatForm(service.limits.name))
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:
         service.require_model(request.model)
         ids = await service.prompt_ids(request)
-        return await _respond(service, http, request, ids, CompletionForm(request.model))
+        return await _respond(service, http, request, ids, CompletionForm(service.limits.name))
 
-    @app.get("/v1/models")
+    @reading("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model_card(service)]}
 
-    @app.get("/v1/models/{name:path}")
+    @reading("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.require_model(name)
         return _model_card(service)
 
-    @app.get("/health")
+    @reading("/health")
     async def health() -> Response:
         is_stopping = service.engine.is_stopping
         return JSONResponse({"status": "stopping" if is_stopping else "ok"}, 503 if is_stopping else 200)
 
-    @app.get("/metrics")
+    @reading("/metrics")
     async def metrics() -> Response:
         held = await asyncio.wrap_future(service.engine.held())
         text = service.engine.metrics.text(held.running, held.waiting, held.cache_bytes, held.bf16_bytes)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     _tell_errors(app)
-    return Gate(app, service)
+    gate = Gate(app, service)
+    return Browsers(gate, service.limits.origins) if service.limits.origins else gate
 
 
 def _model_card(service: Service) -> dict[str, Any]:
@@ -281,19 +313,36 @@ def _is_of_the_request(part: str | int) -> bool:
     return isinstance(part, int) or (part.isidentifier() and part != "str")
 
 
+def _what_is_wrong(problem: dict[str, Any]) -> tuple[str, str | None]:
+    """A sentence, and the field that it is about."""
+    place, kind = [*takewhile(_is_of_the_request, problem["loc"][1:])], problem["type"]
+    if kind == "json_invalid" or (len(problem["loc"]) == 1 and kind != "not_built"):
+        return "the body is no JSON object: send one, as application/json.", None
+    message = _IN_OTHER_WORDS.get(kind) or str(problem["msg"]).removeprefix("Value error, ")
+    name = ".".join(map(str, place))
+    message = f"{name}: {message}" if name else message
+    if kind == "not_built":
+        name = ".".join(filter(None, [name, problem["ctx"]["param"]]))
+    return message, name or None
+
+
 def _tell_errors(app: FastAPI) -> None:
     """Every error in OpenAI's form."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, problem: RequestValidationError) -> Response:
-        first = problem.errors()[0]
-        place = ".".join(map(str, takewhile(_is_of_the_request, first["loc"][1:])))
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return JSONResponse(error(400, f"{place}: {message}" if place else message, place or None), 400)
+        message, param = _what_is_wrong(problem.errors()[0])
+        return JSONResponse(error(400, message, param), 400)
 
     @app.exception_handler(HTTPException)
     async def refused_by_http(http: Request, problem: HTTPException) -> Response:
-        return JSONResponse(error(problem.status_code, str(problem.detail)), problem.status_code, problem.headers)
+        message = str(problem.detail)
+        if problem.status_code == 404:
+            message = f"there is no {reprlib.repr(http.scope['path'])} here: use one of {', '.join(PATHS)}."
+        if problem.status_code == 405:
+            allowed = sorted((problem.headers or {}).get("Allow", "another method").split(", "))
+            message = f"{http.method} is not for {http.scope['path']}: use {', '.join(allowed)}."
+        return JSONResponse(error(problem.status_code, message), problem.status_code, problem.headers)
 
     @app.exception_handler(Stopped)
     async def stopped(http: Request, problem: Stopped) -> Response:
@@ -319,6 +368,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _tidied(scope)
         path = scope["path"] if scope["path"] in PATHS else "other"
 
         async def count(message: Message) -> None:
@@ -351,8 +401,40 @@ class Gate:
     def _knows(self, headers: dict[bytes, bytes]) -> bool:
         if self._limits.api_key is None:
             return True
-        given = headers.get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self._limits.api_key.encode())
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._limits.api_key.encode())
+
+
+def _tidied(scope: Scope) -> Scope:
+    """Without slashes that are too many; and what no browser sent is JSON, as whatever it is declared."""
+    path = "/" + "/".join(part for part in scope["path"].split("/") if part)
+    headers = scope["headers"]
+    if path in ANSWERED and not any(name == b"origin" for name, _ in headers):
+        headers = [(name, value) for name, value in headers if name != b"content-type"]
+        headers.append((b"content-type", b"application/json"))
+    return {**scope, "path": path, "raw_path": quote(path).encode(), "headers": headers}
+
+
+class Browsers(CORSMiddleware):
+    """Before the gate: tells browsers that the scripts of some pages may read what is answered, errors too."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST", "OPTIONS"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["Retry-After", "WWW-Authenticate"],
+        )
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        message = f"{bytes(response.body).decode()}: start the server with another --cors-origin."
+        headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        return JSONResponse(error(response.status_code, message), response.status_code, headers)
 
 
 def _in_time(receive: Receive) -> Receive:

@@ -12,7 +12,6 @@ import os
 logger = logging.getLogger("vllm.qjl")
 PRESET = "QJL_VLLM_PRESET"
 UNCHANGED = "full"
-BACKEND = "qjl.vllm.backend.QuantizedBackend"
 
 
 def chosen_preset() -> str:
@@ -23,14 +22,16 @@ def chosen_preset() -> str:
 def register() -> None:
     """Put our backend where vLLM looks for its own, if a preset is asked for.
 
-    Nothing is checked here, because vLLM only logs what a plugin raises, and goes on with its own backend.
+    Raises:
+        QJLError: if vLLM lacks what the backend uses; vLLM stops then, where it would serve its own pages otherwise.
     """
     if chosen_preset() == UNCHANGED:
         return
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from qjl.vllm import compat
 
-    if not current_platform.is_cpu():
+    compat.require(compat.SERVING)
+    from qjl.vllm.backend import QuantizedBackend
+
+    if not compat.is_on_cpu():
         logger.warning("qjl: quantized pages need --attention-backend CUSTOM here, without which vLLM keeps its own.")
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
-    register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)  # on a CPU vLLM takes no other
+    compat.register(QuantizedBackend)

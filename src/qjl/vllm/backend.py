@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionLayer,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    AttentionType,
-    CommonAttentionMetadata,
-)
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout
 
 from qjl.attention import Scoring
 from qjl.errors import QJLError
 from qjl.methods.nibble import EXPAND_FROM_ROWS
 from qjl.packed import BLOCK
+from qjl.vllm import compat
+from qjl.vllm.compat import (
+    ATTENTION,
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    Batch,
+    KVCacheLayout,
+    Pages,
+    Settings,
+    extract_layer_index,
+    overriding,
+)
 from qjl.vllm.layer import PagedLayer, Step
 from qjl.vllm.model import ServedModel, bytes_per_token, chosen_config
 from qjl.vllm.planning import Planner, PoolShape, Request
@@ -35,6 +37,7 @@ from qjl.vllm.prompts import PromptKernel, Prompts
 logger = logging.getLogger("vllm.qjl")
 
 
+@overriding
 class QuantizedBackend(AttentionBackend):
     """Pages of packed codes beside a pool of exact tokens."""
 
@@ -43,7 +46,7 @@ class QuantizedBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"
+        return ATTENTION
 
     @staticmethod
     def get_impl_cls() -> type[QuantizedAttention]:
@@ -66,13 +69,9 @@ class QuantizedBackend(AttentionBackend):
         return False
 
     @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+    def customize_spec(cls, spec: Any) -> Any:
         """Pages are as large as the widest layer's codes."""
-        if spec.state_content_bytes is not None:
-            return spec
-        if not isinstance(spec, FullAttentionSpec) or spec.head_size != spec.head_size_v:
-            raise QJLError("only full attention with keys as wide as values is served: unset QJL_VLLM_PRESET.")
-        return replace(spec, dtype=torch.uint8, state_content_bytes=bytes_per_token(spec.head_size))
+        return compat.packed(spec, bytes_per_token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,61 +82,54 @@ class StepMetadata(AttentionMetadata):
     prompts: Prompts | None
 
 
+@overriding
 class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
     """Plans each step, and gives the layers their codecs and pools when vLLM has made their pages."""
 
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        _require_served(vllm_config)
+        settings, pages = compat.settings(vllm_config), compat.pages(kv_cache_spec)
+        _require_served(settings)
         config = chosen_config()
-        self.page_tokens = kv_cache_spec.block_size
-        sequences = vllm_config.scheduler_config.max_num_seqs
-        lines = sequences * (1 + -(-config.recent // self.page_tokens))
-        shape = PoolShape(self.page_tokens, config.sinks, lines, 2 * sequences if config.sinks else 0)
-        self.planner = Planner(shape, config.recent)
-        self.layers = [_paged_layer(vllm_config, name, kv_cache_spec, shape, device) for name in layer_names]
-        group = (
-            vllm_config.model_config.get_num_attention_heads(vllm_config.parallel_config) // kv_cache_spec.num_kv_heads
-        )
-        self.most_queries = max(1, (EXPAND_FROM_ROWS - 1) // group)
-        self.kernel = _prompt_kernel(group, kv_cache_spec, vllm_config.model_config.dtype, device)
+        lines = settings.sequences * (1 + -(-config.recent // pages.tokens))
+        shape = PoolShape(pages.tokens, config.sinks, lines, 2 * settings.sequences if config.sinks else 0)
+        self._planner = Planner(shape, config.recent)
+        layers = [_paged_layer(settings, name, pages, shape, device) for name in layer_names]
+        for name, layer in zip(layer_names, layers, strict=True):
+            compat.attention_of(vllm_config, name).paged = layer
+        self._most_queries = max(1, (EXPAND_FROM_ROWS - 1) // (settings.heads // pages.heads))
+        self._kernel = _prompt_kernel(settings, pages, device)
+        self._page_tokens, self._device = pages.tokens, device
         self._has_told_of_sinks = False
         logger.info(
             "qjl: preset %s, %d bytes per token in pages of %d tokens, beside a pool of %d exact tokens of %.2f GiB.",
             config.name,
-            sum(layer.token_bytes for layer in self.layers),
-            self.page_tokens,
+            sum(layer.token_bytes for layer in layers),
+            pages.tokens,
             shape.slots,
-            sum(layer.nbytes for layer in self.layers) / 2**30,
+            sum(layer.nbytes for layer in layers) / 2**30,
         )
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> StepMetadata:
-        requests = _requests(common_attn_metadata, self.page_tokens)
-        plan = self.planner.plan(requests)
-        if self.planner.missed_sinks and not self._has_told_of_sinks:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepMetadata:
+        requests = _requests(compat.batch(common_attn_metadata), self._page_tokens)
+        plan = self._planner.plan(requests)
+        if self._planner.missed_sinks and not self._has_told_of_sinks:
             logger.warning("qjl: first tokens of a sequence are read from their codes: more prompts than sink lines.")
             self._has_told_of_sinks = True
-        step = Step.of(plan, requests, self.page_tokens, self.most_queries, self.device)
-        return StepMetadata(step, self.kernel.prepare(step.alone) if self.kernel and step.alone else None)
+        step = Step.of(plan, requests, self._page_tokens, self._most_queries, self._device)
+        return StepMetadata(step, self._kernel.prepare(step.alone) if self._kernel and step.alone else None)
 
 
-def _requests(common: CommonAttentionMetadata, page_tokens: int) -> list[Request]:
-    lengths = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
-    totals = lengths.tolist()
-    starts = common.query_start_loc_cpu.tolist()
-    tables = common.block_table_tensor.cpu().numpy()
+def _requests(batch: Batch, page_tokens: int) -> list[Request]:
     requests = []
-    for row in range(common.num_reqs):
-        fresh = starts[row + 1] - starts[row]
-        pages = tables[row, : -(-totals[row] // page_tokens)].tolist()
-        requests.append(Request(pages, totals[row] - fresh, fresh))
+    for row, total in enumerate(batch.totals):
+        fresh = batch.starts[row + 1] - batch.starts[row]
+        pages = batch.pages[row, : -(-total // page_tokens)].tolist()
+        requests.append(Request(pages, total - fresh, fresh))
     return requests
 
 
+@overriding
 class QuantizedAttention(AttentionImpl[StepMetadata]):
     """Attention of one layer; ``paged`` is there once vLLM has made the pages."""
 
@@ -177,7 +169,7 @@ class QuantizedAttention(AttentionImpl[StepMetadata]):
 
     def forward(
         self,
-        layer: AttentionLayer,
+        layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -205,25 +197,17 @@ class QuantizedAttention(AttentionImpl[StepMetadata]):
         return output
 
 
-def _prompt_kernel(group: int, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> PromptKernel | None:
-    if not PromptKernel.serves(spec.head_size, device):
+def _prompt_kernel(settings: Settings, pages: Pages, device: torch.device) -> PromptKernel | None:
+    if not PromptKernel.serves(pages.head_dim, device):
         return None
-    return PromptKernel(group * spec.num_kv_heads, spec.num_kv_heads, spec.head_size, dtype)
+    return PromptKernel(settings.heads, pages.heads, pages.head_dim, settings.dtype)
 
 
-def _paged_layer(
-    vllm_config: VllmConfig, name: str, spec: AttentionSpec, shape: PoolShape, device: torch.device
-) -> PagedLayer:
-    attention = vllm_config.compilation_config.static_forward_context[name]
-    config = vllm_config.model_config
-    total, parallel = config.get_total_num_kv_heads(), vllm_config.parallel_config.tensor_parallel_size
-    first = get_tensor_model_parallel_rank() * total // parallel
-    heads = slice(first, first + spec.num_kv_heads)
-    model = _served_model(config.model, config.revision)
-    codecs = model.codecs(extract_layer_index(name), heads, spec.head_size, config.dtype, device)
-    paged = PagedLayer(codecs, shape, spec.num_kv_heads, spec.head_size, config.dtype, device)
-    attention.impl.paged = paged
-    return paged
+def _paged_layer(settings: Settings, name: str, pages: Pages, shape: PoolShape, device: torch.device) -> PagedLayer:
+    heads = slice(settings.first_head, settings.first_head + pages.heads)
+    model = _served_model(settings.model, settings.revision)
+    codecs = model.codecs(extract_layer_index(layer_name=name), heads, pages.head_dim, settings.dtype, device)
+    return PagedLayer(codecs, shape, pages.heads, pages.head_dim, settings.dtype, device)
 
 
 @cache
@@ -231,10 +215,10 @@ def _served_model(name: str, revision: str | None) -> ServedModel:
     return ServedModel(name, revision)
 
 
-def _require_served(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
-    if parallel.use_ubatching or parallel.decode_context_parallel_size > 1:
+def _require_served(settings: Settings) -> None:
+    if settings.is_split:
         raise QJLError("quantized pages serve neither micro-batches nor context parallelism: switch them off.")
-    drafts = vllm_config.speculative_config
-    if drafts is not None and drafts.method != "ngram":
-        raise QJLError(f"quantized pages take drafts of ngram, and not of {drafts.method}: choose that, or none.")
+    if settings.sees_ahead:
+        raise QJLError("quantized pages serve no model whose prompts see ahead: unset QJL_VLLM_PRESET for this model.")
+    if settings.drafts not in (None, "ngram"):
+        raise QJLError(f"quantized pages take drafts of ngram, and not of {settings.drafts}: choose that, or none.")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qjl import ops
-from qjl.attention import Scoring, attend_segments, causal_mask
+from qjl.attention import Scoring, attend_segments
 from qjl.cache import ExactSegment, PackedSegment
 from qjl.errors import QJLError
 from qjl.methods.base import Codec
@@ -37,7 +37,7 @@ class Targets:
     @classmethod
     def of(cls, encoding: Encoding, device: torch.device) -> Targets:
         numbers = (encoding.sources, encoding.first, encoding.columns, encoding.pages, encoding.offsets)
-        return cls(*(_on(device, of) for of in numbers))
+        return cls(*(on(device, of) for of in numbers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,48 +94,49 @@ class Step:
             if request.context and request.fresh <= most_queries:
                 groups.setdefault(request.fresh, []).append((begin, request, reading))
             else:
-                pages = _on(device, request.pages[: -(-reading.packed // page_tokens)])
-                slots = _on(device, reading.slots)
+                pages = on(device, request.pages[: -(-reading.packed // page_tokens)])
+                slots = on(device, reading.slots)
                 alone.append(Alone(begin, begin + request.fresh, request.context, reading, pages, slots))
             begin += request.fresh
         encodings = (plan.rescued, plan.filled, plan.direct)
         rescued, filled, direct = (Targets.of(one, device) if len(one) else None for one in encodings)
         together = [_together(rows, page_tokens, device) for rows in groups.values()]
-        puts = (_on(device, plan.put_tokens), _on(device, plan.put_slots))
+        puts = (on(device, plan.put_tokens), on(device, plan.put_slots))
         return cls(rescued, *puts, filled, direct, together, alone)
 
 
 def _together(rows: list[tuple[int, Request, Reading]], page_tokens: int, device: torch.device) -> Together:
     queries = rows[0][1].fresh
-    pages = [request.pages[: -(-reading.packed // page_tokens)] for _, request, reading in rows]
-    counts = torch.tensor([len(reading.slots) for _, _, reading in rows])
-    slots = _padded([reading.slots for _, _, reading in rows])
-    beyond = torch.arange(slots.shape[1]) >= counts[:, None]
-    bias = torch.zeros(slots.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
-    causal = torch.zeros(1, 1, queries, queries).masked_fill_(
-        ~causal_mask(queries, queries, torch.device("cpu")), -torch.inf
-    )
+    readings = [reading for _, _, reading in rows]
+    slots = _padded([reading.slots for reading in readings])
+    used = np.arange(slots.shape[1]) < [[len(reading.slots)] for reading in readings]
+    causal = np.tri(queries, dtype=bool)
     return Together(
-        tokens=(torch.tensor([begin for begin, _, _ in rows])[:, None] + torch.arange(queries)).to(device),
-        pages=_padded(pages).int().to(device),
-        skip=_on(device, [reading.skip for _, _, reading in rows]).int(),
-        packed=_on(device, [reading.packed for _, _, reading in rows]).int(),
-        origins=torch.zeros(len(rows), dtype=torch.int64, device=device),
-        slots=slots.to(device),
-        bias=bias.to(device),
-        causal=causal.to(device) if queries > 1 else None,
+        tokens=on(device, [range(begin, begin + queries) for begin, _, _ in rows]),
+        pages=on(device, _padded([request.pages[: -(-one.packed // page_tokens)] for _, request, one in rows])).int(),
+        skip=on(device, [reading.skip for reading in readings]).int(),
+        packed=on(device, [reading.packed for reading in readings]).int(),
+        origins=on(device, [0] * len(rows)),
+        slots=on(device, slots),
+        bias=_bias(used, device)[:, None, None],
+        causal=_bias(causal, device)[None, None] if queries > 1 else None,
     )
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    width = max(len(row) for row in rows)
-    padded = np.zeros((len(rows), width), np.int64)
+def _bias(seen: np.ndarray, device: torch.device) -> Tensor:
+    """0, and -inf where nothing is seen."""
+    return torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))).to(device)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    padded = np.zeros((len(rows), max(len(row) for row in rows)), np.int64)
     for out, row in zip(padded, rows, strict=True):
         out[: len(row)] = row
-    return torch.from_numpy(padded)
+    return padded
 
 
-def _on(device: torch.device, numbers: Sequence[int]) -> Tensor:
+def on(device: torch.device, numbers: Sequence[Any] | np.ndarray) -> Tensor:
+    """``int64`` on a device, whatever torch's defaults are."""
     return torch.from_numpy(np.asarray(numbers, np.int64)).to(device)
 
 
@@ -302,7 +303,7 @@ class PagedLayer:
 
     def _segment(self, one: Alone, columns: int) -> PackedSegment:
         keys, values, first = self._gathered(one.pages[None])
-        slots = torch.arange(first.shape[1] * BLOCK, device=first.device)
+        slots = torch.arange(first.shape[1] * BLOCK, dtype=torch.int64, device=first.device)
         valid = (slots >= one.reading.skip) & (slots < one.reading.packed)
         places = 0 if len(slots) <= columns else slots.clamp(max=columns - 1)[None]
         return PackedSegment(keys, values, *self.codecs, first, places, valid[None])
@@ -311,7 +312,8 @@ class PagedLayer:
         """Blocks of 64 tokens ``[B, H, blocks, *shape]`` from ``pages [B, n]``, and their first positions."""
         together = BLOCK // self.shape.page_tokens
         pages = F.pad(pages, (0, -pages.shape[1] % together)).unflatten(1, (-1, together))  # [B, blocks, together]
-        first = (torch.arange(pages.shape[1], device=pages.device) * BLOCK).expand(len(pages), -1)
+        blocks = torch.arange(pages.shape[1], dtype=torch.int64, device=pages.device)
+        first = (blocks * BLOCK).expand(len(pages), -1)
         keys, values = (
             {name: field[pages].movedim((3, 2), (1, -2)).flatten(-2).contiguous() for name, field in fields.items()}
             for fields in self._fields

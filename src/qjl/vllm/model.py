@@ -10,8 +10,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
-from qjl.architecture import find_rope, fingerprint_of_folder
+from qjl.architecture import find_rope
 from qjl.errors import QJLError
+from qjl.fingerprints import fingerprint_of_folder
 from qjl.methods.base import Codec, LayerContext, Quantizer
 from qjl.presets import CacheConfig, resolve
 from qjl.rope import Rope

@@ -10,15 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
-from vllm import _custom_ops as ops
-from vllm import envs
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
 from qjl.attention import Scoring
 from qjl.packed import BLOCK
-from qjl.vllm.layer import Alone, PagedLayer
+from qjl.vllm.compat import (
+    VLLM_CPU_ATTN_SPLIT_KV,
+    CPUAttentionBackend,
+    _get_attn_isa,
+    cpu_attention_with_kv_cache,
+    cpu_attn_get_scheduler_metadata,
+    cpu_attn_reshape_and_cache,
+)
+from qjl.vllm.layer import Alone, PagedLayer, on
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +54,7 @@ class Prompts:
         cached = self._filled(layer, [(keys[own], values[own]) for own in fresh])
         asked = torch.cat([query[own] for own in fresh])
         found = torch.empty_like(asked)
-        ops.cpu_attention_with_kv_cache(
+        cpu_attention_with_kv_cache(
             query=asked,
             key_cache=cached[0],
             value_cache=cached[1],
@@ -69,13 +77,21 @@ class Prompts:
         """Pages of keys and of values, with all tokens."""
         keys = fresh[0][0]
         # zeros: slots behind a sequence are masked, and must be finite
-        pages = torch.zeros(self.pages, keys.shape[1], 2 * BLOCK, keys.shape[2], dtype=keys.dtype)
+        shape = (self.pages, keys.shape[1], 2 * BLOCK, keys.shape[2])
+        pages = torch.zeros(shape, dtype=keys.dtype, device=keys.device)
         cached = pages[:, :, :BLOCK], pages[:, :, BLOCK:]
         begin = 0
         for one, own in zip(self.alone, fresh, strict=True):
-            for tokens in (*layer.before(one), own):
-                slots = self.slots[begin : begin + len(tokens[0])]
-                ops.cpu_attn_reshape_and_cache(*tokens, *cached, slots, self.isa)
+            for key, value in (*layer.before(one), own):
+                slots = self.slots[begin : begin + len(key)]
+                cpu_attn_reshape_and_cache(
+                    key=key,
+                    value=value,
+                    key_cache=cached[0],
+                    value_cache=cached[1],
+                    slot_mapping=slots,
+                    isa=self.isa,
+                )
                 begin += len(slots)
         return cached
 
@@ -85,7 +101,7 @@ class PromptKernel:
 
     def __init__(self, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
         self._heads, self._kv_heads, self._head_dim, self._dtype = heads, kv_heads, head_dim, dtype
-        self._isa = _get_attn_isa(dtype, BLOCK, head_dim)
+        self._isa = _get_attn_isa(dtype=dtype, block_size=BLOCK, head_size=head_dim)
 
     @staticmethod
     def serves(head_dim: int, device: torch.device) -> bool:
@@ -96,11 +112,10 @@ class PromptKernel:
         totals = [one.context + count for one, count in zip(alone, fresh, strict=True)]
         counts = [-(-total // BLOCK) for total in totals]
         *firsts, pages = accumulate(counts, initial=0)
-        slots = [torch.arange(total) + first * BLOCK for total, first in zip(totals, firsts, strict=True)]
-        table = torch.tensor(firsts)[:, None] + torch.arange(max(counts))
-        starts = torch.tensor(list(accumulate(fresh, initial=0)), dtype=torch.int32)
-        lengths = torch.tensor(totals, dtype=torch.int32)
-        schedule = ops.cpu_attn_get_scheduler_metadata(
+        slots = np.concatenate([first * BLOCK + np.arange(total) for total, first in zip(totals, firsts, strict=True)])
+        table = (np.array(firsts)[:, None] + np.arange(max(counts))).clip(max=pages - 1)
+        starts, lengths = on(_CPU, [*accumulate(fresh, initial=0)]).int(), on(_CPU, totals).int()
+        schedule = cpu_attn_get_scheduler_metadata(
             num_reqs=len(alone),
             num_heads=self._heads,
             num_kv_heads=self._kv_heads,
@@ -111,7 +126,6 @@ class PromptKernel:
             causal=True,
             sliding_window_size=-1,
             isa=self._isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            enable_kv_split=VLLM_CPU_ATTN_SPLIT_KV,
         )
-        table = table.clamp(max=pages - 1).int()
-        return Prompts(alone, torch.cat(slots), pages, table, starts, lengths, schedule, self._isa)
+        return Prompts(alone, on(_CPU, slots), pages, on(_CPU, table).int(), starts, lengths, schedule, self._isa)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int64, c_void_p
+from ctypes import c_int64
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qjl.ops.cpu import library
+from qjl.errors import QJLError
+from qjl.ops.cpu import library, structs
+from qjl.ops.cpu.structs import CPU
 from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, PagedTokens, once, shared_strides
 from qjl.packed import BLOCK, Blocks
 
@@ -26,79 +28,8 @@ ANCHOR = 8  # such turns in float32 follow one in double precision
 RANK = 4  # functions that slow frequencies share
 TOLERANCE = 4e-6
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PAIR = np.dtype(
-    [
-        ("tables", np.int8, (4, 16)),
-        ("sources", np.int32, 4),
-        ("coordinates", np.int32, 2),
-        ("group", np.int32),
-        ("step", np.float32),
-        ("kind", np.int32),
-    ]
-)
+_PAIR = np.dtype(structs.Pair)
 _room = threading.local()
-
-
-class _Side(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("codes", "scale", "middle", "unit", "map", "mean")),
-        *((name, c_int64 * 3) for name in ("codes_stride", "scale_stride", "middle_stride")),
-        *((name, c_int64) for name in ("map_stride", "map_is_half")),
-        *((name, c_int64) for name in ("nibbles", "groups", "code_dim", "head_dim", "code_stride")),
-        ("coordinates", c_void_p),
-        ("entries", c_void_p),
-        ("slots", c_int64),
-        ("pairs", c_void_p),
-        ("pair_count", c_int64),
-    )
-
-
-class _Segment(ctypes.Structure):
-    _fields_ = (
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("key_stride", c_int64 * 3),
-        ("value_stride", c_int64 * 3),
-        ("tokens", c_int64),
-        ("dtype", c_int64),
-        ("bias", c_void_p),
-        ("bias_stride", c_int64 * 4),
-    )
-
-
-class _Pages(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("table", "lengths", "skip", "origins")),
-        *((name, c_int64) for name in ("capacity", "tokens")),
-    )
-
-
-class _Turn(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("inv_freq", "step", "anchor_step", "coordinates", "down", "up")),
-        ("pairs", c_int64),
-        ("direct", c_int64),
-        ("scaling", c_float),
-    )
-
-
-class _Step(ctypes.Structure):
-    _fields_ = (
-        ("keys", _Side),
-        ("values", _Side),
-        ("pages", POINTER(_Pages)),
-        ("exact", _Segment * 2),
-        ("exact_count", c_int64),
-        ("bias", c_void_p),
-        ("bias_stride", c_int64 * 4),
-        ("turn", POINTER(_Turn)),
-        ("first", c_void_p),
-        *((name, c_int64) for name in ("blocks", "blocks_per_split", "splits", "batch", "heads", "rows", "queries")),
-        ("query", c_void_p),
-        ("scaling", c_float),
-        ("softcap", c_float),
-        *((name, c_void_p) for name in ("out", "lse", "scores", "workspace")),
-    )
 
 
 def attend(
@@ -123,22 +54,29 @@ def attend_paged(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """A row's result does not depend on the other rows."""
-    step = _asked(once(packed, "step", _pool_part), query, queries)
+    step = _asked(once(packed, "step", _pool_part).struct, query, queries)
     rows = [x.contiguous() for x in (packed.table, packed.lengths, packed.skip, packed.origins)]
-    step.pages = ctypes.pointer(_Pages(*(x.data_ptr() for x in rows), packed.table.shape[1], packed.page))
-    blocks = -(-max(packed.lengths.tolist(), default=0) // BLOCK)
+    sizes = packed.table.shape[1], packed.page, packed.keys["codes"].shape[0]
+    step.pages = ctypes.pointer(structs.Pages(*(x.data_ptr() for x in rows), *sizes))
+    longest = max(packed.lengths.tolist(), default=0)
+    if bias is not None and bias.shape[3] < longest:
+        raise QJLError(f"a bias of {bias.shape[3]} tokens does not reach to the end of a row of {longest}.")
+    blocks = -(-longest // BLOCK)
     step.blocks_per_split, step.splits = SPLIT_BLOCKS, min(MOST_SPLITS, -(-blocks // SPLIT_BLOCKS))
     return _attend(step, bias, exact, scaling, softcap)
 
 
 def _attend(
-    step: _Step, bias: Tensor | None, exact: Sequence[ExactTokens], scaling: float, softcap: float
+    step: structs.Step, bias: Tensor | None, exact: Sequence[ExactTokens], scaling: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows = step.batch, step.heads, step.rows
-    out = torch.empty((batch, heads, rows, step.values.head_dim))
-    lse = torch.empty((batch, heads, rows))
+    out = torch.empty((batch, heads, rows, step.values.head_dim), dtype=torch.float32, device=CPU)
+    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=CPU)
+    if len(exact) > len(step.exact):
+        raise QJLError(f"a step takes {len(step.exact)} segments of exact tokens, not {len(exact)}: join some of them.")
     step.exact_count = len(exact)
-    for place, tokens in enumerate(exact):
+    kept = [_with_whole_tokens(tokens) for tokens in exact]
+    for place, tokens in enumerate(kept):
         step.exact[place] = _segment(tokens)
     step.bias, step.bias_stride = _bias(bias)
     step.scaling, step.softcap = scaling, softcap
@@ -150,60 +88,76 @@ def _attend(
 def score(query: Tensor, packed: PackedTokens) -> Tensor:
     """Estimates of <q, k> alone, ``float32 [B, H, R, T]``, with the look-ups of the fused step."""
     step = _step(query, packed, 1)
-    scores = torch.empty((*query.shape[:3], step.blocks * BLOCK))
+    scores = torch.empty((*query.shape[:3], step.blocks * BLOCK), dtype=torch.float32, device=CPU)
     step.scores = scores.data_ptr()
     _run(step)
     return scores
 
 
-def _step(query: Tensor, packed: PackedTokens, queries: int) -> _Step:
-    step = _asked(once(packed, "step", _packed_part), query, queries)
+def _step(query: Tensor, packed: PackedTokens, queries: int) -> structs.Step:
+    step = _asked(once(packed, "step", _packed_part).struct, query, queries)
     per_split = max(SPLIT_BLOCKS, -(-step.blocks // -(-PIECES // max(1, step.batch * step.heads))))
     step.blocks_per_split, step.splits = per_split, -(-step.blocks // per_split)
     return step
 
 
-def _asked(same: _Step, query: Tensor, queries: int) -> _Step:
-    step = _Step.from_buffer_copy(same)
+def _asked(same: structs.Step, query: Tensor, queries: int) -> structs.Step:
+    step = structs.Step.from_buffer_copy(same)
     batch, heads, rows, _ = query.shape
     step.batch, step.heads, step.rows, step.queries = batch, heads, rows, queries
     step.query = query.data_ptr()
     return step
 
 
-def _packed_part(packed: PackedTokens) -> _Step:
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A struct, and the arrays that it points to."""
+
+    struct: Any
+    kept: Any
+
+
+def _packed_part(packed: PackedTokens) -> _Made:
     """What is the same in all steps over the same packed tokens."""
-    step = _pool_part(packed)
-    packed.derived["first"] = first = packed.first.contiguous()
-    step.first, step.blocks = first.data_ptr(), first.shape[1]
-    return step
+    part = _pool_part(packed)
+    first = packed.first.contiguous()
+    part.struct.first, part.struct.blocks = first.data_ptr(), first.shape[1]
+    return _Made(part.struct, (part, first))
 
 
-def _pool_part(packed: PackedTokens | PagedTokens) -> _Step:
+def _pool_part(packed: PackedTokens | PagedTokens) -> _Made:
     """What is the same whatever rows there are."""
-    step = _Step(keys=_side(packed.key_form, packed.keys), values=_side(packed.value_form, packed.values))
+    keys, values = once(packed.key_form, "side", _constants), once(packed.value_form, "side", _constants)
+    step = structs.Step(
+        keys=_side(keys, packed.key_form, packed.keys), values=_side(values, packed.value_form, packed.values)
+    )
+    turn = None
     if packed.key_form.turn is not None:
-        step.turn = ctypes.pointer(once(packed.key_form, "turn", _turn))
-    return step
+        turn = once(packed.key_form, "turn", _turn)
+        step.turn = ctypes.pointer(turn.struct)
+    return _Made(step, (keys, values, turn))
 
 
-def _run(step: _Step) -> None:
-    threads = torch.get_num_threads()
-    size = library.load().qjl_step_workspace(ctypes.byref(step), c_int64(threads))
-    step.workspace = _workspace(size).data_ptr()
-    library.call("qjl_step", step)
+def _run(step: structs.Step) -> None:
+    if (kept := _kept_room()) is not None:
+        step.room, step.room_bytes = kept.data_ptr(), kept.nbytes
+    library.call_in_room("qjl_step", step, _grown_room)
 
 
-def _workspace(size: int) -> Tensor:
-    """Room that is kept from step to step."""
-    if getattr(_room, "bytes", None) is None or _room.bytes.numel() < size:
-        _room.bytes = torch.empty(size, dtype=torch.uint8)
+def _kept_room() -> Tensor | None:
+    """Room that this thread keeps from step to step."""
+    return getattr(_room, "bytes", None)
+
+
+def _grown_room(nbytes: int) -> Tensor:
+    _room.bytes = torch.empty(nbytes, dtype=torch.uint8, device=CPU)
     return _room.bytes
 
 
 def held_bytes() -> int:
     """Of the room that this thread keeps."""
-    return 0 if getattr(_room, "bytes", None) is None else _room.bytes.numel()
+    kept = _kept_room()
+    return 0 if kept is None else kept.nbytes
 
 
 def release() -> None:
@@ -211,8 +165,8 @@ def release() -> None:
     _room.bytes = None
 
 
-def _side(form: NibbleForm, blocks: Blocks) -> _Side:
-    side = _Side.from_buffer_copy(once(form, "side", _constants))
+def _side(constants: _Made, form: NibbleForm, blocks: Blocks) -> structs.Side:
+    side = structs.Side.from_buffer_copy(constants.struct)
     is_paged = blocks["codes"].dim() == 4
     for place, name in (("codes", "codes"), ("scale", form.scale), ("middle", form.middle)):
         if name is not None:
@@ -228,15 +182,17 @@ def _byte_strides(tensor: Tensor, is_paged: bool) -> list[int]:
     return [step * tensor.itemsize for step in strides]
 
 
-def _constants(form: NibbleForm) -> _Side:
-    """What is the same in all steps; the arrays it points to are kept beside it."""
+def _constants(form: NibbleForm) -> _Made:
+    """What is the same in all steps."""
     code_heads, nibbles, _, slots = form.entries.shape
+    if form.code_dim // form.groups > (most := library.limits().dim):
+        raise QJLError(f"a code of {form.code_dim // form.groups} coordinates is not for kernels: use at most {most}.")
     kept: dict[str, Any] = {
         "coordinates": form.coordinates.contiguous(),
         "entries": form.entries.half().transpose(2, 3).contiguous(),
         "pairs": _pairs(form) if form.has_shared_code else None,
     }
-    side = _Side(
+    side = structs.Side(
         code_stride=int(code_heads > 1), slots=slots, nibbles=nibbles * form.groups, groups=form.groups,
         code_dim=form.code_dim, head_dim=form.code_dim,
     )  # fmt: skip
@@ -253,13 +209,19 @@ def _constants(form: NibbleForm) -> _Side:
         if (tensor := getattr(form, name)) is not None:
             kept[name] = tensor.float().contiguous()
             setattr(side, name, kept[name].data_ptr())
-    form.derived["kept"] = kept
-    return side
+    return _Made(side, kept)
 
 
-def _segment(tokens: ExactTokens) -> _Segment:
-    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (tokens.keys, tokens.values))
-    segment = _Segment(keys.data_ptr(), values.data_ptr(), keys.stride()[:3], values.stride()[:3], keys.shape[2])
+def _with_whole_tokens(tokens: ExactTokens) -> ExactTokens:
+    """The same, copied where the numbers of a token do not lie together."""
+    if tokens.keys.stride(3) == tokens.values.stride(3) == 1:
+        return tokens
+    return ExactTokens(tokens.keys.contiguous(), tokens.values.contiguous(), tokens.bias)
+
+
+def _segment(tokens: ExactTokens) -> structs.Segment:
+    keys, values = tokens.keys, tokens.values
+    segment = structs.Segment(keys.data_ptr(), values.data_ptr(), keys.stride()[:3], values.stride()[:3], keys.shape[2])
     segment.dtype = _DTYPES[keys.dtype]
     segment.bias, segment.bias_stride = _bias(tokens.bias)
     return segment
@@ -382,7 +344,7 @@ def _padded_sources(sources: tuple[int, ...]) -> tuple[int, ...]:
 # The mean that RoPE turns
 
 
-def _turn(form: NibbleForm) -> _Turn:
+def _turn(form: NibbleForm) -> _Made:
     """Fast frequencies come first, with a table each; the others share a product of two."""
     assert form.turn is not None
     order = np.argsort(-form.turn.inv_freq.double().abs().cpu().numpy(), kind="stable")
@@ -403,9 +365,8 @@ def _turn(form: NibbleForm) -> _Turn:
         "up": up.astype(np.float32),
     }
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    form.derived["turn arrays"] = arrays
     pointers = {name: array.ctypes.data for name, array in arrays.items()}
-    return _Turn(**pointers, pairs=len(order), direct=direct, scaling=form.turn.scaling)
+    return _Made(structs.Turn(**pointers, pairs=len(order), direct=direct, scaling=form.turn.scaling), arrays)
 
 
 def _by_four(down: np.ndarray) -> np.ndarray:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_float
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qjl.ops.cpu import library
-from qjl.ops.cpu.codes import Codes
+from qjl.ops.cpu import library, structs
+from qjl.ops.cpu.structs import CPU
 from qjl.ops.recipe import (
     DenseMap,
     GridRecipe,
@@ -28,81 +27,19 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # QjlType
 _LEVELS, _TRELLIS, _SIGNS = range(3)  # QjlPartKind
 
 
-class _Tokens(ctypes.Structure):
-    _fields_ = (
-        ("data", c_void_p),
-        *((name, c_int64) for name in ("type", "dim", "batch_stride", "head_stride", "token_stride")),
-    )
-
-
-class _Mean(ctypes.Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("vector", "cos", "sin")),
-        *((name, c_int64) for name in ("pairs", "interleaved")),
-    )
-
-
-class _Map(ctypes.Structure):
-    _fields_ = (
-        ("rows", c_int64),
-        ("matrix", c_void_p),
-        *((name, c_int64) for name in ("is_half", "head_stride")),
-        *((name, c_void_p) for name in ("flips", "order")),
-        ("size", c_int64),
-    )
-
-
-class _Part(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("kind", "dim", "nibbles")),
-        *((name, c_void_p) for name in ("kinds", "bit_coordinate", "bit_index")),
-        *((name, c_void_p) for name in ("tree", "levels", "patterns")),
-        *((name, c_int64) for name in ("kind_stride", "place_stride")),
-        *((name, c_void_p) for name in ("own", "next")),
-        ("width", c_int64),
-        ("gram", c_void_p),
-        *((name, c_int64) for name in ("block", "sweeps")),
-    )
-
-
-class _Encode(ctypes.Structure):
-    _fields_ = (
-        ("codes", Codes),
-        ("tokens", _Tokens),
-        ("mean", _Mean),
-        ("map", _Map),
-        ("parts", ctypes.POINTER(_Part)),
-        ("part_count", c_int64),
-        ("gains", ctypes.POINTER(c_float)),
-        ("gain_count", c_int64),
-        *((name, c_void_p) for name in ("weights", "units")),
-        ("norm_factor", c_float),
-        *((name, c_void_p) for name in ("scales", "room")),
-    )
-
-
-class _EncodeGrid(ctypes.Structure):
-    _fields_ = (
-        ("codes", Codes),
-        ("tokens", _Tokens),
-        *((name, c_int64) for name in ("size", "groups", "bits")),
-        ("clip", c_float),
-        *((name, c_void_p) for name in ("steps", "middles", "room")),
-    )
-
-
 def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Tensor, Tensor]:
     tokens = _readable(tokens)
     if turn is not None:
         turn = replace(turn, cos=turn.cos.contiguous(), sin=turn.sin.contiguous())
     codes = _empty_codes(tokens, sum(part.nibbles for part in recipe.parts) // 2)
-    scales = torch.empty((*codes.shape[:3], BLOCK), dtype=torch.float16 if recipe.units is None else torch.uint8)
-    operation = _Encode(
-        codes=Codes.of(codes),
+    dtype = torch.float16 if recipe.units is None else torch.uint8
+    scales = torch.empty((*codes.shape[:3], BLOCK), dtype=dtype, device=CPU)
+    operation = structs.Encode(
+        codes=structs.Codes.of(codes),
         tokens=_tokens(tokens),
         mean=_mean(recipe.mean, turn),
         map=_map(recipe.map),
-        parts=(_Part * len(recipe.parts))(*map(_part, recipe.parts)),
+        parts=(structs.Part * len(recipe.parts))(*map(_part, recipe.parts)),
         part_count=len(recipe.parts),
         gains=(c_float * len(recipe.gains))(*recipe.gains),
         gain_count=len(recipe.gains),
@@ -111,17 +48,17 @@ def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Te
         norm_factor=recipe.norm_factor,
         scales=scales.data_ptr(),
     )
-    _call_with_room("qjl_encode", operation)
+    library.call_in_room("qjl_encode", operation, _room)
     return codes, scales
 
 
 def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Tensor]:
     tokens = _readable(tokens)
     codes = _empty_codes(tokens, tokens.shape[3] * recipe.num_bits // 8)
-    steps = torch.empty((*codes.shape[:3], recipe.groups, BLOCK), dtype=torch.float16)
-    middles = torch.empty_like(steps)
-    operation = _EncodeGrid(
-        codes=Codes.of(codes),
+    steps = torch.empty((*codes.shape[:3], recipe.groups, BLOCK), dtype=torch.float16, device=CPU)
+    middles = torch.empty(steps.shape, dtype=torch.float16, device=CPU)
+    operation = structs.EncodeGrid(
+        codes=structs.Codes.of(codes),
         tokens=_tokens(tokens),
         size=recipe.size,
         groups=recipe.groups,
@@ -130,16 +67,12 @@ def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Ten
         steps=steps.data_ptr(),
         middles=middles.data_ptr(),
     )
-    _call_with_room("qjl_encode_grid", operation)
+    library.call_in_room("qjl_encode_grid", operation, _room)
     return codes, steps, middles
 
 
-def _call_with_room(function: str, operation: _Encode | _EncodeGrid) -> None:
-    measure = getattr(library.load(), f"{function}_room")
-    measure.restype = c_int64
-    room = torch.empty(torch.get_num_threads() * measure(ctypes.byref(operation)))
-    operation.room = room.data_ptr()
-    library.call(function, operation)
+def _room(nbytes: int) -> Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=CPU)
 
 
 def _readable(tokens: Tensor) -> Tensor:
@@ -151,31 +84,31 @@ def _readable(tokens: Tensor) -> Tensor:
 
 def _empty_codes(tokens: Tensor, count: int) -> Tensor:
     batch, heads, length, _ = tokens.shape
-    return torch.empty((batch, heads, length // BLOCK, count, BLOCK), dtype=torch.uint8)
+    return torch.empty((batch, heads, length // BLOCK, count, BLOCK), dtype=torch.uint8, device=CPU)
 
 
-def _tokens(tokens: Tensor) -> _Tokens:
-    return _Tokens(tokens.data_ptr(), _TYPES[tokens.dtype], tokens.shape[3], *tokens.stride()[:3])
+def _tokens(tokens: Tensor) -> structs.Tokens:
+    return structs.Tokens(tokens.data_ptr(), _TYPES[tokens.dtype], tokens.shape[3], *tokens.stride()[:3])
 
 
-def _mean(vector: Tensor | None, turn: Turn | None) -> _Mean:
+def _mean(vector: Tensor | None, turn: Turn | None) -> structs.Mean:
     if turn is None:
-        return _Mean(vector=_pointer(vector))
-    return _Mean(_pointer(vector), turn.cos.data_ptr(), turn.sin.data_ptr(), turn.cos.shape[1], turn.interleaved)
+        return structs.Mean(vector=_pointer(vector))
+    return structs.Mean(_pointer(vector), turn.cos.data_ptr(), turn.sin.data_ptr(), turn.cos.shape[1], turn.interleaved)
 
 
-def _map(chosen: Map) -> _Map:
+def _map(chosen: Map) -> structs.Map:
     if isinstance(chosen, DenseMap):
         matrix = chosen.matrix
         is_half = matrix.dtype == torch.float16
-        return _Map(chosen.rows, matrix.data_ptr(), is_half, _head_stride(matrix))
+        return structs.Map(chosen.rows, matrix.data_ptr(), is_half, _head_stride(matrix))
     flips, order = chosen.flips.data_ptr(), chosen.order.data_ptr()
-    return _Map(rows=chosen.rows, flips=flips, order=order, size=chosen.size)
+    return structs.Map(rows=chosen.rows, flips=flips, order=order, size=chosen.size)
 
 
-def _part(part: Part) -> _Part:
+def _part(part: Part) -> structs.Part:
     if isinstance(part, LevelsPart):
-        return _Part(
+        return structs.Part(
             kind=_LEVELS,
             dim=part.dim,
             nibbles=part.nibbles,
@@ -187,10 +120,12 @@ def _part(part: Part) -> _Part:
     if isinstance(part, TrellisPart):
         own, following = part.own.data_ptr(), part.next.data_ptr()
         width = part.own.shape[1]
-        return _Part(kind=_TRELLIS, dim=part.dim, nibbles=part.nibbles, own=own, next=following, width=width)
+        return structs.Part(kind=_TRELLIS, dim=part.dim, nibbles=part.nibbles, own=own, next=following, width=width)
     assert isinstance(part, SignsPart)
     gram = _pointer(part.gram)
-    return _Part(kind=_SIGNS, dim=part.dim, nibbles=part.nibbles, gram=gram, block=part.block, sweeps=part.sweeps)
+    return structs.Part(
+        kind=_SIGNS, dim=part.dim, nibbles=part.nibbles, gram=gram, block=part.block, sweeps=part.sweeps
+    )
 
 
 def _head_stride(tensor: Tensor) -> int:

@@ -1,0 +1,254 @@
+#include "refusals.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace qjl {
+
+const QjlLimits limits = {.dim = 1 << 15, .exact = std::size(QjlStep{}.exact), .threads = MAX_THREADS};
+
+namespace {
+
+enum Rule : int64_t {
+    SIZES, DIMS, GROUPS, CODES, TYPES, MAPS, SKETCHES, PARTS, TRELLISES, SIGNS, GAINS, TURNS, GRIDS, QUERIES, SPLITS,
+    SEGMENTS, PAGE_SIZES, ROOM, LENGTHS, TABLES, HEAD_DIMS, BITS, RULES
+};
+
+constexpr const char* WORDS[] = {
+    "a size is negative",
+    "a dimension is zero, or more than 32768 coordinates share a code",
+    "groups do not cut the coordinates and the nibbles into equal whole bytes",
+    "the codes do not have as many bytes as the parts fill",
+    "the tokens are neither float32 nor bfloat16 nor float16",
+    "there is no map, although codes and tokens differ in their dimension",
+    "the size of a Hadamard matrix is no power of two that holds the tokens",
+    "the parts do not make up the coordinates of the map",
+    "a trellis takes 1, 2 or 4 coordinates per nibble, and one nibble for so many",
+    "signs are refined in blocks of a multiple of 8",
+    "there is no gain to try",
+    "a mean turns in more pairs than it has coordinates, or is not there",
+    "a grid takes 1 to 8 bits, and Hadamard matrices of a power of two along the whole diagonal",
+    "the queries do not divide the query rows",
+    "the splits do not hold all blocks",
+    "there are more segments of exact tokens than two",
+    "a page takes 16, 32, 64 or 128 tokens",
+    "room must begin on a boundary of 64 bytes",
+    "a row has more tokens than its pages",
+    "a table names a page that is not in the pool",
+    "head_dim must be a multiple of 8",
+    "m must be 128 or a multiple of 256 up to 2048, and the tokens a multiple of 4",
+};
+static_assert(std::size(WORDS) == RULES);
+
+// The first rule that does not hold.
+class Rules {
+  public:
+    // Is not asked where an earlier rule is broken: then its numbers may mean nothing.
+    template <class Holds>
+    Rules& require(Rule rule, Holds holds) {
+        if (!broken_ && !holds()) broken_ = -1 - rule;
+        return *this;
+    }
+    Rules& then(int64_t other) {
+        if (!broken_) broken_ = other;
+        return *this;
+    }
+    operator int64_t() const { return broken_; }
+
+  private:
+    int64_t broken_ = 0;
+};
+
+template <class... Sizes>
+bool none_negative(Sizes... sizes) {
+    return ((sizes >= 0) && ...);
+}
+
+bool is_dim(int64_t dim) { return 0 < dim && dim <= limits.dim; }
+bool is_power_of_two(int64_t size) { return size > 0 && !(size & (size - 1)); }
+bool is_type(int64_t type) { return type >= QJL_FLOAT32 && type <= QJL_FLOAT16; }
+bool is_aligned(const void* room) { return reinterpret_cast<uintptr_t>(room) % 64 == 0; }
+
+Rules of_codes(const QjlCodes& codes) {
+    return Rules().require(SIZES, [&] { return none_negative(codes.batch, codes.heads, codes.blocks, codes.bytes); });
+}
+
+// Encoding
+
+Rules of_map(const QjlMap& map, int64_t dim) {
+    return Rules()
+        .require(DIMS, [&] { return map.rows > 0 && dim > 0; })
+        .require(SKETCHES, [&] { return map.matrix || (is_power_of_two(map.size) && map.size >= dim); });
+}
+
+Rules of_part(const QjlPart& part) {
+    Rules rules;
+    rules.require(DIMS, [&] { return is_dim(part.dim); }).require(CODES, [&] {
+        return part.nibbles >= 0 && part.nibbles % 2 == 0;
+    });
+    switch (part.kind) {
+        case QJL_LEVELS: return rules;
+        case QJL_TRELLIS:
+            return rules.require(TRELLISES, [&] {
+                return (part.width == 1 || part.width == 2 || part.width == 4) && part.nibbles * part.width == part.dim;
+            });
+        case QJL_SIGNS:
+            return rules.require(CODES, [&] { return part.nibbles * 4 == part.dim; }).require(SIGNS, [&] {
+                return !part.gram || (part.block > 0 && part.block % 8 == 0 && part.dim % 8 == 0);
+            });
+        default: return rules.require(PARTS, [] { return false; });
+    }
+}
+
+Rules of_parts(const QjlEncode& operation) {
+    Rules rules;
+    int64_t dim = 0, nibbles = 0;
+    for (int64_t i = 0; i < operation.part_count; ++i) {
+        rules.then(of_part(operation.parts[i]));
+        dim += operation.parts[i].dim, nibbles += operation.parts[i].nibbles;
+    }
+    return rules.require(PARTS, [&] { return dim == operation.map.rows; }).require(CODES, [&] {
+        return nibbles == 2 * operation.codes.bytes;
+    });
+}
+
+Rules of_mean(const QjlMean& mean, int64_t dim) {
+    return Rules().require(TURNS, [&] { return mean.pairs >= 0 && 2 * mean.pairs <= dim; });
+}
+
+// The fused decode step
+
+Rules of_side(const QjlSide& side) {
+    return Rules()
+        .require(SIZES, [&] { return none_negative(side.nibbles, side.slots, side.pair_count); })
+        .require(DIMS, [&] { return side.code_dim > 0 && side.head_dim > 0 && side.groups > 0; })
+        .require(GROUPS, [&] { return side.code_dim % side.groups == 0 && side.nibbles % (2 * side.groups) == 0; })
+        .require(DIMS, [&] { return is_dim(side.code_dim / side.groups); })
+        .require(MAPS, [&] { return side.map || side.code_dim == side.head_dim; });
+}
+
+Rules of_turn(const QjlTurn* turn, const QjlSide& keys) {
+    return Rules().require(TURNS, [&] {
+        return !turn || (keys.mean && 0 <= turn->direct && turn->direct <= turn->pairs && 2 * turn->pairs <= keys.head_dim);
+    });
+}
+
+Rules of_segments(const QjlStep& step) {
+    Rules rules;
+    rules.require(SEGMENTS, [&] { return 0 <= step.exact_count && step.exact_count <= limits.exact; });
+    for (int64_t i = 0; !rules && i < step.exact_count; ++i) {
+        const QjlSegment& segment = step.exact[i];
+        rules.require(SIZES, [&] { return segment.tokens >= 0; }).require(TYPES, [&] { return is_type(segment.dtype); });
+    }
+    return rules;
+}
+
+bool are_in_pool(const QjlPages& pages, int64_t row) {
+    const int32_t* table = pages.table + row * pages.capacity;
+    const int64_t end = (pages.lengths[row] + pages.tokens - 1) / pages.tokens;
+    for (int64_t i = pages.skip[row] / pages.tokens; i < end; ++i)
+        if (table[i] < 0 || table[i] >= pages.count) return false;
+    return true;
+}
+
+Rules of_row(const QjlStep& step, int64_t row) {
+    const QjlPages& pages = *step.pages;
+    if (pages.skip[row] >= pages.lengths[row]) return {};
+    return Rules()
+        .require(LENGTHS, [&] { return pages.skip[row] >= 0 && pages.lengths[row] <= pages.capacity * pages.tokens; })
+        .require(SPLITS, [&] { return step.splits > 0; })
+        .require(TABLES, [&] { return are_in_pool(pages, row); });
+}
+
+Rules of_pages(const QjlStep& step) {
+    Rules rules;
+    rules.require(PAGE_SIZES, [&] {
+        const int64_t tokens = step.pages->tokens;
+        return is_power_of_two(tokens) && 16 <= tokens && tokens <= 2 * BLOCK && !step.scores;
+    });
+    for (int64_t row = 0; !rules && row < step.batch; ++row) rules.then(of_row(step, row));
+    return rules;
+}
+
+Rules of_blocks(const QjlStep& step) {
+    return Rules().require(SPLITS, [&] { return step.splits * step.blocks_per_split >= step.blocks; });
+}
+
+}  // namespace
+
+int64_t refusal(const QjlPack& operation) { return of_codes(operation.codes); }
+
+int64_t refusal(const QjlScan& operation) {
+    return of_codes(operation.codes).require(SIZES, [&] { return operation.rows >= 0; });
+}
+
+int64_t refusal(const QjlExpand& operation) {
+    return of_codes(operation.codes).require(SIZES, [&] { return operation.width >= 0; });
+}
+
+int64_t refusal(const QjlEncode& operation) {
+    return of_codes(operation.codes)
+        .require(TYPES, [&] { return is_type(operation.tokens.type); })
+        .then(of_map(operation.map, operation.tokens.dim))
+        .then(of_mean(operation.mean, operation.tokens.dim))
+        .require(GAINS, [&] { return operation.gain_count > 0; })
+        .then(of_parts(operation))
+        .require(ROOM, [&] { return is_aligned(operation.room); });
+}
+
+int64_t refusal(const QjlEncodeGrid& operation) {
+    const int64_t dim = operation.tokens.dim;
+    return of_codes(operation.codes)
+        .require(TYPES, [&] { return is_type(operation.tokens.type); })
+        .require(DIMS, [&] { return is_dim(dim); })
+        .require(GROUPS, [&] { return operation.groups > 0 && dim % operation.groups == 0; })
+        .require(GRIDS, [&] {
+            return 1 <= operation.bits && operation.bits <= 8 && is_power_of_two(operation.size) &&
+                   dim % operation.size == 0;
+        })
+        .require(CODES, [&] { return dim * operation.bits == 8 * operation.codes.bytes; })
+        .require(ROOM, [&] { return is_aligned(operation.room); });
+}
+
+int64_t refusal(const QjlStep& step) {
+    return of_side(step.keys)
+        .then(of_side(step.values))
+        .then(of_turn(step.turn, step.keys))
+        .require(SIZES, [&] { return none_negative(step.batch, step.heads, step.rows, step.blocks, step.splits); })
+        .require(QUERIES, [&] { return step.queries > 0 && step.rows % step.queries == 0; })
+        .require(SPLITS, [&] { return step.blocks_per_split > 0 || !step.splits; })
+        .then(of_segments(step))
+        .then(step.pages ? of_pages(step) : of_blocks(step))
+        .require(ROOM, [&] { return is_aligned(step.room); });
+}
+
+int64_t refusal(const QjlFlashDecode& operation) {
+    return Rules()
+        .require(SIZES, [&] { return none_negative(operation.heads, operation.group, operation.tokens); })
+        .require(HEAD_DIMS, [&] { return operation.head_dim > 0 && operation.head_dim % 8 == 0; });
+}
+
+int64_t refusal(const QjlPopcountScan& operation) {
+    const int64_t m = operation.m;
+    return Rules()
+        .require(SIZES, [&] { return none_negative(operation.heads, operation.group, operation.tokens); })
+        .require(BITS, [&] {
+            return (m == 128 || (m % 256 == 0 && 0 < m && m <= 2048)) && operation.tokens % 4 == 0;
+        });
+}
+
+int64_t refusal(const QjlRead& operation) {
+    return Rules().require(SIZES, [&] { return operation.count >= 0; });
+}
+
+}  // namespace qjl
+
+const char* qjl_refusal(int64_t returned) {
+    const int64_t rule = -1 - returned;
+    return 0 <= rule && rule < qjl::RULES ? qjl::WORDS[rule] : "the reason is not known";
+}
+
+void qjl_limits(QjlLimits* limits) { *limits = qjl::limits; }

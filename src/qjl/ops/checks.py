@@ -1,0 +1,214 @@
+"""What operands must hold, asked before a kernel sees them: kernels read where shapes say, and nothing warns them.
+
+What stays the same is asked once for each form and each ``PackedTokens`` or pool, so that a step compares a few shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qjl.errors import QJLError
+from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, PagedTokens, once
+from qjl.ops.recipe import GridRecipe, Recipe, Turn
+from qjl.packed import BLOCK, Blocks
+
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require(holds: bool, what: str) -> None:
+    """Raises QJLError that tells what should hold."""
+    if not holds:
+        raise QJLError(f"{what}.")
+
+
+def require_shape(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """Raises QJLError unless the tensor has this shape."""
+    if tensor.shape != shape:
+        raise QJLError(f"{what} should be {list(shape)}, not {list(tensor.shape)}.")
+
+
+# Codes
+
+
+def require_nibbles(nibbles: Tensor) -> None:
+    """``uint8 [B, H, T, N]``, T a multiple of 64 and N even."""
+    fits = nibbles.dim() == 4 and nibbles.shape[2] % BLOCK == 0 and nibbles.shape[3] % 2 == 0
+    require(fits and nibbles.dtype == torch.uint8, "nibbles should be uint8 [B, H, T, N], T in blocks of 64 and N even")
+
+
+def require_codes(codes: Tensor) -> None:
+    """``uint8 [B, H, blocks, bytes, 64]``."""
+    fits = codes.dim() == 5 and codes.shape[4] == BLOCK and codes.dtype == torch.uint8
+    require(fits, "codes should be uint8 [B, H, blocks, bytes, 64]")
+
+
+def require_tables(tables: Tensor, codes: Tensor) -> None:
+    """``[B, H, R, N, 16]`` for these codes."""
+    require_codes(codes)
+    batch, heads, _, count, _ = codes.shape
+    rows = tables.shape[2] if tables.dim() == 5 else 0
+    require_shape(tables, (batch, heads, rows, 2 * count, 16), "tables of scores")
+
+
+def require_entries(entries: Tensor, codes: Tensor) -> None:
+    """``[H, N, 16, w]`` for these codes."""
+    require_codes(codes)
+    width = entries.shape[3] if entries.dim() == 4 else 0
+    require_shape(entries, (codes.shape[1], 2 * codes.shape[3], 16, width), "entries of codes")
+
+
+# Encoding
+
+
+def require_encodable(tokens: Tensor, recipe: Recipe, turn: Turn | None) -> None:
+    """``[B, H, T, D]`` of any float type, as the recipe takes them."""
+    require_tokens(tokens)
+    batch, heads, length, dim = tokens.shape
+    require(recipe.takes(heads, dim), f"the recipe is not for {heads} heads of dimension {dim}")
+    if turn is not None:
+        require(2 * turn.cos.shape[1] <= dim, f"a mean of dimension {dim} cannot turn in {turn.cos.shape[1]} pairs")
+        for angles in (turn.cos, turn.sin):
+            require_shape(angles, (batch, turn.cos.shape[1], length), "angles of the mean")
+            require(angles.dtype == torch.float32, "angles of the mean should be float32")
+
+
+def require_gridded(tokens: Tensor, recipe: GridRecipe) -> None:
+    """``[B, H, T, D]`` of any float type that groups and Hadamard matrices divide."""
+    require_tokens(tokens)
+    dim = tokens.shape[3]
+    divides = recipe.groups > 0 and dim % recipe.groups == 0 and dim % recipe.size == 0
+    require(divides and dim * recipe.num_bits % 8 == 0, f"the grids do not divide head_dim {dim} into whole bytes")
+
+
+def require_tokens(tokens: Tensor) -> None:
+    """Whole blocks of floats."""
+    fits = tokens.dim() == 4 and tokens.shape[2] % BLOCK == 0 and tokens.is_floating_point()
+    require(fits, "tokens to encode should be floats [B, H, T, D], T a multiple of 64")
+
+
+# The fused decode step
+
+
+class _Sizes(NamedTuple):
+    heads: int
+    key_dim: int
+    value_dim: int
+    tokens: int  # of a row; 0 for pages
+
+
+def step_operands(
+    query: Tensor, packed: PackedTokens | PagedTokens, bias: Tensor | None, exact: Sequence[ExactTokens], queries: int
+) -> tuple[Tensor, Tensor | None, list[ExactTokens]]:
+    """Query, bias and exact tokens of a step as kernels read them, copied where they are of another type.
+
+    Raises:
+        QJLError: if they do not fit the packed tokens or each other.
+    """
+    heads, key_dim, value_dim, length = once(packed, "sizes", _sizes)
+    batch, rows = packed.batch, query.shape[-2]
+    require_shape(query, (batch, heads, rows, key_dim), "queries")
+    if queries <= 0 or rows % queries:
+        raise QJLError(f"{rows} query rows are no multiple of {queries} queries.")
+    if query.dtype != torch.float32 or not query.is_contiguous():
+        query = query.float().contiguous()
+    of_bias = (batch, heads * rows // queries, queries)
+    readable = [_readable(tokens, batch, heads, key_dim, value_dim, of_bias) for tokens in exact]
+    return query, _readable_bias(bias, of_bias, length), readable
+
+
+def _readable_bias(bias: Tensor | None, rows: Sequence[int], tokens: int) -> Tensor | None:
+    """``[B, Hq, Q, t]``, any of the first three 1 where one serves all."""
+    if bias is None:
+        return None
+    fits = bias.dim() == 4 and all(one in (1, most) for one, most in zip(bias.shape, rows, strict=False))
+    if not fits or bias.shape[3] < tokens:
+        raise QJLError(f"a bias should be {[*rows, tokens]}, or 1 where one serves all, not {list(bias.shape)}.")
+    return bias if bias.dtype == torch.float32 else bias.float()
+
+
+def _readable(
+    tokens: ExactTokens, batch: int, heads: int, key_dim: int, value_dim: int, of_bias: Sequence[int]
+) -> ExactTokens:
+    keys, values = tokens.keys, tokens.values
+    count = keys.shape[-2]
+    require_shape(keys, (batch, heads, count, key_dim), "exact keys")
+    require_shape(values, (batch, heads, count, value_dim), "exact values")
+    bias = _readable_bias(tokens.bias, of_bias, count)
+    if keys.dtype == values.dtype and keys.dtype in READABLE:
+        return tokens if bias is tokens.bias else ExactTokens(keys, values, bias)
+    return ExactTokens(keys.float(), values.float(), bias)
+
+
+def _sizes(packed: PackedTokens | PagedTokens) -> _Sizes:
+    """Of packed tokens that fit their forms."""
+    codes = packed.keys["codes"]
+    outer, length = tuple(codes.shape[:-2]), 0
+    heads = outer[1]
+    if isinstance(packed, PackedTokens):
+        require_shape(packed.first, (outer[0], outer[2]), "positions of blocks")
+        require(packed.first.dtype == torch.int64, "positions of blocks should be int64")
+        length = outer[2] * BLOCK
+    for form, blocks in ((packed.key_form, packed.keys), (packed.value_form, packed.values)):
+        _require_blocks(form, blocks, outer, codes.shape[-1])
+    key_dim, value_dim = (
+        once(form, f"head_dim of {heads}", partial(_head_dim, heads)) for form in (packed.key_form, packed.value_form)
+    )
+    return _Sizes(heads, key_dim, value_dim, length)
+
+
+def _require_blocks(form: NibbleForm, blocks: Blocks, outer: Sequence[int], tokens: int) -> None:
+    constants = (form.groups, tokens)
+    fields = {"codes": ((form.entries.shape[1] * form.groups // 2, tokens), torch.uint8)}
+    fields[form.scale] = (constants, torch.float16 if form.unit is None else torch.uint8)
+    if form.middle is not None:
+        fields[form.middle] = (constants, torch.float16)
+    for name, (inner, dtype) in fields.items():
+        field = blocks[name]
+        shape = tuple(field.shape)
+        if name != "codes" and form.groups == 1 and field.dim() == len(outer) + 1:  # without a dimension for one group
+            shape = (*shape[:-1], 1, shape[-1])
+        require(
+            shape == (*outer, *inner) and field.dtype == dtype,
+            f"{name} of packed tokens should be {dtype} {[*outer, *inner]}, not {field.dtype} {list(field.shape)}",
+        )
+        lies = field[(0,) * len(outer)] if 0 not in shape else field
+        require(lies.is_contiguous(), f"{name} of a block should lie together in memory")
+
+
+def _head_dim(heads: int, form: NibbleForm) -> int:
+    """Of the tokens that this form decodes to, all of whose parts fit each other."""
+    code_heads, nibbles, entries, slots = form.entries.shape
+    require(code_heads in (1, heads) and entries == 16 and nibbles % 2 == 0, "a form has codes for 1 or all heads")
+    require(form.groups > 0 and form.code_dim % form.groups == 0, "the groups of a form should divide its coordinates")
+    require_shape(form.coordinates, (code_heads, nibbles, slots), "coordinates of a form")
+    if form.coordinates.numel():
+        least, most = (int(x) for x in form.coordinates.aminmax())
+        fits = least >= 0 and most < form.code_dim // form.groups
+        require(fits, f"a form of {form.code_dim // form.groups} coordinates adds to those from {least} to {most}")
+    head_dim = form.code_dim
+    if form.map is not None:
+        head_dim = form.map.shape[2]
+        require_shape(form.map, (heads if form.map.shape[0] > 1 else 1, form.code_dim, head_dim), "the map of a form")
+        require(form.map.dtype in (torch.float16, torch.float32), "the map of a form should be float16 or float32")
+    if form.unit is not None:
+        require(form.unit.numel() == heads, "a form has a unit for each head")
+    if form.mean is not None:
+        require_shape(form.mean, (heads, head_dim), "the mean of a form")
+    if form.turn is not None:
+        _require_turn(form, head_dim)
+    return head_dim
+
+
+def _require_turn(form: NibbleForm, head_dim: int) -> None:
+    turn = form.turn
+    assert turn is not None
+    require(form.mean is not None, "a form without a mean has nothing to turn")
+    for places in (turn.first, turn.second):
+        require_shape(places, turn.inv_freq.shape, "coordinates of the pairs that turn")
+        fits = not places.numel() or (int(places.min()) >= 0 and int(places.max()) < head_dim)
+        require(fits, f"a mean of dimension {head_dim} turns by coordinates beside it")

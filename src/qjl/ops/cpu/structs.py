@@ -1,0 +1,247 @@
+"""The structs of the C interface (``csrc/qjl_cpu.h``, ``step.h``, ``baselines.h``), each ``Qjl`` and its name there.
+
+``abi`` is a number of them all, which the library tells of its own (``csrc/abi.cpp``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int8, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
+MEANING = 1  # raised where a function or a field means something else, and no size tells so
+
+
+class Limits(Structure):
+    _fields_ = tuple((name, c_int64) for name in ("dim", "exact", "threads"))
+
+
+class Codes(Structure):
+    """Packed codes where they lie."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("batch", "heads", "blocks", "bytes")),
+        *((name, c_int64) for name in ("batch_stride", "head_stride", "block_stride")),
+    )
+
+    @classmethod
+    def of(cls, codes: Tensor) -> Codes:
+        """Those of a tensor whose blocks are contiguous (``with_whole_blocks``)."""
+        return cls(codes.data_ptr(), *codes.shape[:4], *codes.stride()[:3])
+
+
+class Pack(Structure):
+    _fields_ = (("codes", Codes), ("nibbles", c_void_p))
+
+
+class Scan(Structure):
+    _fields_ = (("codes", Codes), ("tables", c_void_p), ("scores", c_void_p), ("rows", c_int64))
+
+
+class Expand(Structure):
+    _fields_ = (
+        ("codes", Codes),
+        ("entries", c_void_p),
+        ("expanded", c_void_p),
+        ("head_stride", c_int64),
+        ("width", c_int64),
+    )
+
+
+# Encoding
+
+
+class Tokens(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("type", "dim", "batch_stride", "head_stride", "token_stride")),
+    )
+
+
+class Mean(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("vector", "cos", "sin")),
+        *((name, c_int64) for name in ("pairs", "interleaved")),
+    )
+
+
+class Map(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("matrix", c_void_p),
+        *((name, c_int64) for name in ("is_half", "head_stride")),
+        *((name, c_void_p) for name in ("flips", "order")),
+        ("size", c_int64),
+    )
+
+
+class Part(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "dim", "nibbles")),
+        *((name, c_void_p) for name in ("kinds", "bit_coordinate", "bit_index")),
+        *((name, c_void_p) for name in ("tree", "levels", "patterns")),
+        *((name, c_int64) for name in ("kind_stride", "place_stride")),
+        *((name, c_void_p) for name in ("own", "next")),
+        ("width", c_int64),
+        ("gram", c_void_p),
+        *((name, c_int64) for name in ("block", "sweeps")),
+    )
+
+
+class Encode(Structure):
+    _fields_ = (
+        ("codes", Codes),
+        ("tokens", Tokens),
+        ("mean", Mean),
+        ("map", Map),
+        ("parts", POINTER(Part)),
+        ("part_count", c_int64),
+        ("gains", POINTER(c_float)),
+        ("gain_count", c_int64),
+        *((name, c_void_p) for name in ("weights", "units")),
+        ("norm_factor", c_float),
+        *((name, c_void_p) for name in ("scales", "room")),
+        ("room_bytes", c_int64),
+    )
+
+
+class EncodeGrid(Structure):
+    _fields_ = (
+        ("codes", Codes),
+        ("tokens", Tokens),
+        *((name, c_int64) for name in ("size", "groups", "bits")),
+        ("clip", c_float),
+        *((name, c_void_p) for name in ("steps", "middles", "room")),
+        ("room_bytes", c_int64),
+    )
+
+
+# The fused decode step
+
+
+class Pair(Structure):
+    _fields_ = (
+        ("tables", (c_int8 * 16) * 4),
+        ("sources", c_int32 * 4),
+        ("coordinates", c_int32 * 2),
+        ("group", c_int32),
+        ("step", c_float),
+        ("kind", c_int32),
+    )
+
+
+class Side(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("codes", "scale", "middle", "unit", "map", "mean")),
+        *((name, c_int64 * 3) for name in ("codes_stride", "scale_stride", "middle_stride")),
+        *((name, c_int64) for name in ("map_stride", "map_is_half")),
+        *((name, c_int64) for name in ("nibbles", "groups", "code_dim", "head_dim", "code_stride")),
+        ("coordinates", c_void_p),
+        ("entries", c_void_p),
+        ("slots", c_int64),
+        ("pairs", c_void_p),
+        ("pair_count", c_int64),
+    )
+
+
+class Segment(Structure):
+    _fields_ = (
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("key_stride", c_int64 * 3),
+        ("value_stride", c_int64 * 3),
+        ("tokens", c_int64),
+        ("dtype", c_int64),
+        ("bias", c_void_p),
+        ("bias_stride", c_int64 * 4),
+    )
+
+
+class Pages(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("table", "lengths", "skip", "origins")),
+        *((name, c_int64) for name in ("capacity", "tokens", "count")),
+    )
+
+
+class Turn(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("inv_freq", "step", "anchor_step", "coordinates", "down", "up")),
+        ("pairs", c_int64),
+        ("direct", c_int64),
+        ("scaling", c_float),
+    )
+
+
+class Step(Structure):
+    _fields_ = (
+        ("keys", Side),
+        ("values", Side),
+        ("pages", POINTER(Pages)),
+        ("exact", Segment * 2),
+        ("exact_count", c_int64),
+        ("bias", c_void_p),
+        ("bias_stride", c_int64 * 4),
+        ("turn", POINTER(Turn)),
+        ("first", c_void_p),
+        *((name, c_int64) for name in ("blocks", "blocks_per_split", "splits", "batch", "heads", "rows", "queries")),
+        ("query", c_void_p),
+        ("scaling", c_float),
+        ("softcap", c_float),
+        *((name, c_void_p) for name in ("out", "lse", "scores", "room")),
+        ("room_bytes", c_int64),
+    )
+
+
+# What the benchmarks compare with
+
+
+class FlashDecode(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "keys", "values", "out")),
+        *((name, c_int64) for name in ("heads", "group", "tokens", "head_dim")),
+        ("scaling", c_float),
+    )
+
+
+class PopcountScan(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("query", "signs", "scale", "ones", "scores")),
+        *((name, c_int64) for name in ("heads", "group", "tokens", "m")),
+    )
+
+
+class Read(Structure):
+    _fields_ = (("numbers", c_void_p), ("count", c_int64), ("sums", c_void_p))
+
+
+ALL: tuple[type[Structure], ...] = (
+    *(Limits, Codes, Pack, Scan, Expand),
+    *(Tokens, Mean, Map, Part, Encode, EncodeGrid),
+    *(Pair, Side, Segment, Pages, Turn, Step),
+    *(FlashDecode, PopcountScan, Read),
+)
+
+
+def abi() -> int:
+    """The sum over all fields of a hash of name, place and size, in 64 bits."""
+    total = _hashed("meaning", MEANING, ctypes.sizeof(c_void_p))
+    for struct in ALL:
+        name = f"Qjl{struct.__name__}"
+        total += _hashed(name, ctypes.sizeof(struct), ctypes.alignment(struct))
+        for field, *_ in struct._fields_:
+            place = getattr(struct, field)
+            total += _hashed(f"{name}.{field}", place.offset, place.size)
+    return total % 2**64
+
+
+def _hashed(text: str, first: int, second: int) -> int:
+    """FNV-1a."""
+    hashed = 0xCBF29CE484222325
+    for byte in text.encode() + first.to_bytes(8, "little") + second.to_bytes(8, "little"):
+        hashed = (hashed ^ byte) * 0x100000001B3 % 2**64
+    return hashed

@@ -1,0 +1,412 @@
+"""Every name of vLLM that the project uses; nothing else imports vLLM.
+
+``SERVING`` and ``ENGINE`` list them, ``require`` holds the list against the vLLM that is installed, and a test holds it
+against the sources of the releases in ``CHECKED``. A name is imported when it is asked for, so that this module loads
+without vLLM: ``from qjl.vllm.compat import AttentionBackend``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from qjl.errors import QJLError
+
+logger = logging.getLogger("vllm.qjl")
+Class = TypeVar("Class", bound=type)
+
+CHECKED = ("0.32.0", "0.33.0")
+PLUGINS = "vllm.general_plugins"
+ALLOWED = "VLLM_PLUGINS"  # names of plugins, with commas between; without it all are loaded
+SERVER = "vllm.entrypoints.openai.api_server"  # vLLM's command has no name in packages other than vllm
+ATTENTION = "CUSTOM"
+API_KEY = "VLLM_API_KEY"  # an argument could be read by everybody on the machine
+LOGGING = "VLLM_LOGGING_LEVEL"
+ONE_PROCESS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Uses:
+    """``names`` by module, ``members`` (fields, methods, enum members) by class, ``parameters`` that calls name."""
+
+    names: Mapping[str, tuple[str, ...]]
+    members: Mapping[str, tuple[str, ...]]
+    parameters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+SERVING = Uses(
+    names={
+        "vllm._custom_ops": (
+            "cpu_attention_with_kv_cache",
+            "cpu_attn_get_scheduler_metadata",
+            "cpu_attn_reshape_and_cache",
+        ),
+        "vllm.config": (
+            "CompilationConfig",
+            "ModelConfig",
+            "ParallelConfig",
+            "SchedulerConfig",
+            "SpeculativeConfig",
+            "VllmConfig",
+        ),
+        "vllm.distributed.parallel_state": ("get_tensor_model_parallel_rank",),
+        "vllm.envs": ("VLLM_CPU_ATTN_SPLIT_KV",),
+        "vllm.model_executor.layers.attention": ("Attention",),
+        "vllm.model_executor.models.utils": ("extract_layer_index",),
+        "vllm.platforms": ("current_platform",),
+        "vllm.platforms.interface": ("Platform",),
+        "vllm.v1.attention.backend": (
+            "AttentionBackend",
+            "AttentionImpl",
+            "AttentionMetadata",
+            "AttentionMetadataBuilder",
+            "AttentionType",
+            "CommonAttentionMetadata",
+        ),
+        "vllm.v1.attention.backends.cpu_attn": ("CPUAttentionBackend", "_get_attn_isa"),
+        "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
+        "vllm.v1.kv_cache_interface": ("FullAttentionSpec", "KVCacheLayout"),
+    },
+    members={
+        "Attention": ("impl",),
+        "AttentionBackend": ("supported_dtypes", "supported_kv_cache_dtypes"),
+        "AttentionBackendEnum": (ATTENTION, "CPU_ATTN"),
+        "AttentionType": ("DECODER",),
+        "CommonAttentionMetadata": (
+            "block_table_tensor",
+            "causal",
+            "num_reqs",
+            "query_start_loc_cpu",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+        ),
+        "CompilationConfig": ("static_forward_context",),
+        "CPUAttentionBackend": ("get_supported_head_sizes",),
+        "FullAttentionSpec": (
+            "attention_chunk_size",
+            "block_size",
+            "dtype",
+            "head_size",
+            "head_size_v",
+            "non_causal",
+            "num_kv_heads",
+            "sliding_window",
+            "state_content_bytes",
+        ),
+        "KVCacheLayout": ("LBHNC",),
+        "ModelConfig": (
+            "dtype",
+            "get_num_attention_heads",
+            "get_total_num_kv_heads",
+            "is_mm_prefix_lm",
+            "model",
+            "revision",
+        ),
+        "ParallelConfig": (
+            "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+            "tensor_parallel_size",
+            "use_ubatching",
+        ),
+        "Platform": ("is_cpu",),
+        "SchedulerConfig": ("max_num_seqs",),
+        "SpeculativeConfig": ("method",),
+        "VllmConfig": (
+            "compilation_config",
+            "model_config",
+            "parallel_config",
+            "scheduler_config",
+            "speculative_config",
+        ),
+    },
+    parameters={
+        "_get_attn_isa": ("dtype", "block_size", "head_size"),
+        "cpu_attention_with_kv_cache": (
+            "query",
+            "key_cache",
+            "value_cache",
+            "output",
+            "query_start_loc",
+            "seq_lens",
+            "scale",
+            "causal",
+            "alibi_slopes",
+            "sliding_window",
+            "block_table",
+            "softcap",
+            "scheduler_metadata",
+            "s_aux",
+        ),
+        "cpu_attn_get_scheduler_metadata": (
+            "num_reqs",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "seq_lens",
+            "dtype",
+            "query_start_loc",
+            "causal",
+            "sliding_window_size",
+            "isa",
+            "enable_kv_split",
+        ),
+        "cpu_attn_reshape_and_cache": ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa"),
+        "extract_layer_index": ("layer_name",),
+        "register_backend": ("backend", "class_path"),
+        "ModelConfig.get_num_attention_heads": ("parallel_config",),
+    },
+)
+
+ENGINE = Uses(
+    names={
+        "vllm": ("LLM", "SamplingParams"),
+        "vllm.config": ("CacheConfig", "VllmConfig"),
+        "vllm.engine.arg_utils": ("EngineArgs",),
+        "vllm.envs": (ALLOWED, API_KEY, LOGGING, *ONE_PROCESS),
+        "vllm.outputs": ("CompletionOutput", "RequestOutput"),
+        "vllm.v1.engine.llm_engine": ("LLMEngine",),
+    },
+    members={
+        "CacheConfig": ("block_size", "num_gpu_blocks"),
+        "CompletionOutput": ("token_ids",),
+        "EngineArgs": (
+            "attention_backend",
+            "dtype",
+            "enable_prefix_caching",
+            "enforce_eager",
+            "kv_cache_memory_bytes",
+            "max_model_len",
+            "max_num_seqs",
+            "model",
+        ),
+        "LLM": ("apply_model", "get_tokenizer", "llm_engine"),
+        "LLMEngine": ("add_request", "step", "vllm_config"),
+        "RequestOutput": ("outputs", "request_id"),
+        "SamplingParams": ("ignore_eos", "max_tokens", "temperature"),
+        "VllmConfig": ("cache_config",),
+    },
+    parameters={"LLMEngine.add_request": ("request_id", "prompt", "params")},
+)
+
+_HOMES = {name: home for uses in (SERVING, ENGINE) for home, names in uses.names.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """vLLM's own object.
+
+    Raises:
+        QJLError: if vLLM has none of that name.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except (AttributeError, ImportError) as error:
+        raise _lacks([f"{_HOMES[name]}.{name}"]) from error
+
+
+def version() -> str:
+    """Of the vLLM that is installed."""
+    return getattr(import_module("vllm"), "__version__", "of an unknown version")
+
+
+def require(uses: Uses) -> None:
+    """Raises QJLError that names all that the installed vLLM lacks."""
+    gone = [*_gone(uses)]
+    if gone:
+        raise _lacks(gone)
+    if not any(version().startswith(f"{release.rpartition('.')[0]}.") for release in CHECKED):
+        logger.warning("qjl: vLLM %s has all that the plugin uses, which was tried with %s.", version(), _releases())
+
+
+def _lacks(gone: list[str]) -> QJLError:
+    return QJLError(
+        f"vLLM {version()} lacks {', '.join(gone)}, which the plugin uses: "
+        f"install vLLM {_releases()}, or unset QJL_VLLM_PRESET."
+    )
+
+
+def _releases() -> str:
+    return " or ".join(CHECKED)
+
+
+def _gone(uses: Uses) -> Iterator[str]:
+    found: dict[str, Any] = {}
+    for home, names in uses.names.items():
+        try:
+            module = import_module(home)
+        except ImportError as error:
+            yield f"{home} ({error})"
+            continue
+        found |= {name: getattr(module, name) for name in names if hasattr(module, name)}
+        yield from (f"{home}.{name}" for name in names if name not in found)
+    for owner, members in uses.members.items():
+        yield from (f"{owner}.{name}" for name in members if owner in found and not _has(found[owner], name))
+    for path, parameters in uses.parameters.items():
+        owner, *rest = path.split(".")
+        function = found.get(owner)
+        for name in rest:
+            function = getattr(function, name, None)
+        if function is not None:
+            taken = inspect.signature(function).parameters
+            yield from (f"the parameter {name} of {path}" for name in parameters if name not in taken)
+
+
+def _has(owner: type, name: str) -> bool:
+    """Whether objects of a class have it: from the class, as a field, or since ``__init__`` sets it."""
+    made = getattr(inspect.unwrap(owner.__init__), "__code__", None)  # type: ignore[misc]
+    fields = getattr(owner, "__dataclass_fields__", {})
+    return hasattr(owner, name) or name in fields or (made is not None and name in made.co_names)
+
+
+def overriding(ours: Class) -> Class:
+    """Of a class whose public methods are all called by vLLM.
+
+    Raises:
+        QJLError: if vLLM's class has no such method, or passes it what ours does not take.
+    """
+    theirs = super(ours, ours)
+    mine = [name for name in vars(ours) if _is_called(name) and inspect.isroutine(getattr(ours, name))]
+    gone = [f"the method {name} that {ours.__name__} overrides" for name in mine if not hasattr(theirs, name)]
+    if gone:
+        raise _lacks(gone)
+    for name in mine:
+        passed, taken = (inspect.signature(getattr(of, name)) for of in (theirs, ours))
+        unknown = _not_taken(taken, passed)
+        if unknown:
+            raise QJLError(
+                f"vLLM {version()} passes {', '.join(unknown)} to {ours.__name__}.{name}, which does not know it: "
+                f"install vLLM {_releases()}, or unset QJL_VLLM_PRESET."
+            )
+    return ours
+
+
+def _is_called(name: str) -> bool:
+    return not name.startswith("_") or name == "__init__"
+
+
+def _not_taken(ours: inspect.Signature, theirs: inspect.Signature) -> list[str]:
+    """Parameters that ours has not, or in another place."""
+    passed = [name for name, one in theirs.parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    taken = [*ours.parameters]
+    return [name for place, name in enumerate(passed) if taken[place : place + 1] != [name]]
+
+
+# what the plugin reads of vLLM's objects
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of an engine: ``heads`` of queries and the KV heads from ``first_head`` on are those of this rank."""
+
+    model: str
+    revision: str | None
+    dtype: torch.dtype
+    heads: int
+    first_head: int
+    sequences: int
+    drafts: str | None
+    is_split: bool
+    sees_ahead: bool
+
+
+def settings(config: Any) -> Settings:
+    """Of a ``VllmConfig``."""
+    model, parallel, drafts = config.model_config, config.parallel_config, config.speculative_config
+    ranks = (parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
+    rank = __getattr__("get_tensor_model_parallel_rank")()
+    return Settings(
+        model=model.model,
+        revision=model.revision,
+        dtype=model.dtype,
+        heads=model.get_num_attention_heads(parallel_config=parallel),
+        first_head=rank * model.get_total_num_kv_heads() // parallel.tensor_parallel_size,
+        sequences=config.scheduler_config.max_num_seqs,
+        drafts=None if drafts is None else drafts.method,
+        is_split=parallel.use_ubatching or max(ranks) > 1,
+        sees_ahead=model.is_mm_prefix_lm,
+    )
+
+
+def attention_of(config: Any, layer: str) -> Any:
+    """What attends in a layer of a ``VllmConfig``'s model."""
+    return config.compilation_config.static_forward_context[layer].impl
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Of one layer: ``tokens`` of ``heads`` KV heads in each."""
+
+    tokens: int
+    heads: int
+    head_dim: int
+
+
+def pages(spec: Any) -> Pages:
+    """Of a layer's ``FullAttentionSpec``."""
+    return Pages(spec.block_size, spec.num_kv_heads, spec.head_size)
+
+
+def packed(spec: Any, bytes_per_token: Callable[[int], int]) -> Any:
+    """The spec of pages that hold, of each token and head, the bytes that a head's size takes.
+
+    Raises:
+        QJLError: if more than the tokens before a token are attended to, or fewer.
+    """
+    if spec.state_content_bytes is not None:
+        return spec
+    is_full = type(spec) is __getattr__("FullAttentionSpec")  # those derived from it read more, or less
+    if not is_full or spec.non_causal or spec.sliding_window or spec.attention_chunk_size:
+        raise QJLError("only full causal attention is served from quantized pages: unset QJL_VLLM_PRESET.")
+    if spec.head_size != spec.head_size_v:
+        raise QJLError("quantized pages do not serve keys wider than values: unset QJL_VLLM_PRESET.")
+    return replace(spec, dtype=torch.uint8, state_content_bytes=bytes_per_token(spec.head_size))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences of a step: of ``totals[i]`` tokens, ``starts[i]`` to ``starts[i + 1]`` of the step are fresh.
+
+    ``pages [n, most]``.
+    """
+
+    totals: list[int]
+    starts: list[int]
+    pages: np.ndarray
+
+
+def batch(common: Any) -> Batch:
+    """Of a step's ``CommonAttentionMetadata``.
+
+    Raises:
+        QJLError: if tokens attend to those behind them.
+    """
+    if common.causal is not True:
+        raise QJLError("quantized pages serve causal attention alone: unset QJL_VLLM_PRESET for this model.")
+    lengths = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
+    count = common.num_reqs
+    tables = common.block_table_tensor[:count].cpu().numpy()
+    return Batch(lengths[:count].tolist(), common.query_start_loc_cpu[: count + 1].tolist(), tables)
+
+
+def is_on_cpu() -> bool:
+    """Whether vLLM runs on a CPU."""
+    return __getattr__("current_platform").is_cpu()
+
+
+def register(backend: type) -> None:
+    """Put a backend where vLLM looks for one of somebody else's; and for its own on a CPU, where it takes no other."""
+    names = __getattr__("AttentionBackendEnum")
+    for name in (names[ATTENTION], names.CPU_ATTN):
+        __getattr__("register_backend")(backend=name, class_path=f"{backend.__module__}.{backend.__qualname__}")
