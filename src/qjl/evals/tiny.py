@@ -63,6 +63,7 @@ _USUAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SET = {
     "tie_word_embeddings": False,  # else each token's own logit hides all others
     "is_decoder": True,
+    "use_cache": True,
     "logit_scale": 1.0,
     "attention_multiplier": HEAD_DIM**-0.5,
 }
