@@ -58,6 +58,10 @@ test: setup
 test-vllm: setup-vllm
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/pytest -n $(WORKERS) --dist loadscope tests/test_vllm_serving.py
 
+# Every family of models that transformers has, tiny and random; those that the file tells of are not asked again.
+models: setup
+	OMP_NUM_THREADS=1 $(BIN)/qjl eval models --workers $(WORKERS) --out results/models.jsonl
+
 # All that the report tells of the embedded model, measured from nothing; what is there already is not measured again.
 report: setup
 	$(BIN)/python scripts/evidence.py

@@ -20,6 +20,7 @@ from qjl.cli import (
     racing,
     reporting,
     serving,
+    sweeping,
     writing,
 )
 from qjl.cli.common import EXAMPLES, Commands
@@ -91,6 +92,7 @@ evaluations.command("retrieval", epilog=EXAMPLES.format("qjl eval retrieval --pr
 evaluations.command("generate", epilog=EXAMPLES.format("qjl eval generate gsm8k.test.jsonl --preset b3 --limit 50"))(
     evaluating.generate
 )
+evaluations.command("models", epilog=EXAMPLES.format("qjl eval models --family llama --family bloom"))(sweeping.models)
 evaluations.command("smoke", epilog=EXAMPLES.format("qjl eval smoke"))(evaluating.smoke)
 app.add_typer(evaluations, name="eval")
 benchmarks.command("decode", epilog=EXAMPLES.format("qjl bench decode --sweep --plot decode.svg"))(benching.decode)
