@@ -74,7 +74,7 @@ def test_compiled_code_runs_again_afterwards():
 # Autocast and dtypes
 
 
-@pytest.mark.parametrize("preset", list(qjl.PRESETS))
+@pytest.mark.parametrize("preset", KINDS)
 def test_codes_under_autocast_are_those_of_the_same_tokens(preset):
     """What the layers are given is rounded by autocast; what is made of it is not."""
     model, ids = tiny(), prompt(320)
@@ -117,7 +117,7 @@ def test_the_default_dtype_changes_no_code(preset, dtype):
     assert difference(ours, logits) < 1e-5
 
 
-@pytest.mark.parametrize("preset", list(qjl.PRESETS))
+@pytest.mark.parametrize("preset", KINDS)
 def test_a_model_in_double_precision(preset):
     model, ids = tiny(dtype=torch.float64), prompt(300)
     cache = qjl.KVCache(model, preset)
