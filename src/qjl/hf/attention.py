@@ -279,9 +279,11 @@ def _codes_give_all(own: Attention, is_models_own: bool, module: torch.nn.Module
     """Whether the numbers that the function is called with tell all that it computes, and no weights are wanted."""
     if asked.get("dropout") or asked.get("position_bias") is not None or _wants_weights(module, asked):
         return False
+    tells_more = asked.get("softcap") is not None or asked.get("s_aux") is not None
+    if own is compat.sdpa_attention_forward and tells_more:  # of which it takes no notice, or which it refuses
+        return False
     if not is_models_own:
         return compat.is_sdpa_or_flash(own)
-    tells_more = asked.get("softcap") is not None or asked.get("s_aux") is not None
     return tells_more or compat.supports_sdpa(type(module).__module__)
 
 
