@@ -3,9 +3,10 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 CMAKE ?= cmake
 WORKERS ?= 2
-KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py paged.py fuzz_kernels.py fuzz_step.py)
+KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py paged.py refusals.py fuzz_kernels.py fuzz_step.py)
 GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py fuzz_step.py paged.py triton.py triton_benches.py devices.py vllm_layer.py)
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
+THREAD_SANITIZER = $(foreach name,libtsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 CROSS_CXX ?= aarch64-linux-gnu-g++
 # A machine with no more than NEON; and a memset without DC ZVA, in which QEMU 7 does not survive a page fault.
 EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -L /usr/aarch64-linux-gnu
@@ -13,7 +14,7 @@ EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
 
-.PHONY: setup setup-vllm vllm-sources native demo test test-vllm models report sanitize emulate clean
+.PHONY: setup setup-oldest setup-vllm vllm-sources native demo test test-oldest test-vllm models report sanitize sanitize-threads emulate clean
 
 setup: .venv/installed
 
@@ -77,6 +78,17 @@ sanitize: setup
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	QJL_CPU_LIBRARY=build/sanitize/_cpu.so OMP_NUM_THREADS=1 $(BIN)/pytest -k "not reference" \
 	$(KERNEL_TESTS) tests/test_native_library.py
+
+# The kernels with ThreadSanitizer, called from many threads at once; its memory must lie where it expects it.
+sanitize-threads: setup
+	$(call needs,$(CMAKE),apt-get install cmake)
+	$(call needs,$(CXX),apt-get install g++)
+	$(call needs,$(THREAD_SANITIZER),it comes with GCC)
+	$(call needs,setarch,apt-get install util-linux)
+	$(CMAKE) -S . -B build/sanitize-threads -DCMAKE_BUILD_TYPE=Release -DQJL_SANITIZE=thread
+	$(CMAKE) --build build/sanitize-threads --parallel
+	LD_PRELOAD="$(THREAD_SANITIZER)" QJL_CPU_LIBRARY=build/sanitize-threads/_cpu.so OMP_NUM_THREADS=1 \
+	setarch -R $(BIN)/pytest -k "not reference and not forked" tests/test_threads.py
 
 # The kernels for NEON, run by an emulator under the same tests (tests/emulation).
 emulate: setup

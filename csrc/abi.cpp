@@ -12,12 +12,18 @@ constexpr uint64_t MEANING = 1;  // raised where a function or a field means som
 
 constexpr uint64_t PRIME = 0x100000001b3;  // FNV-1a
 
+// So that places of some fields, more by what those of others are less, do not add up to the same.
+constexpr uint64_t mixed(uint64_t hash) {
+    hash = (hash ^ hash >> 33) * 0xff51afd7ed558ccd;
+    return hash ^ hash >> 33;
+}
+
 constexpr uint64_t hashed(const char* text, uint64_t first, uint64_t second) {
     uint64_t hash = 0xcbf29ce484222325;
     for (; *text; ++text) hash = (hash ^ uint8_t(*text)) * PRIME;
     for (const uint64_t number : {first, second})
         for (int bit = 0; bit < 64; bit += 8) hash = (hash ^ (number >> bit & 255)) * PRIME;
-    return hash;
+    return mixed(hash);
 }
 
 #define QJL_FIELD(Struct, field) +hashed(#Struct "." #field, offsetof(Struct, field), sizeof(Struct::field))

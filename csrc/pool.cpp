@@ -77,9 +77,10 @@ void forget_threads() {
     taken.store(false);
 }
 
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
+
 // Makes sure of up to `wanted` threads and returns how many there are.
 int64_t start_threads(int64_t wanted) {
-    [[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
     try {
         for (; started < wanted; ++started)
             std::thread(work, static_cast<int>(started), tickets[started].issued.load()).detach();

@@ -72,7 +72,8 @@ def test_the_keyword_of_the_cache_is_that_of_models_and_of_generate():
 
 
 def test_the_keyword_of_the_newest_is_taken_by_all_versions_and_warns_of_nothing(recwarn):
-    model, caches = tiny(), [qjl.KVCache(tiny(), "full") for _ in range(2)]
+    model = tiny()
+    caches = [qjl.KVCache(model, "full") for _ in range(2)]
     model.generate(prompt(20), cache=caches[0], max_new_tokens=2)
     model(prompt(20), cache=caches[1])
     assert [cache.get_seq_length() for cache in caches] == [21, 20]
@@ -123,6 +124,41 @@ def test_flash_attention_on_a_cpu_gives_sums():
     scores = (0.25 * query @ query.mT).masked_fill(torch.ones(3, 3, dtype=torch.bool).triu(1), -torch.inf)
     torch.testing.assert_close(lse, scores.logsumexp(-1))
     torch.testing.assert_close(out, scores.softmax(-1) @ query)
+
+
+@pytest.mark.parametrize("name", sorted(compat._HOMES_OF_GGUF))
+def test_what_reads_gguf_files_is_there(name):
+    assert compat.gguf_reader(name) is not None
+
+
+def test_a_reader_of_gguf_files_that_has_gone_is_named(monkeypatch, refuses):
+    monkeypatch.setitem(compat._HOMES_OF_GGUF, "no_such_reader", "transformers.integrations.gguf")
+    with refuses("transformers.integrations.gguf has no no_such_reader in transformers"):
+        compat.gguf_reader("no_such_reader")
+
+
+def test_the_bar_of_gguf_files_is_there():
+    with compat.gguf_bar(print):
+        pass
+
+
+def test_what_a_module_holds_is_read():
+    norm = torch.nn.BatchNorm1d(3)
+    assert {"weight", "bias", "running_mean"} <= compat.tensors_of(norm).keys()
+    assert compat.parts_of(torch.nn.Sequential(norm)) == {"0": norm}
+    assert compat.compiled_module(torch.compile(norm)) is norm
+    assert compat.has_own_forward(norm)
+    norm.register_forward_hook(print)
+    assert compat.hooks_of(norm) == [print]
+    norm.forward = print
+    assert not compat.has_own_forward(norm)
+
+
+def test_buffers_are_computed_that_no_file_holds():
+    model, twin = tiny(), tiny()
+    model.model.rotary_emb.inv_freq.zero_()
+    compat.compute_buffers(model)
+    assert model.model.rotary_emb.inv_freq.equal(twin.model.rotary_emb.inv_freq)
 
 
 def test_a_method_that_has_gone_is_named(refuses):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -10,16 +11,22 @@ from hypothesis import strategies as st
 
 from guarded import PAGE, Guarded
 from qjl import ops
+from qjl.codebook import refined_sign_code, scalar_code
 from qjl.ops import reference
+from qjl.ops.recipe import DenseMap, GridRecipe, Recipe, Turn
+from qjl.packed import BLOCK
+from qjl.sketch import Sketch
+from qjl.trellis import even_trellis
 
 pytest_plugins = "guarded"
 pytestmark = pytest.mark.usefixtures("compiled")
 
+CPU = torch.device("cpu")
 batches = st.integers(0, 3)
 heads = st.integers(1, 3)
 blocks = st.integers(0, 5)
 rows = st.integers(1, 9)
-nibbles = st.one_of(st.integers(1, 20), st.integers(1, 256)).map(lambda half: 2 * half)
+nibbles = st.one_of(st.integers(1, 20), st.integers(1, 256), st.just(512)).map(lambda half: 2 * half)
 widths = st.integers(1, 9)
 seeds = st.integers(0, 2**32)
 
@@ -59,6 +66,68 @@ def test_a_tile_at_the_end_of_its_storage(guarded, heads, blocks, count, seed):
     storage = guarded(reference.pack(_nibbles(2, heads, blocks + 2, count, seed=seed)))
     tile = storage[1:, :, 2:]
     assert torch.equal(ops.unpack(tile), reference.unpack(tile))
+
+
+# Encoders: what they leave in their own arrays, whatever lies beside them
+
+
+def _in_guarded_memory(guarded, value):
+    """The same recipe, part or mean, all of whose tensors lie there."""
+    if isinstance(value, torch.Tensor):
+        return guarded(value.contiguous())
+    if isinstance(value, tuple):
+        return tuple(_in_guarded_memory(guarded, one) for one in value)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _in_guarded_memory(guarded, getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def _signs(dim):
+    """Refined ones of two orthogonal blocks."""
+    return refined_sign_code(Sketch(2 * dim, dim).matrix)
+
+
+ENCODERS = {
+    "levels": lambda dim: scalar_code([[3 if i % 2 else 1 for i in range(dim)]]),
+    "wide levels": lambda dim: scalar_code([[8 if i % 8 == 0 else 0 for i in range(dim)]]),
+    "trellis": lambda dim: even_trellis(dim, dim, CPU),
+    "signs": _signs,
+}
+dims = st.one_of(st.integers(1, 20), st.sampled_from([64, 128])).map(lambda eighth: 8 * eighth)
+
+
+@given(st.sampled_from(sorted(ENCODERS)), batches, heads, st.integers(0, 2), dims, st.booleans(), seeds)
+def test_encode(guarded, encoder, batch, heads, blocks, dim, is_exact, seed):
+    """Codes from guarded memory are those from memory of any kind, which test_encoding.py compares."""
+    dim = dim if encoder != "signs" else min(dim, 256)  # whose gram is [2 dim, 2 dim]
+    generator = torch.Generator().manual_seed(seed)
+    code = ENCODERS[encoder](dim)
+    rows = sum(part.dim for part in code.parts)
+    matrix = torch.randn(heads, rows, dim, generator=generator) * dim**-0.5
+    recipe = Recipe(
+        DenseMap(matrix.half() if seed % 2 else matrix),
+        code.parts,
+        mean=torch.randn(heads, dim, generator=generator),
+        gains=(0.8, 1.0) if encoder == "levels" else (1.0,),
+        units=torch.ones(heads) if is_exact else None,
+    )
+    tokens = torch.randn(batch, heads, blocks * BLOCK, dim, generator=generator)
+    half = dim // 2
+    angles = torch.randn(batch, half, blocks * BLOCK, generator=generator)
+    turn = Turn(angles.cos(), angles.sin(), bool(seed % 3))
+    expected = ops.encode(tokens, recipe, turn)
+    found = ops.encode(guarded(tokens), *(_in_guarded_memory(guarded, x) for x in (recipe, turn)))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@given(batches, heads, st.integers(0, 2), dims, st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 8]), seeds)
+def test_encode_grid(guarded, batch, heads, blocks, dim, bits, width, seed):
+    """Up to 512 groups, of as few as two channels."""
+    tokens = torch.randn(batch, heads, blocks * BLOCK, dim, generator=torch.Generator().manual_seed(seed))
+    recipe = GridRecipe(dim & -dim, dim // (width if width > 1 else dim), bits, 0.9)
+    expected = ops.encode_grid(tokens, recipe)
+    found = ops.encode_grid(guarded(tokens), recipe)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("edge", ["first", "last"])

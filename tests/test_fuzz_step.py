@@ -61,13 +61,25 @@ class Case:
     seed: int
 
 
+narrow = st.tuples(
+    st.sampled_from([1, 1, 2, 5]),
+    st.one_of(st.integers(2, 40), st.sampled_from([64, 80, 96, 102])),
+    st.one_of(st.integers(1, 8), st.integers(1, 40)),
+)
+wide = st.sampled_from([(128, 8, 2), (128, 2, 1), (65, 3, 1), (64, 16, 1), (1, 1024, 256), (2, 512, 64)])
+shapes = st.one_of(*[narrow] * 7, wide)  # groups, coordinates and bytes of a group
+
+
+def _side(shape, **parts):
+    groups, group_dim, half_nibbles = shape
+    return Side(groups, group_dim, half_nibbles, **parts)
+
+
 sides = st.builds(
-    Side,
-    groups=st.sampled_from([1, 1, 2, 5]),
-    group_dim=st.one_of(st.integers(2, 40), st.sampled_from([64, 80, 96, 102])),
-    half_nibbles=st.one_of(st.integers(1, 8), st.integers(1, 40)),
+    _side,
+    shape=shapes,
     slots=st.integers(1, 6),
-    map_dim=st.one_of(st.none(), st.integers(8, 130), st.sampled_from([256, 512])),
+    map_dim=st.one_of(st.none(), st.integers(8, 130), st.sampled_from([256, 512, 1024])),
     map_is_half=st.booleans(),
     heads_share=st.booleans(),
     has_mean=st.booleans(),

@@ -1,14 +1,17 @@
 """Which backend and which instruction set are chosen, and what is said where they are not there."""
 
+import ctypes
 import logging
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from qjl import ops
-from qjl.ops.cpu import library
+from qjl.ops.cpu import library, structs
 
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 needs_kernels = pytest.mark.skipif(not library.is_installed(), reason="the kernels were not compiled")
@@ -31,6 +34,7 @@ def unsettled(monkeypatch):
 
 def _forget():
     library.load.cache_clear()
+    library.limits.cache_clear()
     ops._automatic.cache_clear()
 
 
@@ -129,3 +133,95 @@ def test_of_several_copies_the_newest_is_loaded(unsettled, tmp_path):
             os.utime(folder / library.FILE_NAME, (1e9 - age, 1e9 - age))
     unsettled.setattr(library, "_folders", lambda: folders)
     assert library.load()._name == str(folders[1] / library.FILE_NAME)
+
+
+# Libraries of other versions
+
+COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no compiler")
+OLDER = 'extern "C" const char* qjl_supported() { return "scalar "; }'
+OTHER = f'{OLDER} extern "C" unsigned long long qjl_abi() {{ return 42; }}'
+
+
+def _compiled(source, path):
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-x", "c++", "-", "-o", path], input=source, text=True, check=True)
+    return path
+
+
+@needs_kernels
+def test_the_number_of_the_structs_is_that_of_the_library():
+    assert library.fits(library.load())
+    assert 0 < structs.abi() < 2**64
+
+
+@needs_kernels
+@pytest.mark.parametrize("changed", structs.ALL)
+def test_any_other_field_is_another_number(changed, monkeypatch):
+    """A field more, one that is moved, one of another size, another name: all are seen."""
+    fields = list(changed._fields_)
+    others = [
+        [*fields, ("more", ctypes.c_int64)],
+        [*fields[:-1], (fields[-1][0], ctypes.c_int64 * 9)],
+        [*fields[:-1], (f"{fields[-1][0]}s", fields[-1][1])],
+        [fields[-1], *fields[:-1]],
+    ]
+    numbers, every = {structs.abi()}, structs.ALL
+    for other in others:
+        struct = type(changed.__name__, (ctypes.Structure,), {"_fields_": other})
+        monkeypatch.setattr(structs, "ALL", [struct if one is changed else one for one in every])
+        numbers.add(structs.abi())
+    assert len(numbers) == 1 + len(others)
+
+
+@needs_kernels
+@needs_compiler
+@pytest.mark.parametrize("source", [OTHER, OLDER])
+def test_of_several_copies_the_newest_that_fits_is_loaded(unsettled, tmp_path, source):
+    built = library._copies()[-1]
+    unsettled.delenv(library.PATH_VARIABLE, raising=False)
+    folders = [tmp_path / name for name in ("fits", "fits too", "other", "broken")]
+    for folder in folders:
+        folder.mkdir()
+    copies = [folder / library.FILE_NAME for folder in folders]
+    shutil.copy(built, copies[0])
+    shutil.copy(built, copies[1])
+    _compiled(source, copies[2])
+    copies[3].write_bytes(b"not a library")
+    for age, path in enumerate(copies):
+        os.utime(path, (1e9 + age, 1e9 + age))
+    unsettled.setattr(library, "_folders", lambda: folders)
+    assert library.load()._name == str(copies[1])
+    assert ops.active_backend() == "cpu"
+
+
+@needs_compiler
+@pytest.mark.parametrize("source", [OTHER, OLDER])
+def test_where_no_copy_fits_one_sentence_says_to_reinstall(unsettled, tmp_path, refuses, source):
+    path = _compiled(source, tmp_path / library.FILE_NAME)
+    unsettled.delenv(library.PATH_VARIABLE, raising=False)
+    unsettled.setattr(library, "_folders", lambda: [tmp_path])
+    for chosen in (None, str(path)):
+        if chosen:
+            unsettled.setenv(library.PATH_VARIABLE, chosen)
+        for ask in (ops.active_backend, lambda: ops.use_backend("cpu"), library.instruction_set):
+            with refuses(f"{path} was built from another version of qjl: run `pip install --force-reinstall"):
+                ask()
+
+
+@needs_kernels
+def test_structs_of_another_version_meet_no_kernel(unsettled, refuses):
+    unsettled.setattr(structs, "MEANING", structs.MEANING + 1)
+    with refuses("was built from another version of qjl"):
+        ops.pack(torch.zeros(1, 1, 64, 2, dtype=torch.uint8))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files that cannot be read are Linux's here")
+def test_a_file_that_cannot_be_read_fails_loudly(unsettled, tmp_path, refuses):
+    """Root may read all files, but no directory is one, and no link that leads nowhere."""
+    folder, link = tmp_path / "folder.so", tmp_path / "link.so"
+    folder.mkdir()
+    link.symlink_to(tmp_path / "absent")
+    for path in (folder, link):
+        unsettled.setenv(library.PATH_VARIABLE, str(path))
+        with refuses(f"{path} does not load"):
+            ops.active_backend()

@@ -140,8 +140,8 @@ def _per_kind(embedding: Any, layer_kind: str, name: str) -> Any:
 
 def _basis(rotary_dim: int) -> tuple[Tensor, Tensor]:
     """Unit vectors at the probed positions: ``[1, rotary_dim, P, rotary_dim]`` and ``[1, P]``."""
-    positions = torch.tensor([_PROBED_POSITIONS])
-    unit = torch.eye(rotary_dim)[None, :, None, :].expand(1, -1, positions.shape[1], -1)
+    positions = torch.tensor([_PROBED_POSITIONS], dtype=torch.int64)
+    unit = torch.eye(rotary_dim, dtype=torch.float32)[None, :, None, :].expand(1, -1, positions.shape[1], -1)
     return unit, positions
 
 

@@ -67,7 +67,7 @@ class _Segment:
         """What is added to the scores so that only tokens that count do, ``float32 [B, 1, 1, t]``; None for nothing."""
         if self.valid is None:
             return None
-        nothing = torch.zeros(1, 1, 1, 1, device=self.valid.device)
+        nothing = torch.zeros(1, 1, 1, 1, device=self.valid.device, dtype=torch.float32)
         return nothing.masked_fill(~self.valid[:, None, None], -torch.inf)
 
 
@@ -611,7 +611,7 @@ class CacheLayer(Copied):
         tokens = columns[::BLOCK] - padding
         first = to_device(tokens + origin, keys.device)
         place = _place_of(columns, self._window_column, keys.device)
-        chosen_rows = to_device(torch.tensor(rows), keys.device)
+        chosen_rows = to_device(torch.tensor(rows, dtype=torch.int64), keys.device)
         encoded = []
         for codec, tensor, what in zip(codecs, (keys, values), ("keys", "values"), strict=True):
             chosen = tensor[:, :, place] if everyone else tensor[:, :, place][chosen_rows]
@@ -720,7 +720,7 @@ def _of_one_dtype(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _column(of_rows: Sequence[int], device: torch.device = CPU) -> Tensor:
     """A number of each row, ``int64 [B, 1]``."""
-    return to_device(torch.tensor(of_rows)[:, None], device)
+    return to_device(torch.tensor(of_rows, dtype=torch.int64)[:, None], device)
 
 
 def _place_of(columns: Tensor, window_column: int, device: torch.device) -> slice | Tensor:

@@ -249,7 +249,7 @@ def _scalar_tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
     float32 and uint8 ``[2 * (MAX_BITS + 1), 2**MAX_BITS]``, levels padded with +inf.
     """
-    levels = torch.full((2 * (MAX_BITS + 1), 2**MAX_BITS), math.inf)
+    levels = torch.full((2 * (MAX_BITS + 1), 2**MAX_BITS), math.inf, dtype=torch.float32)
     labels = torch.zeros(levels.shape, dtype=torch.uint8)
     whole = [(width, False) for width in range(NIBBLE + 1)]
     for width, is_split in whole + [(width, True) for width in range(MAX_BITS + 1)]:
@@ -317,7 +317,7 @@ def _entries(nibbles: list[list[tuple[int, int]]], widths: tuple[int, ...], spli
     parts = [_parts(nibble) for nibble in nibbles]
     slots = max(len(part) for part in parts)
     coordinates = torch.zeros(len(nibbles), slots, dtype=torch.int64)
-    entries = torch.zeros(len(nibbles), 16, slots)
+    entries = torch.zeros(len(nibbles), 16, slots, dtype=torch.float32)
     values = torch.arange(16)
     for j, part in enumerate(parts):
         for slot, (i, places) in enumerate(part.items()):
@@ -325,10 +325,10 @@ def _entries(nibbles: list[list[tuple[int, int]]], widths: tuple[int, ...], spli
             bits = {bit: (values >> place) & 1 for place, bit in places}
             if i in split:
                 amplitudes = sign_sum(widths[i])
-                entries[j, :, slot] = sum((on * 2 - 1) * amplitudes[bit] for bit, on in bits.items())
+                entries[j, :, slot] = sum((on * 2 - 1).float() * amplitudes[bit] for bit, on in bits.items())
             else:
                 pattern = sum(on << bit for bit, on in bits.items())
-                entries[j, :, slot] = torch.tensor(lloyd_max(widths[i]))[pattern]
+                entries[j, :, slot] = torch.tensor(lloyd_max(widths[i]), dtype=torch.float32)[pattern]
     return coordinates, entries
 
 
@@ -415,8 +415,8 @@ def uniform_code(dim: int, num_bits: int) -> NibbleCode:
     stream = torch.arange(dim * num_bits).view(-1, NIBBLE)  # [N, 4]
     owners, places = stream // num_bits, stream % num_bits
     coordinates = owners[:, [0, -1]] if num_bits < NIBBLE else owners[:, :1]  # [N, w]
-    signs = ((torch.arange(16)[:, None] >> torch.arange(NIBBLE)) & 1) - 0.5
-    bits = signs * 2.0 ** places[:, None]  # [N, 16, 4]
+    signs = ((torch.arange(16)[:, None] >> torch.arange(NIBBLE)) & 1).float() - 0.5
+    bits = signs * 2.0 ** places[:, None].float()  # [N, 16, 4]
     entries = bits @ (owners[:, :, None] == coordinates[:, None]).float()
     return NibbleCode(coordinates.short()[None], entries.half()[None], dim)
 

@@ -12,7 +12,10 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -36,17 +39,25 @@ __all__ = [
     "Uncompiled",
     "add_hooks",
     "cache_argument",
+    "compiled_module",
+    "compute_buffers",
     "decoder_of",
     "flash_attention_for_cpu",
     "get_layer_types_and_kwargs",
+    "gguf_bar",
+    "gguf_reader",
+    "has_own_forward",
+    "hooks_of",
     "is_given_by_user",
     "is_sdpa_or_flash",
     "of_each_layer",
+    "parts_of",
     "remove_hooks",
     "replaces_default_cache",
     "sdpa_attention_forward",
     "supports_sdpa",
     "takes_cache_from_users",
+    "tensors_of",
     "tree_leaves",
     "tree_map",
     "uses_attention_interface",
@@ -105,6 +116,33 @@ def wrap(owner: type, name: str, wrapper: _Wrapper) -> None:
         return wrapper(own, *args, **kwargs)
 
     setattr(owner, name, call)
+
+
+_HOMES_OF_GGUF = {
+    "GGUF_ARCHS": "transformers.integrations.gguf",
+    "GGUF_CONFIG_ARCHS": "transformers.integrations.gguf",
+    "GGUF_CONFIG_MAPPING": "transformers.integrations.ggml",
+    "get_gguf_config": "transformers.integrations.gguf",
+    "load_gguf_checkpoint": "transformers.modeling_gguf_pytorch_utils",
+    "read_gguf_metadata": "transformers.integrations.gguf",
+}
+
+
+def gguf_bar(bar: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """Another progress bar in place of the one that ``load_gguf_checkpoint`` shows."""
+    return mock.patch("transformers.modeling_gguf_pytorch_utils.tqdm", bar)
+
+
+def gguf_reader(name: str) -> Any:
+    """One of the names by which transformers reads GGUF files.
+
+    Raises:
+        QJLError: if this version has no such name.
+    """
+    found = getattr(import_module(_HOMES_OF_GGUF[name]), name, None)
+    if found is None:
+        raise QJLError(f"{_HOMES_OF_GGUF[name]} has no {name} in {versions()}: load the model from safetensors files.")
+    return found
 
 
 # Attention
@@ -194,6 +232,44 @@ def remove_hooks(model: torch.nn.Module, *functions: Callable[..., Any]) -> None
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number in [number for number, hook in hooks.items() if hook in functions]:
             del hooks[number]
+
+
+def hooks_of(module: torch.nn.Module) -> list[Callable[..., Any]]:
+    """What is called around its forward passes."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def has_own_forward(module: torch.nn.Module) -> bool:
+    """Whether nothing replaces its class's forward function but accelerate's hooks, or torch.compile's work on it."""
+    forward = vars(module).get("_old_forward", vars(module).get("forward"))
+    original = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return original is None or getattr(original, "__func__", None) is type(module).forward
+
+
+def parts_of(module: torch.nn.Module) -> dict[str, torch.nn.Module | None]:
+    """Modules directly inside, by name."""
+    return dict(module._modules)
+
+
+def tensors_of(module: torch.nn.Module) -> dict[str, Tensor | None]:
+    """Its own parameters and buffers, by name."""
+    return {**module._parameters, **module._buffers}
+
+
+def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """What ``torch.compile`` has put into this module."""
+    return module._modules.get("_orig_mod")
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Those that no file holds, as transformers does when it loads a model."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+                vars(module)["_is_hf_initialized"] = False
+    model.initialize_weights()
 
 
 def is_given_by_user(cache: object) -> bool:

@@ -155,7 +155,7 @@ def _read_on(model: PreTrainedModel, full_cache: DynamicCache, cache: KVCache, p
     """
     for one in (full_cache, cache):
         one.crop(prompt.essay_end - one.get_seq_length())
-    rest = torch.tensor([prompt.rest], device=model.device)
+    rest = torch.tensor([prompt.rest], device=model.device, dtype=torch.int64)
     reference = log_probabilities(model(input_ids=rest[:, :-1], **cache_argument(full_cache)).logits)
     return compare(model, cache, rest.cpu(), 0, reference)
 

@@ -171,7 +171,7 @@ class Kept:
 
     def slot_mask(self) -> Tensor:
         """Which slots hold a token, ``bool [B, t]`` on the CPU."""
-        return torch.arange(self.length) < torch.tensor(self._counts)[:, None]
+        return torch.arange(self.length) < torch.tensor(self._counts, dtype=torch.int64)[:, None]
 
     def append(self, row: int, index: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens ``[H, n, D]`` to one row, the first of which is its token ``index``."""
@@ -185,7 +185,7 @@ class Kept:
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Keep the tokens whose index is below ``lengths[row]``."""
-        is_held = self.slot_mask() & (self.indices < torch.tensor(lengths)[:, None])
+        is_held = self.slot_mask() & (self.indices < torch.tensor(lengths, dtype=torch.int64)[:, None])
         self._counts = is_held.sum(1).tolist()
 
     def select(self, indices: Tensor) -> None:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from qjl import compat
 from qjl.errors import QJLError
 
 FORMAT = 2
@@ -107,7 +108,7 @@ def fingerprint_of_folder(folder: Path) -> str | None:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    _compute_buffers(model)
+    compat.compute_buffers(model)
     _take_weights(model, _stored_tensors(folder))
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         return None
@@ -225,15 +226,16 @@ def _walk(module: nn.Module, name: str, adapters: Adapters, seen: set[int]) -> I
 
 def _adapted(module: nn.Module) -> tuple[nn.Module | None, Adapters]:
     """What a module of PEFT adapts, or torch.compile wraps, and the adapters that are at work there."""
-    wrapped = module._modules.get("_orig_mod")
+    wrapped = compat.compiled_module(module)
     if wrapped is not None:
         return wrapped, None
-    inner = module._modules.get("base_layer") or module._modules.get("original_module")
+    parts = compat.parts_of(module)
+    inner = parts.get("base_layer") or parts.get("original_module")
     if inner is None or not hasattr(module, "active_adapters"):
         return None, None
     is_off = module.disable_adapters or getattr(module, "merged", False)
     active = frozenset[str]() if is_off else _held(module) & set(cast(Iterable[str], module.active_adapters))
-    for name, replacement in (module._modules.get("modules_to_save") or nn.ModuleDict()).named_children():
+    for name, replacement in (parts.get("modules_to_save") or nn.ModuleDict()).named_children():
         if name in active:
             return replacement, None
     return inner, active
@@ -242,7 +244,7 @@ def _adapted(module: nn.Module) -> tuple[nn.Module | None, Adapters]:
 def _held(module: nn.Module) -> frozenset[str]:
     """The adapters that have anything in a module."""
     keyed = [child for child in module.children() if _is_keyed(child)]
-    return frozenset(key for child in keyed for key in [*child._modules, *child._parameters, *child._buffers])
+    return frozenset(key for child in keyed for key in [*compat.parts_of(child), *compat.tensors_of(child)])
 
 
 def _is_keyed(container: nn.Module) -> bool:
@@ -257,7 +259,7 @@ def _is_at_rest(container: nn.Module, key: str, adapters: Adapters) -> bool:
 
 def _part(name: str, module: nn.Module, adapters: Adapters) -> _Part:
     _require_readable(name, module)
-    kept = [*module._parameters.items(), *module._buffers.items(), *vars(module).items()]
+    kept = [*compat.tensors_of(module).items(), *vars(module).items()]
     given = {key: value for key, value in kept if not _is_idle(module, key) and not _is_at_rest(module, key, adapters)}
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
     numbers = {key: _at_work(value, adapters) for key, value in given.items() if _is_plain(key, value)}
@@ -333,33 +335,16 @@ def _require_readable(name: str, module: nn.Module) -> None:
     """What a module does is told by its kind and by what it holds, unless others have put their own code in."""
     if any(isinstance(value, torch.ScriptObject) for value in vars(module).values()):
         raise Unnamed(f"{name} packs its weights where they cannot be read")
-    if not _is_own(vars(module).get("_old_forward", vars(module).get("forward")), module):
+    if not compat.has_own_forward(module):
         raise Unnamed(f"{name or 'the model'} has another forward function than its class")
-    for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+    for hook in compat.hooks_of(module):
         function = getattr(hook, "func", hook)
         owner = getattr(function, "__module__", None) or type(function).__module__
         if owner.partition(".")[0] not in _HARMLESS_OWNERS:
             raise Unnamed(f"{name or 'the model'} has a forward hook of {owner}, which may change what it computes")
 
 
-def _is_own(forward: Any, module: nn.Module) -> bool:
-    """Whether nothing replaces a module's forward function, or what torch.compile made of it."""
-    original = getattr(forward, "_torchdynamo_orig_callable", forward)
-    return original is None or getattr(original, "__func__", None) is type(module).forward
-
-
 # Folders
-
-
-def _compute_buffers(model: PreTrainedModel) -> None:
-    """Those that no file holds, as transformers does when it loads a model."""
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-                vars(module)["_is_hf_initialized"] = False
-    model.initialize_weights()
 
 
 def _take_weights(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> None:

@@ -106,7 +106,7 @@ def prefill(
     model: PreTrainedModel, ids: list[int], cache: Cache, on_tokens: Callable[[int], None] = lambda count: None
 ) -> None:
     """Read a prompt into a cache, some tokens at a time; ``on_tokens`` hears how many were read."""
-    for part in torch.tensor([ids], device=model.device).split(PREFILL_TOKENS, dim=1):
+    for part in torch.tensor([ids], device=model.device, dtype=torch.int64).split(PREFILL_TOKENS, dim=1):
         model(input_ids=part, logits_to_keep=1, **cache_argument(cache))
         on_tokens(part.shape[1])
 
@@ -135,7 +135,7 @@ def generate(
     limit = max_new_tokens if room is None else min(max_new_tokens, room)
     streamer = _TimedStreamer(tokenizer, on_text)
     torch.manual_seed(sampling.seed)
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids], device=model.device, dtype=torch.int64)
     output = model.generate(  # type: ignore[operator]
         prompt,
         attention_mask=torch.ones_like(prompt),

@@ -13,9 +13,8 @@ from typing import Any, cast
 
 from gguf import GGUFReader
 from transformers import PreTrainedConfig
-from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, get_gguf_config, read_gguf_metadata
 
+from qjl.compat import gguf_reader
 from qjl.errors import QJLError
 
 _FREQUENCIES = "rope_freqs.weight"
@@ -109,7 +108,7 @@ def require_readable(reader: GGUFReader, path: str) -> None:
     parts = reader.fields.get("split.count")
     if parts is not None and parts.contents() > 1:
         raise QJLError(f"{path} is one of {parts.contents()} files: join them with llama-gguf-split --merge first.")
-    if file.architecture in GGUF_CONFIG_ARCHS:
+    if file.architecture in gguf_reader("GGUF_CONFIG_ARCHS"):
         return
     for key in ("attention.head_count", "attention.head_count_kv", "feed_forward_length"):
         if isinstance(file.entries.get(key), list):
@@ -123,7 +122,7 @@ def complete(config: PreTrainedConfig, reader: GGUFReader, path: str) -> None:
         QJLError: if an entry changes what is computed, and the kind of model cannot have it.
     """
     file = _read(reader, path)
-    if file.architecture in GGUF_CONFIG_ARCHS:
+    if file.architecture in gguf_reader("GGUF_CONFIG_ARCHS"):
         _require_all_read(file)
         return
     if hasattr(config, "num_attention_heads"):
@@ -151,15 +150,15 @@ def _read(reader: GGUFReader, path: str) -> _File:
 
 def _read_by_transformers(config: PreTrainedConfig, file: _File) -> set[str]:
     kind = config.model_type.removesuffix("_text")
-    names = cast(Mapping[str, Mapping[str, str | None]], GGUF_CONFIG_MAPPING).get(kind, {})
+    names = cast(Mapping[str, Mapping[str, str | None]], gguf_reader("GGUF_CONFIG_MAPPING")).get(kind, {})
     return {key for key, name in names.items() if name is not None}
 
 
 def _require_all_read(file: _File) -> None:
     """For the kinds of models whose whole configuration transformers makes of the metadata."""
-    metadata, tensors = cast(tuple[Any, Any], read_gguf_metadata(file.path))
+    metadata, tensors = gguf_reader("read_gguf_metadata")(file.path)
     asked = _Asked(metadata)
-    get_gguf_config(asked, tensors)
+    gguf_reader("get_gguf_config")(asked, tensors)
     known = {key.removeprefix(f"{file.architecture}.") for key in asked.keys_asked} | _IDLE | {"attention.value_length"}
     for key in file.entries.keys() - known:
         if file.entries[key] not in _NEUTRAL.get(key, ()):

@@ -31,12 +31,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    modeling_gguf_pytorch_utils,
 )
-from transformers.integrations.gguf import GGUF_ARCHS
 from transformers.utils import logging
 
 from qjl import gguf_metadata, wheels
+from qjl.compat import gguf_bar, gguf_reader
 from qjl.errors import QJLError
 from qjl.wheels import Wheel
 
@@ -252,7 +251,7 @@ def weights_bytes(config: PretrainedConfig) -> int:
 def as_device(device: torch.device | str) -> torch.device:
     """Raises QJLError unless tensors can be put there."""
     try:
-        return torch.empty(0, device=device).device
+        return torch.empty(0, device=device, dtype=torch.uint8).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise QJLError(
             f"device {str(device)!r} is unknown or not available here: use 'cpu', or 'cuda' with a GPU"
@@ -392,7 +391,7 @@ def _gguf_config(source: Path) -> PretrainedConfig:
 
 def _dequantized(source: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Float32 weights by their names in ``model``, with llama.cpp's permutations undone by transformers."""
-    if _architecture(source) in GGUF_ARCHS:
+    if _architecture(source) in gguf_reader("GGUF_ARCHS"):
         unpacked = AutoModelForCausalLM.from_pretrained(
             source.parent,
             gguf_file=source.name,
@@ -400,7 +399,7 @@ def _dequantized(source: Path, model: PreTrainedModel) -> dict[str, torch.Tensor
             quantization_config=GgufConfig(dequantize=True),
         )
         return dict(unpacked.named_parameters())
-    checkpoint = modeling_gguf_pytorch_utils.load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model)
+    checkpoint = gguf_reader("load_gguf_checkpoint")(str(source), return_tensors=True, model_to_load=model)
     return checkpoint["tensors"]
 
 
@@ -428,7 +427,7 @@ def _reading_once(bar: Progress) -> Iterator[None]:
     once: dict[str, Any] = {
         name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")
     }
-    with mock.patch.multiple(gguf, **once), mock.patch.object(modeling_gguf_pytorch_utils, "tqdm", track):
+    with mock.patch.multiple(gguf, **once), gguf_bar(track):
         yield
 
 

@@ -169,7 +169,7 @@ class Packed:
         start = self._counts[chosen[0]]
         stop = start + next(iter(blocks.values())).shape[2]
         self.reserve(stop)
-        where: Rows = slice(None) if rows is None else to_device(torch.tensor(chosen), self.device)
+        where: Rows = slice(None) if rows is None else to_device(torch.tensor(chosen, dtype=torch.int64), self.device)
         for name, tensor in blocks.items():
             self._storage[name][where, :, start:stop] = tensor
         self._first[chosen, start:stop] = first_tokens
@@ -180,7 +180,7 @@ class Packed:
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Keep the tokens whose index is below ``lengths[row]``; kept codes are not touched."""
-        room = (torch.tensor(lengths)[:, None] - self._first).clamp(min=0)
+        room = (torch.tensor(lengths, dtype=torch.int64)[:, None] - self._first).clamp(min=0)
         self._fill = torch.minimum(self._fill, room)
         self._count()
 

@@ -206,8 +206,8 @@ def _fitted_tensors(heads: int, head_dim: int, quantizers: tuple[Quantizer, Quan
     """What the codecs of one layer keep, for statistics as uneven as those of real models."""
     spectrum = 1.0 / torch.arange(1, head_dim + 1)
     covariance = torch.diag(spectrum).expand(heads, -1, -1)
-    mean = torch.zeros(heads, head_dim)
-    quantiles = torch.linspace(-2, 2, QUANTILES).expand(heads, head_dim, -1)
+    mean = torch.zeros(heads, head_dim, dtype=torch.float32)
+    quantiles = torch.linspace(-2, 2, QUANTILES, dtype=torch.float32).expand(heads, head_dim, -1)
     keys = (mean, covariance, covariance, quantiles)
     statistics = LayerStatistics(MIN_TOKENS, False, *keys, mean.clone(), covariance, covariance, quantiles)
     tensors: list[Tensor] = []

@@ -85,7 +85,7 @@ def haar_rotation(d: int, seed: int = 0, device: torch.device = CPU) -> Tensor:
 def _matrix(sketch: Sketch) -> Tensor:
     generator = torch.Generator().manual_seed(sketch.seed)
     if sketch.kind == "gaussian":
-        return torch.randn(sketch.m, sketch.d, generator=generator)
+        return torch.randn(sketch.m, sketch.d, generator=generator, dtype=torch.float32)
     if sketch.kind == "orthogonal":
         blocks = [_haar(sketch.d, generator) for _ in range(-(-sketch.m // sketch.d))]
         return (torch.cat(blocks)[: sketch.m] * math.sqrt(sketch.d)).float()
@@ -118,7 +118,7 @@ def hadamard_draws(sketch: Sketch) -> tuple[Tensor, Tensor, int]:
 
 def hadamard(size: int) -> Tensor:
     """The Walsh-Hadamard matrix of a power-of-two size, entries +-1, ``float32 [size, size]``."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix

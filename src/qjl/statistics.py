@@ -188,14 +188,14 @@ def _quantiles(x: Tensor) -> Tensor:
     stride = -(-x.shape[1] // _MOST_SORTED)
     ascending = x[:, ::stride].sort(dim=1).values
     count = ascending.shape[1]
-    ranks = (torch.arange(QUANTILES, device=x.device) + 0.5) / QUANTILES * count - 0.5
+    ranks = (torch.arange(QUANTILES, device=x.device, dtype=torch.float32) + 0.5) / QUANTILES * count - 0.5
     low = ranks.floor().long().clamp(0, count - 1)
     high, share = (low + 1).clamp(max=count - 1), (ranks - low).clamp(0, 1)[:, None]
     return torch.lerp(ascending[:, low], ascending[:, high], share).transpose(1, 2).contiguous()
 
 
 def _identity_like(matrices: Tensor) -> Tensor:
-    return torch.eye(matrices.shape[-1], device=matrices.device).expand_as(matrices)
+    return torch.eye(matrices.shape[-1], device=matrices.device, dtype=torch.float32).expand_as(matrices)
 
 
 def _traces(matrices: Tensor) -> Tensor:

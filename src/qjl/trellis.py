@@ -111,7 +111,7 @@ def _even_part(bits: int, dim: int) -> Encoder:
 def points(width: int) -> tuple[Tensor, Tensor]:
     """``own`` and ``next``, ``float32 [16, width]``, as half precision holds them."""
     stored = json.loads(files("qjl").joinpath("trellis.json").read_text(encoding="utf-8"))[str(width)]
-    own, following = (torch.tensor(stored[name]).half().float() for name in ("own", "next"))
+    own, following = (torch.tensor(stored[name], dtype=torch.float32).half().float() for name in ("own", "next"))
     return own, following
 
 
@@ -151,7 +151,7 @@ def train(own: Tensor, following: Tensor, samples: Tensor) -> tuple[Tensor, Tens
     chosen = torch.nn.functional.one_hot(nibbles, POINTS).float()
     previous = torch.nn.functional.pad(chosen[:, :-1], (0, 0, 1, 0))
     design = torch.cat([chosen, previous], dim=-1).flatten(0, 1)
-    gram = design.T @ design + 1e-3 * torch.eye(2 * POINTS)
+    gram = design.T @ design + 1e-3 * torch.eye(2 * POINTS, dtype=torch.float32)
     own, following = torch.linalg.solve(gram, design.T @ samples.flatten(0, 1)).split(POINTS)
     shared = following.mean(0)  # moves between the two without a difference, but at the ends
     return own + shared, following - shared, float(error.square().mean())

@@ -175,7 +175,9 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
         self.core.select(beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep some rows: what a tensor of rows can be indexed with, or a tuple of numbers."""
+        """Keep some rows: what a tensor of rows can be indexed with, or a tuple of numbers. An empty layer has none."""
+        if not self.core.batch:
+            return
         chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
         self.reorder_cache(torch.arange(self.core.batch)[chosen].reshape(-1))
 

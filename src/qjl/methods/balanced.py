@@ -83,7 +83,11 @@ class Balanced(Quantizer):
 
     def _rotated(self, context: LayerContext, code: Encoder, rotation: Tensor, mean: Mean | None) -> MappedCodec:
         is_centred_value = context.role == "value" and self.centre
-        unit = context.require_statistics().value_rms if is_centred_value else torch.ones(context.heads)
+        unit = (
+            context.require_statistics().value_rms
+            if is_centred_value
+            else torch.ones(context.heads, dtype=torch.float32)
+        )
         query_map = rotation / rotation.shape[0] if self.code == "signs" else rotation
         heads = (context.heads, -1, -1)
         scale = LogScale(unit.to(context.device))

@@ -14,7 +14,7 @@ def lloyd(samples: Tensor, weights: Tensor, levels: Tensor) -> Tensor:
     ``samples [H, N]`` ascending and their ``weights [H, N]``, all float64.
     """
     mass, first = _prefix_sums(weights), _prefix_sums(weights * samples)
-    ends = torch.tensor([0, samples.shape[1]]).expand(len(samples), -1)
+    ends = torch.tensor([0, samples.shape[1]], dtype=torch.int64).expand(len(samples), -1)
     for _ in range(ROUNDS):
         cuts = torch.searchsorted(samples, midpoints(levels))
         bounds = torch.cat([ends[:, :1], cuts, ends[:, 1:]], dim=1)

@@ -186,7 +186,7 @@ def _mask(index: Tensor, like: Tensor) -> Tensor:
 
 def _sampled_tokens(quantiles: Tensor) -> Tensor:
     """Tokens ``[1, H, 128, D]`` of channels that are independent and distributed as these quantiles."""
-    order = torch.rand(quantiles.shape, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    order = torch.rand(quantiles.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32).argsort(-1)
     return quantiles.gather(2, order)[None, :, :, :SAMPLED_TOKENS].transpose(2, 3)
 
 
@@ -194,7 +194,7 @@ def _trained(z: Tensor, is_inlier: Tensor, num_bits: int, q_norm: bool) -> tuple
     """Edges and levels for the inliers of ``z [1, H, T, D]``."""
     samples, order = z[0].flatten(1).sort(dim=1)
     weights = is_inlier[0].flatten(1).double().gather(1, order)
-    ranks = (torch.arange(2**num_bits) + 0.5) / 2**num_bits * weights.sum(1, keepdim=True)
+    ranks = (torch.arange(2**num_bits, dtype=torch.float32) + 0.5) / 2**num_bits * weights.sum(1, keepdim=True)
     start = samples.gather(1, torch.searchsorted(weights.cumsum(1), ranks))
     levels = lloyd(samples, weights, start)
     edges = midpoints(levels)

@@ -71,7 +71,7 @@ class MappedCodec(NibbleCodec):
         if not self.encoder.depends_on_gain:
             return z.new_ones(1)
         cosines = [cosine(z * root, self.encoder.nearest(gain * z) * root) for gain in self.gains]
-        gains = to_device(torch.tensor(self.gains), z.device)
+        gains = to_device(torch.tensor(self.gains, dtype=torch.float32), z.device)
         return gains[torch.stack(cosines).argmax(0)][..., None]
 
 
@@ -94,7 +94,7 @@ def mapped_keys(
     """
     query_map = torch.linalg.pinv(key_map).transpose(1, 2)
     half = [matrix.to(context.device, torch.float16) for matrix in (key_map, query_map)]
-    scale = LogScale(torch.ones(context.heads, device=context.device))
+    scale = LogScale(torch.ones(context.heads, device=context.device, dtype=torch.float32))
     return MappedCodec(half[0], half[1], encoder, scale, mean, gains, weights)
 
 

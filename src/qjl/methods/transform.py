@@ -76,7 +76,7 @@ class Transform(Quantizer):
 
 def _weights(eigenvalues: Tensor, widths: tuple[tuple[int, ...], ...], context: LayerContext) -> Tensor:
     shares = eigenvalues / eigenvalues.sum(-1, keepdim=True)
-    return (shares * (torch.tensor(widths) > 0)).float().to(context.device)
+    return (shares * (torch.tensor(widths, dtype=torch.int64) > 0)).float().to(context.device)
 
 
 def water_fill(variances: list[float], bits: int) -> tuple[int, ...]:

@@ -58,14 +58,14 @@ class TurboESM(Quantizer):
             variances, vectors = torch.linalg.eigh(context.second_moment())
             rotation, samples = vectors.transpose(1, 2), _normal_samples(variances)
         else:
-            rotation = torch.eye(context.head_dim).expand(context.heads, -1, -1)
+            rotation = torch.eye(context.head_dim, dtype=torch.float32).expand(context.heads, -1, -1)
             samples = context.require_statistics().value_quantiles.double().cpu()
         samples = samples.flatten(1).sort(dim=1).values
         levels = _levels(samples)
         edges = midpoints(levels)
         if self.residual:
             nearest = levels.gather(1, torch.searchsorted(edges, samples))
-            left = (samples - nearest).abs().mean(1)[:, None, None] * torch.tensor([-1, 1])
+            left = (samples - nearest).abs().mean(1)[:, None, None] * torch.tensor([-1, 1], dtype=torch.int64)
             edges = torch.cat([edges, levels], dim=1).sort(dim=1).values
             levels = (levels[..., None] + left).flatten(1)
         half = [x.to(context.device, torch.float16) for x in (rotation, edges, levels)]

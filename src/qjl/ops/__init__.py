@@ -58,6 +58,16 @@ _IS_HERE = {"cpu": library.is_installed, "triton": runtime.is_usable, "reference
 _chosen: str | None = None
 
 
+def _after_fork() -> None:
+    """In a forked child GNU OpenMP, which torch uses, waits for threads that only its parent has: one does not."""
+    if _chosen is not None:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def backends() -> list[str]:
     """Names of the backends that this installation can run."""
     return [name for name, is_here in _IS_HERE.items() if is_here()]

@@ -26,7 +26,7 @@ def unpack(codes: Tensor) -> Tensor:
 
 def scan(tables: Tensor, codes: Tensor) -> Tensor:
     batch, heads, rows, nibbles, _ = tables.shape
-    flat = tables.permute(0, 1, 3, 4, 2).reshape(batch * heads * nibbles * 16, rows)
+    flat = tables.float().permute(0, 1, 3, 4, 2).reshape(batch * heads * nibbles * 16, rows)
     first = torch.arange(batch * heads * nibbles, device=codes.device, dtype=torch.int32) * 16
     index = unpack(codes).int() + first.view(batch, heads, 1, nibbles)
     sums = F.embedding_bag(index.flatten(0, 2), flat, mode="sum")

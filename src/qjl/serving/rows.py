@@ -61,8 +61,8 @@ def read(model: PreTrainedModel, caches: Sequence[Cache], tokens: Sequence[Seque
     lengths = [len(row) for row in tokens]
     held = [cache.get_seq_length() for cache in caches]
     positions = [torch.arange(start, start + length) for start, length in zip(held, lengths, strict=True)]
-    ids = torch.tensor([token for row in tokens for token in row])
-    last = torch.tensor(lengths).cumsum(0) - 1
+    ids = torch.tensor([token for row in tokens for token in row], dtype=torch.int64)
+    last = torch.tensor(lengths, dtype=torch.int64).cumsum(0) - 1
     device = model.device
     output = model(
         input_ids=ids[None].to(device),

@@ -240,8 +240,9 @@ def abi() -> int:
 
 
 def _hashed(text: str, first: int, second: int) -> int:
-    """FNV-1a."""
+    """FNV-1a, mixed so that places of some fields, more by what others are less, do not add up to the same."""
     hashed = 0xCBF29CE484222325
     for byte in text.encode() + first.to_bytes(8, "little") + second.to_bytes(8, "little"):
         hashed = (hashed ^ byte) * 0x100000001B3 % 2**64
-    return hashed
+    hashed = (hashed ^ hashed >> 33) * 0xFF51AFD7ED558CCD % 2**64
+    return hashed ^ hashed >> 33

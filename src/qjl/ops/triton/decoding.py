@@ -259,7 +259,7 @@ class _Constants:
 def _constants(form: NibbleForm) -> _Constants:
     maps = form.map
     if maps is None:
-        maps = torch.eye(form.code_dim, device=form.entries.device)[None]
+        maps = torch.eye(form.code_dim, device=form.entries.device, dtype=torch.float32)[None]
     strides = (maps.stride(0) if maps.shape[0] > 1 else 0, *maps.stride()[1:])
     mean = None if form.mean is None else form.mean.float().contiguous()
     still, turned = mean, None

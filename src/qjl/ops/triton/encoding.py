@@ -174,7 +174,7 @@ def _side_by_side(bits: int, width: int, device: torch.device) -> coding.Places:
 
 @lru_cache(maxsize=64)
 def _gains(gains: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(gains, device=device)
+    return torch.tensor(gains, device=device, dtype=torch.float32)
 
 
 @lru_cache(maxsize=64)

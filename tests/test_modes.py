@@ -1,0 +1,209 @@
+"""What the caller sets in torch changes nothing here: default dtype and device, autocast, inference mode and more."""
+
+import ast
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from qjl import ops
+from qjl.methods.base import LayerContext
+from qjl.ops.forms import ExactTokens, PackedTokens
+from qjl.packed import BLOCK
+from qjl.presets import PRESETS
+from qjl.statistics import AttentionMoments, measure
+
+SOURCE = Path(__file__).parent.parent / "src" / "qjl"
+APART = {"bench", "evals", "plots", "report"}  # which measure, and are no library
+FACTORIES = {
+    *("zeros", "ones", "empty", "full", "rand", "randn", "normal", "eye", "linspace", "logspace", "tensor"),
+    *("scalar_tensor", "empty_strided", "hann_window"),
+}
+HEADS, GROUP, DIM, TOKENS = 2, 2, 64, 2 * BLOCK
+
+
+def _factories(path):
+    """Calls of torch that make numbers of the default dtype where they are not told another."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Call(func=ast.Attribute(value=ast.Name("torch"), attr=attr)) if attr in FACTORIES:
+                yield node
+
+
+def test_every_tensor_is_told_its_type():
+    files = [path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] not in APART]
+    untold = [
+        f"{path.relative_to(SOURCE)}:{call.lineno}: {ast.unparse(call)}"
+        for path in files
+        for call in _factories(path)
+        if "dtype" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert not untold
+
+
+@contextmanager
+def _default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+MODES = {
+    "bfloat16": lambda: _default_dtype(torch.bfloat16),
+    "float16": lambda: _default_dtype(torch.float16),
+    "float64": lambda: _default_dtype(torch.float64),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "deterministic": _deterministic,
+}
+
+
+@contextmanager
+def _all_at_once():
+    with MODES["autocast"](), MODES["inference"](), MODES["deterministic"]():
+        yield
+
+
+def _forget():
+    """What earlier calls have made, in another mode."""
+    rooms = ("qjl.codebook", "qjl.sketch", "qjl.trellis", "qjl.methods")
+    for name, module in list(sys.modules.items()):
+        if name.startswith(rooms):
+            for made in vars(module).values():
+                if hasattr(made, "cache_clear"):
+                    made.cache_clear()
+
+
+def _of_layer(preset, model):
+    """All that the codecs of a layer give."""
+    tokens = model.first_tokens(TOKENS)
+    statistics, first = model.statistics(), torch.arange(0, TOKENS, BLOCK)[None]
+
+    def run():
+        given = {}
+        forms = []
+        for role, quantizer, x in (("key", preset.key, tokens.keys), ("value", preset.value, tokens.values)):
+            context = LayerContext(role, HEADS, DIM, torch.device("cpu"), torch.float32, statistics, model.rope)
+            codec = quantizer.fit(context)
+            blocks = codec.quantize(x, first)
+            query = tokens.grouped_queries()[:, :, :GROUP].contiguous()
+            given |= {f"{role} {name}": field for name, field in blocks.items()}
+            given[f"{role} decoded"] = codec.dequantize(blocks, first)
+            if role == "key":
+                given["scores"] = codec.score(query, blocks, first)
+            else:
+                given["mixed"] = codec.mix(torch.softmax(given["scores"].float(), -1), blocks, first)
+            forms.append((blocks, codec.form))
+        (keys, key_form), (values, value_form) = forms
+        if key_form is not None and value_form is not None and ops.offers("attend", query):
+            packed = PackedTokens(keys, values, key_form, value_form, first)
+            exact = [ExactTokens(tokens.keys, tokens.values, None)]
+            given["out"], given["lse"] = ops.attend(query, packed, None, exact, 1, 0.1, 0.0)
+        return given
+
+    return run
+
+
+def _assert_same(found, expected):
+    assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in expected.items()}
+    differ = [name for name, x in found.items() if not torch.equal(x, expected[name])]
+    assert not differ
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "full"])
+def test_codecs_are_the_same_in_every_mode(preset, model_of):
+    run = _of_layer(PRESETS[preset], model_of(HEADS, DIM, GROUP))
+    _forget()
+    expected = run()
+    for mode in (MODES["bfloat16"], MODES["float64"], _all_at_once):  # fitting takes long
+        _forget()
+        with mode():
+            found = run()
+        _assert_same(found, expected)
+    _assert_same(run(), expected)  # with what was made in those modes
+    _forget()
+
+
+def test_statistics_are_the_same_in_every_mode(model_of):
+    model = model_of(HEADS, DIM, GROUP)
+    tokens = model.first_tokens(300)
+    positions, valid = torch.arange(300)[None], torch.ones(1, 300, dtype=torch.bool)
+
+    def measured():
+        attention = AttentionMoments()
+        attention.add(tokens.queries, tokens.queries, positions, valid, model.rope, HEADS)
+        statistics = measure(tokens.keys, tokens.values, positions, valid, attention, model.rope)
+        return {name: x for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}
+
+    expected = measured()
+    for mode in MODES.values():
+        with mode():
+            found = measured()
+        _assert_same(found, expected)
+
+
+def _operands(dtype):
+    generator = torch.Generator().manual_seed(3)
+    nibbles = torch.randint(0, 16, (1, HEADS, BLOCK, 32), dtype=torch.uint8, generator=generator)
+    tables = torch.randn(1, HEADS, 3, 32, 16, generator=generator).to(dtype)
+    entries = torch.randn(HEADS, 32, 16, 2, generator=generator).to(dtype)
+    return nibbles, tables, entries
+
+
+@pytest.mark.parametrize("mode", [*MODES, "device"])
+def test_ops_are_the_same_in_every_mode(backend, mode):
+    nibbles, tables, entries = _operands(torch.float32)
+
+    def run():
+        codes = ops.pack(nibbles)
+        return codes, ops.unpack(codes), ops.scan(tables, codes), ops.expand(entries, codes)
+
+    expected = run()
+    if mode == "device" and backend == "reference":
+        pytest.skip("torch's own operations lie where torch says")
+    with torch.device("meta") if mode == "device" else MODES[mode]():
+        found = run()
+    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_ops_take_every_float_type(backend, dtype):
+    nibbles, tables, entries = _operands(dtype)
+    codes = ops.pack(nibbles)
+    for found, expected in (
+        (ops.scan(tables, codes), ops.scan(tables.float(), codes)),
+        (ops.expand(entries, codes), ops.expand(entries.float(), codes)),
+    ):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+
+
+def test_a_new_method_is_guarded_as_ours_are():
+    """By its base, so that nobody has to remember."""
+    from qjl.methods.base import Codec
+
+    class Product(Codec):
+        def quantize(self, x, first):
+            return {"codes": x @ x.transpose(2, 3)}
+
+        def dequantize(self, blocks, first):
+            return blocks["codes"] @ blocks["codes"]
+
+    x = torch.randn(1, 1, 8, 8)
+    for caller in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with caller:
+            blocks = Product().quantize(x, None)
+            assert blocks["codes"].dtype == Product().dequantize(blocks, None).dtype == torch.float32
+            assert Product().score(x, blocks, None).dtype == torch.float32
