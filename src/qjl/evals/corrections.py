@@ -38,7 +38,7 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "zamba2": {"attention_hidden_size": 512, "attention_head_dim": 128},
     "gemma4_assistant": {"text_config": {"num_kv_shared_layers": 2}},
     "dots3_note_text": _DOTS3,
-    "dots3_note": {"text_config": _DOTS3, "audio_config": {"adapter_in_dim": 256, "hidden_size": 256}},
+    "dots3_note": {"text_config": _DOTS3},
     "inkling2_loop": {"text_config": _MUP},
     "inkling2": {"text_config": _MUP},
     "inkling_mm_model": {"text_config": _MUP},
