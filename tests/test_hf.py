@@ -583,18 +583,19 @@ def test_dropout_acts_on_what_is_decoded():
     assert branch.get_seq_length() == 230
 
 
-def test_attention_weights_are_given_as_by_transformers(model):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "qwen3-next"])
+def test_attention_weights_are_given_as_by_transformers(family):
     """By eager, which reads what is decoded for them; the text is the same with them and without."""
-    model.set_attn_implementation("eager")
+    model = tiny(family, attention="eager")
     stock = generated(model, prompt(150), output_attentions=True)
     results = [
         generated(model, prompt(150), cache=qjl.KVCache(model, preset), output_attentions=True)
         for preset in ("full", "b3")
     ]
     for step in range(3):
-        for layer in range(2):
-            torch.testing.assert_close(results[0].attentions[step][layer], stock.attentions[step][layer])
-            assert results[1].attentions[step][layer].shape == stock.attentions[step][layer].shape
+        for full, packed, theirs in zip(*(result.attentions[step] for result in (*results, stock)), strict=True):
+            torch.testing.assert_close(full, theirs)
+            assert packed.shape == theirs.shape
     assert results[1].sequences.equal(generated(model, prompt(150), cache=qjl.KVCache(model, "b3")).sequences)
 
 

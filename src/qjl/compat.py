@@ -26,6 +26,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, get_layer_types_and_kwargs
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.output_capturing import _active_collector
 
 from qjl.errors import QJLError
 
@@ -38,6 +39,7 @@ __all__ = [
     "TorchDynamoException",
     "Uncompiled",
     "add_hooks",
+    "are_weights_collected",
     "cache_argument",
     "compiled_module",
     "compute_buffers",
@@ -152,6 +154,11 @@ def gguf_reader(name: str) -> Any:
 def is_sdpa_or_flash(function: _Wrapper) -> bool:
     """Whether an attention function is transformers' own sdpa, or flash attention."""
     return function in (sdpa_attention_forward, flash_attention_forward)
+
+
+def are_weights_collected() -> bool:
+    """Whether the forward pass that runs keeps the weights of its attention, of which some models do not tell it."""
+    return any(name.endswith("attentions") for name in _active_collector.get() or ())
 
 
 @functools.cache

@@ -305,7 +305,9 @@ def _codes_give_all(own: Attention, is_models_own: bool, module: torch.nn.Module
 
 
 def _wants_weights(module: torch.nn.Module, asked: dict[str, Any]) -> bool:
-    return bool(asked.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False))
+    if asked.get("output_attentions") or compat.are_weights_collected():
+        return True
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
 
 
 _OF_ANOTHER_KIND = object()
