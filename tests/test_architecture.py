@@ -134,6 +134,11 @@ def test_a_window_is_told_with_its_size():
     ]
 
 
+def test_layers_may_have_heads_of_their_own():
+    config = config_of("qwen3", per_layer_config={1: {"num_attention_heads": 8, "num_key_value_heads": 4}})
+    assert [shape.num_key_value_heads for shape in layer_shapes(config)] == [2, 4]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -54,12 +55,12 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
     """
     decoder = text_config(config)
     name = config.model_type
-    if getattr(decoder, "num_attention_heads", None) is None:
+    layers = compat.of_each_layer(decoder)
+    if not _some_have(layers, "num_attention_heads"):
         raise QJLError(f"{name} has no attention layers: there is no key-value cache to quantize.")
-    if getattr(decoder, "kv_lora_rank", None) is not None:
+    if _some_have(layers, "kv_lora_rank"):
         raise QJLError(f"{name} caches latents in place of keys and values: such a cache cannot be quantized.")
     kinds, settings = compat.get_layer_types_and_kwargs(decoder)
-    layers = compat.of_each_layer(decoder)
     crossing = set(getattr(decoder, "cross_attention_layers", None) or ())
     shapes = [
         LayerShape(
@@ -77,6 +78,11 @@ def layer_shapes(config: PreTrainedConfig) -> list[LayerShape]:
         found = ", ".join(sorted(set(kinds)))
         raise QJLError(f"{name} has no full-attention layers (only {found}): there is nothing to quantize.")
     return shapes
+
+
+def _some_have(layers: Iterable[PreTrainedConfig], name: str) -> bool:
+    """Asked of the layers, since a configuration whose layers differ in it does not tell."""
+    return any(getattr(layer, name, None) is not None for layer in layers)
 
 
 def find_rope(config: PreTrainedConfig, layer_kind: str = FULL_ATTENTION) -> Rope | None:

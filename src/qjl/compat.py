@@ -217,7 +217,7 @@ def flash_attention_for_cpu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 def of_each_layer(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """The configuration of each layer: some models have other head counts or sizes in some of them."""
-    return list(config.per_layer_config)
+    return list(config.per_layer_config) if hasattr(config, "num_hidden_layers") else []
 
 
 def add_hooks(model: torch.nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
