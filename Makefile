@@ -14,7 +14,8 @@ EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
 
-.PHONY: setup setup-oldest setup-vllm vllm-sources native demo test test-oldest test-vllm models report sanitize sanitize-threads emulate clean
+.PHONY: setup setup-oldest setup-vllm vllm-sources native demo test test-oldest test-vllm models report
+.PHONY: sanitize sanitize-threads emulate clean
 
 setup: .venv/installed
 
@@ -22,6 +23,17 @@ setup: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+# The oldest transformers that is supported, beside the packages of the lock.
+OLDEST ?= 5.19.0
+OLDEST_TESTS ?= $(addprefix tests/test_,compat.py promises.py hf.py architectures.py stored.py)
+
+setup-oldest: build/oldest/$(OLDEST)
+
+build/oldest/$(OLDEST): setup
+	rm -rf build/oldest
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/oldest transformers==$(OLDEST)
 	touch $@
 
 # vLLM has an environment of its own: it pins other versions than ours.
@@ -53,6 +65,12 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -k triton $(GPU_TESTS)
 	$(BIN)/qjl eval smoke
+
+# The integration with the oldest transformers.
+test-oldest: export PYTHONPATH = $(CURDIR)/build/oldest
+test-oldest: setup-oldest
+	$(BIN)/python -c "import transformers as it; assert it.__version__ == '$(OLDEST)', it.__version__"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(OLDEST_TESTS)
 
 # Engines with our pages and with vLLM's own, each in a process of its own.
 test-vllm: setup-vllm

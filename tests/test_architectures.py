@@ -32,8 +32,8 @@ def own_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QJL_CACHE", str(tmp_path))
 
 
-def model_with(family, attention):
-    model = tiny(family)
+def model_with(family, attention, **settings):
+    model = tiny(family, **settings)
     if attention != "eager" and not model._supports_sdpa:
         pytest.skip(f"{family} has no sdpa")
     return model
@@ -55,6 +55,19 @@ def test_full_equals_the_dynamic_cache(family, attention):
     cache = cache_under(attention, model, "full")
     torch.testing.assert_close(read(model, ids, cache, sizes), reference, atol=2e-5, rtol=1e-4)
     assert cache.cores[-1].packed_tokens == [128]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_soft_cap_is_what_the_models_attention_makes_of_it(attention):
+    """Older versions let sdpa leave it out."""
+    references = []
+    for cap in (0.1, None):
+        model = model_with("gemma2", attention, attn_logit_softcapping=cap, query_pre_attn_scalar=1e-3)
+        model.set_attn_implementation(attention)
+        references.append(exact(model, prompt(214), (150, 60)))
+        logits = read(model, prompt(214), qjl.KVCache(model, "full"), (150, 60))
+        torch.testing.assert_close(logits, references[-1], atol=2e-5, rtol=1e-4)
+    assert attention == "sdpa" or difference(*references) > 0.01, "the cap changes nothing"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt-oss", "cohere", "qwen3-next"])

@@ -690,6 +690,18 @@ def test_handles_look_like_tensors(model):
     assert (keys + values).equal(cache.layers[0].keys + cache.layers[0].values)
 
 
+def test_a_handle_of_earlier_tokens_is_refused(model, refuses):
+    """It would be longer than it says; what was read in time stays."""
+    cache = qjl.KVCache(model, "full")
+    fresh = torch.randn(1, TINY_HEADS, 3, TINY_DIM)
+    read_in_time, too_late = (cache.update(fresh, fresh, 0)[0] for _ in range(2))
+    with refuses("the model reads layer 0 as it was at 3 tokens, and it holds 6"):
+        read_in_time * 1
+    decoded = too_late * 1
+    cache.update(fresh, fresh, 0)
+    assert (too_late * 1).equal(decoded)
+
+
 # What transformers' own caches can do
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "compute_buffers",
     "decoder_of",
     "flash_attention_for_cpu",
+    "flash_attention_forward",
     "get_layer_types_and_kwargs",
     "gguf_bar",
     "gguf_reader",

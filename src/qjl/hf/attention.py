@@ -34,9 +34,19 @@ class _Decoding:
 
     def __init__(self, core: CacheLayer) -> None:
         self.core = core
+        self.length = core.length
+
+    def require_current(self) -> None:
+        """Raises QJLError if the layer has other tokens by now, which the handles do not speak of."""
+        if self.core.length != self.length:
+            raise QJLError(
+                f"the model reads {self.core.name} as it was at {self.length} tokens, and it holds {self.core.length}: "
+                "such a model's cache cannot be quantized."
+            )
 
     @functools.cached_property
     def states(self) -> tuple[Tensor, Tensor]:
+        self.require_current()
         keys, values = self.core.dense()
         return keys.contiguous(), values.contiguous()
 
@@ -62,6 +72,10 @@ class CachedStates(torch.Tensor):
     def decoded(self) -> Tensor:
         """``[B, H, T, D]`` in the model's dtype, contiguous as the handle says it is."""
         return self._decoding.states[self._part]
+
+    def require_current(self) -> None:
+        """Raises QJLError if the layer has other tokens than when the handle was given out."""
+        self._decoding.require_current()
 
     def is_key_of(self, value: object) -> TypeGuard[CachedStates]:
         """Whether these are the keys and those the values that one update handed out."""
@@ -263,6 +277,7 @@ def _attention_over_handle(
     if key.is_key_of(value) and not args and _codes_give_all(own, is_models_own, module, kwargs):
         mask = _mask_for_codes(is_models_own, module, query, key, attention_mask, kwargs)
         if mask is not _OF_ANOTHER_KIND:
+            key.require_current()
             return attention_over(module, query, key, value, mask, **kwargs)
     if not layer.knows_padding and _tells_padding(attention_mask):
         layer.observe_mask(attention_mask, kwargs.get("position_ids"))
@@ -279,9 +294,13 @@ def _codes_give_all(own: Attention, is_models_own: bool, module: torch.nn.Module
     """Whether the numbers that the function is called with tell all that it computes, and no weights are wanted."""
     if asked.get("dropout") or asked.get("position_bias") is not None or _wants_weights(module, asked):
         return False
+    tells_more = asked.get("softcap") is not None or asked.get("s_aux") is not None
+    if own is compat.sdpa_attention_forward and tells_more:  # of which it takes no notice, or which it refuses
+        return False
+    if own is compat.flash_attention_forward and asked.get("sliding_window") is not None:  # which its mask leaves out
+        return False
     if not is_models_own:
         return compat.is_sdpa_or_flash(own)
-    tells_more = asked.get("softcap") is not None or asked.get("s_aux") is not None
     return tells_more or compat.supports_sdpa(type(module).__module__)
 
 
