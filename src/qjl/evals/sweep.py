@@ -73,7 +73,12 @@ def measure(
     on_row: Callable[[int], None] = lambda count: None,
     limits: Limits = Limits(),
 ) -> Iterator[Row]:
-    """A row per family, in their order; those that are ``known`` are not measured again."""
+    """A row per family, in their order; those that are ``known`` are not measured again.
+
+    Raises:
+        QJLError: if the kernels here are of another version, which would be the refusal of every family.
+    """
+    machine.instruction_set()
 
     def work(subject: Subject) -> Row:
         identity = subject.identity(preset)
