@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import qjl
 import tiny_checkpoint
 from models_for_tests import FAMILIES, prompt, tiny
-from qjl import architecture, choice, cli, demo, hf, presets, sensitivity, texts
+from qjl import architecture, choice, cli, compat, demo, hf, presets, sensitivity, texts
 from qjl.choice import Option, allocate, choose
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
@@ -331,7 +331,7 @@ def test_refusals(model, tokenizer, short, refuses, monkeypatch):
     with refuses("a text of at least 577 tokens, this one has 5"):
         choose(model, tokenizer, 2.5, "short")
     with refuses("does not use transformers' attention interface"):
-        monkeypatch.setattr(hf, "_can_set_attention", lambda model: False)
+        monkeypatch.setattr(compat, "uses_attention_interface", lambda model: False)
         sensitivity.probe(model, prompt(64), sinks=SINKS, window=WINDOW)
     monkeypatch.setattr(model.config, "max_position_embeddings", 300)
     with refuses("model's context is 300"):

@@ -17,7 +17,12 @@ from qjl import compat
 
 SOURCE = Path(__file__).parent.parent / "src" / "qjl"
 OURS = [path for path in SOURCE.rglob("*.py") if path.name != "compat.py"]
-PUBLIC = {"transformers.utils"}
+PUBLIC = {
+    "transformers.utils",
+    "transformers.models.auto",
+    "transformers.models.auto.configuration_auto",
+    "transformers.pytorch_utils",
+}
 OF_OUR_OWN_CLASSES = {"cache._restore", "torch.Tensor._make_wrapper_subclass"}
 NAMES = {
     AttentionInterface: ["get_interface"],

@@ -287,7 +287,7 @@ def test_rows_are_reordered_after_one_wait(gpu, reference_backend):
     chosen = torch.tensor([1, 1], device=GPU)
     with watched() as seen:
         cache.reorder_cache(chosen)
-    assert seen.waits == ["hf.reorder_cache: a copy to the host"]
+    assert seen.waits == ["cache.reorder_cache: a copy to the host"]
 
 
 @not_interpreted

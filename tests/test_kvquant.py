@@ -92,7 +92,7 @@ def test_codes_are_the_nearest_levels(role, quantizer, head_dim, fitted):
         if not quantizer.q_norm:
             np.testing.assert_allclose(edges, (levels[1:] + levels[:-1]) / 2, atol=1e-6)
         z = (x - middle) / reach
-        clear = np.abs(z[..., None] - edges).min(-1) > 1e-4
+        clear = np.abs(z[..., None] - edges).min(-1) > 2e-4  # keys before RoPE are of float32, and machines differ
         assert clear.mean() > 0.99
         codes = _codes(case, row, head, quantizer.num_bits)
         assert (codes == np.searchsorted(edges, z))[clear].all()

@@ -50,19 +50,22 @@ def test_outlier_channels_are_sketched_apart_as_in_the_public_code(role, quantiz
             index = case.blocks["outlier_index"][row, head].flatten(0, 1)
             for group, channels in enumerate(index.tolist()):
                 assert sorted(channels) == np.flatnonzero(mask[group * quantizer.group_size]).tolist()
+            clear = np.ones(len(keys), dtype=bool)  # no projection so near zero that machines differ in its sign
             for name, part, expected, x in (
                 ("codes", oracle.inlier, signs, np.where(mask, 0, keys)),
                 ("outlier_codes", oracle.outlier, outlier_signs, np.where(mask, keys, 0)),
             ):
                 stored = np.unpackbits(token_major(case.blocks[name])[row, head], axis=-1, bitorder="little")
                 assert (stored == expected)[part.margin(x) > 1e-5].all()
+                clear &= (part.margin(x) > 1e-5).all(-1)
+            assert clear.mean() > 0.9
             for name, expected in (("scale", norms), ("outlier_scale", outlier_norms)):
                 np.testing.assert_allclose(case.blocks[name][row, head].flatten().float(), expected, rtol=1e-3)
             np.testing.assert_allclose(norms**2 + outlier_norms**2, (keys**2).sum(-1))
             code = oracle.encode(keys)
             expected = np.stack([oracle.estimate(query, code) for query in float64(case.query[row, head, :3])])
             tolerance = 2e-3 * np.abs(expected).max()
-            np.testing.assert_allclose(scores[row, head, :3], expected, atol=tolerance)
+            np.testing.assert_allclose(scores[row, head, :3][:, clear], expected[:, clear], atol=tolerance)
 
 
 def test_true_bits_are_those_of_the_docstring():

@@ -167,10 +167,10 @@ def test_rows_are_what_generate_writes(model):
     assert tokens == written[0, 300:].tolist()
 
 
-def test_attention_is_given_back(model):
+def test_the_attention_of_the_model_stays(model):
     before = model.config._attn_implementation
     with rows_in(model):
-        assert model.config._attn_implementation != before
+        assert model.config._attn_implementation == before
     assert model.config._attn_implementation == before
 
 

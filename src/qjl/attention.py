@@ -192,6 +192,8 @@ def _fused(query: Tensor, segment: ExactSegment, scoring: Scoring) -> Tensor:
     """Nothing packed yet: torch's own kernel. One query token folds its group, which is 10x faster on a CPU."""
     keys, values, mask, dtype = segment.keys, segment.values, scoring.mask, query.dtype
     query = query.to(keys.dtype)
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+        mask = mask.to(query.dtype)
     batch, query_heads, tokens, _ = query.shape
     group = query_heads // keys.shape[1]
     if tokens == 1:
