@@ -26,7 +26,7 @@ SAMPLE = {  # a family of each kind, and what its verdict tells
     "bert": ("text", "works", None),
     "bart": ("text", "works", None),
     "mllama": ("text", "works", None),
-    "qwen2_vl": ("image and text", "works", None),
+    "qwen3_vl": ("image and text", "works", None),
     "llava": ("image and text", "works", None),
     "deepseek_v3": ("text", "refused", "latents"),
     "mamba": ("text", "refused", "no attention layers"),
@@ -120,7 +120,8 @@ def test_a_model_that_cannot_be_built_is_a_row(monkeypatch):
 @pytest.mark.parametrize("limits", [Limits(cpu_seconds=1), Limits(nbytes=1 << 20)], ids=["time", "memory"])
 def test_a_process_that_dies_is_a_row(limits):
     (row,) = sweep.measure([Subject("llama", "text")], "b3", workers=1, limits=limits)
-    assert (row["family"], row["verdict"]) == ("llama", "not built")
+    assert row["family"] == "llama"
+    assert row["verdict"] in ("not built", "traceback")  # before it answered alone, or after
     assert row["why"]
 
 
