@@ -31,7 +31,19 @@ def returned(model, ids, **settings):
 
 # LongRoPE: past the original context the whole text is read anew
 
+reads_anew = pytest.mark.skipif(
+    CACHE != "cache", reason="older versions of transformers go on with the last token alone, which is told"
+)
 
+
+@pytest.mark.skipif(CACHE == "cache", reason="newer versions of transformers read the whole text anew")
+def test_a_version_that_forgets_the_text_where_rope_changes_is_told(refuses):
+    model = long_rope()
+    with refuses("Phi3ForCausalLM was to use a quantized cache and went on without it"):
+        generate(model, prompt(ORIGINAL - 16), tokens=40, cache=qjl.KVCache(model, "full"))
+
+
+@reads_anew
 @pytest.mark.parametrize("length", [ORIGINAL - 16, ORIGINAL, ORIGINAL + 1, 2 * ORIGINAL])
 @pytest.mark.parametrize("how", ["given", "enabled"])
 def test_the_cache_is_kept_where_rope_changes(length, how):
@@ -48,6 +60,7 @@ def test_the_cache_is_kept_where_rope_changes(length, how):
     assert cache.cores[0].packed_tokens[0] >= length - 96
 
 
+@reads_anew
 def test_a_padded_batch_keeps_its_padding_where_rope_changes():
     model = long_rope()
     ids = prompt(ORIGINAL - 6, batch=2)
@@ -60,6 +73,7 @@ def test_a_padded_batch_keeps_its_padding_where_rope_changes():
     assert cache.cores[0].padding == [0, 50]
 
 
+@reads_anew
 def test_a_conversation_goes_on_past_the_original_context():
     model, text = long_rope(), prompt(ORIGINAL - 20)
     cache = qjl.KVCache(model, "b3")
