@@ -292,7 +292,8 @@ def window_of(layer: object) -> Tensor | None:
 
 def replaces_default_cache(model: PreTrainedModel) -> bool:
     """Whether the model has a cache of its own kind in place of transformers'."""
-    return not type(model)._supports_default_dynamic_cache()  # type: ignore[attr-defined]
+    supports = getattr(type(model), "_supports_default_dynamic_cache", None)  # models that generate have it
+    return supports is not None and not supports()
 
 
 def takes_cache_from_users(model: PreTrainedModel) -> bool:
