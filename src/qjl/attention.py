@@ -1,25 +1,24 @@
-"""Attention over a cache layer: every segment gives (out, log-sum-exp), and segments merge exactly.
+"""Attention over exact tokens and codes that are decoded a tile at a time: any number of queries, any mask.
 
-Fresh tokens of a prefill attend exactly; tokens that were quantized before are scored on their packed codes.
+Tokens come in segments. Scores, masks and outputs of each are computed by themselves, and merged by their log-sum-exps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qjl import compat, ops
-from qjl.cache import CacheLayer, ExactSegment, PackedSegment
-from qjl.methods.nibble import EXPAND_FROM_ROWS
-from qjl.ops.forms import ExactTokens
+from qjl import compat
 from qjl.packed import BLOCK
 
 TILE_NUMBERS = 1 << 24  # scores or decoded numbers in flight at once
-FUSE_FROM_TOKENS = 256  # with so many query tokens, decoding and torch's kernel are 4 times as fast on a CPU
+FUSE_FROM_TOKENS = 256  # with so many query tokens torch's kernel is 4 times as fast on a CPU
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,114 +37,165 @@ class Scoring:
     sink_logits: Tensor | None = None
 
 
-def attend(query: Tensor, layer: CacheLayer, scoring: Scoring) -> Tensor:
-    """Attention of ``query [B, Hq, Q, D]`` over all tokens of the layer, the last Q of which are the query's own.
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Where tokens stand in an attention mask: columns ``int64 [B, t]``, or the first of a run that all rows share.
 
-    Returns ``[B, Hq, Q, Dv]`` in the query's dtype. Hq is a multiple of the layer's KV heads (GQA, MQA).
+    ``valid bool [B, t]``: which tokens there are; None for all.
     """
-    return attend_segments(query, *layer.segments(), scoring, layer.length)
+
+    columns: Tensor | int
+    valid: Tensor | None
+
+    @cached_property
+    def bias(self) -> Tensor | None:
+        """What is added to the scores so that only tokens that there are count, ``float32 [B, 1, 1, t]``."""
+        if self.valid is None:
+            return None
+        nothing = torch.zeros(1, 1, 1, 1, device=self.valid.device, dtype=torch.float32)
+        return nothing.masked_fill(~self.valid[:, None, None], -torch.inf)
+
+    def of(self, mask: Tensor, length: int = 0) -> Tensor:
+        """What a mask, and validity, add to the scores: ``float32 [B, 1 or Hq, Q, t]``; a run has ``length`` tokens."""
+        if isinstance(self.columns, int):
+            mask = mask[..., self.columns : self.columns + length]
+        else:
+            index = self.columns.to(mask.device)[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+            mask = mask.expand(self.columns.shape[0], -1, -1, -1).gather(3, index)
+        is_bool = mask.dtype == torch.bool
+        bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf) if is_bool else mask.float()
+        return bias if self.bias is None else bias + self.bias
+
+    def part(self, start: int, stop: int) -> Seen:
+        """Of tokens ``start`` to ``stop``."""
+        columns = self.columns + start if isinstance(self.columns, int) else self.columns[:, start:stop]
+        return Seen(columns, None if self.valid is None else self.valid[:, start:stop])
 
 
-def attend_segments(
-    query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring, columns: int
-) -> Tensor:
-    """The same over segments with ``columns`` tokens in all."""
-    plain = packed is None and len(exact) == 1 and exact[0].valid is None and exact[0].columns == 0
-    if plain and scoring.softcap is None and scoring.sink_logits is None:
-        return _fused(query, exact[0], scoring)
-    if packed is not None and _takes_one_step(query, exact[0], packed):
-        return _tiled(_one_step, query, exact, packed, scoring, columns)
-    if not _takes_fused_parts(query, exact[0], scoring):
-        return _tiled(_by_parts, query, exact, packed, scoring, columns)
-    if scoring.mask is None and _all_count(exact[-1], query.shape[2]):
-        return _by_fused_parts(query, exact, packed, scoring)
-    return _tiled(_by_fused_parts, query, exact, packed, scoring, columns)
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Some tokens of all rows ``[B, H, t, D]``."""
+
+    keys: Tensor
+    values: Tensor
+    seen: Seen
+
+    @property
+    def tokens(self) -> int:
+        return self.keys.shape[2]
+
+    def bias(self, scoring: Scoring) -> Tensor | None:
+        """``float32 [B, 1 or Hq, Q, t]``; None for nothing."""
+        if scoring.mask is None:
+            return self.seen.bias
+        return self.seen.of(scoring.mask.to(self.keys.device), self.tokens)
+
+
+class Coded(Protocol):
+    """Codes of some blocks of all rows, and where their tokens stand."""
+
+    seen: Seen
+
+    @property
+    def blocks(self) -> int: ...
+
+    def decode(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``float32 [B, H, t, D]`` of blocks ``start`` to ``stop``."""
+        ...
+
+
+def attend(query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring) -> Tensor:
+    """Attention of ``query [B, Hq, Q, D]`` over all segments; the last exact one ends with the queries' own tokens.
+
+    Returns ``[B, Hq, Q, Dv]`` in the query's dtype. Hq is a multiple of the KV heads (GQA, MQA).
+    """
+    own = exact[-1]
+    is_alone = len(exact) == 1 and coded is None and own.seen.valid is None and own.seen.columns == 0
+    if is_alone and scoring.softcap is None and scoring.sink_logits is None:
+        return _fused(query, own, scoring)
+    if not _takes_fused_parts(query, own, scoring):
+        return _tiled(_by_parts, query, exact, coded, scoring)
+    if scoring.mask is None and _all_count(own, query.shape[2]):
+        return _by_fused_parts(query, exact, coded, scoring)
+    return _tiled(_by_fused_parts, query, exact, coded, scoring)
 
 
 def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
     """The same over plain ``keys, values [B, H, T, D]``, for layers that are not quantized."""
-    return _tiled(_by_parts, query, [ExactSegment(keys, values, 0, None)], None, scoring, keys.shape[2])
+    return _tiled(_by_parts, query, [Segment(keys, values, Seen(0, None))], None, scoring)
 
 
-def _takes_one_step(query: Tensor, exact: ExactSegment, packed: PackedSegment) -> bool:
-    """Whether the backend takes all tokens at once: on a CPU for few rows, where looking up beats decoding."""
-    rows = query.shape[1] // exact.keys.shape[1] * query.shape[2]
-    is_worth_it = rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
-    return is_worth_it and ops.offers("attend", query) and packed.as_operand is not None
-
-
-def _takes_fused_parts(query: Tensor, exact: ExactSegment, scoring: Scoring) -> bool:
+def _takes_fused_parts(query: Tensor, exact: Segment, scoring: Scoring) -> bool:
     is_plain = scoring.softcap is None and exact.keys.shape[3] == exact.values.shape[3]
     return is_plain and query.device.type == "cpu" and query.shape[2] >= FUSE_FROM_TOKENS
 
 
-def _all_count(segment: ExactSegment, tokens: int) -> bool:
+def _all_count(own: Segment, tokens: int) -> bool:
     """Whether its last ``tokens`` are the queries' own, and none of it is padding."""
-    return segment.valid is None and isinstance(segment.columns, int) and segment.keys.shape[2] >= tokens
+    return own.seen.valid is None and isinstance(own.seen.columns, int) and own.tokens >= tokens
+
+
+_Tile = Callable[[Tensor, Sequence[Segment], Coded | None, Scoring], Tensor]
 
 
 def _tiled(
-    attend_tile: Callable[[Tensor, list[ExactSegment], PackedSegment | None, Scoring], Tensor],
-    query: Tensor,
-    exact: list[ExactSegment],
-    packed: PackedSegment | None,
-    scoring: Scoring,
-    columns: int,
+    attend_tile: _Tile, query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring
 ) -> Tensor:
     """Some query tokens at a time."""
     tokens = query.shape[2]
     if tokens == 1:
-        return attend_tile(query, exact, packed, scoring)
+        return attend_tile(query, exact, coded, scoring)
+    columns = _columns(exact[-1])
     outputs = [
-        attend_tile(query[:, :, rows], exact, packed, _of_rows(scoring, rows, query, columns))
+        attend_tile(query[:, :, rows], exact, coded, _of_rows(scoring, rows, query, columns))
         for rows in _query_tiles(query, columns)
     ]
     return torch.cat(outputs, dim=2)
 
 
-def _one_step(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring) -> Tensor:
-    assert packed is not None
-    assert packed.as_operand is not None
-    rows = _grouped(query, exact[0]).contiguous()
-    exact_tokens = [
-        ExactTokens(segment.keys, segment.values, _bias(segment, scoring, segment.keys.shape[2]))
-        for segment in exact
-        if segment.keys.shape[2]
-    ]
-    bias = _bias(packed, scoring, packed.blocks * BLOCK)
-    softcap = scoring.softcap or 0.0
-    part = ops.attend(rows, packed.as_operand, bias, exact_tokens, query.shape[2], scoring.scaling, softcap)
-    return _joined([part], query, scoring)
+def _columns(own: Segment) -> int:
+    """Of all tokens: fresh ones are the last."""
+    assert isinstance(own.seen.columns, int)
+    return own.seen.columns + own.tokens
 
 
-def _by_parts(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring) -> Tensor:
-    rows = _grouped(query, exact[0])
-    return _joined(list(_parts(rows, exact, packed, scoring, query.shape[2])), query, scoring)
+def _segments(exact: Sequence[Segment], coded: Coded | None, numbers: int) -> Iterator[Segment]:
+    """One by one; of codes some blocks at a time, where a token takes so many numbers in flight."""
+    yield from (segment for segment in exact if segment.tokens)
+    if coded is None:
+        return
+    size = max(1, TILE_NUMBERS // (numbers * BLOCK))
+    for start in range(0, coded.blocks, size):
+        stop = min(start + size, coded.blocks)
+        yield Segment(*coded.decode(start, stop), coded.seen.part(start * BLOCK, stop * BLOCK))
 
 
-def _by_fused_parts(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring) -> Tensor:
-    """By torch's kernel, over packed tokens that are decoded a tile at a time."""
-    parts = []
-    if scoring.mask is None:
-        before, own = _split_before(exact[-1], query.shape[2])
-        parts.append(_fused_part(query, own.keys, own.values, None, scoring, is_causal=True))
-        exact = [*exact[:-1], before]
-    for segment in exact:
-        if length := segment.keys.shape[2]:
-            parts.append(_fused_part(query, segment.keys, segment.values, _bias(segment, scoring, length), scoring))
-    for tile in [] if packed is None else _tiles(packed, 2 * query.shape[0] * exact[0].keys.shape[1] * query.shape[3]):
-        keys = tile.key_codec.dequantize(tile.keys, tile.first)
-        values = tile.value_codec.dequantize(tile.values, tile.first)
-        parts.append(_fused_part(query, keys, values, _bias(tile, scoring, tile.blocks * BLOCK), scoring))
+def _by_parts(query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring) -> Tensor:
+    heads, tokens = exact[-1].keys.shape[1], query.shape[2]
+    rows = query.float().reshape(query.shape[0], heads, -1, query.shape[3])
+    numbers = rows.shape[0] * heads * max(rows.shape[2], 2 * rows.shape[3])
+    parts = [_part(rows, segment, scoring, tokens) for segment in _segments(exact, coded, numbers)]
     return _joined(parts, query, scoring)
 
 
-def _split_before(segment: ExactSegment, tokens: int) -> tuple[ExactSegment, ExactSegment]:
+def _by_fused_parts(query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring) -> Tensor:
+    """By torch's kernel."""
+    parts, own = [], exact[-1]
+    if scoring.mask is None:
+        before, last = _split_before(own, query.shape[2])
+        parts.append(_fused_part(query, last.keys, last.values, None, scoring, is_causal=True))
+        exact = [*exact[:-1], before]
+    numbers = 2 * query.shape[0] * own.keys.shape[1] * query.shape[3]
+    for one in _segments(exact, coded, numbers):
+        parts.append(_fused_part(query, one.keys, one.values, one.bias(scoring), scoring))
+    return _joined(parts, query, scoring)
+
+
+def _split_before(own: Segment, tokens: int) -> tuple[Segment, Segment]:
     """A segment of tokens that all count, without its last ``tokens``; and these."""
-    assert isinstance(segment.columns, int)
-    cut = segment.keys.shape[2] - tokens
-    before = ExactSegment(segment.keys[:, :, :cut], segment.values[:, :, :cut], segment.columns, None)
-    return before, ExactSegment(segment.keys[:, :, cut:], segment.values[:, :, cut:], segment.columns + cut, None)
+    cut = own.tokens - tokens
+    before = Segment(own.keys[:, :, :cut], own.values[:, :, :cut], own.seen.part(0, cut))
+    return before, Segment(own.keys[:, :, cut:], own.values[:, :, cut:], own.seen.part(cut, own.tokens))
 
 
 def _fused_part(
@@ -166,17 +216,19 @@ def _fused_part(
     return out.reshape(batch, heads, -1, values.shape[3]), lse.reshape(batch, heads, -1)
 
 
-def _grouped(query: Tensor, exact: ExactSegment) -> Tensor:
-    """``float32 [B, H, group * Q, D]``."""
-    return query.float().reshape(query.shape[0], exact.keys.shape[1], -1, query.shape[3])
-
-
 def _joined(parts: list[tuple[Tensor, Tensor]], query: Tensor, scoring: Scoring) -> Tensor:
-    """Merged, with what sinks weigh, in the shape and dtype of the query's."""
+    return joined(merge(parts), query, scoring.sink_logits)
+
+
+def joined(part: tuple[Tensor, Tensor], query: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """``(out [B, H, R, Dv], log-sum-exp [B, H, R])`` with what learned sinks weigh, in the query's shape and dtype.
+
+    Returns ``[B, Hq, Q, Dv]``.
+    """
     batch, query_heads, tokens, _ = query.shape
-    if scoring.sink_logits is not None:
-        parts.append(_sink_part(parts[0][0], scoring.sink_logits, tokens))
-    return merge(parts)[0].reshape(batch, query_heads, tokens, -1).to(query.dtype)
+    if sink_logits is not None:
+        part = merge([part, _sink_part(part[0], sink_logits, tokens)])
+    return part[0].reshape(batch, query_heads, tokens, -1).to(query.dtype)
 
 
 def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -188,9 +240,9 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return sum(out * (lse - shift).exp()[..., None] for out, lse in parts), total  # type: ignore[return-value]
 
 
-def _fused(query: Tensor, segment: ExactSegment, scoring: Scoring) -> Tensor:
+def _fused(query: Tensor, own: Segment, scoring: Scoring) -> Tensor:
     """Nothing packed yet: torch's own kernel. One query token folds its group, which is 10x faster on a CPU."""
-    keys, values, mask, dtype = segment.keys, segment.values, scoring.mask, query.dtype
+    keys, values, mask, dtype = own.keys, own.values, scoring.mask, query.dtype
     query = query.to(keys.dtype)
     if mask is not None and mask.dtype not in (torch.bool, torch.float32):
         mask = mask.to(query.dtype)
@@ -232,80 +284,26 @@ def _query_tiles(query: Tensor, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def _parts(
-    rows: Tensor, exact: list[ExactSegment], packed: PackedSegment | None, scoring: Scoring, tokens: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One by one, which holds the scores of a tile at a time."""
-    for segment in exact:
-        if segment.keys.shape[2]:
-            yield _exact_part(rows, segment, scoring, tokens)
-    if packed is not None:
-        for tile in _tiles(packed, rows.shape[0] * rows.shape[1] * max(rows.shape[2], 2 * rows.shape[3])):
-            yield _packed_part(rows, tile, scoring, tokens)
-
-
-def _bias(segment: ExactSegment | PackedSegment, scoring: Scoring, length: int) -> Tensor | None:
-    """What mask and validity add to the scores, ``float32 [B, 1 or Hq, Q, length]``; None for nothing."""
-    if scoring.mask is None:
-        return segment.bias
-    mask = _segment_mask(scoring.mask, segment.columns, length).to(segment.device)
-    is_bool = mask.dtype == torch.bool
-    bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf) if is_bool else mask.float()
-    return bias if segment.bias is None else bias + segment.bias
-
-
-def _tiles(packed: PackedSegment, numbers: int) -> Iterator[PackedSegment]:
-    """Some blocks at a time, where a token takes so many numbers in flight."""
-    size = max(1, TILE_NUMBERS // (numbers * BLOCK))
-    for start in range(0, packed.blocks, size):
-        yield packed.tile(start, min(start + size, packed.blocks))
-
-
-def _exact_part(rows: Tensor, segment: ExactSegment, scoring: Scoring, tokens: int) -> tuple[Tensor, Tensor]:
-    scores = rows @ segment.keys.float().transpose(2, 3)
-    weights, lse = _weigh(scores, segment.columns, segment.valid, scoring, tokens)
+def _part(rows: Tensor, segment: Segment, scoring: Scoring, tokens: int) -> tuple[Tensor, Tensor]:
+    """Outputs within a segment ``[B, H, R, Dv]`` and their log-sum-exps ``[B, H, R]``."""
+    scores = rows @ segment.keys.float().transpose(2, 3) * scoring.scaling
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    if (bias := segment.bias(scoring)) is not None:
+        scores = _biased(scores, bias, tokens)
+    lse = scores.logsumexp(-1)
+    weights = (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp()
     return weights @ segment.values.float(), lse
 
 
-def _packed_part(rows: Tensor, segment: PackedSegment, scoring: Scoring, tokens: int) -> tuple[Tensor, Tensor]:
-    scores = segment.key_codec.score(rows, segment.keys, segment.first)
-    weights, lse = _weigh(scores, segment.columns, segment.valid, scoring, tokens)
-    return segment.value_codec.mix(weights, segment.values, segment.first), lse
+def _biased(scores: Tensor, bias: Tensor, tokens: int) -> Tensor:
+    """``scores [B, H, group * Q, t]``, ``bias [B, 1 or Hq, Q, t]``."""
+    batch, heads, rows, length = scores.shape
+    by_head = scores.view(batch, heads, rows // tokens, tokens, length)
+    bias = bias[:, :, None] if bias.shape[1] == 1 else bias.unflatten(1, (heads, -1))
+    return (by_head + bias).view(scores.shape)
 
 
 def _sink_part(like: Tensor, logits: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     lse = logits.float().view(1, like.shape[1], -1, 1).expand(like.shape[0], -1, -1, tokens).flatten(2)
     return torch.zeros_like(like), lse
-
-
-def _weigh(
-    scores: Tensor, columns: Tensor | int, valid: Tensor | None, scoring: Scoring, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Softmax weights ``[B, H, R, t]`` within a segment and its log-sum-exp ``[B, H, R]``."""
-    scores = scores * scoring.scaling
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    if scoring.mask is not None:
-        scores = _masked(scores, _segment_mask(scoring.mask, columns, scores.shape[3]).to(scores.device), tokens)
-    if valid is not None:
-        scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
-    lse = scores.logsumexp(-1)
-    return (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp(), lse
-
-
-def _segment_mask(mask: Tensor, columns: Tensor | int, length: int) -> Tensor:
-    """The columns of a segment: ``[B, h, Q, length]``."""
-    if isinstance(columns, int):
-        return mask[..., columns : columns + length]
-    index = columns.to(mask.device)[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
-    return mask.expand(columns.shape[0], -1, -1, -1).gather(3, index)
-
-
-def _masked(scores: Tensor, mask: Tensor, tokens: int) -> Tensor:
-    """``scores [B, H, group * Q, t]``, ``mask [B, 1 or Hq, Q, t]``."""
-    batch, heads, rows, length = scores.shape
-    by_head = scores.view(batch, heads, rows // tokens, tokens, length)
-    mask = mask[:, :, None] if mask.shape[1] == 1 else mask.unflatten(1, (heads, -1))
-    if mask.dtype == torch.bool:
-        return by_head.masked_fill(~mask, -torch.inf).view(scores.shape)
-    return (by_head + mask.float()).view(scores.shape)

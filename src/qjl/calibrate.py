@@ -11,7 +11,7 @@ from qjl import statistics
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.fingerprints import fingerprint
-from qjl.hf import KVCache, forget_statistics
+from qjl.hf import KVCache, forget_statistics, own_codecs
 from qjl.methods.balanced import Balanced
 from qjl.presets import CacheConfig
 from qjl.statistics import MIN_TOKENS, LayerStatistics
@@ -23,10 +23,9 @@ _KEEP_ALL_EXACT = CacheConfig(Balanced(), Balanced(2, metric=False), recent=1 <<
 @torch.no_grad()
 def measure(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int, LayerStatistics]:
     """Statistics of every quantized layer from ``input_ids [B, T]``, in one forward pass."""
-    cache = KVCache(model, _KEEP_ALL_EXACT, share=False)
+    cache = KVCache(model, _KEEP_ALL_EXACT, codecs=own_codecs(model, _KEEP_ALL_EXACT))
     model(input_ids=input_ids.to(model.device), logits_to_keep=1, **cache_argument(cache))
-    quantized = [shape.index for shape in cache.shapes if shape.is_quantized]
-    return {index: core.measure() for index, core in zip(quantized, cache.cores, strict=True)}
+    return {core.number: store.source.measure(core, store) for store in cache.stores for core in store.layers.values()}
 
 
 def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Path:

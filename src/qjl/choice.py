@@ -27,12 +27,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import calibrate, sensitivity, texts, wheels
 from qjl.architecture import LayerShape, find_rope, layer_shapes
-from qjl.cache import CacheLayer, LayerSource
+from qjl.codecs import Codecs
 from qjl.errors import QJLError
 from qjl.evals.decoding import compare, full_log_probabilities, prefill, refill
 from qjl.fingerprints import Unnamed, fingerprint
 from qjl.generation import require_context
-from qjl.hf import KVCache
+from qjl.hf import KVCache, own_codecs
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import Quantizer
 from qjl.methods.identity import Identity
@@ -198,21 +198,13 @@ class _Lab:
         """Expected KL where the layer's tokens are read as these quantizers give them back."""
         coded, role = (key, "keys") if value.is_exact else (value, "values")
         self.on_stage(f"Trying {coded.bits(shape.head_dim):.2f}-bit {role} in layer {shape.index}")
-        layer, source = self.sensitivities[shape.index], LayerSource(self.rope, self._calibrated(shape.index))
-        core = CacheLayer(key, value, sinks=0, recent=0, pre_rope=pre_rope, source=source)
-        core.append(layer.keys, layer.values)
-        core.settle()
-        return layer.damage(*core.dense())
+        layer, config = self.sensitivities[shape.index], CacheConfig(key, value, sinks=0, recent=0, pre_rope=pre_rope)
+        codecs = Codecs(config, {shape.index: self.rope}, self.statistics.get)
+        return layer.damage(*coded(layer.keys, layer.values, codecs, shape.index))
 
     def cache(self, config: CacheConfig) -> KVCache:
         """An empty cache with the codecs that damages were measured with."""
-        cache = KVCache(self.model, config, share=False)
-        for shape, core in zip(self.shapes, cache.cores, strict=True):
-            core.source.calibrated = self._calibrated(shape.index)
-        return cache
-
-    def _calibrated(self, layer: int) -> Callable[[], LayerStatistics]:
-        return functools.partial(self.statistics.__getitem__, layer)
+        return KVCache(self.model, config, codecs=own_codecs(self.model, config, self.statistics.get))
 
 
 class _Trial:
@@ -234,10 +226,9 @@ class _Trial:
 
 def _statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[int, LayerStatistics]:
     """Those of ``qjl calibrate``, or else of these tokens."""
-    cache = KVCache(model, _EXACT)
-    layers = [shape.index for shape in cache.shapes if shape.is_quantized]
-    calibrated = {index: core.source.calibrated() for index, core in zip(layers, cache.cores, strict=True)}
-    known = {index: statistics for index, statistics in calibrated.items() if statistics is not None}
+    layers = [shape.index for shape in layer_shapes(model.config) if shape.is_quantized]
+    on_disk = KVCache(model, _EXACT).codecs.statistics
+    known = {index: statistics for index in layers if (statistics := on_disk(index)) is not None}
     return known if len(known) == len(layers) else calibrate.measure(model, input_ids)
 
 

@@ -110,6 +110,11 @@ class CacheConfig:
         """All that codes depend on, as ``to_dict`` has it: without the words about the preset."""
         return {name: value for name, value in to_dict(self).items() if name not in ("name", "summary", "paper")}
 
+    @property
+    def coding(self) -> tuple[object, ...]:
+        """What codecs depend on: the quantizers of each layer, and what they see of keys."""
+        return self.key, self.value, self.overrides, self.pre_rope
+
     def with_window(self, recent: int | None) -> CacheConfig:
         """The same configuration with so many exact tokens at the end; None keeps its own."""
         return self if recent is None else dataclasses.replace(self, recent=recent)

@@ -142,8 +142,8 @@ def _shared(kept: Tensor, ids: Tensor, is_croppable: bool) -> int:
 
 
 def _require_plain(cache: KVCache) -> None:
-    core = cache.cores[0]
-    if core.batch > 1 or any(core.padding) or core.has_mask:
+    index = cache.index
+    if index.batch > 1 or any(index.padding) or index.marks is not None:
         raise QJLError("a folder keeps caches of one row without padding and token mask: save others by themselves.")
 
 

@@ -7,7 +7,7 @@ at least ``MIN_TOKENS`` tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from qjl.modes import for_keeps
 from qjl.rope import Rope
 from qjl.wheels import cache_dir
 
+StatisticsOf = Callable[[int], "LayerStatistics | None"]  # of a layer, by its number
 MIN_TOKENS = 256
 FORMAT = "qjl-statistics-2"
 QUANTILES = 129
@@ -75,6 +76,10 @@ class LayerStatistics:
     def of_heads(self, heads: slice) -> LayerStatistics:
         """Those of some of the layer's KV heads."""
         return replace(self, **{name: getattr(self, name)[heads] for name in _TENSORS})
+
+
+def none(layer: int) -> None:
+    """Statistics of no layer."""
 
 
 class AttentionMoments:

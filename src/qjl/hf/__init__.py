@@ -2,14 +2,14 @@
 
 - ``attention``: handles in place of tensors, and attention over the codes behind them.
 - ``promises``: a model uses the cache it was given, or says so.
-- ``sources``: what all caches of one model share.
+- ``sources``: what all caches of one model share. ``first_prompt``: codecs fitted to what a cache reads first.
 - ``cache``: ``KVCache``. ``model``: ``enable`` and ``disable``.
 """
 
 from qjl.hf.attention import CachedStates, QuantizedLayer, attention_over, attention_watched
 from qjl.hf.cache import KVCache
 from qjl.hf.model import disable, enable
-from qjl.hf.sources import forget_statistics, statistics_path
+from qjl.hf.sources import forget_statistics, own_codecs, ropes_of, statistics_path
 
 __all__ = [
     "CachedStates",
@@ -20,5 +20,7 @@ __all__ = [
     "disable",
     "enable",
     "forget_statistics",
+    "own_codecs",
+    "ropes_of",
     "statistics_path",
 ]

@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from qjl import compat
-from qjl.attention import Scoring, attend, attend_dense
-from qjl.cache import CacheLayer
+from qjl.attention import Scoring, attend_dense
+from qjl.cache.index import TokenIndex
+from qjl.cache.layer import Layer, Tokens
+from qjl.cache.paged import PagedCache
 from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.modes import for_keeps
@@ -29,57 +31,64 @@ from qjl.modes import for_keeps
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-class _Decoding:
-    """Keys and values of a layer as of now, decoded at most once."""
+class _Handed:
+    """What one update gave a layer: its fresh tokens, and how to decode all that it held then, at most once."""
 
-    def __init__(self, core: CacheLayer) -> None:
-        self.core = core
-        self.length = core.length
+    def __init__(self, layer: QuantizedLayer, fresh: Tokens) -> None:
+        self.layer, self.fresh = layer, fresh
+        self.step = layer.store.index.step
+        self.length = layer.get_seq_length()
 
     def require_current(self) -> None:
         """Raises QJLError if the layer has other tokens by now, which the handles do not speak of."""
-        if self.core.length != self.length:
+        held = self.layer.get_seq_length()
+        if held != self.length:
             raise QJLError(
-                f"the model reads {self.core.name} as it was at {self.length} tokens, and it holds {self.core.length}: "
+                f"the model reads {self.layer.core.name} as it was at {self.length} tokens, and it holds {held}: "
                 "such a model's cache cannot be quantized."
             )
 
     @functools.cached_property
-    def states(self) -> tuple[Tensor, Tensor]:
+    def states(self) -> Tokens:
         self.require_current()
-        keys, values = self.core.dense()
+        store = self.layer.store
+        is_fresh = store.index.step is not None and store.index.step is self.step
+        keys, values = store.dense(self.layer.core, self.fresh if is_fresh else None)
         return keys.contiguous(), values.contiguous()
 
 
 class CachedStates(torch.Tensor):
     """A handle on one layer's keys or values; any torch operation on it sees the decoded tensor."""
 
-    layer: QuantizedLayer
-    _decoding: _Decoding
+    handed: _Handed
     _part: int
 
     @staticmethod
-    def __new__(cls, layer: QuantizedLayer, decoding: _Decoding, part: int, like: Tensor) -> CachedStates:
-        shape = (like.shape[0], like.shape[1], layer.core.length, like.shape[3])
+    def __new__(cls, handed: _Handed, part: int) -> CachedStates:
+        like = handed.fresh[part]
+        shape = (like.shape[0], like.shape[1], handed.length, like.shape[3])
         return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
 
-    def __init__(self, layer: QuantizedLayer, decoding: _Decoding, part: int, like: Tensor) -> None:
-        self.layer = layer
-        self._decoding = decoding
+    def __init__(self, handed: _Handed, part: int) -> None:
+        self.handed = handed
         self._part = part
+
+    @property
+    def layer(self) -> QuantizedLayer:
+        return self.handed.layer
 
     @for_keeps
     def decoded(self) -> Tensor:
         """``[B, H, T, D]`` in the model's dtype, contiguous as the handle says it is."""
-        return self._decoding.states[self._part]
+        return self.handed.states[self._part]
 
     def require_current(self) -> None:
         """Raises QJLError if the layer has other tokens than when the handle was given out."""
-        self._decoding.require_current()
+        self.handed.require_current()
 
     def is_key_of(self, value: object) -> TypeGuard[CachedStates]:
         """Whether these are the keys and those the values that one update handed out."""
-        return isinstance(value, CachedStates) and self._decoding is value._decoding and self._part < value._part
+        return isinstance(value, CachedStates) and self.handed is value.handed and self._part < value._part
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -99,7 +108,7 @@ class CachedStates(torch.Tensor):
 
 
 class QuantizedLayer(Copied, compat.CacheLayerMixin):
-    """A ``qjl.cache.CacheLayer`` as transformers wants a layer.
+    """A layer of a ``PagedCache`` as transformers wants a layer.
 
     ``has_text`` tells whether it holds the tokens of the text, as self-attention does; cross-attention holds others,
     which the text's padding says nothing of.
@@ -109,103 +118,78 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, core: CacheLayer, has_text: bool = True) -> None:
-        self.core = core
+    def __init__(self, store: PagedCache, core: Layer, has_text: bool = True) -> None:
+        self.store, self.core = store, core
         self.has_text = has_text
-        self.is_initialized = False
         self.knows_padding = not has_text
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self.core.shape is not None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the tokens; None before there are any."""
+        return None if self.core.shape is None else self.core.shape.dtype
+
+    @property
+    def device(self) -> torch.device | None:
+        return None if self.core.shape is None else self.core.shape.device
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """All keys, decoded: for inspection, not on the way of generation. None before there are any."""
-        return self.core.dense()[0] if self.is_initialized else None
+        return self.store.dense(self.core, self.core.fresh)[0] if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.core.dense()[1] if self.is_initialized else None
+        return self.store.dense(self.core, self.core.fresh)[1] if self.is_initialized else None
 
     @property
     def batch_size(self) -> int:
-        return self.core.batch or -1
+        return self.store.index.batch or -1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.heads = key_states.dtype, key_states.device, key_states.shape[1]
-        self.is_initialized = True
+        """The first tokens tell what there is to know."""
 
     @for_keeps
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.core.append(key_states.detach(), value_states.detach())
-        decoding = _Decoding(self.core)
-        return CachedStates(self, decoding, 0, key_states), CachedStates(self, decoding, 1, value_states)
+        fresh = self.store.append(self.core, key_states.detach(), value_states.detach())
+        handed = _Handed(self, fresh)
+        return CachedStates(handed, 0), CachedStates(handed, 1)
 
-    def attend(self, query: Tensor, scoring: Scoring) -> Tensor:
-        """Attention of the tokens updated last, after which what left the window is quantized."""
-        out = attend(query, self.core, scoring)
-        self.observe(query, out)
-        self.settle()
+    def attend(self, query: Tensor, scoring: Scoring, handed: _Handed) -> Tensor:
+        """Attention of ``query [B, Hq, Q, D]``, that of the tokens updated last: ``[B, Q, Hq, Dv]``."""
+        out = self.store.attend(self.core, query, scoring, handed.fresh)
+        if self.store.source.waits:
+            self.observe(query, out.transpose(1, 2))
         return out
 
     @for_keeps
     def observe(self, query: Tensor, out: Tensor) -> None:
         """Count the queries ``[B, Hq, Q, D]`` of the tokens updated last, and their outputs, as long as awaited."""
-        if self.core.wants_queries and out.shape[-1] == self.core.value_dim:
-            self.core.observe(query, out)
-
-    @for_keeps
-    def settle(self) -> None:
-        self.core.settle()
+        self.store.source.observe(self.core, self.store, query, out)
 
     def observe_mask(self, mask: Tensor, position_ids: Tensor | None) -> None:
         """Left padding from the mask of a forward pass, for a cache that no hook tells it to."""
-        last = mask[:, 0, -1].expand(self.core.batch, -1)
+        index = self.store.index
+        last = mask[:, 0, -1].expand(index.batch, -1)
         seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-        self.core.set_padding(*padding_of(seen, position_ids, self.core.length - mask.shape[2], self.core))
+        self.store.set_padding(*padding_of(seen, position_ids, index.columns, index))
 
     def get_seq_length(self) -> int:
-        return self.core.length
+        return self.store.columns(self.core)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.core.length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
-    def reset(self) -> None:
-        self.core.reset()
-        self.is_initialized = False
-        self.knows_padding = not self.has_text
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise QJLError("the layers of a quantized cache change together: call the same method of the cache.")
 
-    @for_keeps
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens, told as a negative number; or all but the first, where transformers allows that."""
-        if tokens_to_remove > 0 and not compat.CROP_TAKES_LENGTHS:
-            raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
-        self.core.crop(tokens_to_remove if tokens_to_remove > 0 else self.core.length + tokens_to_remove)
-
-    @for_keeps
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.core.select(beam_idx)
-
-    def batch_select_indices(self, indices: Any) -> None:
-        """Keep some rows: what a tensor of rows can be indexed with, or a tuple of numbers. An empty layer has none."""
-        if not self.core.batch:
-            return
-        chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
-        self.reorder_cache(torch.arange(self.core.batch)[chosen].reshape(-1))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(self.core.batch).repeat_interleave(repeats))
-
-    def state(self) -> dict[str, Any]:
-        return {"core": self.core.state(), "knows_padding": self.knows_padding}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.core.restore(state["core"])
-        window = self.core.segments()[0][-1]
-        self.lazy_initialization(window.keys, window.values)
-        self.knows_padding = bool(state["knows_padding"])
+    reset = crop = reorder_cache = batch_select_indices = batch_repeat_interleave = _refuse  # type: ignore[assignment]
 
     def offload(self) -> None:
         raise QJLError("a quantized cache is not offloaded: it is small enough to stay on its device.")
@@ -213,18 +197,18 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
     prefetch = offload
 
 
-def padding_of(real: Tensor, position_ids: Tensor | None, past: int, core: CacheLayer) -> tuple[list[int], list[int]]:
+def padding_of(real: Tensor, position_ids: Tensor | None, past: int, index: TokenIndex) -> tuple[list[int], list[int]]:
     """Left padding of each row and the RoPE position of its first real token.
 
     ``real`` bool [B, past + Q] are the tokens that count; without ``position_ids [B or 1, Q]`` models number
-    the columns. Rows that began in the past keep the origin they have in ``core``.
+    the columns. Rows that began in the past keep the origin they have in the index.
     """
     padding = (real.cumsum(1) == 0).sum(1)
     origin = padding
     if position_ids is not None and position_ids.dim() == 2:
         first = (padding - past).clamp(0, position_ids.shape[1] - 1)
         origin = position_ids.expand(real.shape[0], -1).gather(1, first[:, None].to(position_ids.device))[:, 0]
-    before = core.origin if past else [0] * real.shape[0]
+    before = index.origins.tolist() if past else [0] * real.shape[0]
     rows = zip(padding.tolist(), origin.tolist(), before, strict=True)
     pairs = [(pad, now if pad >= past else then) for pad, now, then in rows]
     return [pad for pad, _ in pairs], [position for _, position in pairs]
@@ -281,12 +265,10 @@ def _attention_over_handle(
             return attention_over(module, query, key, value, mask, **kwargs)
     if not layer.knows_padding and _tells_padding(attention_mask):
         layer.observe_mask(attention_mask, kwargs.get("position_ids"))
-    is_whole = key.is_key_of(value)
     states = (x.decoded() if isinstance(x, CachedStates) else x for x in (key, value))
     out, weights = own(module, query, *states, attention_mask, *args, **kwargs)
-    layer.observe(query, out.transpose(1, 2))
-    if is_whole:
-        layer.settle()
+    if layer.store.source.waits:
+        layer.observe(query, out.transpose(1, 2))
     return out, weights
 
 
@@ -366,7 +348,7 @@ def attention_over(
         return attend_dense(query, key, value, scoring).transpose(1, 2).contiguous(), None
     if not key.layer.knows_padding and _tells_padding(attention_mask):
         key.layer.observe_mask(attention_mask, kwargs.get("position_ids"))
-    return key.layer.attend(query, scoring).transpose(1, 2).contiguous(), None
+    return key.layer.attend(query, scoring, key.handed), None
 
 
 def _is_causal(module: torch.nn.Module, asked: dict[str, Any]) -> bool:

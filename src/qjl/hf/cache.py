@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +13,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qjl import compat, stored, trees
 from qjl.architecture import LayerShape, layer_shapes, rope_is_used, text_config
-from qjl.cache import CacheLayer, LayerSource
+from qjl.cache.index import TokenIndex
+from qjl.cache.layer import Layer
+from qjl.cache.paged import PagedCache
+from qjl.codecs import Codecs
 from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.fingerprints import fingerprint
 from qjl.hf.attention import QuantizedLayer, padding_of
+from qjl.hf.first_prompt import FirstPrompt
 from qjl.hf.promises import WatchedCache, attach
-from qjl.hf.sources import shared_sources, sources_of
+from qjl.hf.sources import own_codecs, shared_codecs
 from qjl.methods.base import storage_bytes
 from qjl.modes import for_keeps
 from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
@@ -38,7 +42,8 @@ class KVCache(Copied, WatchedCache):
     Args:
         model: a decoder-only model, or its configuration.
         preset: a preset's name, a JSON file, or a ``CacheConfig``.
-        share: whether to use, and add to, the statistics and codecs of the model's other caches.
+        codecs: what tokens are coded with; None for those that all caches of the model share, fitted to what
+            ``qjl calibrate`` measured, or to the first prompt.
 
     Raises:
         QJLError: for an unknown preset, a model whose cache cannot be quantized or whose queries cannot be
@@ -50,22 +55,24 @@ class KVCache(Copied, WatchedCache):
         model: PreTrainedModel | PreTrainedConfig,
         preset: str | Path | CacheConfig = DEFAULT_PRESET,
         *,
-        share: bool = True,
+        codecs: Codecs | None = None,
     ) -> None:
-        self.config = resolve(preset)
         config = _configuration(model)
+        self.config = resolve(preset) if codecs is None else _config_of(codecs, preset)
         self.shapes = layer_shapes(config)
-        is_shared = isinstance(model, PreTrainedModel) and share
-        sources = shared_sources(model) if is_shared else sources_of(config)  # type: ignore[arg-type]
+        if codecs is None:
+            is_shared = isinstance(model, PreTrainedModel)
+            codecs = shared_codecs(model, self.config) if is_shared else own_codecs(config, self.config)  # type: ignore[arg-type]
         if self.config.pre_rope:
-            _require_fixed_rope(config, sources)
+            _require_fixed_rope(config, codecs)
+        self.codecs = codecs
+        self.stores = [self._store(config, kind) for kind in (False, True) if any(self._of_kind(kind))]
         layers = compat.DynamicCache(config=text_config(config)).layers
-        for shape in self.shapes:
-            if shape.is_quantized:
-                layers[shape.index] = self._quantized_layer(shape, sources[shape.index])
+        for store in self.stores:
+            for number, core in store.layers.items():
+                layers[number] = QuantizedLayer(store, core, has_text=not self.shapes[number].is_cross_attention)
         super().__init__(layers=layers)
         self.prompt_ids: Tensor | None = None
-        self._unsettled: CacheLayer | None = None
         self._model: weakref.ref[PreTrainedModel] | None = None
         if isinstance(model, PreTrainedModel):
             self._model = weakref.ref(model)
@@ -73,26 +80,24 @@ class KVCache(Copied, WatchedCache):
             self._require_queries(model)
             attach(model)
 
-    def _quantized_layer(self, shape: LayerShape, source: LayerSource) -> QuantizedLayer:
-        key, value = self.config.for_layer(shape.index)
-        for quantizer in (key, value):
-            quantizer.layout(shape.head_dim)
-        sinks, recent = self.config.sinks, self.config.recent
-        core = CacheLayer(
-            key,
-            value,
-            sinks=sinks,
-            recent=recent,
-            pre_rope=self.config.pre_rope,
-            source=source,
-            name=f"layer {shape.index}",
-        )
-        return QuantizedLayer(core, has_text=not shape.is_cross_attention)
+    def _of_kind(self, is_cross_attention: bool) -> Iterator[LayerShape]:
+        """Quantized layers that hold the same tokens: those of the text, or what is attended to across."""
+        for shape in self.shapes:
+            if shape.is_quantized and shape.is_cross_attention == is_cross_attention:
+                yield shape
+
+    def _store(self, config: PreTrainedConfig, is_cross_attention: bool) -> PagedCache:
+        shapes = list(self._of_kind(is_cross_attention))
+        for shape in shapes:
+            for quantizer in self.codecs.quantizers(shape.index):
+                quantizer.layout(shape.head_dim)
+        source = FirstPrompt(self.codecs, config.model_type)
+        return PagedCache([shape.index for shape in shapes], self.config.sinks, self.config.recent, source)
 
     def _require_queries(self, model: PreTrainedModel) -> None:
         if compat.uses_attention_interface(model):
             return
-        if any(core.key.needs_queries or core.value.needs_queries for core in self.cores):
+        if any(self.codecs.needs_queries(core.number) for core in self.cores):
             raise QJLError(
                 f"{model.config.model_type} does not use transformers' attention interface, so its queries "
                 "cannot be seen: choose a preset that needs none, such as kivi-2."
@@ -103,27 +108,46 @@ class KVCache(Copied, WatchedCache):
         return [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
 
     @property
-    def cores(self) -> list[CacheLayer]:
+    def cores(self) -> list[Layer]:
         """The quantized layers, without transformers around them."""
         return [layer.core for layer in self.quantized_layers]
 
     @property
+    def index(self) -> TokenIndex:
+        """Which tokens of the text there are, and where."""
+        return self.stores[0].index
+
+    @property
+    def packed_tokens(self) -> list[int]:
+        """Tokens of each row that are read as codes."""
+        return self.index.packed_tokens
+
+    @property
+    def tokens_until_due(self) -> int:
+        """How many tokens may be read at once with the result of one by one: until some are quantized."""
+        return min(store.tokens_until_due for store in self.stores)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether codecs are fitted to a model's statistics."""
+        return any(self.codecs.needs_statistics(core.number) for core in self.cores)
+
+    @property
+    def has_codecs(self) -> bool:
+        """Whether codecs are there, or need no prompt to be fitted to."""
+        return all(self.codecs.is_ready(core.number) for core in self.cores)
+
+    @property
     def wants_queries(self) -> bool:
         """Whether statistics are still awaited, for which the queries of a prompt must be seen."""
-        return any(core.wants_queries for core in self.cores)
+        return any(store.source.wants_queries(core) for store in self.stores for core in store.layers.values())
 
     @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if self._unsettled is not None and not self._unsettled.is_settled:
-            self.settle()
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self.updates += 1
-        layer = self.layers[layer_idx]
-        if isinstance(layer, QuantizedLayer):
-            self._unsettled = layer.core
-        return states
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Keys, values and window of each layer, as a ``DynamicCache`` gives them."""
@@ -133,7 +157,7 @@ class KVCache(Copied, WatchedCache):
 
     @for_keeps
     def before_forward(self, tokens: int | None, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Settle, and learn the padding of a pass that reads a prompt."""
+        """End the pass before, and learn the padding of one that reads a prompt."""
         self.settle()
         if tokens is None or tokens > 1 or not self.get_seq_length():
             self.observe_padding(attention_mask, position_ids)
@@ -141,18 +165,24 @@ class KVCache(Copied, WatchedCache):
     def after_forward(self) -> None:
         self.settle()
 
+    def abandon(self) -> None:
+        """A forward pass has failed: quantized layers are as they were before it."""
+        for store in self.stores:
+            store.roll_back()
+
     @for_keeps
     def settle(self) -> None:
-        """Quantize what left the window in the layer updated last, if its attention has not done so."""
-        if self._unsettled is not None:
-            self._unsettled.settle()
-            self._unsettled = None
+        """End the pass at hand: what left the window is quantized."""
+        for store in self.stores:
+            store.settle()
 
     def mark(self, token_mask: Tensor) -> None:
         """Say which of the next T tokens may be quantized, ``bool [B, T]``; the others stay exact.
 
-        To be called before the forward pass (or ``generate``) that reads them, which may do so in chunks. Left padding
-        has its columns too. Once a mask was given, tokens that none speaks of stay exact: those generated, for example.
+        A block of 64 tokens is quantized if all of them may be. To be called before the forward pass (or ``generate``)
+        that reads them, which may do so in chunks. Left padding has its columns too. Once a mask was given, tokens that
+        none speaks of stay exact: those generated, for example. A mask replaces what an earlier one said of tokens yet
+        to come.
 
         >>> cache.mark(inputs["input_ids"] == model.config.image_token_id)
         >>> model.generate(**inputs, cache=cache)
@@ -160,28 +190,66 @@ class KVCache(Copied, WatchedCache):
         Raises:
             QJLError: if the mask is of another kind, or for another number of rows.
         """
-        on_host = token_mask.cpu()
-        for core in self.cores:
-            core.mark(on_host)
+        for store in self.stores:
+            store.mark(token_mask)
 
     def observe_padding(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Learn the left padding before a forward pass with this mask ``[B, T]`` and positions ``[B, Q]``."""
-        cores = [layer.core for layer in self.quantized_layers if layer.has_text]
         for layer in self.quantized_layers:
             layer.knows_padding = True
-        if attention_mask is None or attention_mask.dim() != 2 or not cores:
+        if attention_mask is None or attention_mask.dim() != 2 or not any(self._of_kind(False)):
             return
-        padding, origin = padding_of(attention_mask.bool(), position_ids, cores[0].length, cores[0])
-        for core in cores:
-            core.set_padding(padding, origin)
+        index = self.index
+        self.stores[0].set_padding(*padding_of(attention_mask.bool(), position_ids, index.columns, index))
 
+    # Rows and lengths: what transformers asks of each layer is done once for all that are quantized
+
+    def _others(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, QuantizedLayer)]
+
+    @for_keeps
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, told as a negative number; or all but the first, where transformers allows that."""
+        if tokens_to_remove > 0 and not compat.CROP_TAKES_LENGTHS:
+            raise ValueError("crop takes a negative number: how many tokens to remove from the end.")
+        self.settle()
+        for store in self.stores:
+            store.crop(tokens_to_remove if tokens_to_remove > 0 else store.index.columns + tokens_to_remove)
+        for layer in self._others():
+            layer.crop(tokens_to_remove)
+
+    @for_keeps
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(cast(torch.LongTensor, beam_idx.cpu()))  # once, since all layers look at it
+        rows = beam_idx.tolist()
+        for store in self.stores:
+            store.select(rows)
+        for layer in self._others():
+            layer.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep some rows: what a tensor of rows can be indexed with, or a tuple of numbers. An empty layer has none."""
+        chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
+        for store in self.stores:
+            if store.index.batch:
+                store.select(torch.arange(store.index.batch)[chosen].reshape(-1).tolist())
+        for layer in self._others():
+            layer.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for store in self.stores:
+            store.select([row for row in range(store.index.batch) for _ in range(repeats)])
+        for layer in self._others():
+            layer.batch_repeat_interleave(repeats)
 
     def reset(self) -> None:
-        self._unsettled = None
         self.prompt_ids = None
-        super().reset()
+        for store in self.stores:
+            store.source.reset()
+            store.reset()
+        for layer in self.quantized_layers:
+            layer.knows_padding = not layer.has_text
+        for layer in self._others():
+            layer.reset()
 
     # Files
 
@@ -223,7 +291,7 @@ class KVCache(Copied, WatchedCache):
             dtype=str(model.dtype).removeprefix("torch."),
             preset=to_dict(self.config),
             statistics=trees.digest([core.codecs for core in self.cores]),
-            rows=self.cores[0].batch,
+            rows=self.index.batch,
             tokens=self.get_seq_length(),
             token_sha256=None if ids is None else stored.sha256_of_tokens(ids),
             cache_bytes=self.nbytes,
@@ -266,7 +334,7 @@ class KVCache(Copied, WatchedCache):
 
     def _ids_held(self, token_ids: Tensor) -> Tensor:
         """Those that the cache holds, ``int32 [B, T]``."""
-        ids, rows, tokens = token_ids.detach(), self.cores[0].batch, self.get_seq_length()
+        ids, rows, tokens = token_ids.detach(), self.index.batch, self.get_seq_length()
         ids = ids[None] if ids.dim() == 1 else ids
         if ids.dim() != 2 or ids.shape[0] != rows or ids.shape[1] < tokens:
             raise QJLError(f"the cache holds {rows} x {tokens} tokens, and token_ids are {list(token_ids.shape)}.")
@@ -277,17 +345,18 @@ class KVCache(Copied, WatchedCache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tokens (packed, window, sinks, layers that are not quantized) and of fitted codecs."""
-        return sum(core.nbytes for core in self.cores) + self.codec_nbytes + self._other_nbytes
+        return sum(store.nbytes for store in self.stores) + self.codec_nbytes + self._other_nbytes
 
     @property
     def allocated_nbytes(self) -> int:
         """The same with the room that buffers keep for growth."""
-        return sum(core.allocated_nbytes for core in self.cores) + self.codec_nbytes + self._other_nbytes
+        return sum(store.allocated_nbytes for store in self.stores) + self.codec_nbytes + self._other_nbytes
 
     @property
     def codec_nbytes(self) -> int:
         """Bytes of projections, maps and means: per model, shared by all its caches."""
-        return storage_bytes(tensor for core in self.cores for tensor in core.codec_tensors)
+        pairs = (core.codecs or self.codecs.known(core.number) or () for core in self.cores)
+        return storage_bytes(tensor for pair in pairs for codec in pair for tensor in codec.tensors)
 
     @property
     def full_nbytes(self) -> int:
@@ -298,17 +367,17 @@ class KVCache(Copied, WatchedCache):
     def bits(self) -> tuple[float, float]:
         """True bits per number of quantized keys and values, averaged over the quantized layers."""
         pairs = [
-            (core.key.bits(shape.head_dim), core.value.bits(shape.head_dim))
-            for core, shape in zip(self.cores, (s for s in self.shapes if s.is_quantized), strict=True)
+            [quantizer.bits(shape.head_dim) for quantizer in self.codecs.quantizers(shape.index)]
+            for shape in self.shapes
+            if shape.is_quantized
         ]
         return sum(key for key, _ in pairs) / len(pairs), sum(value for _, value in pairs) / len(pairs)
 
     @property
     def bits_with_window(self) -> float:
         """Bits per number with the exact window, the sinks and the codecs counted in."""
-        layers = [layer for layer in self.quantized_layers if layer.is_initialized]
-        numbers = sum(_full_nbytes(layer) // layer.dtype.itemsize for layer in layers)
-        return 8 * (sum(core.nbytes for core in self.cores) + self.codec_nbytes) / max(numbers, 1)
+        numbers = sum(_numbers(layer) for layer in self.quantized_layers)
+        return 8 * (sum(store.nbytes for store in self.stores) + self.codec_nbytes) / max(numbers, 1)
 
     @property
     def _other_nbytes(self) -> int:
@@ -329,8 +398,18 @@ def _configuration(model: PreTrainedModel | PreTrainedConfig) -> PreTrainedConfi
     raise QJLError(f"{kind} is no transformers model and no configuration: give the model inside a wrapper.")
 
 
-def _require_fixed_rope(config: PreTrainedConfig, sources: list[LayerSource]) -> None:
-    if rope_is_used(config) and all(source.rope is None for source in sources):
+def _config_of(codecs: Codecs, preset: str | Path | CacheConfig) -> CacheConfig:
+    """Codecs say how to code; a configuration that codes alike may name other windows."""
+    config = resolve(preset)
+    if config.coding == codecs.config.coding:
+        return config
+    if preset == DEFAULT_PRESET:
+        return codecs.config
+    raise QJLError(f"the codecs are of {codecs.config.name}, not of {config.name}: give the one or the other.")
+
+
+def _require_fixed_rope(config: PreTrainedConfig, codecs: Codecs) -> None:
+    if rope_is_used(config) and all(rope is None for rope in codecs.ropes.values()):
         raise QJLError(
             f"the RoPE of {config.model_type} is not known as a fixed rotation by position (M-RoPE and dynamic scaling "
             "are none), so it cannot be undone: choose a preset without pre_rope."
@@ -383,8 +462,12 @@ def _preset_of(file: stored.StoredFile) -> CacheConfig:
 
 
 def _full_nbytes(layer: QuantizedLayer) -> int:
-    if not layer.is_initialized:
+    return 0 if layer.dtype is None else _numbers(layer) * layer.dtype.itemsize
+
+
+def _numbers(layer: QuantizedLayer) -> int:
+    """Of all keys and values of a layer, padding included, as transformers' own cache would hold them."""
+    shape, index = layer.core.shape, layer.store.index
+    if shape is None:
         return 0
-    window = layer.core.segments()[0][-1]
-    numbers_per_token = window.keys.shape[1] * (window.keys.shape[3] + window.values.shape[3])
-    return layer.core.batch * layer.core.length * numbers_per_token * layer.dtype.itemsize
+    return index.batch * layer.get_seq_length() * shape.heads * (shape.key_dim + shape.value_dim)

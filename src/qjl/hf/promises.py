@@ -38,6 +38,10 @@ class WatchedCache(compat.Cache):
     def after_forward(self) -> None:
         """All layers have read their tokens."""
 
+    @abstractmethod
+    def abandon(self) -> None:
+        """The pass has failed."""
+
 
 class Promise:
     """What one call of ``generate`` owes: that ``model`` reads and writes ``cache``.
@@ -173,6 +177,7 @@ def _after_forward(model: PreTrainedModel, args: Any, kwargs: dict[str, Any], ou
         return
     compat.Uncompiled.end()
     if output is None:
+        cache.abandon()
         return
     if cache.updates == updates:
         raise QJLError(_broken(model, "did not look at it"))

@@ -1,9 +1,7 @@
-"""What all caches of one model share: its RoPE, its statistics on disk, its fitted codecs."""
+"""What all caches of one model share: the codecs of each configuration, its RoPE, and its statistics on disk."""
 
 from __future__ import annotations
 
-import functools
-import logging
 import threading
 import weakref
 from pathlib import Path
@@ -12,56 +10,61 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qjl import statistics
 from qjl.architecture import find_rope, layer_shapes
-from qjl.cache import LayerSource
+from qjl.codecs import Codecs
 from qjl.fingerprints import fingerprint_or_none
+from qjl.presets import CacheConfig
+from qjl.rope import Rope
 
-logger = logging.getLogger("qjl")
-_sources_of: weakref.WeakKeyDictionary[PreTrainedModel, list[LayerSource]] = weakref.WeakKeyDictionary()
+_shared: weakref.WeakKeyDictionary[PreTrainedModel, _Shared] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def shared_sources(model: PreTrainedModel) -> list[LayerSource]:
-    """Those of all caches of a model, one for each layer; the same for all threads."""
+class _Shared:
+    """Of one model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.ropes = ropes_of(model.config)
+        self.statistics = _calibrated_statistics(model)
+        self.codecs: list[tuple[CacheConfig, Codecs]] = []
+
+    def codecs_of(self, config: CacheConfig) -> Codecs:
+        """The same for configurations that code alike."""
+        wanted = config.coding
+        for known, codecs in self.codecs:
+            if known.coding == wanted:
+                return codecs
+        codecs = Codecs(config, self.ropes, self.statistics)
+        self.codecs.append((config, codecs))
+        return codecs
+
+
+def shared_codecs(model: PreTrainedModel, config: CacheConfig) -> Codecs:
+    """Those of all caches of a model with this configuration; the same for all threads."""
     with _making:
-        if model not in _sources_of:
-            _sources_of[model] = sources_of(model.config, _calibrated_statistics(model))
-        return _sources_of[model]
+        if model not in _shared:
+            _shared[model] = _Shared(model)
+        return _shared[model].codecs_of(config)
+
+
+def own_codecs(
+    model: PreTrainedModel | PreTrainedConfig,
+    cache_config: CacheConfig,
+    statistics_of: statistics.StatisticsOf = statistics.none,
+) -> Codecs:
+    """Codecs that are shared with no other cache, fitted to these statistics, or else to the first prompt."""
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    return Codecs(cache_config, ropes_of(config), statistics_of)
 
 
 def forget_statistics(model: PreTrainedModel) -> None:
     """New caches of this model read its statistics again; caches that exist keep theirs."""
     with _making:
-        _sources_of.pop(model, None)
+        _shared.pop(model, None)
 
 
-def sources_of(config: PreTrainedConfig, on_disk: statistics.StatisticsFile | None = None) -> list[LayerSource]:
-    """Fresh ones, one for each layer."""
-    announce = _Announcement(config.model_type)
-    return [
-        LayerSource(
-            find_rope(config, shape.kind) if shape.is_quantized else None,
-            functools.partial(_layer_of, on_disk, shape.index),
-            announce,
-        )
-        for shape in layer_shapes(config)
-    ]
-
-
-def _layer_of(file: statistics.StatisticsFile | None, index: int) -> statistics.LayerStatistics | None:
-    return file.layer(index) if file is not None else None
-
-
-class _Announcement:
-    """Says where a model's statistics came from, once for all of its layers."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.is_made = False
-
-    def __call__(self, tokens: int) -> None:
-        if not self.is_made:
-            self.is_made = True
-            logger.info("%s: statistics taken from the first prompt, %d tokens", self.name, tokens)
+def ropes_of(config: PreTrainedConfig) -> dict[int, Rope | None]:
+    """The RoPE of each layer that is quantized."""
+    return {shape.index: find_rope(config, shape.kind) for shape in layer_shapes(config) if shape.is_quantized}
 
 
 def statistics_path(model: PreTrainedModel) -> Path | None:
@@ -70,6 +73,8 @@ def statistics_path(model: PreTrainedModel) -> Path | None:
     return None if name is None else statistics.path_of(name)
 
 
-def _calibrated_statistics(model: PreTrainedModel) -> statistics.StatisticsFile | None:
+def _calibrated_statistics(model: PreTrainedModel) -> statistics.StatisticsOf:
     path = statistics_path(model)
-    return statistics.StatisticsFile(path, path.stem) if path is not None and path.exists() else None
+    if path is None or not path.exists():
+        return statistics.none
+    return statistics.StatisticsFile(path, path.stem).layer

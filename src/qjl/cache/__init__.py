@@ -1,0 +1,1 @@
+"""Tokens of a cache, in exact slots and in pages of codes."""

@@ -1,0 +1,525 @@
+"""Which tokens a cache holds, and where: numbers only, one index for all layers of a cache.
+
+A row's tokens lie on a grid of blocks of 64. A token enters as an exact one, in a *slot*. Once a block is older than
+the last ``recent`` tokens it is decided: all of its tokens go into a *page* of codes, or, where a token mask does not
+allow that, they stay exact for ever: a *hole* in the row's table of pages. The first ``sinks`` tokens are kept exact
+beside their codes. Slots and pages have the same numbers in all layers; rows may share them (beams, copies of a
+prompt), and a page is copied before one of several owners writes to it.
+
+A forward pass is a ``Step``: begun with its first tokens, planned once, carried out by each layer, and committed when
+the pass is over. Until then nothing that was held before is touched, so a pass that fails is rolled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qjl.cache.places import Places
+from qjl.errors import QJLError
+from qjl.packed import BLOCK
+
+HOLE = -1
+ENDLESS = 1 << 62  # as a number of tokens
+Integers = np.ndarray
+_SPARE_SLOTS, _SPARE_PAGES = 64, 8  # columns that tables grow by, at least
+
+
+@dataclass(eq=False)
+class Blocks:
+    """Blocks of 64 tokens to be encoded: where their tokens are, their positions, and their pages.
+
+    ``sources``: slots, or fresh tokens of the pass, 64 for each block; ``first``: RoPE position of each block's first
+    token. Of the first ``kept`` tokens of a block the page has codes already, which stay.
+    """
+
+    sources: list[int] = field(default_factory=list)
+    first: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    @property
+    def are_whole(self) -> bool:
+        """Whether no page has codes yet."""
+        return not any(self.kept)
+
+
+@dataclass(eq=False)
+class Step:
+    """What one forward pass adds to each row.
+
+    Fresh tokens are numbered through the pass: those of row b are ``starts[b]`` to ``starts[b] + counts[b]``. When it
+    is planned, ``put_tokens`` of them go to ``put_slots``; once all is read, ``pooled`` blocks are encoded from slots
+    and ``direct`` ones from fresh tokens, after pages were copied as ``copies`` say.
+    """
+
+    starts: list[int]
+    counts: list[int]
+    columns: int  # that the pass adds, padding included
+    before: list[int]  # exact tokens of each row, before the pass
+    is_planned: bool = False
+    put_tokens: list[int] = field(default_factory=list)
+    put_slots: list[int] = field(default_factory=list)
+    pooled: Blocks = field(default_factory=Blocks)
+    direct: Blocks = field(default_factory=Blocks)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    decided: list[list[int]] = field(default_factory=list)  # page or hole of each block that is decided, per row
+    firsts: list[int] = field(default_factory=list)  # which block of a row that begins with
+    taken: list[int] = field(default_factory=list)  # pages that are new
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every row has as many fresh tokens, one row behind the other: none of them is padding."""
+        size = self.columns
+        return all(count == size for count in self.counts) and self.starts == [size * row for row in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+
+class TokenIndex:
+    """The tokens of some rows, each with its own length.
+
+    Args:
+        sinks, recent: exact tokens at the start and at the end of each row.
+        slots, pages: how many there are at most; None grows as needed.
+    """
+
+    def __init__(self, sinks: int, recent: int, slots: int | None = None, pages: int | None = None) -> None:
+        self.sinks, self.recent = sinks, recent
+        self.slots = Places("exact tokens", slots)
+        self.pages = Places("pages", pages)
+        self.fills_pages = True  # whether codes of single tokens can be added to a page
+        self.packs = True  # whether blocks are decided; not as long as codecs wait for statistics
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self.step: Step | None = None
+        self.columns = 0  # of an attention mask, padding included
+        self.padding: list[int] = []
+        self.lengths: list[int] = []
+        self.blocks: list[int] = []  # decided, per row
+        self.partial: list[dict[int, int]] = []  # tokens in codes, of blocks that have fewer than 64
+        self.origins = np.zeros(0, np.int64)
+        self.table = np.zeros((0, 0), np.int32)
+        self.counts = np.zeros(0, np.int32)
+        self.ends = np.zeros(0, np.int32)  # of the table of each row, in tokens
+        self.slot_of = np.zeros((0, 0), np.int32)
+        self.token_of = np.zeros((0, 0), np.int64)
+        self.marks: np.ndarray | None = None
+        self.slots.reset()
+        self.pages.reset()
+        self.version = 0  # of the arrays: another number, other arrays
+
+    # Rows
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    def add_rows(self, count: int) -> None:
+        """Empty rows behind those there are."""
+        self.padding += [0] * count
+        self.lengths += [0] * count
+        self.blocks += [0] * count
+        self.partial += [{} for _ in range(count)]
+        self._set_arrays(np.concatenate([of, np.zeros((count, *of.shape[1:]), of.dtype)]) for of in self._arrays)
+
+    @property
+    def _arrays(self) -> tuple[Integers, ...]:
+        return self.origins, self.counts, self.ends, self.table, self.slot_of, self.token_of
+
+    def _set_arrays(self, arrays: Iterable[Integers]) -> None:
+        self.origins, self.counts, self.ends, self.table, self.slot_of, self.token_of = arrays
+        self.version += 1
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep, repeat, reorder or drop rows: no token moves."""
+        for row in rows:
+            self.slots.share(self.slot_of[row, : self.counts[row]])
+            self.pages.share(self._pages_of(row))
+        for row in range(self.batch):
+            self._free(row)
+        chosen = np.asarray(rows, np.int64)
+        self.padding, self.lengths, self.blocks = (
+            [of[row] for row in rows] for of in (self.padding, self.lengths, self.blocks)
+        )
+        self.partial = [dict(self.partial[row]) for row in rows]
+        if len(rows) == len(self.counts):
+            for of in self._arrays:
+                of[:] = of[chosen]
+        else:
+            self._set_arrays(of[chosen] for of in self._arrays)
+        if self.marks is not None:
+            self.marks = self.marks[chosen]
+
+    def _free(self, row: int) -> None:
+        self.slots.release(self.slot_of[row, : self.counts[row]])
+        self.pages.release(self._pages_of(row))
+
+    def _pages_of(self, row: int) -> Integers:
+        pages = self.table[row, : self.blocks[row]]
+        return pages[pages != HOLE]
+
+    # A pass
+
+    def begin(self, starts: Sequence[int], counts: Sequence[int], columns: int) -> Step:
+        """A pass with ``counts[b]`` fresh tokens for row b, in ``columns`` columns of each row."""
+        assert self.step is None
+        self.step = Step(list(starts), list(counts), columns, self.counts.tolist())
+        return self.step
+
+    def begin_columns(self, columns: int) -> Step:
+        """A pass over a batch ``[B, columns]``, of which the beginning of a row that has no token yet may be padding.
+
+        Padding that is not known yet is told by ``set_padding``, before anything is planned.
+        """
+        return self.begin(*self._fresh(columns), columns)
+
+    def _fresh(self, columns: int) -> tuple[list[int], list[int]]:
+        """Where the fresh tokens of each row start, and how many there are."""
+        counts = [columns - pad for pad in self._fresh_padding(columns)]
+        return [row * columns + columns - count for row, count in enumerate(counts)], counts
+
+    def _fresh_padding(self, columns: int) -> list[int]:
+        return [
+            0 if length else min(max(pad - self.columns, 0), columns)
+            for pad, length in zip(self.padding, self.lengths, strict=True)
+        ]
+
+    def set_padding(self, padding: Sequence[int], origins: Sequence[int]) -> None:
+        """Left padding of rows in columns, and the RoPE position of their first token.
+
+        Rows that hold tokens keep what they have.
+
+        Raises:
+            QJLError: if it is for another number of rows.
+        """
+        if len(padding) != self.batch:
+            raise QJLError(f"the cache holds {self.batch} rows, and {len(padding)} paddings were given.")
+        for row, length in enumerate(self.lengths):
+            if not length:
+                self.padding[row], self.origins[row] = padding[row], origins[row]
+        if self.step is not None and not self.step.is_planned:
+            self.step.starts, self.step.counts = self._fresh(self.step.columns)
+
+    def plan(self) -> Step:
+        """Decide what the pass at hand does, and give its tokens and blocks their places.
+
+        Raises:
+            QJLError: if the capacity does not suffice; nothing has changed then.
+        """
+        step = self.step
+        assert step is not None
+        if step.is_planned:
+            return step
+        self._decide(step)
+        self._place_fresh(step)
+        self._take_pages(step)
+        step.is_planned = True
+        return step
+
+    def _decide(self, step: Step) -> None:
+        """Which blocks are old enough; True for those that are packed, for now."""
+        for row, count in enumerate(step.counts):
+            limit = self.lengths[row] + count - self.recent
+            first = self._next_block(row)
+            last = max(first, limit // BLOCK) if self.packs else first
+            step.firsts.append(first)
+            step.decided.append([0 if self._may_pack(row, block) else HOLE for block in range(first, last)])
+
+    def _next_block(self, row: int) -> int:
+        """The first one to be decided: where pages can be filled, one that has some codes is decided again."""
+        blocks = self.blocks[row]
+        return blocks - 1 if blocks and self.fills_pages and blocks - 1 in self.partial[row] else blocks
+
+    def _may_pack(self, row: int, block: int) -> bool:
+        if self.marks is None:
+            return True
+        first = self.padding[row] + block * BLOCK
+        marked = self.marks[row, first : first + BLOCK]
+        return len(marked) == BLOCK and bool(marked.all())
+
+    def _place_fresh(self, step: Step) -> None:
+        """Slots for all fresh tokens but those whose whole block is fresh and packed at the end of this very pass."""
+        places = []
+        for row, (start, count) in enumerate(zip(step.starts, step.counts, strict=True)):
+            length = self.lengths[row]
+            tokens = np.arange(length, length + count)
+            if decided := step.decided[row]:
+                ours = tokens // BLOCK - step.firsts[row]
+                is_packed = np.array(decided) != HOLE
+                is_direct = (ours < len(decided)) & is_packed[ours.clip(max=len(decided) - 1)]
+                is_direct &= (tokens // BLOCK * BLOCK >= length) & (tokens >= self.sinks)
+                tokens = tokens[~is_direct]
+            step.put_tokens += (tokens - length + start).tolist()
+            places.append(tokens)
+        step.put_slots = self.slots.take(len(step.put_tokens))
+        self._append_exact(places, step.put_slots)
+
+    def _append_exact(self, places: Sequence[Integers], slots: Sequence[int]) -> None:
+        need = max((int(count) + len(tokens) for count, tokens in zip(self.counts, places, strict=True)), default=0)
+        if need > self.slot_of.shape[1]:
+            self._widen_exact(need)
+        begin = 0
+        for row, tokens in enumerate(places):
+            count, stop = int(self.counts[row]), int(self.counts[row]) + len(tokens)
+            self.slot_of[row, count:stop] = slots[begin : begin + len(tokens)]
+            self.token_of[row, count:stop] = tokens
+            self.counts[row] = stop
+            begin += len(tokens)
+
+    def _widen_exact(self, need: int) -> None:
+        more = need + max(_SPARE_SLOTS, need // 4) - self.slot_of.shape[1]
+        self.slot_of, self.token_of = (np.pad(of, ((0, 0), (0, more))) for of in (self.slot_of, self.token_of))
+        self.version += 1
+
+    def _take_pages(self, step: Step) -> None:
+        """Pages for the blocks that are packed; rows whose tokens are the same share one."""
+        try:
+            shared: dict[tuple[int, ...], int] = {}
+            for row, decided in enumerate(step.decided):
+                for place, state in enumerate(decided):
+                    if state != HOLE:
+                        decided[place] = self._page_for(step, row, step.firsts[row] + place, shared)
+        except QJLError:
+            self._undo(step)
+            raise
+
+    def _page_for(self, step: Step, row: int, block: int, shared: dict[tuple[int, ...], int]) -> int:
+        first, kept = block * BLOCK, self.partial[row].get(block, 0)
+        position = int(self.origins[row]) + first
+        if first >= self.lengths[row] and not kept:
+            page = self._new_page(step)
+            start = step.starts[row] + first - self.lengths[row]
+            self._add(step.direct, range(start, start + BLOCK), position, page, 0)
+            return page
+        slots = self._slots_of_block(row, first, kept)
+        key = (*slots, position, kept, int(self.table[row, block]) if kept else HOLE)
+        if key in shared:
+            self.pages.share([shared[key]])
+            step.taken.append(shared[key])
+            return shared[key]
+        shared[key] = page = self._page_to_fill(step, row, block) if kept else self._new_page(step)
+        self._add(step.pooled, slots, position, page, kept)
+        return page
+
+    def _new_page(self, step: Step) -> int:
+        page = self.pages.take(1)[0]
+        step.taken.append(page)
+        return page
+
+    def _page_to_fill(self, step: Step, row: int, block: int) -> int:
+        """A page of its own with the same codes: others keep theirs, and a pass that fails leaves it as it was."""
+        page = self._new_page(step)
+        step.copies.append((int(self.table[row, block]), page))
+        return page
+
+    def _slots_of_block(self, row: int, first: int, kept: int) -> list[int]:
+        """Of 64 tokens; in place of those that are only in codes stands any other."""
+        count = self.counts[row]
+        inside = slice(*np.searchsorted(self.token_of[row, :count], (first + kept, first + BLOCK)))
+        slots = self.slot_of[row, inside].tolist()
+        assert len(slots) == BLOCK - kept
+        return [slots[0]] * kept + slots
+
+    @staticmethod
+    def _add(to: Blocks, sources: Iterable[int], position: int, page: int, kept: int) -> None:
+        to.sources += sources
+        to.first.append(position)
+        to.pages.append(page)
+        to.kept.append(kept)
+
+    def commit(self) -> None:
+        """The pass is over: its tokens are held, and what its blocks no longer need is free."""
+        step = self.step
+        assert step is not None
+        self.plan()
+        self.step = None
+        self.columns += step.columns
+        for row, count in enumerate(step.counts):
+            self.lengths[row] += count
+            if not self.lengths[row]:
+                self.padding[row] = max(self.padding[row], self.columns)
+            if step.decided[row]:
+                self._enter(row, step.firsts[row], step.decided[row])
+
+    def _enter(self, row: int, first: int, decided: Sequence[int]) -> None:
+        blocks = first + len(decided)
+        if blocks > self.table.shape[1]:
+            self._widen_table(blocks)
+        if self.blocks[row] > first:  # the page that was filled
+            self.pages.release(self.table[row, first : first + 1])
+            del self.partial[row][first]
+        self.table[row, first:blocks] = decided
+        self.blocks[row] = blocks
+        self.ends[row] = self._end_of(row)
+        count = int(self.counts[row])
+        tokens, slots = self.token_of[row, :count], self.slot_of[row, :count]
+        inside = (tokens // BLOCK - first).clip(0, len(decided) - 1)
+        is_old = (tokens // BLOCK >= first) & (tokens < blocks * BLOCK) & (tokens >= self.sinks)
+        is_old &= np.asarray(decided)[inside] != HOLE
+        self.slots.release(slots[is_old])
+        kept = int(count - is_old.sum())
+        self.slot_of[row, :kept], self.token_of[row, :kept] = slots[~is_old], tokens[~is_old]
+        self.counts[row] = kept
+
+    def _widen_table(self, blocks: int) -> None:
+        more = blocks + max(_SPARE_PAGES, blocks // 4) - self.table.shape[1]
+        self.table = np.pad(self.table, ((0, 0), (0, more)), constant_values=HOLE)
+        self.version += 1
+
+    def roll_back(self) -> None:
+        """The pass at hand never was."""
+        if self.step is not None:
+            if self.step.is_planned:
+                self._undo(self.step)
+            self.step = None
+
+    def _undo(self, step: Step) -> None:
+        self.slots.release(step.put_slots)
+        self.pages.release(step.taken)
+        self.counts[:] = step.before
+
+    # Marks
+
+    def mark(self, mask: np.ndarray) -> None:
+        """Say which tokens of the next T columns may be packed, ``bool [B, T]``: see ``KVCache.mark``.
+
+        Raises:
+            QJLError: if it is for another number of rows.
+        """
+        if self.batch and len(mask) != self.batch:
+            raise QJLError(f"the cache holds {self.batch} rows, and the token mask is for {len(mask)}.")
+        known = np.ones((len(mask), self.columns), bool)
+        if self.marks is not None:
+            known[:, : self.marks.shape[1]] = self.marks[:, : self.columns]
+            known[:, self.marks.shape[1] :] = False
+        self.marks = np.concatenate([known, mask], axis=1)
+
+    # Cropping
+
+    def crop(self, columns: int) -> None:
+        """Keep the first columns, and touch none of their tokens; marks of later columns are forgotten."""
+        if columns >= self.columns:
+            return
+        self.columns = max(columns, 0)
+        for row in range(self.batch):
+            self.padding[row] = min(self.padding[row], self.columns)
+            self._crop_row(row, self.columns - self.padding[row])
+        if self.marks is not None:
+            self.marks = self.marks[:, : self.columns]
+
+    def _crop_row(self, row: int, length: int) -> None:
+        if length >= self.lengths[row]:
+            return
+        self.lengths[row] = length
+        count = int(np.searchsorted(self.token_of[row, : self.counts[row]], length))
+        self.slots.release(self.slot_of[row, count : self.counts[row]])
+        self.counts[row] = count
+        blocks = min(self.blocks[row], -(-length // BLOCK))
+        if blocks and length % BLOCK and blocks * BLOCK > length:
+            if self.table[row, blocks - 1] == HOLE:  # its tokens are exact: it may be decided anew
+                blocks -= 1
+            else:
+                inside = self.partial[row].get(blocks - 1, BLOCK)
+                self.partial[row][blocks - 1] = min(inside, length - (blocks - 1) * BLOCK)
+        dropped = self.table[row, blocks : self.blocks[row]]
+        self.pages.release(dropped[dropped != HOLE])
+        self.table[row, blocks : self.blocks[row]] = HOLE
+        self.blocks[row] = blocks
+        self.partial[row] = {block: inside for block, inside in self.partial[row].items() if block < blocks}
+        self.ends[row] = self._end_of(row)
+
+    # What is held
+
+    def _end_of(self, row: int) -> int:
+        last = self.blocks[row] - 1
+        return last * BLOCK + self.partial[row].get(last, BLOCK) if last >= 0 else 0
+
+    @property
+    def packed_tokens(self) -> list[int]:
+        """Tokens that are read as codes, per row."""
+        return [self._packed_tokens(row) for row in range(self.batch)]
+
+    def _packed_tokens(self, row: int) -> int:
+        blocks = self.blocks[row]
+        inside = np.full(blocks, BLOCK)
+        for block, count in self.partial[row].items():
+            inside[block] = count
+        inside[: 1 if blocks else 0] -= min(self.sinks, int(inside[0])) if blocks else 0
+        return int(inside[self.table[row, :blocks] != HOLE].sum())
+
+    @property
+    def has_uneven_pages(self) -> bool:
+        """Whether a page within a row has codes of fewer than 64 tokens: lengths alone do not tell what is read."""
+        return any(block < blocks - 1 for blocks, of in zip(self.blocks, self.partial, strict=True) for block in of)
+
+    @property
+    def has_holes(self) -> bool:
+        return self.marks is not None and any((self.table[row, :n] == HOLE).any() for row, n in enumerate(self.blocks))
+
+    @property
+    def tokens_until_due(self) -> int:
+        """How many tokens may come at once with the result of one by one: until a block is decided."""
+        if not self.batch or not self.packs:
+            return 1
+        ends = [(self._next_block(row) + 1) * BLOCK + self.recent for row in range(self.batch)]
+        return max(1, min(end - length for end, length in zip(ends, self.lengths, strict=True)))
+
+    def slots_held(self) -> Integers:
+        """Each slot in use once."""
+        held = [self.slot_of[row, : self.counts[row]] for row in range(self.batch)]
+        return np.unique(np.concatenate(held)) if held else np.zeros(0, np.int32)
+
+    def pages_held(self) -> Integers:
+        """Each page in use once."""
+        held = [self._pages_of(row) for row in range(self.batch)]
+        return np.unique(np.concatenate(held)) if held else np.zeros(0, np.int32)
+
+    # Files
+
+    def state(self) -> dict[str, Any]:
+        """All rows as plain numbers and named arrays; slots and pages are numbered anew, in order.
+
+        ``slots`` and ``pages`` say where each of these is now.
+        """
+        slots, pages = self.slots_held(), self.pages_held()
+        exact = max(self.counts.tolist(), default=0)
+        blocks = max(self.blocks, default=0)
+        in_use = np.arange(exact) < self.counts[:, None]
+        table = self.table[:, :blocks]
+        return {
+            "columns": self.columns,
+            "padding": list(self.padding),
+            "lengths": list(self.lengths),
+            "blocks": list(self.blocks),
+            "partial": [sorted(of.items()) for of in self.partial],
+            "origins": self.origins.tolist(),
+            "counts": self.counts.tolist(),
+            "table": np.where(table == HOLE, HOLE, np.searchsorted(pages, table)).astype(np.int32),
+            "slot_of": np.where(in_use, np.searchsorted(slots, self.slot_of[:, :exact]), 0).astype(np.int32),
+            "token_of": np.where(in_use, self.token_of[:, :exact], 0),
+            "marks": self.marks,
+            "slots": slots,
+            "pages": pages,
+        }
+
+
+def bool_rows(mask: Tensor) -> np.ndarray:
+    """``bool [B, T]`` as numbers.
+
+    Raises:
+        QJLError: if the mask is of another kind.
+    """
+    if mask.dim() != 2 or str(mask.dtype) != "torch.bool":
+        raise QJLError(f"a token mask is bool [B, T], not {mask.dtype} {list(mask.shape)}.")
+    return mask.cpu().numpy()

@@ -1,0 +1,268 @@
+"""One layer of a cache: its tokens' numbers, which lie where the index of the cache says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qjl import ops
+from qjl.attention import Scoring, Seen, Segment, attend, joined
+from qjl.cache.index import Blocks, Step, TokenIndex
+from qjl.cache.pool import ExactTokens, Pages, run_of
+from qjl.cache.reading import Reading
+from qjl.codecs import Pair, TokenShape
+from qjl.errors import QJLError
+from qjl.methods.base import require_finite
+from qjl.methods.nibble import EXPAND_FROM_ROWS
+from qjl.packed import to_device
+
+Tokens = tuple[Tensor, Tensor]  # keys and values ``[B, H, T, D]``
+
+
+@dataclass(frozen=True, eq=False)
+class _Codes:
+    """Pages of some rows, as attention over decoded tokens reads them."""
+
+    pages: Pages
+    table: Tensor
+    first: Tensor
+    seen: Seen
+
+    @property
+    def blocks(self) -> int:
+        return self.table.shape[1]
+
+    def decode(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self.pages.decode(self.table[:, start:stop], self.first[:, start:stop])
+
+
+class Layer:
+    """Keys and values of one attention layer.
+
+    In a pass it is given fresh tokens (``join``), attends, and carries the step out. Codes are written once codecs are
+    there (``codecs``), which the cache sees to.
+    """
+
+    def __init__(self, index: TokenIndex, number: int) -> None:
+        self.index = index
+        self.number = number
+        self.name = f"layer {number}"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens, and which codecs they were coded with."""
+        self.shape: TokenShape | None = None
+        self.exact: ExactTokens | None = None
+        self.pages: Pages | None = None
+        self.step: Step | None = None  # the last one that it joined
+        self.has_missed = False  # whether the cache holds tokens that it was not given
+        self.fresh: Tokens | None = None  # of the pass at hand, as long as they are not stored
+        self._is_put = False
+
+    # A pass
+
+    def join(self, step: Step, keys: Tensor, values: Tensor) -> None:
+        """Fresh tokens of a pass, ``[B, H, T, D]``."""
+        if self.shape is None:
+            self.shape = TokenShape.of(keys, values)
+            self.exact = ExactTokens(self.shape, self.index.slots.capacity)
+        self.step, self.fresh, self._is_put = step, (keys, values), False
+
+    def require(self, keys: Tensor, values: Tensor) -> None:
+        """Raises QJLError if tokens do not fit those that are held, or the cache holds some that this layer missed."""
+        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise QJLError(
+                f"keys {list(keys.shape)} and values {list(values.shape)} must be [B, H, T, D] with equal B, H and T."
+            )
+        if self.has_missed:
+            raise QJLError(f"{self.name} was given no tokens in an earlier pass, and is now: reset the cache.")
+        held = self.shape
+        if held is not None and (held.heads, held.key_dim, held.value_dim) != (
+            keys.shape[1],
+            keys.shape[3],
+            values.shape[3],
+        ):
+            raise QJLError(
+                f"{self.name} holds tokens of {held.heads} heads with {held.key_dim} numbers a key and cannot take "
+                f"{list(keys.shape)}: heads and head_dim must stay the same."
+            )
+
+    def attend(self, query: Tensor, scoring: Scoring, reading: Reading, fresh: Tokens) -> Tensor:
+        """Attention of ``query [B, Hq, Q, D]``, that of the fresh tokens: ``[B, Q, Hq, Dv]`` in its dtype."""
+        if not self._takes_fused_step(query, reading):
+            return attend(query, *self._segments(reading, fresh), scoring).transpose(1, 2).contiguous()
+        pool, exact, rows = self.pages.operand, self._exact().operand, reading.operand  # type: ignore[union-attr]
+        softcap = scoring.softcap or 0.0
+        is_plain = reading.is_plain(scoring.mask)
+        if is_plain and scoring.sink_logits is None:
+            self._is_put = True
+            return ops.append_attend(query, *fresh, pool, exact, rows, scoring.scaling, softcap)
+        self.put()
+        bias = None if is_plain else reading.bias(scoring.mask)
+        grouped = query.reshape(query.shape[0], fresh[0].shape[1], -1, query.shape[3])
+        part = ops.attend(grouped, pool, exact, rows, query.shape[2], scoring.scaling, softcap, bias)
+        return joined(part, query, scoring.sink_logits).transpose(1, 2).contiguous()
+
+    def _takes_fused_step(self, query: Tensor, reading: Reading) -> bool:
+        """Whether codes are scored as they are: on a CPU for few rows, where looking up beats decoding."""
+        if self.pages is None or self.pages.operand is None or not reading.is_short:
+            return False
+        rows = query.shape[1] // self.shape.heads * query.shape[2]  # type: ignore[union-attr]
+        return rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
+
+    def _exact(self) -> ExactTokens:
+        assert self.exact is not None
+        self.exact.reserve(self.index.slots.capacity)
+        return self.exact
+
+    def _segments(self, reading: Reading, fresh: Tokens | None) -> tuple[list[Segment], _Codes | None]:
+        """All tokens as attention over decoded ones reads them, with fresh ones of the pass at hand."""
+        exact = []
+        if reading.before is not None:
+            slots, seen = reading.before
+            exact.append(Segment(*self._exact().read(slots), seen))
+        if fresh is not None:
+            exact.append(Segment(*fresh, reading.own))
+        if reading.packed is None:
+            return exact, None
+        assert self.pages is not None
+        return exact, _Codes(self.pages, *reading.packed)
+
+    # Storing
+
+    def put(self) -> None:
+        """Store the fresh tokens that stay exact for now."""
+        step = self.step
+        if self._is_put or self.fresh is None or step is None:
+            return
+        self._is_put = True
+        if step.put_tokens:
+            tokens, slots = (self._on_device(x) for x in (step.put_tokens, step.put_slots))
+            self._exact().put(slots, *(_by_token(x)[tokens] for x in self.fresh))
+
+    def encode_direct(self, codecs: Pair) -> None:
+        """Code blocks all of whose tokens are fresh."""
+        assert self.step is not None
+        assert self.fresh is not None
+        blocks, pages = self.step.direct, self._pages(codecs)
+        run = run_of(blocks.sources)
+        chosen = self._on_device(blocks.sources) if run is None else run
+        for side, (codec, tokens) in enumerate(zip(codecs, self.fresh, strict=True)):
+            pages.write(side, codec.quantize(*self._checked(_by_token(tokens)[chosen], side, blocks)), blocks.pages)
+
+    def encode_pooled(self, codecs: Pair) -> None:
+        """Code blocks whose tokens are in slots."""
+        step = self.step
+        assert step is not None
+        pages, blocks = self._pages(codecs), step.pooled
+        if step.copies:
+            pages.copy(step.copies)
+        exact, slots = self._exact(), self._on_device(blocks.sources)
+        for side, (codec, tokens) in enumerate(zip(codecs, (exact.keys, exact.values), strict=True)):
+            coded = codec.quantize(*self._checked(tokens[slots], side, blocks))
+            if blocks.are_whole:
+                pages.write(side, coded, blocks.pages)
+            else:
+                pages.fill(side, coded, blocks.pages, blocks.kept)
+
+    def _pages(self, codecs: Pair) -> Pages:
+        assert self.shape is not None
+        if self.pages is None:
+            self.pages = Pages(codecs, self.shape.heads, self.index.pages.capacity, self.shape.device)
+        self.pages.reserve(self.index.pages.capacity)
+        return self.pages
+
+    def _checked(self, tokens: Tensor, side: int, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Finite tokens ``[1, H, n * 64, D]`` of ``[n * 64, H, D]``, and positions ``[1, n]``."""
+        chosen = tokens.transpose(0, 1)[None]
+        require_finite(chosen, f"{('keys', 'values')[side]} of {self.name}")
+        return chosen, self._on_device(blocks.first)[None]
+
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        assert self.shape is not None
+        return to_device(torch.tensor(numbers, dtype=torch.int64), self.shape.device)
+
+    # What is held
+
+    @property
+    def codecs(self) -> Pair | None:
+        """With which tokens were coded; None as long as none were."""
+        return None if self.pages is None else self.pages.codecs
+
+    def exact_tokens(self, reading: Reading) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values ``[B, H, t, D]`` of all tokens that are exact, fresh ones too, their columns ``int64 [B, t]``
+        and which of them there are, ``bool [B, t]``."""
+        segments, _ = self._segments(reading, self.fresh)
+        keys, values = (torch.cat([getattr(one, name) for one in segments], 2) for name in ("keys", "values"))
+        return keys, values, *_columns_of(segments)
+
+    def dense(self, reading: Reading, fresh: Tokens | None) -> Tokens:
+        """All keys and values decoded to the model's dtype, ``[B, H, columns, D]``; padding is zero."""
+        exact, coded = self._segments(reading, fresh)
+        if coded is None and len(exact) == 1 and exact[0].seen.valid is None and exact[0].seen.columns == 0:
+            return exact[0].keys, exact[0].values
+        if coded is not None:
+            exact.append(Segment(*coded.decode(0, coded.blocks), coded.seen))
+        assert self.shape is not None
+        columns = self.index.columns + (0 if fresh is None else fresh[0].shape[2])
+        size = (self.index.batch, self.shape.heads, columns)
+        like = {"dtype": self.shape.dtype, "device": self.shape.device}
+        out = torch.zeros(*size, self.shape.key_dim, **like), torch.zeros(*size, self.shape.value_dim, **like)  # type: ignore[arg-type]
+        for segment in exact:
+            _place(out, segment)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tokens held, exact and packed; codecs are apart (``codec_tensors``)."""
+        packed = 0 if self.pages is None else self.index.pages.in_use * self.pages.page_bytes
+        return self.exact_nbytes + packed
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of the exact tokens: sinks, window, and those that a token mask leaves exact."""
+        return 0 if self.exact is None else self.index.slots.in_use * self.exact.token_bytes
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        return sum(of.nbytes for of in (self.exact, self.pages) if of is not None)
+
+    @property
+    def codec_tensors(self) -> tuple[Tensor, ...]:
+        """Fitted parameters of this layer; some are shared with other layers."""
+        return tuple(tensor for codec in self.codecs or () for tensor in codec.tensors)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """``[B, H, T, D] -> [B * T, H, D]``, as fresh tokens are numbered."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _columns_of(segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
+    columns, valid = [], []
+    for one in segments:
+        batch, tokens, device = one.keys.shape[0], one.tokens, one.keys.device
+        seen = one.seen
+        if isinstance(seen.columns, int):
+            columns.append(torch.arange(seen.columns, seen.columns + tokens, device=device).expand(batch, -1))
+        else:
+            columns.append(seen.columns)
+        valid.append(torch.ones(batch, tokens, dtype=torch.bool, device=device) if seen.valid is None else seen.valid)
+    return torch.cat(columns, 1), torch.cat(valid, 1)
+
+
+def _place(out: tuple[Tensor, ...], segment: Segment) -> None:
+    """Write tokens to their columns."""
+    seen = segment.seen
+    for target, source in zip(out, (segment.keys.to(out[0].dtype), segment.values.to(out[1].dtype)), strict=True):
+        if isinstance(seen.columns, int) and seen.valid is None:
+            target[:, :, seen.columns : seen.columns + source.shape[2]] = source
+            continue
+        columns, valid = _columns_of([segment])
+        for row in range(source.shape[0]):
+            chosen = valid[row]
+            target[row][:, columns[row][chosen]] = source[row][:, chosen]

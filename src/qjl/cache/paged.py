@@ -1,0 +1,301 @@
+"""``PagedCache``: an index, and the layers whose tokens it tells of; the core of every integration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qjl.attention import Scoring
+from qjl.cache.index import Step, TokenIndex, bool_rows
+from qjl.cache.layer import Layer, Tokens
+from qjl.cache.reading import KeptRows, Reading
+from qjl.codecs import Codecs, Pair
+from qjl.copies import Copied
+from qjl.errors import QJLError
+
+
+class CodecsOf(Protocol):
+    """Where a cache's codecs come from; ``waits`` as long as it wants to see what layers compute."""
+
+    codecs: Codecs
+
+    @property
+    def waits(self) -> bool: ...
+
+    def observe(self, layer: Layer, cache: PagedCache, query: Tensor, out: Tensor) -> None:
+        """Queries ``[B, Hq, Q, D]`` of the fresh tokens, and their outputs in the same order."""
+        ...
+
+    def can_code(self, cache: PagedCache) -> bool:
+        """Whether every layer has codecs, or will have them once it has read the pass at hand."""
+        ...
+
+    def of(self, layer: Layer, cache: PagedCache) -> Pair:
+        """Codecs of a layer that has read the pass at hand."""
+        ...
+
+
+class Fitted:
+    """Codecs that are all there, or can be fitted without looking at tokens."""
+
+    waits = False
+
+    def __init__(self, codecs: Codecs) -> None:
+        self.codecs = codecs
+
+    def observe(self, layer: Layer, cache: PagedCache, query: Tensor, out: Tensor) -> None:
+        """Nothing is waited for."""
+
+    def can_code(self, cache: PagedCache) -> bool:
+        return True
+
+    def of(self, layer: Layer, cache: PagedCache) -> Pair:
+        assert layer.shape is not None
+        found = self.codecs.of(layer.number, layer.shape)
+        if found is None:
+            raise QJLError(f"the codecs that the cache was given have no statistics of {layer.name}: fit them first.")
+        return found
+
+
+class PagedCache(Copied):
+    """Tokens of some layers that are given the same ones, in exact slots and in pages of codes.
+
+    A pass: each layer is given its fresh tokens (``append``) and attends (``attend``); ``settle`` ends the pass, and
+    codes what became old enough. A pass that fails is undone by ``roll_back``.
+
+    Args:
+        layers: numbers of the layers, as the codecs know them.
+        sinks, recent: exact tokens at the start and at the end of each row.
+        source: where codecs come from.
+    """
+
+    def __init__(self, layers: Iterable[int], sinks: int, recent: int, source: CodecsOf) -> None:
+        self.index = TokenIndex(sinks, recent)
+        self.source = source
+        self.layers = {number: Layer(self.index, number) for number in layers}
+        self._forget()
+
+    def _copied(self) -> dict[str, object]:
+        """A copy reads its own arrays."""
+        return vars(self) | {"_reading": None, "_kept": KeptRows()}
+
+    def _forget(self) -> None:
+        self._reading: Reading | None = None
+        self._kept = KeptRows()
+        self._can_code = False
+        self._last: Layer | None = None  # whose fresh tokens are still held
+
+    def reset(self) -> None:
+        """Forget all tokens, and the codecs that they were coded with."""
+        self.index.reset()
+        for layer in self.layers.values():
+            layer.reset()
+        self._forget()
+
+    # A pass
+
+    def append(self, layer: Layer, keys: Tensor, values: Tensor) -> Tokens:
+        """Give a layer its fresh tokens ``[B, H, T, D]``; the first layer that is given some begins a pass.
+
+        Returns them as they are kept, keys and values of one dtype.
+
+        Raises:
+            QJLError: if they do not fit what is held, or the pass before left layers out.
+        """
+        index = self.index
+        if self._last is not None:
+            self.store(self._last)
+        if index.step is not None and layer.step is index.step:
+            self.settle()
+        layer.require(keys, values)
+        keys, values = _of_one_dtype(keys, values)
+        batch, _, tokens, _ = keys.shape
+        if index.step is None:
+            self._begin(layer, batch, tokens)
+        elif (batch, tokens) != (index.batch, index.step.columns):
+            raise QJLError(
+                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {index.batch} x {index.step.columns}: "
+                "batch and tokens must be those of the other layers."
+            )
+        assert index.step is not None
+        layer.join(index.step, keys, values)
+        self._last = layer
+        return keys, values
+
+    def _begin(self, layer: Layer, batch: int, tokens: int) -> None:
+        index = self.index
+        if not index.batch:
+            if index.marks is not None and len(index.marks) != batch:
+                raise QJLError(
+                    f"the token mask given to {layer.name} is for {len(index.marks)} rows and {batch} come: repeat it "
+                    "for beams and samples."
+                )
+            index.add_rows(batch)
+        elif batch != index.batch:
+            raise QJLError(f"the cache holds {index.batch} rows and cannot append {batch}: the batch stays the same.")
+        index.begin_columns(tokens)
+        self._reading = None
+
+    def _plan(self) -> Step:
+        step = self.index.step
+        assert step is not None
+        if not step.is_planned:
+            self._can_code = self._can_code or self.source.can_code(self)
+            self.index.packs = self._can_code
+            self.index.fills_pages = all(layer.pages.can_be_filled for layer in self.layers.values() if layer.pages)
+            self.index.plan()
+        return step
+
+    def reading(self, device: torch.device) -> Reading:
+        """What all rows read in the pass at hand; without one, what they hold."""
+        if self.index.step is None:
+            return Reading(self.index, device, self._kept)
+        if self._reading is None or self._reading.device != device:
+            self._plan()
+            self._reading = Reading(self.index, device, self._kept)
+        return self._reading
+
+    def attend(self, layer: Layer, query: Tensor, scoring: Scoring, fresh: Tokens) -> Tensor:
+        """Attention of ``query [B, Hq, Q, D]``, that of the fresh tokens: ``[B, Q, Hq, Dv]`` in its dtype."""
+        return layer.attend(query, scoring, self._reading or self.reading(query.device), fresh)
+
+    def store(self, layer: Layer) -> None:
+        """Keep or code a layer's fresh tokens, once it has attended, so that they need not be held any longer."""
+        if layer.fresh is None:
+            return
+        step = self._plan()
+        layer.put()
+        if len(step.direct) or len(step.pooled):
+            codecs = self.source.of(layer, self)
+            if len(step.direct):
+                layer.encode_direct(codecs)
+        layer.fresh = None
+
+    def settle(self) -> None:
+        """End the pass at hand; blocks that have left the window are coded.
+
+        Raises:
+            QJLError: if a number is NaN or infinite, or a layer that holds tokens was given none; the cache is then as
+                it was before the pass.
+        """
+        if self.index.step is None:
+            return
+        try:
+            step = self._plan()
+            joined = [layer for layer in self.layers.values() if layer.step is step]
+            self._require_all(joined)
+            for layer in joined:
+                self.store(layer)
+            if len(step.pooled):
+                self._encode_pooled(joined)
+        except QJLError:
+            self.roll_back()
+            raise
+        self.index.commit()
+        self._reading = self._last = None
+        for layer in self.layers.values():
+            layer.has_missed = layer.has_missed or layer.step is not step
+
+    def _require_all(self, joined: Sequence[Layer]) -> None:
+        for layer in self.layers.values():
+            if layer not in joined and layer.shape is not None and not layer.has_missed:
+                raise QJLError(
+                    f"{layer.name} was given no tokens in a pass that {joined[0].name} was given some in: the pass is "
+                    "undone, so read its tokens again."
+                )
+
+    def _encode_pooled(self, layers: Sequence[Layer]) -> None:
+        for layer in layers:
+            layer.encode_pooled(self.source.of(layer, self))
+
+    def roll_back(self) -> None:
+        """The pass at hand never was."""
+        step = self.index.step
+        self.index.roll_back()
+        self._reading = self._last = None
+        for layer in self.layers.values():
+            if layer.step is step:
+                layer.step = layer.fresh = None
+
+    # Rows and columns
+
+    def set_padding(self, padding: Sequence[int], origins: Sequence[int]) -> None:
+        """Left padding of each row in columns, and the RoPE position of its first real token.
+
+        Rows that hold tokens keep what they have.
+        """
+        if not self.index.batch:
+            self.index.add_rows(len(padding))
+        self.index.set_padding(padding, origins)
+
+    def mark(self, mask: Tensor) -> None:
+        """Say which of the next T tokens may be packed: ``bool [B, T]``, padding included.
+
+        A block is packed if all of its 64 tokens may be; all others stay exact for ever. Tokens that no mask speaks of
+        may be packed as long as there was no mask, and stay exact from the first one on: text that is generated after
+        an image, for example. A mask replaces what an earlier one said of tokens yet to come.
+
+        Raises:
+            QJLError: if the mask is of another kind, or for another number of rows.
+        """
+        self.settle()
+        self.index.mark(bool_rows(mask))
+
+    def crop(self, columns: int) -> None:
+        """Keep the first columns, and touch none of their tokens; marks of later columns are forgotten."""
+        self.settle()
+        self.index.crop(columns)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep, repeat, reorder or drop rows: no token moves."""
+        self.settle()
+        self.index.select(rows)
+
+    @property
+    def tokens_until_due(self) -> int:
+        """How many tokens may come at once with the result of one by one: until a block is coded."""
+        return self.index.tokens_until_due
+
+    # What is held
+
+    def columns(self, layer: Layer) -> int:
+        """Tokens of each row that a layer holds, padding included, those of the pass at hand too."""
+        step = self.index.step
+        return self.index.columns + (step.columns if step is not None and layer.step is step else 0)
+
+    def dense(self, layer: Layer, fresh: Tokens | None = None) -> Tokens:
+        """All keys and values decoded to the model's dtype, ``[B, H, columns, D]``; padding is zero.
+
+        In a pass these are the tokens before it, and the ``fresh`` ones that the layer was given.
+        """
+        assert layer.shape is not None
+        return layer.dense(self.reading(layer.shape.device), fresh)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tokens held, exact and packed."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        return sum(layer.allocated_nbytes for layer in self.layers.values())
+
+
+def coded(keys: Tensor, values: Tensor, codecs: Codecs, layer: int = 0) -> Tokens:
+    """``[B, H, T, D]`` as a cache gives them back that keeps no token exact but those behind the last whole block."""
+    cache = PagedCache([layer], sinks=0, recent=0, source=Fitted(codecs))
+    cache.append(cache.layers[layer], keys, values)
+    cache.settle()
+    return cache.dense(cache.layers[layer])
+
+
+def _of_one_dtype(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast a model's keys and values may differ in theirs."""
+    if keys.dtype == values.dtype:
+        return keys, values
+    dtype = torch.promote_types(keys.dtype, values.dtype)
+    return keys.to(dtype), values.to(dtype)

@@ -1,0 +1,176 @@
+"""Where one layer's tokens lie: exact ones in slots, codes in pages of 64 tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qjl.ops.forms import ExactPool, Pool
+from qjl.packed import Blocks, Layout, to_device
+
+if TYPE_CHECKING:
+    from qjl.codecs import Pair, TokenShape
+
+
+class ExactTokens:
+    """Keys ``[slots, H, D]`` and values ``[slots, H, Dv]`` of one layer."""
+
+    def __init__(self, shape: TokenShape, capacity: int) -> None:
+        # zeros: a block that has some codes already is encoded with whatever stands beside its tokens
+        self.keys = _zeros((capacity, shape.heads, shape.key_dim), shape)
+        self.values = _zeros((capacity, shape.heads, shape.value_dim), shape)
+
+    @cached_property
+    def operand(self) -> ExactPool:
+        """What operations take; another one after each growth."""
+        return ExactPool(self.keys, self.values)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a key and a value, of all heads."""
+        return sum(x[0].nbytes if len(x) else x.new_empty(1, *x.shape[1:]).nbytes for x in (self.keys, self.values))
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens."""
+        if capacity > self.capacity:
+            self.keys, self.values = (_grown(x, capacity) for x in (self.keys, self.values))
+            vars(self).pop("operand", None)
+
+    def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep ``keys``, ``values [n, H, D]``."""
+        self.keys[slots] = keys.to(self.keys.dtype)
+        self.values[slots] = values.to(self.values.dtype)
+
+    def read(self, slots: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """``[B, H, t, D]`` of ``slots [B, t]``, or of a slice for one row, which copies nothing."""
+        if isinstance(slots, slice):
+            keys, values = self.keys[None, slots], self.values[None, slots]
+        else:
+            keys, values = self.keys[slots], self.values[slots]
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+class Pages:
+    """Packed keys and values of one layer: each field ``[pages, H, *shape]``, one head behind the other in memory."""
+
+    def __init__(self, codecs: Pair, heads: int, capacity: int, device: torch.device) -> None:
+        self.codecs = codecs
+        self.heads = heads
+        self._device = device
+        self._storage = [
+            {
+                name: torch.zeros((heads, capacity, *field.shape), dtype=field.dtype, device=device)
+                for name, field in codec.layout.items()
+            }
+            for codec in codecs
+        ]
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self._storage[0].values())).shape[1]
+
+    @property
+    def fields(self) -> tuple[Blocks, Blocks]:
+        """Of keys and of values."""
+        keys, values = ({name: x.transpose(0, 1) for name, x in side.items()} for side in self._storage)
+        return keys, values
+
+    @cached_property
+    def operand(self) -> Pool | None:
+        """What the fused step reads; None where keys or values are no nibble codes. Another one after each growth."""
+        key, value = self.codecs[0].form, self.codecs[1].form
+        if key is None or value is None or not value.has_shared_code:
+            return None
+        return Pool(*self.fields, key, value)
+
+    @property
+    def can_be_filled(self) -> bool:
+        """Whether codes of single tokens can be added to a page: they are nibbles, with constants of their own."""
+        return all(codec.form is not None for codec in self.codecs)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page, keys and values of all heads."""
+        return self.heads * sum(field.nbytes for codec in self.codecs for field in codec.layout.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for side in self._storage for x in side.values())
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many pages."""
+        if capacity > self.capacity:
+            self._storage = [{name: _grown(x, capacity, dim=1) for name, x in side.items()} for side in self._storage]
+            vars(self).pop("operand", None)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Pages from where they are to others."""
+        sources, targets = (
+            to_device(torch.tensor(x, dtype=torch.int64), self._device) for x in zip(*pairs, strict=True)
+        )
+        for side in self._storage:
+            for field in side.values():
+                field[:, targets] = field[:, sources]
+
+    def write(self, side: int, blocks: Blocks, pages: Sequence[int]) -> None:
+        """Whole pages: ``blocks [1, H, n, *shape]`` of keys (0) or values (1)."""
+        where = run_of(pages)
+        index = to_device(torch.tensor(pages, dtype=torch.int64), self._device) if where is None else where
+        for name, field in self._storage[side].items():
+            field[:, index] = blocks[name][0]
+
+    def fill(self, side: int, blocks: Blocks, pages: Sequence[int], kept: Sequence[int]) -> None:
+        """The same, but the first ``kept`` tokens of each page stay."""
+        for place, (page, first) in enumerate(zip(pages, kept, strict=True)):
+            for name, field in self._storage[side].items():
+                field[:, page, ..., first:] = blocks[name][0, :, place, ..., first:]
+
+    def decode(self, table: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``float32 [B, H, n * 64, D]`` of pages ``table [B, n]`` that begin at positions ``first``."""
+        keys, values = (
+            {name: field[table].transpose(1, 2) for name, field in fields.items()} for fields in self.fields
+        )
+        return self.codecs[0].dequantize(keys, first), self.codecs[1].dequantize(values, first)
+
+    def taken(self, pages: Sequence[int] | Tensor) -> list[Blocks]:
+        """Copies of some pages, ``[n, H, *shape]`` per field, of keys and of values."""
+        index = to_device(torch.as_tensor(pages, dtype=torch.int64), self._device)
+        return [{name: field[index].contiguous() for name, field in fields.items()} for fields in self.fields]
+
+
+def run_of(numbers: Sequence[int]) -> slice | None:
+    """The slice that they are, if each is one more than the last."""
+    first, last = numbers[0], numbers[-1]
+    is_run = last - first == len(numbers) - 1 and all(b - a == 1 for a, b in pairwise(numbers))
+    return slice(first, last + 1) if is_run else None
+
+
+def page_bytes(layouts: Sequence[Layout]) -> int:
+    """Bytes of a block of 64 tokens of one head."""
+    return sum(field.nbytes for layout in layouts for field in layout.values())
+
+
+def _zeros(size: tuple[int, ...], shape: TokenShape) -> Tensor:
+    return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+
+
+def _grown(x: Tensor, capacity: int, dim: int = 0) -> Tensor:
+    size = list(x.shape)
+    held = size[dim]
+    size[dim] = capacity
+    grown = x.new_zeros(size)
+    grown.narrow(dim, 0, held).copy_(x)
+    return grown

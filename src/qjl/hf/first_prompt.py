@@ -1,0 +1,116 @@
+"""Codecs from the first prompt: fitted to the exact tokens of a prompt of at least 256, where no others are there."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from qjl.cache.layer import Layer
+from qjl.cache.paged import PagedCache
+from qjl.codecs import Codecs, Pair
+from qjl.copies import Copied
+from qjl.errors import QJLError
+from qjl.methods.base import require_finite
+from qjl.statistics import MIN_TOKENS, AttentionMoments, LayerStatistics, measure
+
+logger = logging.getLogger("qjl")
+
+
+class FirstPrompt(Copied):
+    """Gives one cache the codecs of its model, and fits those that are missing to what the cache reads.
+
+    All caches that share ``codecs`` have them then.
+    """
+
+    def __init__(self, codecs: Codecs, model_type: str) -> None:
+        self.codecs = codecs
+        self._model_type = model_type
+        self._moments: dict[int, AttentionMoments] = {}
+        self._has_codecs = False
+
+    @property
+    def waits(self) -> bool:
+        return not self._has_codecs
+
+    def reset(self) -> None:
+        """Forget the queries that were seen."""
+        self._moments, self._has_codecs = {}, False
+
+    def can_code(self, cache: PagedCache) -> bool:
+        self._has_codecs = all(self.codecs.is_ready(number) for number in cache.layers)
+        if self._has_codecs:
+            self._moments = {}
+            return True
+        return self._tokens(cache) >= MIN_TOKENS
+
+    @staticmethod
+    def _tokens(cache: PagedCache) -> int:
+        """Of the longest row, those of the pass at hand too."""
+        index = cache.index
+        fresh = index.step.counts if index.step is not None else [0] * index.batch
+        return max((length + count for length, count in zip(index.lengths, fresh, strict=True)), default=0)
+
+    def wants_queries(self, layer: Layer) -> bool:
+        """Whether ``observe`` is needed: codecs wait for statistics of the queries."""
+        return (
+            not self._has_codecs and self.codecs.needs_queries(layer.number) and not self.codecs.is_ready(layer.number)
+        )
+
+    def observe(self, layer: Layer, cache: PagedCache, query: Tensor, out: Tensor) -> None:
+        """Count the queries ``[B, Hq, Q, D]`` of the fresh tokens, and what attention gave them, ``[B, Hq, Q, Dv]``."""
+        shape = layer.shape
+        if shape is None or not self.wants_queries(layer) or out.shape[-1] != shape.value_dim:
+            return
+        index = cache.index
+        tokens = torch.arange(index.columns, index.columns + query.shape[2], device=query.device)
+        tokens = tokens - _column(index.padding, query.device)
+        positions = tokens + _column(index.origins.tolist(), query.device)
+        moments = self._moments.setdefault(layer.number, AttentionMoments())
+        moments.add(query, out, positions, tokens >= 0, self.codecs.rope(layer.number, query.device), shape.heads)
+
+    def of(self, layer: Layer, cache: PagedCache) -> Pair:
+        assert layer.shape is not None
+        found = layer.codecs or self.codecs.of(layer.number, layer.shape)
+        if found is not None:
+            return found
+        if self._tokens(cache) < MIN_TOKENS:
+            raise QJLError(
+                f"{layer.name} has no codecs for {layer.shape.dtype} on {layer.shape.device} yet: give it a prompt of "
+                f"{MIN_TOKENS} tokens there, or run `qjl calibrate`."
+            )
+        with self.codecs.fitting:
+            if (found := self.codecs.of(layer.number, layer.shape)) is not None:  # another thread was first
+                return found
+            statistics = self.measure(layer, cache)
+            if not self.codecs.is_announced:
+                self.codecs.is_announced = True
+                logger.info("%s: statistics taken from the first prompt, %d tokens", self._model_type, statistics.count)
+            return self.codecs.fit(layer.number, layer.shape, statistics)
+
+    def measure(self, layer: Layer, cache: PagedCache) -> LayerStatistics:
+        """Statistics of the exact tokens of a layer; sinks and padding do not count.
+
+        Raises:
+            QJLError: if a key is NaN or infinite, or the key quantizer needs queries and none were observed.
+        """
+        index = cache.index
+        assert layer.shape is not None
+        keys, values, columns, valid = layer.exact_tokens(cache.reading(layer.shape.device))
+        require_finite(keys * valid[:, None, :, None], f"keys of {layer.name}")
+        tokens = columns - _column(index.padding, keys.device)
+        needs_queries = self.codecs.needs_queries(layer.number)
+        return measure(
+            keys,
+            values,
+            positions=tokens + _column(index.origins.tolist(), keys.device),
+            valid=valid & (tokens >= index.sinks),
+            attention=self._moments.pop(layer.number, AttentionMoments()) if needs_queries else None,
+            rope=self.codecs.rope(layer.number, keys.device),
+        )
+
+
+def _column(of_rows: list[int], device: torch.device) -> Tensor:
+    """A number of each row, ``int64 [B, 1]``."""
+    return torch.tensor(of_rows, dtype=torch.int64, device=device)[:, None]
