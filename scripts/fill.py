@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from qjl import plots, records, report
-from qjl.bench.timing import exponent
-from qjl.records import Row
-from qjl.report.groups import groups
-from qjl.report.numbers import NOTHING, with_error
-from qjl.report.parts import Cell, Table
-from qjl.report.quality import lose_alike
+from qjl.lab import plots, records, report
+from qjl.lab.bench.timing import exponent
+from qjl.lab.records import Row
+from qjl.lab.report.groups import groups
+from qjl.lab.report.numbers import NOTHING, with_error
+from qjl.lab.report.parts import Cell, Table
+from qjl.lab.report.quality import lose_alike
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs/results"

@@ -16,8 +16,12 @@ from torch.nn.attention.flex_attention import flex_attention
 from typer.testing import CliRunner
 
 import tiny_checkpoint
-from qjl import attention, cli, models, ops, plots, texts
-from qjl.bench import (
+from qjl import attention, cli, models, ops, texts
+from qjl.cache import CacheLayer, LayerSource
+from qjl.compat import cache_argument
+from qjl.errors import QJLError
+from qjl.lab import plots
+from qjl.lab.bench import (
     baselines,
     caches,
     decode,
@@ -32,13 +36,10 @@ from qjl.bench import (
     throughput,
     timing,
 )
-from qjl.bench.protocol import Inaccurate, Settings, relative_error, require_accurate, using_backend
-from qjl.bench.synthetic import DISTINCT, Maker, Shape, fill
-from qjl.cache import CacheLayer, LayerSource
-from qjl.compat import cache_argument
-from qjl.errors import QJLError
+from qjl.lab.bench.protocol import Inaccurate, Settings, relative_error, require_accurate, using_backend
+from qjl.lab.bench.synthetic import DISTINCT, Maker, Shape, fill
+from qjl.lab.plots import steps, style
 from qjl.ops.cpu import library
-from qjl.plots import steps, style
 from qjl.presets import PRESETS
 
 pytestmark = pytest.mark.skipif(not library.is_installed(), reason="needs the compiled baselines")

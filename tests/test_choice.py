@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 import qjl
 import tiny_checkpoint
 from models_for_tests import FAMILIES, prompt, tiny
-from qjl import architecture, choice, cli, compat, demo, hf, presets, sensitivity, texts
+from qjl import architecture, choice, cli, compat, hf, presets, sensitivity, texts
 from qjl.choice import Option, allocate, choose
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
+from qjl.lab import demo
 from qjl.methods.balanced import Balanced
 from qjl.methods.transform import Transform
 from tiny_checkpoint import byte_tokenizer

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 import qjl
 import tiny_checkpoint
-from qjl import cli, demo, generation, models, presets, texts
+from qjl import cli, generation, models, presets, texts
 from qjl.cli import common, planning
 from qjl.compat import cache_argument
 from qjl.conversation import Conversation
-from qjl.demo import QUESTION
+from qjl.lab import demo
+from qjl.lab.demo import QUESTION
 
 COMMANDS = (
     ["demo"],
@@ -455,7 +456,7 @@ def test_frontier_goes_on_where_it_stopped(frontier, tmp_path, monkeypatch):
 
 def counted_presets(monkeypatch):
     """Names of the presets that are measured from now on."""
-    from qjl.evals import frontier
+    from qjl.lab.evals import frontier
 
     measured, measure = [], frontier.measure
 

@@ -7,10 +7,10 @@ import torch
 
 from models_for_tests import tiny
 from qjl.compat import CACHE
-from qjl.evals import distortion, perplexity, seeds
-from qjl.evals.distortion import Protocol, expected_error
-from qjl.evals.fidelity import Protocol as Fidelity
-from qjl.evals.subject import Subject
+from qjl.lab.evals import distortion, perplexity, seeds
+from qjl.lab.evals.distortion import Protocol, expected_error
+from qjl.lab.evals.fidelity import Protocol as Fidelity
+from qjl.lab.evals.subject import Subject
 from qjl.methods.identity import Identity
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant

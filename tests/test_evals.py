@@ -10,12 +10,13 @@ import torch
 
 import qjl
 from models_for_tests import agreement, packed_bytes, prompt, tiny
-from qjl import calibrate, machine
+from qjl import calibrate, teacher_forcing
 from qjl.compat import cache_argument
-from qjl.evals import decoding, fidelity
-from qjl.evals.fidelity import Protocol
-from qjl.evals.frontier import Frontier, parse_bits, within
-from qjl.evals.widths import WIDTHS, every_width
+from qjl.lab import machine
+from qjl.lab.evals import fidelity
+from qjl.lab.evals.fidelity import Protocol
+from qjl.lab.evals.frontier import Frontier, parse_bits, within
+from qjl.lab.evals.widths import WIDTHS, every_width
 from qjl.methods.balanced import Balanced
 from qjl.methods.identity import Identity
 from qjl.methods.qjl import QJL
@@ -47,13 +48,13 @@ def test_filled_caches_are_as_prefilled_by_the_model(family, preset):
     model, ids = tiny(family), prompt(PREFIX + 150, batch=2)
     config = dataclasses.replace(PRESETS[preset], recent=32)
     statistics = calibrate.measure(model, ids[:1, :PREFIX])
-    reference = decoding.full_log_probabilities(model, ids, PREFIX)
+    reference = teacher_forcing.full_log_probabilities(model, ids, PREFIX)
     caches = [give_statistics(qjl.KVCache(model, config, share=False), statistics) for _ in range(2)]
-    decoding.refill(caches[0], decoding.prefill(model, ids[:, :PREFIX]))
+    teacher_forcing.refill(caches[0], teacher_forcing.prefill(model, ids[:, :PREFIX]))
     with torch.inference_mode():
         model(input_ids=ids[:, :PREFIX], **cache_argument(caches[1]))
     assert agreement(*map(packed_bytes, caches)) > 0.999
-    filled, prefilled = (decoding.compare(model, cache, ids, PREFIX, reference) for cache in caches)
+    filled, prefilled = (teacher_forcing.compare(model, cache, ids, PREFIX, reference) for cache in caches)
     assert filled.kl.shape == (2, 149)
     assert filled.kl.mean() > 1e-6
     torch.testing.assert_close(filled.kl.mean(), prefilled.kl.mean(), rtol=1e-3, atol=0)
@@ -64,12 +65,12 @@ def test_filled_caches_are_as_prefilled_by_the_model(family, preset):
 def test_a_filled_cache_in_full_precision_loses_nothing(family):
     model, ids = tiny(family), prompt(PREFIX + 100, batch=2)
     cache = qjl.KVCache(model, CacheConfig(Identity(), Identity()), share=False)
-    exact = decoding.prefill(model, ids[:, :PREFIX])
+    exact = teacher_forcing.prefill(model, ids[:, :PREFIX])
     for _ in range(2):  # the second time after all that the first has decoded
-        decoding.refill(cache, exact)
+        teacher_forcing.refill(cache, exact)
         assert exact.get_seq_length() == PREFIX
-        reference = decoding.full_log_probabilities(model, ids, PREFIX)
-        assert decoding.compare(model, cache, ids, PREFIX, reference).kl.max() < 1e-5
+        reference = teacher_forcing.full_log_probabilities(model, ids, PREFIX)
+        assert teacher_forcing.compare(model, cache, ids, PREFIX, reference).kl.max() < 1e-5
 
 
 def test_statistics_measured_once_give_the_codes_of_a_first_prompt():
@@ -85,8 +86,8 @@ def test_statistics_measured_once_give_the_codes_of_a_first_prompt():
 def test_kl_and_the_rest_are_what_their_names_say(generator, monkeypatch):
     logits, full = torch.randn(2, 2, 7, 50, generator=generator).mul(4)
     targets = torch.randint(50, (2, 7), generator=generator)
-    monkeypatch.setattr(decoding, "_SLICE_NUMBERS", 150)
-    kl, nll, nll_full, same_top = decoding._agreement(logits, full.log_softmax(-1), targets)
+    monkeypatch.setattr(teacher_forcing, "_SLICE_NUMBERS", 150)
+    kl, nll, nll_full, same_top = teacher_forcing._agreement(logits, full.log_softmax(-1), targets)
     p, q = full.double().softmax(-1), logits.double().softmax(-1)
     torch.testing.assert_close(kl.double(), (p * (p / q).log()).sum(-1), rtol=1e-4, atol=1e-5)
     for got, probabilities in ((nll, q), (nll_full, p)):

@@ -8,11 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_checkpoint
-from qjl import cli, records
-from qjl.bench import smoke as benchmarks
+from qjl import cli
 from qjl.cli import evaluating, measuring
-from qjl.evals import harness
-from qjl.evals import smoke as evaluations
+from qjl.lab import records
+from qjl.lab.bench import smoke as benchmarks
+from qjl.lab.evals import harness
+from qjl.lab.evals import smoke as evaluations
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
 PROBLEMS = [{"question": f"What is {n} and {n}?", "answer": f"#### {2 * n}"} for n in range(3)]
@@ -180,4 +181,4 @@ def test_smoke_tells_that_the_harness_is_missing(smoke, monkeypatch):
     monkeypatch.setattr(benchmarks, "checks", lambda device: ())
     found, told = smoke()
     assert found.keys() == {"frontier", "widths", *CASES}
-    assert told == "Not run: harness, which needs lm-eval: run `pip install 'qjl[harness]'`.\n"
+    assert told == "Not run: harness, which needs lm-eval: run `pip install 'qjl[lab]'`.\n"

@@ -22,13 +22,13 @@ from typer.testing import CliRunner
 import tiny_checkpoint
 from models_for_tests import prompt, tiny
 from qjl import calibrate, cli
-from qjl.evals import harness, requests
-from qjl.evals.decoding import calibrated_cache
-from qjl.evals.harness import PackedModel, Protocol
+from qjl.lab.evals import harness, requests
+from qjl.lab.evals.harness import PackedModel, Protocol
+from qjl.lab.records import Journal
 from qjl.methods.identity import Identity
 from qjl.methods.uniform import TokenUniform
 from qjl.presets import PRESETS, CacheConfig
-from qjl.records import Journal
+from qjl.teacher_forcing import calibrated_cache
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 EXAMPLES = "Question: is grass green? Answer: yes. Question: is snow black? Answer: no. " * 3  # 228 tokens: bytes
@@ -183,9 +183,9 @@ def test_lengths_are_asked_one_by_one(refuses):
 
 def test_without_the_harness_one_is_told_how_to_get_it(monkeypatch, refuses):
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
-    monkeypatch.delitem(sys.modules, "qjl.evals.harness")
-    with refuses("run `pip install 'qjl[harness]'`"):
-        importlib.import_module("qjl.evals.harness")
+    monkeypatch.delitem(sys.modules, "qjl.lab.evals.harness")
+    with refuses("run `pip install 'qjl[lab]'`"):
+        importlib.import_module("qjl.lab.evals.harness")
 
 
 # Prebuilt tasks

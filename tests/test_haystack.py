@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from models_for_tests import tiny
-from qjl.evals import haystack
-from qjl.evals.haystack import TASKS, Cell, Protocol, Task
-from qjl.evals.subject import Subject
+from qjl.lab.evals import haystack
+from qjl.lab.evals.haystack import TASKS, Cell, Protocol, Task
+from qjl.lab.evals.subject import Subject
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 FIT = "Call me Ishmael, some years ago, never mind how long precisely. " * 35

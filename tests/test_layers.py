@@ -1,6 +1,8 @@
-"""Imports go down only (docs: the floors of the house), and few rooms know transformers."""
+"""Imports go down only (docs: the floors of the house), few rooms know transformers, and extras stay extras."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,16 +11,14 @@ SOURCE = Path(__file__).parent.parent / "src" / "qjl"
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("report",),
-    ("demo",),
-    ("choice", "bench", "serving"),
-    ("evals", "plots", "plan"),
-    ("conversation",),
-    ("calibrate", "generation", "sensitivity"),
+    ("lab",),
+    ("choice", "serving"),
+    ("plan", "conversation"),
+    ("calibrate", "generation", "sensitivity", "teacher_forcing"),
     ("prompts",),
     ("hf", "vllm"),
     ("stored",),
-    ("models", "texts", "records", "machine"),
+    ("models", "texts"),
     ("architecture", "attention", "fingerprints", "gguf_metadata"),
     ("cache",),
     ("exact", "runs"),
@@ -27,10 +27,15 @@ FLOORS = (
     ("statistics", "trellis"),
     ("codebook", "sketch"),
     ("ops", "rope"),
-    ("packed", "wheels", "modes", "compat", "copies"),
+    ("packed", "wheels", "versions", "modes", "compat", "copies"),
     ("errors",),
 )
-HEIGHT = {room: -depth for depth, rooms in enumerate(FLOORS) for room in rooms}
+LAB_FLOORS = (
+    ("report",),
+    ("bench", "demo"),
+    ("evals", "plots"),
+    ("records", "machine", "models"),
+)
 ABOVE_MODELS = {
     "hf",
     "vllm",
@@ -38,21 +43,21 @@ ABOVE_MODELS = {
     "calibrate",
     "generation",
     "sensitivity",
+    "teacher_forcing",
     "choice",
-    "bench",
     "serving",
     "conversation",
     "plan",
-    "evals",
-    "demo",
+    "lab",
     "cli",
 }
 KNOW_TRANSFORMERS = {"compat", "architecture", "fingerprints", "gguf_metadata", "models"} | ABOVE_MODELS
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+EXTRAS = ("matplotlib", "jinja2", "gguf", "lm_eval", "accelerate", "wonderwords", "fastapi", "uvicorn", "datasets")
 
 
-def _room(path):
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+def _room(path, house=SOURCE):
+    return path.relative_to(house).parts[0].removesuffix(".py")
 
 
 def _is_module(name):
@@ -74,35 +79,81 @@ def _imports(path):
                 yield name if base.startswith("qjl") and _is_module(name) else base
 
 
-def _named(path):
-    return str(path.relative_to(SOURCE))
+def _upward(floors, house, prefix):
+    """Imports that do not go down, as (file, name)."""
+    height = {room: -depth for depth, rooms in enumerate(floors) for room in rooms}
+    for path in house.rglob("*.py"):
+        room = _room(path, house)
+        if path == house / "__init__.py":
+            continue
+        for name in _imports(path):
+            if not name.startswith(prefix):
+                continue
+            imported = name.removeprefix(prefix).split(".")[0]
+            is_own = imported == room and (house / room).is_dir()
+            if not is_own and height[imported] >= height[room]:
+                yield str(path.relative_to(house)), name
 
 
-@pytest.mark.parametrize("path", FILES, ids=_named)
-def test_every_module_has_a_floor(path):
-    assert _room(path) in HEIGHT
+def test_imports_go_down_only():
+    assert list(_upward(FLOORS, SOURCE, "qjl.")) == []
+    assert list(_upward(LAB_FLOORS, SOURCE / "lab", "qjl.lab.")) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=_named)
-def test_imports_go_down_only(path):
-    room = _room(path)
-    is_package = (SOURCE / room).is_dir()
-    for name in _imports(path):
-        if name == "qjl":
-            assert room == "cli", f"{room} imports the package it is part of"
-        elif name.startswith("qjl."):
-            imported = name.split(".")[1]
-            assert HEIGHT[imported] < HEIGHT[room] or (imported == room and is_package), f"{room} imports {name}"
+def test_every_room_has_a_floor_and_does_not_import_the_whole_house():
+    rooms = {room for rooms in FLOORS for room in rooms}
+    assert {_room(path) for path in FILES} == rooms
+    assert {_room(path) for path in FILES if "qjl" in _imports(path)} == {"cli"}
+    lab = SOURCE / "lab"
+    assert {_room(path, lab) for path in FILES if lab in path.parents} - {"__init__"} == {
+        room for rooms in LAB_FLOORS for room in rooms
+    }
 
 
-@pytest.mark.parametrize("path", FILES, ids=_named)
-def test_few_rooms_import_transformers(path):
-    imported = {name.split(".")[0] for name in _imports(path)}
-    assert "transformers" not in imported or _room(path) in KNOW_TRANSFORMERS
+def test_few_rooms_import_transformers():
+    know = {_room(path) for path in FILES if "transformers" in {name.split(".")[0] for name in _imports(path)}}
+    assert know <= KNOW_TRANSFORMERS
 
 
-def test_the_imports_of_a_file_are_found(tmp_path):
+def test_the_imports_of_a_file_are_found():
     """The reader of imports itself: every form of import is seen."""
     assert "qjl.ops" in set(_imports(SOURCE / "methods" / "nibble.py"))
     assert {"qjl.errors", "torch"} <= set(_imports(SOURCE / "cache.py"))
     assert "transformers" in {name.split(".")[0] for name in _imports(SOURCE / "compat.py")}
+
+
+def _run_without_extras(code):
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS!r}))"
+    return subprocess.run([sys.executable, "-c", f"{blocked}\n{code}"], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import qjl; [getattr(qjl, name) for name in qjl.__all__]",
+        "import qjl.vllm.planning, qjl.calibrate, qjl.generation, qjl.conversation, qjl.plan",
+        "from qjl import cli; cli.app(['presets'])",
+        "from qjl import cli; cli.app(['bench', '--help'])",
+    ],
+    ids=["names", "rooms", "command", "help"],
+)
+def test_the_library_needs_no_extra(code):
+    done = _run_without_extras(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (["report", "results", "--out", "NEW/page.html"], "lab"),
+        (["serve"], "serve"),
+        (["eval", "harness", "--task", "piqa"], "lab"),
+    ],
+    ids=["report", "serve", "harness"],
+)
+def test_a_command_names_the_extra_that_it_needs(command, extra, tmp_path):
+    arguments = [word.replace("NEW", str(tmp_path)).replace("results", str(tmp_path)) for word in command]
+    (tmp_path / "rows.jsonl").write_text("")
+    done = _run_without_extras(f"from qjl import cli; cli.app({arguments!r})")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"pip install 'qjl[{extra}]'" in done.stderr

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 import tiny_checkpoint
 from qjl import cli
-from qjl.bench import serving, vllm
-from qjl.bench.protocol import Inaccurate
-from qjl.bench.serving import BROKEN, DIGITS, FEWEST, Conversation, Load, conversations, leaks, repeated, went_well
 from qjl.errors import QJLError
+from qjl.lab.bench import serving, vllm
+from qjl.lab.bench.protocol import Inaccurate
+from qjl.lab.bench.serving import BROKEN, DIGITS, FEWEST, Conversation, Load, conversations, leaks, repeated, went_well
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 20
 

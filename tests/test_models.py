@@ -1,5 +1,6 @@
 """The loader: a tiny Llama written as GGUF comes back with the weights and logits it had."""
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import gguf
@@ -10,6 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from qjl import models, wheels
 from qjl.errors import QJLError
+from qjl.lab import models as reuploads
 
 BYTES = list(bytes_to_unicode().values())
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "he", "hel"]
@@ -263,11 +265,30 @@ def test_too_little_space_says_so(tiny, cache, monkeypatch):
     assert not list(cache.iterdir())
 
 
-def test_known_models_are_pinned_and_only_the_embedded_one_is_not_opt_in():
-    pins = [wheel.sha256 for known in models.REGISTRY.values() for wheel, _ in known.parts]
+def test_known_models_are_pinned_and_the_library_knows_the_embedded_one_alone():
+    known = [*models.REGISTRY.values(), *reuploads.REUPLOADS.values()]
+    pins = [wheel.sha256 for model in known for wheel, _ in model.parts]
     assert len(set(pins)) == len(pins) == 1 + 6 + 22
     assert all(len(pin) == 64 for pin in pins)
-    assert [name for name, known in models.REGISTRY.items() if not known.opt_in] == [models.EMBEDDED]
+    assert list(models.REGISTRY) == [models.EMBEDDED]
+
+
+def test_the_lab_fetches_reuploads_by_name_alone(tiny, monkeypatch):
+    """Other names are left to the library, which does not know these."""
+    monkeypatch.setattr(models, "_join", lambda known, folder, bar: tiny)
+    folder = reuploads.place("qwen2.5-coder-0.5b", progress=False)
+    model, _ = models.load(folder)
+    assert model.config.num_hidden_layers == 2
+    assert reuploads.place(str(tiny)) == str(tiny)
+    with pytest.raises(QJLError, match=r"no model 'qwen2\.5-coder-0\.5b' is here"):
+        models.load("qwen2.5-coder-0.5b", local_files_only=True)
+
+
+def test_a_gguf_file_asks_for_the_package_that_reads_it(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for name in (str(tiny), models.EMBEDDED):
+        with pytest.raises(QJLError, match=r"pip install 'qjl\[gguf\]'"):
+            models.load(name)
 
 
 @pytest.fixture(scope="module")

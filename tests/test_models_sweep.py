@@ -6,10 +6,11 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
-from qjl import cli, records, report
+from qjl import cli
 from qjl.errors import QJLError
-from qjl.evals import families, sweep, tiny, ways
-from qjl.evals.sweep import Limits, Subject
+from qjl.lab import records, report
+from qjl.lab.evals import families, sweep, tiny, ways
+from qjl.lab.evals.sweep import Limits, Subject
 
 SAMPLE = {  # a family of each kind, and what its verdict tells
     "llama": ("text", "works", None),

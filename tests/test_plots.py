@@ -12,8 +12,8 @@ from matplotlib.text import Text
 from PIL import Image
 
 from colours import VISIONS, contrast, distance
-from qjl import plots
-from qjl.plots import pareto, style
+from qjl.lab import plots
+from qjl.lab.plots import pareto, style
 from report_rows import EVERY_KIND
 
 PRESETS = {

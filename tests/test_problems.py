@@ -7,10 +7,10 @@ import pytest
 from transformers import GenerationConfig
 
 from models_for_tests import tiny
-from qjl.evals import problems, writing
-from qjl.evals.problems import Problem, Protocol, final_answer, is_same
-from qjl.evals.subject import Subject
-from qjl.evals.writing import write
+from qjl.lab.evals import problems, writing
+from qjl.lab.evals.problems import Problem, Protocol, final_answer, is_same
+from qjl.lab.evals.subject import Subject
+from qjl.lab.evals.writing import write
 from qjl.presets import PRESETS
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qjl import records
+from qjl.cli.common import require_writable
+from qjl.lab import records
 
 ROWS = [{"preset": "b2", "kl": 0.03}, {"preset": "b3", "kl": 0.02}]
 
@@ -72,12 +73,12 @@ def test_a_broken_line_in_the_middle_is_refused(line, path, refuses):
 
 def test_looking_whether_a_file_can_be_written_leaves_none(tmp_path, path, refuses):
     before = path.read_text()
-    records.require_writable(path)
+    require_writable(path)
     assert path.read_text() == before
-    records.require_writable(tmp_path / "new")
+    require_writable(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with refuses("cannot write to"):
-        records.require_writable(tmp_path / "none" / "new")
+        require_writable(tmp_path / "none" / "new")
 
 
 def test_the_front_is_what_no_other_beats():

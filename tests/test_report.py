@@ -13,13 +13,15 @@ from typer.testing import CliRunner
 
 import report_rows as rows_of
 from colours import contrast
-from qjl import cli, presets, records, report, texts
+from qjl import cli, presets, texts
 from qjl.errors import QJLError
-from qjl.plots.answers import by_metric
-from qjl.plots.style import INK, OURS, TONES
-from qjl.report import numbers
-from qjl.report.kinds import KINDS
-from qjl.report.numbers import MINUS, NOTHING
+from qjl.fingerprints import digest
+from qjl.lab import records, report
+from qjl.lab.plots.answers import by_metric
+from qjl.lab.plots.style import INK, OURS, TONES
+from qjl.lab.report import numbers
+from qjl.lab.report.kinds import KINDS
+from qjl.lab.report.numbers import MINUS, NOTHING
 from report_rows import EVERY_KIND
 
 VOID = {"meta", "br"}
@@ -372,7 +374,7 @@ def test_what_widths_name_is_asked_by_widths():
 
 def test_the_default_text_needs_no_file():
     row = rows_of.frontier("b3", 0.01)
-    protocol = row["protocol"] | {"text": records.digest(texts.essays())}
+    protocol = row["protocol"] | {"text": digest(texts.essays())}
     assert "--data" in part_of("frontier", row).command
     assert "--data" not in part_of("frontier", row | {"protocol": protocol}).command
 

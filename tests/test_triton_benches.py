@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from conftest import using_backend
 from qjl import cli
-from qjl.bench import baselines, caches, places, throughput, timing
+from qjl.lab.bench import baselines, caches, places, throughput, timing
 from qjl.ops.triton import runtime
 
 SMALL = ("--head-dim", "64", "--kv-heads", "1", "--group", "2", "--repeats", "1")

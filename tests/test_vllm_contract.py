@@ -23,7 +23,7 @@ PLUGIN = ROOT / "src" / "qjl" / "vllm"
 COMPAT = PLUGIN / "compat.py"
 USERS = [
     *sorted(PLUGIN.glob("*.py")),
-    ROOT / "src/qjl/bench/vllm.py",
+    ROOT / "src/qjl/lab/bench/vllm.py",
     ROOT / "src/qjl/serving/vllm.py",
     ROOT / "tests/serve_vllm.py",
 ]

@@ -29,7 +29,6 @@ from qjl import calibrate, sensitivity, texts, wheels
 from qjl.architecture import LayerShape, find_rope, layer_shapes
 from qjl.codecs import Codecs
 from qjl.errors import QJLError
-from qjl.evals.decoding import compare, full_log_probabilities, prefill, refill
 from qjl.fingerprints import Unnamed, fingerprint
 from qjl.generation import require_context
 from qjl.hf import KVCache, own_codecs
@@ -40,6 +39,7 @@ from qjl.methods.transform import Transform
 from qjl.packed import BLOCK, block_bits
 from qjl.presets import CacheConfig, LayerOverride, from_dict, to_dict
 from qjl.statistics import LayerStatistics
+from qjl.teacher_forcing import compare, full_log_probabilities, prefill, refill
 
 logger = logging.getLogger("qjl")
 KEYS = tuple(Transform(bits) for bits in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5))

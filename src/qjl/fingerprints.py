@@ -82,6 +82,11 @@ class Unnamed(QJLError):
         )
 
 
+def digest(value: Any) -> str:
+    """A short name, the same for equal JSON: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """A name for what this model computes, 32 hexadecimal digits; neither its dtype nor its device matter.
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from gguf import GGUFReader
 from transformers import PreTrainedConfig
 
 from qjl.compat import gguf_reader
 from qjl.errors import QJLError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 _FREQUENCIES = "rope_freqs.weight"
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"

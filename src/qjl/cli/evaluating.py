@@ -28,6 +28,7 @@ from qjl.cli.common import (
     print_json,
     progress,
     read_data,
+    require_writable,
     resolved,
     results_table,
     waiting,
@@ -36,7 +37,7 @@ from qjl.cli.harnessing import quieten
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
-    from qjl.evals.subject import Subject
+    from qjl.lab.evals.subject import Subject
     from qjl.presets import CacheConfig
 
 Row = dict[str, Any]
@@ -71,7 +72,7 @@ def distortion(
 
     With --json, one object per preset, layer and role, and line.
     """
-    from qjl.evals.distortion import Protocol, measure
+    from qjl.lab.evals.distortion import Protocol, measure
 
     protocol, text = Protocol(tokens, rows, parse_recent(recent)), read_data(data)
     configs = _quantized(preset)
@@ -99,7 +100,7 @@ def perplexity(
 
     With --json, one object per context and preset, and line.
     """
-    from qjl.evals.perplexity import measure
+    from qjl.lab.evals.perplexity import measure
 
     contexts, text, configs = context or [1024, 2048, 4096], read_data(data), _quantized(preset)
     window = parse_recent(recent)
@@ -130,8 +131,8 @@ def seeds(
 
     With --json, one object per preset and seed, and line.
     """
-    from qjl.evals.fidelity import Protocol
-    from qjl.evals.seeds import measure
+    from qjl.lab.evals.fidelity import Protocol
+    from qjl.lab.evals.seeds import measure
 
     protocol = Protocol(prefix, decode, chunks, count, parse_recent(recent), retrieval=False)
     text, configs = read_data(data), _quantized(preset)
@@ -164,7 +165,7 @@ def retrieval(
 
     With --json, one object per haystack and preset, and line.
     """
-    from qjl.evals.haystack import Protocol, measure
+    from qjl.lab.evals.haystack import Protocol, measure
 
     contexts = tuple(context or (1024, 2048, 4096))
     protocol = Protocol(tuple(task or ("needle",)), contexts, depths, count, parse_recent(recent))
@@ -205,7 +206,7 @@ def generate(
 
     With --json, one object per preset and line.
     """
-    from qjl.evals.problems import Protocol, measure, read
+    from qjl.lab.evals.problems import Protocol, measure, read
 
     protocol = Protocol(max_new_tokens, batch, parse_recent(recent), seed)
     asked, configs = read(data, limit), resolved(preset, DEFAULT_PRESETS)
@@ -228,8 +229,8 @@ def smoke(
     Exits with 1 where one finds nothing. With --json, one object per evaluation and line.
     """
     quieten()
-    from qjl.bench import smoke as benchmarks
-    from qjl.evals import smoke as evaluations
+    from qjl.lab.bench import smoke as benchmarks
+    from qjl.lab.evals import smoke as evaluations
 
     text = read_data(data)
     subject, found = _subject(model, data, device, dtype, None, json_output), []
@@ -248,7 +249,7 @@ def smoke(
             table.add_row(*map(str, row.values()))
         out.print(table)
     if not evaluations.has_harness():
-        notes.print("Not run: harness, which needs lm-eval: run `pip install 'qjl[harness]'`.", markup=False)
+        notes.print("Not run: harness, which needs lm-eval: run `pip install 'qjl[lab]'`.", markup=False)
     if not all(row["rows"] for row in found):
         raise typer.Exit(1)
 
@@ -256,11 +257,10 @@ def smoke(
 def _subject(
     model: str, fit: Path | None, device: str, dtype: str | None, output: Path | None, json_output: bool
 ) -> Subject:
-    from qjl import records
-    from qjl.evals.subject import Subject
+    from qjl.lab.evals.subject import Subject
 
     if output is not None:
-        records.require_writable(output)
+        require_writable(output)
     text = read_data(fit)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     return Subject(model, network, tokenizer, text)

@@ -23,8 +23,10 @@ from qjl.cli.common import (
     load,
     notes,
     parse_recent,
+    place,
     progress,
     read_data,
+    require_writable,
     resolved,
     results_table,
 )
@@ -79,18 +81,18 @@ def harness(
     With --json, one object per preset, task and metric, and line.
     """
     quieten()
-    from qjl import models, records
-    from qjl.evals.harness import Harness, Protocol, load_tasks
-    from qjl.evals.subject import Subject
+    from qjl import models
+    from qjl.lab.evals.harness import Harness, Protocol, load_tasks
+    from qjl.lab.evals.subject import Subject
 
     protocol = Protocol(shots, limit, parse_recent(recent), chunk, batch, seed, include, _parse(metadata))
     configs = resolved(preset, ("full", "b3"))
     text = read_data(data)
     if output is not None:
-        records.require_writable(output)
+        require_writable(output)
     found = Rows(output, json_output)
     bars = notes.is_terminal and not json_output
-    tasks = load_tasks(task, protocol, models.load_tokenizer(model, progress=bars))
+    tasks = load_tasks(task, protocol, models.load_tokenizer(place(model, progress=bars), progress=bars))
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     answers = None if output is None else output.with_suffix(f".answers{output.suffix}")
     trial = Harness(Subject(model, network, tokenizer, text), protocol, answers)

@@ -42,7 +42,7 @@ def serving(
     Each conversation has a secret of its own. Exits with 1 where one was heard in another, or where an answer failed.
     With --json, one object per preset and line.
     """
-    from qjl.bench.serving import Load, measure, went_well
+    from qjl.lab.bench.serving import Load, measure, went_well
 
     load, text = Load(clients, requests, words, answer, slots, queue, threads, dtype), read_data(data)
     require_places(output, None)
@@ -79,7 +79,7 @@ def vllm(
     Needs vLLM beside this package. Exits with 1, and no speed, where an engine writes something else than it was given.
     With --json, one object per turn and line.
     """
-    from qjl.bench.vllm import Trial, measure
+    from qjl.lab.bench.vllm import Trial, measure
     from qjl.serving.vllm import require_ready
 
     names, contexts, rows = list(dict.fromkeys(["full", *(preset or [DEFAULT_PRESET])])), context or [4032], []
@@ -134,7 +134,7 @@ def _table(rows: list[Row]) -> Any:
 
 
 def _counts(row: Row) -> tuple[str, ...]:
-    from qjl.bench.serving import failures, refusals
+    from qjl.lab.bench.serving import failures, refusals
 
     counts = (row["statuses"].get("200", 0), refusals(row), failures(row), row["leaks"])
     return *(f"{count}" for count in counts), f"{100 * row['repeated']:.0f}"

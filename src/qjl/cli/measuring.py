@@ -24,8 +24,10 @@ from qjl.cli.common import (
     load,
     notes,
     parse_recent,
+    place,
     progress,
     read_data,
+    require_writable,
     resolved,
     results_table,
     waiting,
@@ -33,7 +35,7 @@ from qjl.cli.common import (
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
-    from qjl.evals.frontier import Frontier
+    from qjl.lab.evals.frontier import Frontier
     from qjl.presets import CacheConfig
 
 _PresetsOption = Annotated[
@@ -77,9 +79,8 @@ def fidelity(
 
     With --json, one object per preset and line.
     """
-    from qjl import records
-    from qjl.evals.fidelity import Protocol
-    from qjl.evals.frontier import Frontier
+    from qjl.lab.evals.fidelity import Protocol
+    from qjl.lab.evals.frontier import Frontier
     from qjl.presets import PRESETS
 
     protocol = Protocol(prefix, decode, chunks, seeds, recent, retrieval)
@@ -89,7 +90,7 @@ def fidelity(
         wanted = [asked(preset[0] if preset else None, bits)]
     text = read_data(data)
     if output is not None:
-        records.require_writable(output)
+        require_writable(output)
     found = Rows(output, json_output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     configs = [configuration(one, network, tokenizer) for one in wanted]
@@ -121,21 +122,23 @@ def frontier(
 
     With --json, one object per preset and line.
     """
-    from qjl import models, records
-    from qjl.evals.fidelity import Protocol
-    from qjl.evals.frontier import Frontier, parse_bits, within
-    from qjl.evals.widths import every_width
+    from qjl import models
+    from qjl.lab.evals.fidelity import Protocol
+    from qjl.lab.evals.frontier import Frontier, parse_bits, within
+    from qjl.lab.evals.widths import every_width
     from qjl.presets import PRESETS
 
     protocol = Protocol(prefix, decode, chunks, seeds, parse_recent(recent), retrieval)
     interval, text = parse_bits(bits), read_data(data)
     _require_drawable(plot)
     for path in filter(None, (output, plot)):
-        records.require_writable(path)
+        require_writable(path)
     if widths and preset:
         raise QJLError("--widths chooses the presets: leave --preset out.")
     chosen = every_width() if widths else resolved(preset, PRESETS)
-    presets = within(models.load_config(model, progress=not json_output), chosen, interval, _tell_refusal)
+    bars = not json_output
+    shape = models.load_config(place(model, progress=bars), progress=bars)
+    presets = within(shape, chosen, interval, _tell_refusal)
     found = Rows(output, json_output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     _measure(Frontier(model, network, tokenizer, text, protocol), presets, found, json_output)
@@ -156,13 +159,13 @@ def _measure(trial: Frontier, presets: list[CacheConfig], found: Rows, json_outp
 
 def _require_drawable(plot: Path | None) -> None:
     if plot is not None:
-        from qjl import plots
+        from qjl.lab import plots
 
         plots.require_format(plot)
 
 
 def _draw(rows: list[dict[str, Any]], plot: Path) -> None:
-    from qjl import plots
+    from qjl.lab import plots
 
     plot.write_bytes(plots.frontier(rows, plot.suffix))
     notes.print(f"The picture is in {plot}.", soft_wrap=True)
@@ -173,7 +176,7 @@ def _tell_refusal(name: str, error: QJLError) -> None:
 
 
 def _frontier_table(rows: list[dict[str, Any]]) -> Any:
-    from qjl.records import is_ours, pareto_front
+    from qjl.lab.records import is_ours, pareto_front
 
     front = pareto_front(rows)
 

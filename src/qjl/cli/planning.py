@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qjl.cli.common import JsonOption, ModelArgument, notes, out, print_json, results_table, times
+from qjl.cli.common import JsonOption, ModelArgument, notes, out, place, print_json, results_table, times
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def plan(
     available = parse_memory(memory)
     if dtype not in DTYPES:
         raise QJLError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
-    planner = Planner(load_config(model, progress=not json_output), DTYPES[dtype])
+    shown = not json_output
+    planner = Planner(load_config(place(model, progress=shown), progress=shown), DTYPES[dtype])
     plans = [planner.plan(preset, available, context) for preset in PRESETS.values()]
     if json_output:
         for one in plans:

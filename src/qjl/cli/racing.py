@@ -37,7 +37,7 @@ from qjl.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from qjl.bench.caches import Rig
+    from qjl.lab.bench.caches import Rig
 
 _Random = Annotated[
     str | None,
@@ -70,7 +70,7 @@ def generate(
     Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
     line.
     """
-    from qjl.bench.endtoend import PEERS, Race, installed
+    from qjl.lab.bench.endtoend import PEERS, Race, installed
 
     configs = resolved(preset)
     peers, contexts = installed(against or PEERS), tokens or [512, 2048, 8192]
@@ -106,7 +106,7 @@ def memory(
     Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
     line.
     """
-    from qjl.bench.memory import CONTEXTS, measure
+    from qjl.lab.bench.memory import CONTEXTS, measure
 
     contexts, rows = tokens or CONTEXTS, []
     require_places(output, plot)
@@ -120,7 +120,7 @@ def memory(
     if not json_output:
         out.print(_memory_table(rows))
     if plot is not None:
-        from qjl import plots
+        from qjl.lab import plots
 
         _keep(plots.contexts(rows, plot.suffix), plot)
 
@@ -147,7 +147,7 @@ def throughput(
     Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
     line.
     """
-    from qjl.bench.throughput import measure
+    from qjl.lab.bench.throughput import measure
     from qjl.plan import parse_memory
 
     room = parse_memory(budget or ("80G" if device.startswith("cuda") else "2G"))
@@ -163,7 +163,7 @@ def throughput(
     if not json_output:
         out.print(_throughput_table(rows))
     if plot is not None:
-        from qjl import plots
+        from qjl.lab import plots
 
         _keep(plots.throughput(rows, plot.suffix), plot)
 
@@ -179,7 +179,7 @@ def _rig(
     tokens: int,
     quiet: bool,
 ) -> Rig:
-    from qjl.bench import caches, random_models
+    from qjl.lab.bench import caches, random_models
     from qjl.models import as_device, as_dtype
 
     configs = resolved(presets)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qjl.cli.common import JsonOption, notes, out, print_json
+from qjl.cli.common import JsonOption, notes, out, print_json, require_writable
 from qjl.errors import QJLError
 
 
@@ -20,12 +20,12 @@ def report(
 
     The same rows give the same page. With --json, how many rows each section has.
     """
-    from qjl import records, report
+    from qjl.lab import report
 
     found = report.read(runs)
     if output.is_dir() or output.suffix not in (".html", ".htm"):
         raise QJLError(f"{output} is no page: give a name that ends in .html.")
-    records.require_writable(output)
+    require_writable(output)
     content = report.page(found)
     output.write_text(content, encoding="utf-8")
     sections, others = report.counts(row for run in found for row in run.rows)

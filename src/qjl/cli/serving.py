@@ -24,6 +24,7 @@ from qjl.cli.common import (
     configuration,
     load,
     notes,
+    place,
     read_data,
     waiting,
 )
@@ -179,8 +180,9 @@ def source_for_vllm(model: str) -> str:
     """Models of our own registry are folders for vLLM; GGUF files are converted to one."""
     from qjl import models
 
-    is_ours = model in models.REGISTRY or Path(model).exists()
-    return str(models.fetch(model)) if is_ours else model
+    name = place(model)
+    is_ours = name in models.REGISTRY or Path(name).exists()
+    return str(models.fetch(name)) if is_ours else name
 
 
 def measure_for_vllm(source: str, preset: str, data: Path | None) -> None:

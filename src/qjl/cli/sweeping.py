@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from qjl.cli.common import DEFAULT_PRESET, JsonOption, PresetOption, Rows, progress, resolved, results_table
+from qjl.cli.common import (
+    DEFAULT_PRESET,
+    JsonOption,
+    PresetOption,
+    Rows,
+    progress,
+    require_writable,
+    resolved,
+    results_table,
+)
 from qjl.errors import QJLError
 
 FEW = 20
@@ -31,14 +40,13 @@ def models(
 
     Exits with 1 where one is wrong or ends in a traceback. With --json, one object per family and line.
     """
-    from qjl import records
-    from qjl.evals.sweep import measure, subjects
+    from qjl.lab.evals.sweep import measure, subjects
 
     asked, (config,) = subjects(family or ()), resolved([preset or DEFAULT_PRESET])
     if config.is_exact:
         raise QJLError("full precision is compared anyway: give a preset that quantizes.")
     if output is not None:
-        records.require_writable(output)
+        require_writable(output)
     found = Rows(output, json_output)
     with progress("Asking", len(asked), quiet=json_output) as advance:
         for row in measure(asked, preset or DEFAULT_PRESET, workers, found.kept, advance):

@@ -1,0 +1,126 @@
+"""One token's attention over a packed layer, as ``model.generate`` calls it, beside attention in full precision.
+
+Timed is all of ``qjl.attention.attend``: query tables, packed tokens, the exact ones at both ends, the keys' mean,
+and merging. The subject is a layer of synthetic tokens (``qjl.lab.bench.synthetic``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from qjl.attention import Scoring, attend
+from qjl.cache import CacheLayer
+from qjl.lab.bench.baselines import BASELINES, Baseline
+from qjl.lab.bench.places import Place, copies_for
+from qjl.lab.bench.protocol import (
+    LIMIT,
+    OURS,
+    REFERENCE,
+    Settings,
+    compared,
+    conditions,
+    head,
+    of_the_limit,
+    relative_error,
+    require_accurate,
+    using_backend,
+)
+from qjl.lab.bench.synthetic import Shape, Subject, fill
+from qjl.lab.bench.timing import Timings, Work, interleave, use_threads
+from qjl.lab.records import Row
+from qjl.presets import CacheConfig
+
+PEAK, EAGER = "matmul", "eager"
+SWEEP = tuple(2**power for power in range(10, 20))
+
+
+def measure(config: CacheConfig, tokens: int, settings: Settings, on_round: Callable[[], None] = lambda: None) -> Row:
+    """Time one step over ``tokens`` tokens.
+
+    Raises:
+        Inaccurate: if the backend in use and the reference do not agree on it.
+        QJLError: if no token would be packed, or the preset does not take this head_dim.
+    """
+    place = settings.place
+    limit = place.limit()
+    subject = fill(config, tokens, settings.shape, settings.dtype, settings.device)
+    scoring = Scoring(settings.shape.scaling)
+    error = max_error(subject, scoring, settings.threads)
+    require_accurate(error, f"{config.name} at {tokens} tokens", settings.backend, settings.most_error)
+    layers = subject.copies(copies_for(subject.layer.nbytes, place))
+    eager: list[Work] = [partial(attend, subject.query, layer, scoring) for layer in layers]
+    peak, operations = place.peak()
+    ours = [place.ready(work) for work in eager]
+    works: dict[str, Sequence[Work]] = {OURS: ours, LIMIT: [limit], PEAK: [peak]}
+    if ours != eager:
+        works[EAGER] = eager
+    names = settings.against or place.baselines
+    works |= {name: works_of(BASELINES[name], tokens, settings) for name in affordable(names, tokens, settings)}
+    timings = interleave(works, settings.repeats, settings.threads, on_round, place.stopwatch)
+    return (
+        head("decode", config.name, tokens, settings)
+        | compared(timings, names)
+        | {"eager_ms": timings.ms(EAGER) if EAGER in works else None}
+        | of_the_limit(subject.layer.nbytes, timings.ms(OURS), timings, limit)
+        | {"max_error": error}
+        | _operations(tokens, settings.shape, operations, timings)
+        | _layer_facts(subject.layer)
+        | conditions(settings)
+    )
+
+
+def max_error(subject: Subject, scoring: Scoring, threads: int) -> float:
+    """Of the backend in use against the reference on the same bytes, before the output is rounded to their dtype."""
+    query = subject.query.float()
+    with use_threads(threads), torch.no_grad():
+        out = attend(query, subject.layer, scoring)
+        with using_backend(REFERENCE):
+            expected = attend(query, subject.layer, scoring)
+    return relative_error(out, expected)
+
+
+def affordable(names: Sequence[str], tokens: int, settings: Settings) -> list[str]:
+    """The baselines that run on the device and fit into memory together."""
+    found, room = [], settings.memory
+    for name in names:
+        nbytes = baseline_bytes(tokens, settings.shape, BASELINES[name].dtype)
+        room -= nbytes * copies_for(nbytes, settings.place)
+        if room >= 0 and BASELINES[name].runs_on(settings.device):
+            found.append(name)
+    return found
+
+
+def baseline_bytes(tokens: int, shape: Shape, dtype: torch.dtype) -> int:
+    """Of keys and values in full."""
+    return 2 * shape.batch * shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
+
+
+def works_of(baseline: Baseline, tokens: int, settings: Settings) -> list[Work]:
+    """A baseline on as many copies of keys and values as it takes to find none of them in a cache."""
+    shape, place = settings.shape, settings.place
+    query = _normal(shape.group, shape, baseline.dtype, place)
+    count = copies_for(baseline_bytes(tokens, shape, baseline.dtype), place)
+    states = (_normal(tokens, shape, baseline.dtype, place) for _ in range(2 * count))
+    pairs = zip(states, states, strict=True)
+    return [place.ready(partial(baseline.attend, query, keys, values, shape.scaling)) for keys, values in pairs]
+
+
+def _normal(length: int, shape: Shape, dtype: torch.dtype, place: Place) -> torch.Tensor:
+    size = (shape.batch, shape.kv_heads, length, shape.head_dim)
+    return torch.empty(size, dtype=dtype, device=place.device).normal_()
+
+
+def _operations(tokens: int, shape: Shape, of_peak: int, timings: Timings) -> Row:
+    """Multiplications and additions of attention in full precision, and the most a second of this machine.
+
+    Codes need fewer: on a roofline they may lie above it.
+    """
+    count = 4 * shape.batch * shape.kv_heads * shape.group * tokens * shape.head_dim
+    return {"operations": count, "peak_gflops": of_peak / timings.least_ms(PEAK) / 1e6}
+
+
+def _layer_facts(layer: CacheLayer) -> Row:
+    return {"packed_bytes": layer.nbytes - layer.exact_nbytes, "exact_tokens": layer.length - layer.packed_tokens[0]}

@@ -1,0 +1,93 @@
+"""Every evaluation at toy size: whether they run on this model and machine, not what they find."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from qjl.lab.evals import distortion, fidelity, haystack, perplexity, problems, seeds
+from qjl.lab.evals.frontier import Frontier, within
+from qjl.lab.evals.problems import Problem
+from qjl.lab.evals.subject import Subject
+from qjl.lab.evals.widths import every_width
+from qjl.lab.records import Row
+from qjl.presets import CacheConfig
+
+PRESETS = ("b2", "kivi-2")
+PROBLEMS = [
+    Problem("What is two and two?", "4"),
+    Problem("There are three dogs with four legs each. How many legs?", "12"),
+]
+SHOTS = "Question: is grass green? Answer: yes.\nQuestion: is snow black? Answer: no.\n" * 8
+QUESTIONS = [("coal", "black", "white"), ("milk", "white", "black")]
+
+
+def has_harness() -> bool:
+    """Whether lm-eval is installed, without which there is no ``harness``."""
+    return find_spec("lm_eval") is not None
+
+
+def checks(subject: Subject, text: str, folder: Path) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """The name of each evaluation, and what runs it; answers are kept in ``folder``."""
+    small = fidelity.Protocol(256, 70, 1, 1, 32, retrieval=False)
+
+    def kept(name: str) -> Path:
+        return folder / f"{name}.answers.jsonl"
+
+    def listed(rows: Iterable[Row]) -> Callable[[], list[Row]]:
+        return lambda: list(rows)
+
+    model, tokenizer = subject.model, subject.tokenizer
+    yield "fidelity", listed(fidelity.measure(model, tokenizer, PRESETS, text, small))
+    yield "frontier", listed(_frontier(subject, PRESETS, text, small))
+    yield "widths", listed(_frontier(subject, every_width(), text, small))
+    yield (
+        "distortion",
+        listed(distortion.measure(subject, PRESETS, text, distortion.Protocol(300, 1), kept("distortion"))),
+    )
+    yield "perplexity", listed(perplexity.measure(subject, PRESETS, text, [512], 1, 32, kept("perplexity")))
+    two = fidelity.Protocol(256, 70, 1, 2, 32, retrieval=False)
+    yield "seeds", listed(seeds.measure(subject, ["qjl-2"], text, two, kept("seeds")))
+    hay = haystack.Protocol(tuple(haystack.TASKS), (1024,), depths=1)
+    yield "retrieval", listed(haystack.measure(subject, PRESETS, text, hay, kept("retrieval")))
+    quick = problems.Protocol(max_new_tokens=16, batch=2, recent=0)
+    yield "generate", listed(problems.measure(subject, PRESETS, "sums", PROBLEMS, quick, kept("generate")))
+    if has_harness():
+        yield "harness", lambda: _harness(subject, folder)
+
+
+def _frontier(
+    subject: Subject, presets: Iterable[str | CacheConfig], text: str, protocol: fidelity.Protocol
+) -> Iterator[Row]:
+    """The smallest of the presets."""
+    trial = Frontier(subject.name, subject.model, subject.tokenizer, text, protocol)
+    smallest, *_ = within(subject.model.config, presets, (0, 16), lambda name, refusal: None)
+    return trial.measure([smallest], lambda count: None)
+
+
+def _harness(subject: Subject, folder: Path) -> list[Row]:
+    """Two questions of a task of our own."""
+    from qjl.lab.evals.harness import Harness, Protocol, load_tasks
+
+    docs = [
+        {"question": f"{SHOTS}Question: is {what} {right}? Answer:", "choices": ["yes", "no"], "answer": 0}
+        for what, right, _ in QUESTIONS
+    ]
+    (folder / "colours.jsonl").write_text("\n".join(map(json.dumps, docs)))
+    task = {
+        "task": "colours",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "colours.jsonl")}, "cache_dir": str(folder)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "question",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "colours.yaml").write_text(json.dumps(task))
+    protocol = Protocol(include=folder)
+    harness = Harness(subject, protocol, folder / "harness.answers.jsonl")
+    return [row for rows in harness.measure(PRESETS, load_tasks(["colours"], protocol)) for row in rows]
