@@ -94,7 +94,8 @@ class Segment:
 class Coded(Protocol):
     """Codes of some blocks of all rows, and where their tokens stand."""
 
-    seen: Seen
+    @property
+    def seen(self) -> Seen: ...
 
     @property
     def blocks(self) -> int: ...

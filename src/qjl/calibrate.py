@@ -25,7 +25,8 @@ def measure(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int, LayerS
     """Statistics of every quantized layer from ``input_ids [B, T]``, in one forward pass."""
     cache = KVCache(model, _KEEP_ALL_EXACT, codecs=own_codecs(model, _KEEP_ALL_EXACT))
     model(input_ids=input_ids.to(model.device), logits_to_keep=1, **cache_argument(cache))
-    return {core.number: store.source.measure(core, store) for store in cache.stores for core in store.layers.values()}
+    stores = zip(cache.sources, cache.stores, strict=True)
+    return {core.number: source.measure(core, store) for source, store in stores for core in store.layers.values()}
 
 
 def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> Path:

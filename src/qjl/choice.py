@@ -198,9 +198,10 @@ class _Lab:
         """Expected KL where the layer's tokens are read as these quantizers give them back."""
         coded, role = (key, "keys") if value.is_exact else (value, "values")
         self.on_stage(f"Trying {coded.bits(shape.head_dim):.2f}-bit {role} in layer {shape.index}")
-        layer, config = self.sensitivities[shape.index], CacheConfig(key, value, sinks=0, recent=0, pre_rope=pre_rope)
+        layer = self.sensitivities[shape.index]
+        config = CacheConfig(key, value, sinks=0, recent=0, pre_rope=pre_rope)
         codecs = Codecs(config, {shape.index: self.rope}, self.statistics.get)
-        return layer.damage(*coded(layer.keys, layer.values, codecs, shape.index))
+        return layer.damage(*as_coded(layer.keys, layer.values, codecs, shape.index))
 
     def cache(self, config: CacheConfig) -> KVCache:
         """An empty cache with the codecs that damages were measured with."""

@@ -10,7 +10,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from qjl.architecture import text_config
 from qjl.compat import cache_argument
-from qjl.hf import KVCache, QuantizedLayer
+from qjl.hf import KVCache, QuantizedLayer, own_codecs
 from qjl.presets import CacheConfig
 from qjl.statistics import LayerStatistics
 
@@ -57,20 +56,8 @@ def calibrated_cache(
     model: PreTrainedModel, config: CacheConfig, statistics: Callable[[], Mapping[int, LayerStatistics]]
 ) -> KVCache:
     """An empty cache whose codecs, if they need statistics, are fitted to these of each layer and to nothing else."""
-    cache = KVCache(model, config, share=False)
-    if needs_statistics(cache):
-        for index, one in statistics().items():
-            layer = cast(QuantizedLayer, cache.layers[index])
-            layer.core.source.calibrated = functools.partial(_given, one)
-    return cache
-
-
-def needs_statistics(cache: KVCache) -> bool:
-    return any(core.key.needs_statistics or core.value.needs_statistics for core in cache.cores)
-
-
-def _given(statistics: LayerStatistics) -> LayerStatistics:
-    return statistics
+    measured = functools.cache(statistics)
+    return KVCache(model, config, codecs=own_codecs(model, config, lambda layer: measured().get(layer)))
 
 
 @torch.no_grad()
@@ -111,7 +98,7 @@ def decode(model: PreTrainedModel, cache: KVCache, input_ids: Tensor, prefix: in
     with torch.inference_mode():
         first, stop = prefix, input_ids.shape[1] - 1
         while first < stop:
-            last = min(first + min(core.tokens_until_due for core in cache.cores), stop)
+            last = min(first + cache.tokens_until_due, stop)
             logits = model(input_ids=input_ids[:, first:last].to(model.device), **cache_argument(cache)).logits
             cache.settle()
             yield first, logits

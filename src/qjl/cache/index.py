@@ -108,12 +108,12 @@ class TokenIndex:
         self.lengths: list[int] = []
         self.blocks: list[int] = []  # decided, per row
         self.partial: list[dict[int, int]] = []  # tokens in codes, of blocks that have fewer than 64
-        self.origins = np.zeros(0, np.int64)
-        self.table = np.zeros((0, 0), np.int32)
-        self.counts = np.zeros(0, np.int32)
-        self.ends = np.zeros(0, np.int32)  # of the table of each row, in tokens
-        self.slot_of = np.zeros((0, 0), np.int32)
-        self.token_of = np.zeros((0, 0), np.int64)
+        self.origins: Integers = np.zeros(0, np.int64)
+        self.table: Integers = np.zeros((0, 0), np.int32)
+        self.counts: Integers = np.zeros(0, np.int32)
+        self.ends: Integers = np.zeros(0, np.int32)  # of the table of each row, in tokens
+        self.slot_of: Integers = np.zeros((0, 0), np.int32)
+        self.token_of: Integers = np.zeros((0, 0), np.int64)
         self.marks: np.ndarray | None = None
         self.slots.reset()
         self.pages.reset()
@@ -137,7 +137,7 @@ class TokenIndex:
     def _arrays(self) -> tuple[Integers, ...]:
         return self.origins, self.counts, self.ends, self.table, self.slot_of, self.token_of
 
-    def _set_arrays(self, arrays: Iterable[Integers]) -> None:
+    def _set_arrays(self, arrays: Iterable[Any]) -> None:
         self.origins, self.counts, self.ends, self.table, self.slot_of, self.token_of = arrays
         self.version += 1
 

@@ -17,6 +17,7 @@ from qjl.codecs import Pair, TokenShape
 from qjl.errors import QJLError
 from qjl.methods.base import require_finite
 from qjl.methods.nibble import EXPAND_FROM_ROWS
+from qjl.ops.forms import Pool
 from qjl.packed import to_device
 
 Tokens = tuple[Tensor, Tensor]  # keys and values ``[B, H, T, D]``
@@ -92,26 +93,28 @@ class Layer:
 
     def attend(self, query: Tensor, scoring: Scoring, reading: Reading, fresh: Tokens) -> Tensor:
         """Attention of ``query [B, Hq, Q, D]``, that of the fresh tokens: ``[B, Q, Hq, Dv]`` in its dtype."""
-        if not self._takes_fused_step(query, reading):
-            return attend(query, *self._segments(reading, fresh), scoring).transpose(1, 2).contiguous()
-        pool, exact, rows = self.pages.operand, self._exact().operand, reading.operand  # type: ignore[union-attr]
-        softcap = scoring.softcap or 0.0
+        pool = self._pool_for(query, reading)
+        if pool is None:
+            exact, coded = self._segments(reading, fresh)
+            return attend(query, exact, coded, scoring).transpose(1, 2).contiguous()
+        pools, rows, softcap = (pool, self._exact().operand), reading.operand, scoring.softcap or 0.0
         is_plain = reading.is_plain(scoring.mask)
         if is_plain and scoring.sink_logits is None:
             self._is_put = True
-            return ops.append_attend(query, *fresh, pool, exact, rows, scoring.scaling, softcap)
+            return ops.append_attend(query, *fresh, *pools, rows, scoring.scaling, softcap)
         self.put()
         bias = None if is_plain else reading.bias(scoring.mask)
         grouped = query.reshape(query.shape[0], fresh[0].shape[1], -1, query.shape[3])
-        part = ops.attend(grouped, pool, exact, rows, query.shape[2], scoring.scaling, softcap, bias)
+        part = ops.attend(grouped, *pools, rows, query.shape[2], scoring.scaling, softcap, bias)
         return joined(part, query, scoring.sink_logits).transpose(1, 2).contiguous()
 
-    def _takes_fused_step(self, query: Tensor, reading: Reading) -> bool:
-        """Whether codes are scored as they are: on a CPU for few rows, where looking up beats decoding."""
-        if self.pages is None or self.pages.operand is None or not reading.is_short:
-            return False
-        rows = query.shape[1] // self.shape.heads * query.shape[2]  # type: ignore[union-attr]
-        return rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
+    def _pool_for(self, query: Tensor, reading: Reading) -> Pool | None:
+        """What is scored as it is, if codes are: on a CPU for few rows, where looking up beats decoding."""
+        if self.pages is None or not reading.is_short:
+            return None
+        rows = query.shape[1] // self.pages.heads * query.shape[2]
+        is_worth_it = rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
+        return self.pages.operand if is_worth_it else None
 
     def _exact(self) -> ExactTokens:
         assert self.exact is not None
@@ -209,8 +212,7 @@ class Layer:
         assert self.shape is not None
         columns = self.index.columns + (0 if fresh is None else fresh[0].shape[2])
         size = (self.index.batch, self.shape.heads, columns)
-        like = {"dtype": self.shape.dtype, "device": self.shape.device}
-        out = torch.zeros(*size, self.shape.key_dim, **like), torch.zeros(*size, self.shape.value_dim, **like)  # type: ignore[arg-type]
+        out = _zeros(self.shape, *size, self.shape.key_dim), _zeros(self.shape, *size, self.shape.value_dim)
         for segment in exact:
             _place(out, segment)
         return out
@@ -235,6 +237,10 @@ class Layer:
     def codec_tensors(self) -> tuple[Tensor, ...]:
         """Fitted parameters of this layer; some are shared with other layers."""
         return tuple(tensor for codec in self.codecs or () for tensor in codec.tensors)
+
+
+def _zeros(like: TokenShape, *size: int) -> Tensor:
+    return torch.zeros(size, dtype=like.dtype, device=like.device)
 
 
 def _by_token(x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -107,7 +108,8 @@ class PagedCache(Copied):
         """
         index = self.index
         if self._last is not None:
-            self.store(self._last)
+            with self._undone_by_errors():
+                self.store(self._last)
         if index.step is not None and layer.step is index.step:
             self.settle()
         layer.require(keys, values)
@@ -183,7 +185,7 @@ class PagedCache(Copied):
         """
         if self.index.step is None:
             return
-        try:
+        with self._undone_by_errors():
             step = self._plan()
             joined = [layer for layer in self.layers.values() if layer.step is step]
             self._require_all(joined)
@@ -191,13 +193,18 @@ class PagedCache(Copied):
                 self.store(layer)
             if len(step.pooled):
                 self._encode_pooled(joined)
-        except QJLError:
-            self.roll_back()
-            raise
         self.index.commit()
         self._reading = self._last = None
         for layer in self.layers.values():
             layer.has_missed = layer.has_missed or layer.step is not step
+
+    @contextmanager
+    def _undone_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except QJLError:
+            self.roll_back()
+            raise
 
     def _require_all(self, joined: Sequence[Layer]) -> None:
         for layer in self.layers.values():
@@ -285,7 +292,7 @@ class PagedCache(Copied):
         return sum(layer.allocated_nbytes for layer in self.layers.values())
 
 
-def coded(keys: Tensor, values: Tensor, codecs: Codecs, layer: int = 0) -> Tokens:
+def as_coded(keys: Tensor, values: Tensor, codecs: Codecs, layer: int = 0) -> Tokens:
     """``[B, H, T, D]`` as a cache gives them back that keeps no token exact but those behind the last whole block."""
     cache = PagedCache([layer], sinks=0, recent=0, source=Fitted(codecs))
     cache.append(cache.layers[layer], keys, values)

@@ -129,13 +129,13 @@ class Reading:
     def packed(self) -> tuple[Tensor, Tensor, Seen] | None:
         """Pages ``[B, n]``, positions of their first tokens, and which tokens of them each row has."""
         blocks = max((self.index.blocks[row] for row in self.rows), default=0)
-        if not blocks:
+        table = self._of_rows(self.index.table)[:, :blocks].astype(np.int64)
+        if not (table != HOLE).any():
             return None
-        table = self._of_rows(self.index.table)[:, :blocks].astype(np.int64).clip(min=0)
         first = self._of_rows(self.index.origins)[:, None] + np.arange(blocks) * BLOCK
         tokens = blocks * BLOCK
         seen = self._seen(self._table_columns[:, :tokens], self._table_valid[:, :tokens])
-        pages, positions = (to_device(torch.from_numpy(x), self.device) for x in (table, first))
+        pages, positions = (to_device(torch.from_numpy(x), self.device) for x in (table.clip(min=0), first))
         return pages, positions, seen
 
     def _seen(self, columns: np.ndarray, valid: np.ndarray) -> Seen:
@@ -187,8 +187,8 @@ class KeptRows:
         kept, index = self._rows, reading.index
         if kept is None or self._version != index.version or kept.table.device != reading.device:
             skip = torch.full(ends.shape, index.sinks, dtype=torch.int32)
-            on_device = (to_device(x, reading.device) for x in (table, ends, skip, origins, slots, counts))
-            kept = self._rows = Rows(*on_device, longest, most_exact, has_holes=index.has_holes)
+            of_rows = (to_device(x, reading.device) for x in (table, ends, skip, origins, slots, counts))
+            kept = self._rows = Rows(*of_rows, longest, most_exact, index.has_holes)  # type: ignore[misc, arg-type, call-arg]
             self._version = index.version
             return kept
         if reading.device.type != "cpu":

@@ -66,7 +66,9 @@ class KVCache(Copied, WatchedCache):
         if self.config.pre_rope:
             _require_fixed_rope(config, codecs)
         self.codecs = codecs
-        self.stores = [self._store(config, kind) for kind in (False, True) if any(self._of_kind(kind))]
+        self.sources = [FirstPrompt(codecs, config.model_type) for kind in (False, True) if any(self._of_kind(kind))]
+        kinds = (kind for kind in (False, True) if any(self._of_kind(kind)))
+        self.stores = [self._store(kind, source) for kind, source in zip(kinds, self.sources, strict=True)]
         layers = compat.DynamicCache(config=text_config(config)).layers
         for store in self.stores:
             for number, core in store.layers.items():
@@ -86,12 +88,11 @@ class KVCache(Copied, WatchedCache):
             if shape.is_quantized and shape.is_cross_attention == is_cross_attention:
                 yield shape
 
-    def _store(self, config: PreTrainedConfig, is_cross_attention: bool) -> PagedCache:
+    def _store(self, is_cross_attention: bool, source: FirstPrompt) -> PagedCache:
         shapes = list(self._of_kind(is_cross_attention))
         for shape in shapes:
             for quantizer in self.codecs.quantizers(shape.index):
                 quantizer.layout(shape.head_dim)
-        source = FirstPrompt(self.codecs, config.model_type)
         return PagedCache([shape.index for shape in shapes], self.config.sinks, self.config.recent, source)
 
     def _require_queries(self, model: PreTrainedModel) -> None:
@@ -140,14 +141,18 @@ class KVCache(Copied, WatchedCache):
     @property
     def wants_queries(self) -> bool:
         """Whether statistics are still awaited, for which the queries of a prompt must be seen."""
-        return any(store.source.wants_queries(core) for store in self.stores for core in store.layers.values())
+        return any(
+            source.wants_queries(core)
+            for source, store in zip(self.sources, self.stores, strict=True)
+            for core in store.layers.values()
+        )
 
     @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.updates += 1
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)  # type: ignore[union-attr]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Keys, values and window of each layer, as a ``DynamicCache`` gives them."""
@@ -243,8 +248,8 @@ class KVCache(Copied, WatchedCache):
 
     def reset(self) -> None:
         self.prompt_ids = None
-        for store in self.stores:
-            store.source.reset()
+        for source, store in zip(self.sources, self.stores, strict=True):
+            source.reset()
             store.reset()
         for layer in self.quantized_layers:
             layer.knows_padding = not layer.has_text

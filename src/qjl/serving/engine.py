@@ -299,8 +299,8 @@ def fit_codecs(
         QJLError: if the text is too short.
     """
     cache = make_cache(model, config)
-    if not isinstance(cache, KVCache) or not any(core.lacks_statistics for core in cache.cores):
+    if not isinstance(cache, KVCache) or cache.has_codecs:
         return
     prefill(model, rows_of(model, tokenizer, text())[0].tolist(), cache)
-    if any(core.codecs is None for core in cache.cores):
+    if not cache.has_codecs:
         raise QJLError(f"the text is too short to fit {config.name} to: run `qjl calibrate` first.")

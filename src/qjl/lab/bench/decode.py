@@ -1,18 +1,19 @@
 """One token's attention over a packed layer, as ``model.generate`` calls it, beside attention in full precision.
 
-Timed is all of ``qjl.attention.attend``: query tables, packed tokens, the exact ones at both ends, the keys' mean,
-and merging. The subject is a layer of synthetic tokens (``qjl.lab.bench.synthetic``).
+Timed is all of ``PagedCache.attend``: storing the fresh token, query tables, packed tokens, the exact ones at both
+ends, the keys' mean, and merging. The subject is a layer of synthetic tokens (``qjl.lab.bench.synthetic``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from qjl.attention import Scoring, attend
-from qjl.cache import CacheLayer
+from qjl.attention import Scoring
+from qjl.cache.paged import PagedCache
 from qjl.lab.bench.baselines import BASELINES, Baseline
 from qjl.lab.bench.places import Place, copies_for
 from qjl.lab.bench.protocol import (
@@ -50,8 +51,8 @@ def measure(config: CacheConfig, tokens: int, settings: Settings, on_round: Call
     scoring = Scoring(settings.shape.scaling)
     error = max_error(subject, scoring, settings.threads)
     require_accurate(error, f"{config.name} at {tokens} tokens", settings.backend, settings.most_error)
-    layers = subject.copies(copies_for(subject.layer.nbytes, place))
-    eager: list[Work] = [partial(attend, subject.query, layer, scoring) for layer in layers]
+    subjects = subject.copies(copies_for(subject.cache.nbytes, place))
+    eager: list[Work] = [partial(one.attend, scoring) for one in subjects]
     peak, operations = place.peak()
     ours = [place.ready(work) for work in eager]
     works: dict[str, Sequence[Work]] = {OURS: ours, LIMIT: [limit], PEAK: [peak]}
@@ -64,21 +65,21 @@ def measure(config: CacheConfig, tokens: int, settings: Settings, on_round: Call
         head("decode", config.name, tokens, settings)
         | compared(timings, names)
         | {"eager_ms": timings.ms(EAGER) if EAGER in works else None}
-        | of_the_limit(subject.layer.nbytes, timings.ms(OURS), timings, limit)
+        | of_the_limit(subject.cache.nbytes, timings.ms(OURS), timings, limit)
         | {"max_error": error}
         | _operations(tokens, settings.shape, operations, timings)
-        | _layer_facts(subject.layer)
+        | _layer_facts(subject.cache)
         | conditions(settings)
     )
 
 
 def max_error(subject: Subject, scoring: Scoring, threads: int) -> float:
     """Of the backend in use against the reference on the same bytes, before the output is rounded to their dtype."""
-    query = subject.query.float()
+    in_full = replace(subject, query=subject.query.float())
     with use_threads(threads), torch.no_grad():
-        out = attend(query, subject.layer, scoring)
+        out = in_full.attend(scoring)
         with using_backend(REFERENCE):
-            expected = attend(query, subject.layer, scoring)
+            expected = in_full.attend(scoring)
     return relative_error(out, expected)
 
 
@@ -122,5 +123,6 @@ def _operations(tokens: int, shape: Shape, of_peak: int, timings: Timings) -> Ro
     return {"operations": count, "peak_gflops": of_peak / timings.least_ms(PEAK) / 1e6}
 
 
-def _layer_facts(layer: CacheLayer) -> Row:
-    return {"packed_bytes": layer.nbytes - layer.exact_nbytes, "exact_tokens": layer.length - layer.packed_tokens[0]}
+def _layer_facts(cache: PagedCache) -> Row:
+    (layer,), index = cache.layers.values(), cache.index
+    return {"packed_bytes": layer.nbytes - layer.exact_nbytes, "exact_tokens": int(index.counts[0])}

@@ -132,8 +132,7 @@ def _whole_blocks(tokens: int) -> int:
 
 
 def _codec(config: CacheConfig, role: str, settings: Settings) -> Codec:
-    least = config.sinks + config.recent + BLOCK
+    least = config.recent + BLOCK + 1
     subject = fill(config, least, settings.shape, settings.dtype, settings.device)
-    _, segment = subject.layer.segments()
-    assert segment is not None
-    return segment.key_codec if role == "key" else segment.value_codec
+    assert subject.layer.codecs is not None
+    return subject.layer.codecs[role == "value"]

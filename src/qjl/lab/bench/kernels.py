@@ -6,14 +6,14 @@ Beside it stand scans of other kinds with as many bits per key. FAISS also keeps
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from qjl import ops
-from qjl.cache import PackedSegment
+from qjl.codecs import Pair
 from qjl.lab.bench import baselines, faiss_scans
 from qjl.lab.bench.baselines import SignRows, popcount_scan
 from qjl.lab.bench.encode import NOT_COMPARED
@@ -31,14 +31,15 @@ from qjl.lab.bench.protocol import (
     require_accurate,
     using_backend,
 )
-from qjl.lab.bench.synthetic import fill
+from qjl.lab.bench.synthetic import Subject, fill
 from qjl.lab.bench.timing import Work, interleave, use_threads
 from qjl.lab.records import Row
 from qjl.methods.base import Quantizer
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
 from qjl.ops.cpu import decoding
-from qjl.packed import BLOCK
+from qjl.ops.forms import PackedTokens
+from qjl.packed import BLOCK, Blocks
 from qjl.presets import CacheConfig
 
 MOST_SCORE_ERROR = 1e-3  # integer tables err a little in every score, and a softmax over many of them averages that out
@@ -71,8 +72,7 @@ def scan(
     baselines.require_compiled()
     shape, place = settings.shape, settings.place
     subject = fill(CacheConfig(quantizer, TurboQuant(2), 0, 0, name=name), tokens, shape, settings.dtype)
-    _, segment = subject.layer.segments()
-    assert segment is not None
+    segment = PackedKeys.of(subject)
     rows = subject.query.float().reshape(1, shape.kv_heads, shape.group, shape.head_dim)
     error = _score_error(rows, segment, settings.threads)
     require_accurate(error, f"{name} at {tokens} tokens", settings.backend, MOST_SCORE_ERROR)
@@ -95,21 +95,53 @@ def scan(
     )
 
 
-def scores(rows: Tensor, segment: PackedSegment) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class PackedKeys:
+    """Packed keys ``[1, H, blocks, *shape]`` of one row with their values, codecs and positions ``[1, blocks]``."""
+
+    keys: Blocks
+    values: Blocks
+    codecs: Pair
+    first: Tensor
+
+    @classmethod
+    def of(cls, subject: Subject) -> PackedKeys:
+        pages, index = subject.layer.pages, subject.cache.index
+        assert pages is not None
+        blocks = index.blocks[0]
+        keys, values = (
+            {name: field.transpose(0, 1)[None, :, :blocks].contiguous() for name, field in side.items()}
+            for side in pages.fields
+        )
+        return cls(keys, values, pages.codecs, torch.arange(blocks)[None] * BLOCK)
+
+    @property
+    def blocks(self) -> int:
+        return self.first.shape[1]
+
+    @cached_property
+    def operand(self) -> PackedTokens | None:
+        key, value = self.codecs[0].form, self.codecs[1].form
+        if key is None or value is None:
+            return None
+        return PackedTokens(self.keys, self.values, key, value, self.first)
+
+
+def scores(rows: Tensor, segment: PackedKeys) -> Tensor:
     """``<q, k>`` of ``rows [1, H, group, D]`` and all packed keys, as the backend in use takes them."""
-    if ops.active_backend() == REFERENCE or segment.as_operand is None:
-        return segment.key_codec.score(rows, segment.keys, segment.first)
-    return decoding.score(rows, segment.as_operand)
+    if ops.active_backend() == REFERENCE or segment.operand is None:
+        return rows @ segment.codecs[0].dequantize(segment.keys, segment.first).transpose(2, 3)
+    return decoding.score(rows, segment.operand)
 
 
-def _score_error(rows: Tensor, segment: PackedSegment, threads: int) -> float:
+def _score_error(rows: Tensor, segment: PackedKeys, threads: int) -> float:
     with use_threads(threads), torch.no_grad():
         out = scores(rows, segment)
         with using_backend(REFERENCE):
             return relative_error(out, scores(rows, segment))
 
 
-def _copied(segment: PackedSegment) -> PackedSegment:
+def _copied(segment: PackedKeys) -> PackedKeys:
     return replace(segment, keys={name: field.clone() for name, field in segment.keys.items()})
 
 

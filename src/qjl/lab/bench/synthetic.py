@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qjl.cache import CacheLayer, LayerSource
+from qjl.attention import Scoring
+from qjl.cache.layer import Layer
+from qjl.cache.paged import Fitted, PagedCache
+from qjl.codecs import Codecs, Pair, TokenShape
 from qjl.errors import QJLError
 from qjl.methods.base import Codec
 from qjl.packed import BLOCK, Blocks
@@ -84,14 +87,25 @@ class Maker:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A filled layer and the queries of its last token, ``[B, H * group, 1, D]``."""
+    """A filled layer in the pass that reads its last token, and that token's queries ``[B, H * group, 1, D]``."""
 
-    layer: CacheLayer
+    cache: PagedCache
     query: Tensor
 
-    def copies(self, count: int) -> list[CacheLayer]:
+    @property
+    def layer(self) -> Layer:
+        (layer,) = self.cache.layers.values()
+        return layer
+
+    def attend(self, scoring: Scoring) -> Tensor:
+        """Attention of the last token, which is stored on the way: ``[B, 1, H * group, D]``."""
+        fresh = self.layer.fresh
+        assert fresh is not None
+        return self.cache.attend(self.layer, self.query, scoring, fresh)
+
+    def copies(self, count: int) -> list[Subject]:
         """Layers with bytes of their own; the codecs are shared."""
-        return [self.layer, *(copy.deepcopy(self.layer) for _ in range(count - 1))]
+        return [self, *(Subject(copy.deepcopy(self.cache), self.query) for _ in range(count - 1))]
 
 
 @torch.no_grad()
@@ -101,45 +115,37 @@ def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype, dev
     Raises:
         QJLError: if none of them would be packed, or the preset does not take this head_dim.
     """
-    least = config.sinks + config.recent + BLOCK
+    least = config.recent + BLOCK + 1
     if tokens < least:
         raise QJLError(f"{config.name} keeps the last of {tokens} tokens exact and packs none: give {least} or more.")
     maker = Maker(shape)
-    source = LayerSource(maker.rope, maker.statistics)
-    _fit(_layer(config, source), maker, dtype, device)
-    fitted = dict(source.codecs)
-    source.codecs |= {key: (_Repeating(keys), _Repeating(values)) for key, (keys, values) in fitted.items()}
-    layer = _layer(config, source)
-    for first in range(0, tokens, DISTINCT):
-        count = min(DISTINCT, tokens - first)
+    codecs, fitted = _codecs(config, maker, dtype, device)
+    cache = PagedCache([0], config.sinks, config.recent, Fitted(codecs))
+    (layer,) = cache.layers.values()
+    for first in range(0, tokens - 1, DISTINCT):
+        count = min(DISTINCT, tokens - 1 - first)
         if first <= DISTINCT:  # what is encoded must have been made where it stands; all else is in its place
             positions = torch.arange(first, first + count)[None]
             keys, values = (x.to(device, dtype) for x in (maker.keys(positions), maker.values(count)))
-        layer.append(keys[:, :, :count], values[:, :, :count])
-        layer.settle()
-    source.codecs.update(fitted)
-    if shape.batch > 1:
-        layer.select(torch.zeros(shape.batch, dtype=torch.int64))
-    query = maker.queries(torch.tensor([[tokens - 1]])).to(device, dtype)
-    return Subject(layer, query.repeat(shape.batch, 1, 1, 1))
+        cache.append(layer, *(x[:, :, :count].expand(shape.batch, -1, -1, -1) for x in (keys, values)))
+        cache.settle()
+    assert layer.pages is not None
+    layer.pages.codecs = fitted
+    last = torch.tensor([[tokens - 1]])
+    query, *fresh = (x.to(device, dtype) for x in (maker.queries(last), maker.keys(last), maker.values(1)))
+    cache.append(layer, *(x.repeat(shape.batch, 1, 1, 1) for x in fresh))
+    return Subject(cache, query.repeat(shape.batch, 1, 1, 1))
 
 
-def _layer(config: CacheConfig, source: LayerSource) -> CacheLayer:
-    return CacheLayer(
-        config.key,
-        config.value,
-        sinks=config.sinks,
-        recent=config.recent,
-        pre_rope=config.pre_rope,
-        source=source,
-    )
-
-
-def _fit(layer: CacheLayer, maker: Maker, dtype: torch.dtype, device: torch.device) -> None:
-    """Leave codecs in the layer's source: the first block that is packed does."""
-    count = layer.sinks + layer.recent + BLOCK
-    layer.append(maker.keys(torch.arange(count)[None]).to(device, dtype), maker.values(count).to(device, dtype))
-    layer.settle()
+def _codecs(config: CacheConfig, maker: Maker, dtype: torch.dtype, device: torch.device) -> tuple[Codecs, Pair]:
+    """Codecs that give the same codes again and again, and what they are made of."""
+    shape = TokenShape(maker.shape.kv_heads, maker.shape.head_dim, maker.shape.head_dim, device, dtype)
+    statistics = maker.statistics()
+    fitted = Codecs(config, {0: maker.rope}, lambda layer: statistics).of(0, shape)
+    assert fitted is not None
+    repeating = Codecs(config, {0: maker.rope})
+    repeating.give(0, shape, (_Repeating(fitted[0]), _Repeating(fitted[1])))
+    return repeating, fitted
 
 
 class _Repeating(Codec):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qjl.attention import Scoring, attend, attend_dense
-from qjl.cache import CacheLayer
+from qjl.attention import Scoring, attend_dense
+from qjl.cache.paged import Fitted, PagedCache
 from qjl.codebook import scalar_distortion
 from qjl.errors import QJLError
 from qjl.fingerprints import digest
@@ -90,13 +90,13 @@ def measure(
 
 
 def _by_layer(config: CacheConfig, cache: KVCache, layers: Callable[[], dict[int, States]]) -> list[Row]:
-    rows, indices = [], [shape.index for shape in cache.shapes if shape.is_quantized]
-    for index, core in zip(indices, cache.cores, strict=True):
-        for role, error, theory in _errors(core, layers()[index], config.for_layer(index)[0]):
+    rows = []
+    for core in cache.cores:
+        store = PagedCache([core.number], config.sinks, config.recent, Fitted(cache.codecs))
+        for role, error, theory in _errors(store, layers()[core.number], config.for_layer(core.number)[0]):
             deviation = float(error.std() / math.sqrt(error.numel())) if error.numel() > 1 else None
             found = {"error": float(error.mean()), "error_se": deviation, "theory": theory}
-            rows.append({"layer": index, "role": role} | found)
-        core.reset()
+            rows.append({"layer": core.number, "role": role} | found)
     return rows
 
 
@@ -134,24 +134,26 @@ def _attention(
 
 
 @torch.inference_mode()
-def _errors(core: CacheLayer, layer: States, key: Quantizer) -> Iterator[tuple[str, Tensor, float | None]]:
+def _errors(store: PagedCache, layer: States, key: Quantizer) -> Iterator[tuple[str, Tensor, float | None]]:
     """By role: the errors of each row and head, ``[B, H]``, and theory's."""
-    core.append(layer.keys, layer.values)
-    core.settle()
-    packed = core.segments()[1]
-    if packed is None:
-        raise QJLError(f"no token of {core.length} is a code: take more tokens, or a smaller window.")
-    columns = slice(core.sinks, core.sinks + core.packed_tokens[0])
+    (core,) = store.layers.values()
+    store.append(core, layer.keys, layer.values)
+    store.settle()
+    packed = store.index.packed_tokens[0]
+    if not packed:
+        raise QJLError(f"no token of {store.index.columns} is a code: take more tokens, or a smaller window.")
+    columns = slice(store.index.sinks, store.index.sinks + packed)
+    decoded, values = store.dense(core)
     keys = layer.keys.float()[:, :, columns]
     query = layer.query.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
     lengths = query.norm(dim=-1)[..., None] * keys.norm(dim=-1)[:, :, None]
     exact = query @ keys.transpose(2, 3)
-    error = (packed.key_codec.score(query, packed.keys, packed.first) - exact) / lengths
+    error = (query @ decoded.float()[:, :, columns].transpose(2, 3) - exact) / lengths
     cosine = float((exact / lengths).square().mean())
     yield "score", error.square().mean((2, 3)).sqrt(), expected_error(key, keys.shape[3], cosine)
     scoring = Scoring(layer.scaling)
     truth = attend_dense(layer.query.float(), layer.keys, layer.values, scoring)
-    error = attend(layer.query.float(), core, scoring) - truth
+    error = attend_dense(layer.query.float(), decoded, values, scoring) - truth
     by_head = (error.norm(dim=-1) / truth.norm(dim=-1)).unflatten(1, (keys.shape[1], -1))
     yield "output", by_head.mean((2, 3)), None
 

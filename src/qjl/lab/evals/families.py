@@ -163,8 +163,8 @@ class Trial:
     def _judged(self, way: Way, answer: Answer) -> Finding:
         """With codes in place of numbers there must be a loss, and a small one."""
         kl = answer.kl(self._own[way.name])
-        used = [core for core in answer.cache.cores if core.length]
-        if not used or not all(max(core.packed_tokens) for core in used):
+        used = [store.index for store in answer.cache.stores if store.index.columns]
+        if not used or not all(max(index.packed_tokens) for index in used):
             return Finding("wrong", f"{self._preset} quantizes nothing in {way.name}", kl=kl)
         if not 0 < kl < self._limit:
             return Finding("wrong", f"{self._preset} is {kl:.2g} nats off in {way.name}", kl=kl)

@@ -32,7 +32,6 @@ from qjl.teacher_forcing import (
     calibrated_cache,
     compare,
     full_log_probabilities,
-    needs_statistics,
     prefill,
     refill,
 )
@@ -108,7 +107,7 @@ class Trial:
         seeds = range(protocol.seeds if protocol.retrieval else 0)
         self.tasks = [make_task(tokenizer, self.chunks[0, :-1], seed) for seed in seeds]
         self.task_prefixes = [prefill(model, task.input_ids[:, : task.prefix]) for task in self.tasks]
-        full = KVCache(model, CacheConfig(Identity(), Identity()), share=False)
+        full = KVCache(model, CacheConfig(Identity(), Identity()))
         self.retrieval_full = _mean([self._retrieved(full, seed) for seed in seeds])
         self._statistics: dict[int, dict[int, LayerStatistics]] = {}
 
@@ -127,8 +126,7 @@ class Trial:
     def runs(self, config: CacheConfig, on_tokens: Callable[[int], None]) -> list[_Run]:
         """One per seed; a single one where neither a projection nor statistics of a prompt could make a difference."""
         seeds = range(self.protocol.seeds)
-        cache = KVCache(self.model, config, share=False)
-        if config.with_seed(0) == config.with_seed(1) and not needs_statistics(cache):
+        if config.with_seed(0) == config.with_seed(1) and not KVCache(self.model, config).needs_statistics:
             return [self._run(config, 0, seeds, on_tokens)]
         return [self._run(config, seed, [seed], on_tokens) for seed in seeds]
 

@@ -290,7 +290,7 @@ def _right_padded(rows: list[list[int]]) -> Tensor:
 
 def _packed_tokens(cache: KVCache) -> int:
     """Of one row; all are alike."""
-    return cache.cores[0].packed_tokens[0] if cache.cores[0].batch else 0
+    return max(cache.packed_tokens, default=0)
 
 
 def load_tasks(

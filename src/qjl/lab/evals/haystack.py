@@ -209,7 +209,7 @@ class _Haystack:
     def answer(self, cache: KVCache) -> Row:
         """What the model says, and how much of the haystack was codes when it was asked."""
         refill(cache, self._exact)
-        share = cache.cores[0].packed_tokens[0] / len(self.tokens)
+        share = cache.packed_tokens[0] / len(self.tokens)
         text = continue_greedily(self.subject, cache, self.question, ANSWER_TOKENS)
         return {"answer": text, "read_as_codes": share}
 

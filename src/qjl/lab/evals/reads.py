@@ -27,8 +27,8 @@ class Reads:
 
     def add_step(self, cache: KVCache) -> None:
         """The step of one token per row that comes next."""
-        core = cache.cores[0]
-        self.add(sum(core.packed_tokens), core.batch * (core.length + 1) - sum(core.padding))
+        index = cache.index
+        self.add(sum(index.packed_tokens), sum(index.lengths) + index.batch)
 
 
 class Watch:
@@ -36,10 +36,9 @@ class Watch:
 
     def __init__(self, cache: KVCache, reads: Reads) -> None:
         self.cache, self.reads = cache, reads
-        self.packed = sum(cache.cores[0].packed_tokens)  # before the step
+        self.packed = sum(cache.packed_tokens)  # before the step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        core = self.cache.cores[0]
-        self.reads.add(self.packed, core.batch * core.length - sum(core.padding))
-        self.packed = sum(core.packed_tokens)
+        self.reads.add(self.packed, sum(self.cache.index.lengths))
+        self.packed = sum(self.cache.packed_tokens)
         return scores
