@@ -62,7 +62,7 @@ class Step:
 
     starts: list[int]
     counts: list[int]
-    columns: int  # that the pass adds, padding included
+    columns: int  # that the pass adds, padding included; 0 for rows that have none
     before: list[int]  # exact tokens of each row, before the pass
     is_planned: bool = False
     put_tokens: list[int] = field(default_factory=list)
@@ -75,10 +75,9 @@ class Step:
     taken: list[int] = field(default_factory=list)  # pages that are new
 
     @property
-    def is_even(self) -> bool:
-        """Whether every row has as many fresh tokens, one row behind the other: none of them is padding."""
-        size = self.columns
-        return all(count == size for count in self.counts) and self.starts == [size * row for row in range(len(self))]
+    def shape(self) -> tuple[int, int]:
+        """Batch and tokens of the tensors that layers are given: the rows, or one with all tokens behind each other."""
+        return (len(self), self.columns) if self.columns else (1, sum(self.counts))
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -183,6 +182,11 @@ class TokenIndex:
         Padding that is not known yet is told by ``set_padding``, before anything is planned.
         """
         return self.begin(*self._fresh(columns), columns)
+
+    def begin_ragged(self, counts: Sequence[int]) -> Step:
+        """A pass over the fresh tokens of all rows, one row behind the other: as many of each as ``counts`` say."""
+        starts = np.cumsum([0, *counts])[:-1]
+        return self.begin(starts.tolist(), counts, 0)
 
     def _fresh(self, columns: int) -> tuple[list[int], list[int]]:
         """Where the fresh tokens of each row start, and how many there are."""
@@ -388,6 +392,10 @@ class TokenIndex:
         self.slots.release(step.put_slots)
         self.pages.release(step.taken)
         self.counts[:] = step.before
+
+    def crop_row(self, row: int, length: int) -> None:
+        """Keep the first tokens of a row; of rows that were never given as columns."""
+        self._crop_row(row, length)
 
     # Marks
 

@@ -100,7 +100,7 @@ class Layer:
         pools, rows, softcap = (pool, self._exact().operand), reading.operand, scoring.softcap or 0.0
         is_plain = reading.is_plain(scoring.mask)
         if is_plain and scoring.sink_logits is None:
-            self._is_put = True
+            self._is_put = reading.is_whole
             return ops.append_attend(query, *fresh, *pools, rows, scoring.scaling, softcap)
         self.put()
         bias = None if is_plain else reading.bias(scoring.mask)
