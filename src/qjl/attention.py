@@ -71,7 +71,7 @@ def _takes_one_step(query: Tensor, exact: ExactSegment, packed: PackedSegment) -
     """Whether the backend takes all tokens at once: on a CPU for few rows, where looking up beats decoding."""
     rows = query.shape[1] // exact.keys.shape[1] * query.shape[2]
     is_worth_it = rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
-    return is_worth_it and ops.offers("attend", query) and packed.as_operand is not None
+    return is_worth_it and ops.offers("attend_packed", query) and packed.as_operand is not None
 
 
 def _takes_fused_parts(query: Tensor, exact: ExactSegment, scoring: Scoring) -> bool:
@@ -114,7 +114,7 @@ def _one_step(query: Tensor, exact: list[ExactSegment], packed: PackedSegment | 
     ]
     bias = _bias(packed, scoring, packed.blocks * BLOCK)
     softcap = scoring.softcap or 0.0
-    part = ops.attend(rows, packed.as_operand, bias, exact_tokens, query.shape[2], scoring.scaling, softcap)
+    part = ops.attend_packed(rows, packed.as_operand, bias, exact_tokens, query.shape[2], scoring.scaling, softcap)
     return _joined([part], query, scoring)
 
 
