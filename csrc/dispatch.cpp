@@ -121,12 +121,37 @@ int64_t worth_waking(int64_t threads, int64_t work, int64_t work_per_thread) {
 }
 
 int64_t blocks_of(const QjlStep& step) {
-    if (!step.pages) return step.batch * step.heads * step.blocks;
+    if (!step.of_rows) return step.batch * step.heads * step.blocks;
     int64_t tokens = 0;
     for (int64_t row = 0; row < step.batch; ++row) {
-        tokens += std::max(0, step.pages->lengths[row] - step.pages->skip[row]);
+        tokens += std::max(0, step.of_rows->lengths[row] - step.of_rows->skip[row]);
     }
     return step.heads * (tokens + BLOCK - 1) / BLOCK;
+}
+
+// Puts the fresh keys or values of a row where its slots say; those before its first slot and without one are left out.
+void put_fresh(const QjlStep& step, int64_t row, const void* fresh, const int64_t (&stride)[3], void* pool,
+               const int64_t (&pool_stride)[3], int64_t dim) {
+    const int64_t size = step.exact[0].dtype == QJL_FLOAT32 ? 4 : 2, first = step.of_rows->counts[row] - step.queries;
+    const int32_t* slots = step.of_rows->slots + row * step.of_rows->room;
+    for (int64_t token = std::max<int64_t>(0, -first); token < step.queries; ++token) {
+        const int64_t slot = slots[first + token];
+        for (int64_t head = 0; slot >= 0 && head < step.heads; ++head) {
+            const int64_t from = row * stride[0] + head * stride[1] + token * stride[2];
+            const int64_t to = head * pool_stride[1] + slot * pool_stride[2];
+            std::memcpy(static_cast<uint8_t*>(pool) + to * size, static_cast<const uint8_t*>(fresh) + from * size,
+                        dim * size);
+        }
+    }
+}
+
+void put_fresh(const QjlStep& step) {
+    const QjlSegment& pool = step.exact[0];
+    for (int64_t row = 0; row < step.batch; ++row) {
+        put_fresh(step, row, step.fresh.keys, step.fresh.key_stride, pool.keys, pool.key_stride, step.keys.head_dim);
+        put_fresh(step, row, step.fresh.values, step.fresh.value_stride, pool.values, pool.value_stride,
+                  step.values.head_dim);
+    }
 }
 
 struct OverItems {
@@ -196,6 +221,7 @@ int64_t qjl_step(const QjlStep* step, int64_t threads) {
     const Kernels& table = kernels();
     const int64_t needed = table.step_room(*step, workers(threads));
     if (step->room_bytes < needed) return needed;
+    if (step->fresh.keys) put_fresh(*step);
     const int64_t pairs = step->batch * step->heads;
     const int64_t few = worth_waking(threads, pairs, PAIRS_PER_THREAD);
     const OverItems ask{*step, table.step_ask}, packed{*step, table.step_packed}, finish{*step, table.step_finish};

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <type_traits>
 
 #include "kernels.h"
 #include "pool.h"
@@ -14,7 +15,7 @@ namespace {
 
 enum Rule : int64_t {
     SIZES, DIMS, GROUPS, CODES, TYPES, MAPS, SKETCHES, PARTS, TRELLISES, SIGNS, GAINS, TURNS, GRIDS, QUERIES, SPLITS,
-    SEGMENTS, PAGE_SIZES, ROOM, LENGTHS, TABLES, HEAD_DIMS, BITS, RULES
+    SEGMENTS, PAGE_SIZES, ROOM, LENGTHS, TABLES, COUNTS, SLOTS, FRESH, HEAD_DIMS, BITS, RULES
 };
 
 constexpr const char* WORDS[] = {
@@ -38,6 +39,9 @@ constexpr const char* WORDS[] = {
     "room must begin on a boundary of 64 bytes",
     "a row has more tokens than its pages",
     "a table names a page that is not in the pool",
+    "a row has more exact tokens than its slots",
+    "a row names a slot that is not in the pool",
+    "fresh tokens have no pool to go to",
     "head_dim must be a multiple of 8",
     "m must be 128 or a multiple of 256 up to 2048, and the tokens a multiple of 4",
 };
@@ -50,6 +54,12 @@ class Rules {
     template <class Holds>
     Rules& require(Rule rule, Holds holds) {
         if (!broken_ && !holds()) broken_ = -1 - rule;
+        return *this;
+    }
+    template <class Others>
+        requires std::is_invocable_v<Others>
+    Rules& then(Others others) {
+        if (!broken_) broken_ = others();
         return *this;
     }
     Rules& then(int64_t other) {
@@ -142,34 +152,49 @@ Rules of_segments(const QjlStep& step) {
     for (int64_t i = 0; !rules && i < step.exact_count; ++i) {
         const QjlSegment& segment = step.exact[i];
         rules.require(SIZES, [&] { return segment.tokens >= 0; }).require(TYPES, [&] { return is_type(segment.dtype); });
+        rules.require(SLOTS, [&] { return !segment.is_pool || !step.batch || (step.of_rows && step.of_rows->counts); });
     }
-    return rules;
+    return rules.require(FRESH, [&] { return !step.fresh.keys || (step.exact_count && step.exact->is_pool); });
 }
 
-bool are_in_pool(const QjlPages& pages, int64_t row) {
-    const int32_t* table = pages.table + row * pages.capacity;
-    const int64_t end = (pages.lengths[row] + pages.tokens - 1) / pages.tokens;
-    for (int64_t i = pages.skip[row] / pages.tokens; i < end; ++i)
-        if (table[i] < 0 || table[i] >= pages.count) return false;
+// -1 stands for none.
+bool are_below(const int32_t* indices, int64_t first, int64_t last, int64_t count) {
+    for (int64_t i = first; i < last; ++i)
+        if (indices[i] < -1 || indices[i] >= count) return false;
     return true;
 }
 
-Rules of_row(const QjlStep& step, int64_t row) {
-    const QjlPages& pages = *step.pages;
-    if (pages.skip[row] >= pages.lengths[row]) return {};
+Rules of_packed_row(const QjlStep& step, int64_t row) {
+    const QjlRows& rows = *step.of_rows;
+    const int64_t skip = rows.skip[row], length = rows.lengths[row], tokens = step.page_tokens;
+    if (skip >= length) return {};
     return Rules()
-        .require(LENGTHS, [&] { return pages.skip[row] >= 0 && pages.lengths[row] <= pages.capacity * pages.tokens; })
+        .require(LENGTHS, [&] { return skip >= 0 && length <= rows.capacity * tokens; })
         .require(SPLITS, [&] { return step.splits > 0; })
-        .require(TABLES, [&] { return are_in_pool(pages, row); });
+        .require(TABLES, [&] {
+            return are_below(rows.table + row * rows.capacity, skip / tokens, (length + tokens - 1) / tokens,
+                             step.page_count);
+        });
 }
 
-Rules of_pages(const QjlStep& step) {
+Rules of_exact_row(const QjlStep& step, int64_t row) {
+    const QjlRows& rows = *step.of_rows;
+    const int64_t count = rows.counts[row];
+    return Rules().require(COUNTS, [&] { return 0 <= count && count <= rows.room; }).require(SLOTS, [&] {
+        return are_below(rows.slots + row * rows.room, 0, count, step.exact->tokens);
+    });
+}
+
+Rules of_rows(const QjlStep& step) {
     Rules rules;
     rules.require(PAGE_SIZES, [&] {
-        const int64_t tokens = step.pages->tokens;
+        const int64_t tokens = step.page_tokens;
         return is_power_of_two(tokens) && 16 <= tokens && tokens <= 2 * BLOCK && !step.scores;
     });
-    for (int64_t row = 0; !rules && row < step.batch; ++row) rules.then(of_row(step, row));
+    for (int64_t row = 0; !rules && row < step.batch; ++row) {
+        rules.then(of_packed_row(step, row));
+        if (step.exact_count && step.exact->is_pool) rules.then(of_exact_row(step, row));
+    }
     return rules;
 }
 
@@ -220,8 +245,9 @@ int64_t refusal(const QjlStep& step) {
         .require(SIZES, [&] { return none_negative(step.batch, step.heads, step.rows, step.blocks, step.splits); })
         .require(QUERIES, [&] { return step.queries > 0 && step.rows % step.queries == 0; })
         .require(SPLITS, [&] { return step.blocks_per_split > 0 || !step.splits; })
+        .require(TYPES, [&] { return is_type(step.query_type) && is_type(step.out_type); })
         .then(of_segments(step))
-        .then(step.pages ? of_pages(step) : of_blocks(step))
+        .then([&] { return step.of_rows ? of_rows(step) : of_blocks(step); })
         .require(ROOM, [&] { return is_aligned(step.room); });
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
-MEANING = 1  # raised where a function or a field means something else, and no size tells so
+MEANING = 2  # raised where a function or a field means something else, and no size tells so
 
 
 class Limits(Structure):
@@ -158,13 +158,21 @@ class Segment(Structure):
         ("dtype", c_int64),
         ("bias", c_void_p),
         ("bias_stride", c_int64 * 4),
+        ("is_pool", c_int64),
     )
 
 
-class Pages(Structure):
+class Fresh(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("table", "lengths", "skip", "origins")),
-        *((name, c_int64) for name in ("capacity", "tokens", "count")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64 * 3) for name in ("key_stride", "value_stride")),
+    )
+
+
+class Rows(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("table", "lengths", "skip", "origins", "slots", "counts")),
+        *((name, c_int64) for name in ("capacity", "room")),
     )
 
 
@@ -181,18 +189,25 @@ class Step(Structure):
     _fields_ = (
         ("keys", Side),
         ("values", Side),
-        ("pages", POINTER(Pages)),
+        ("of_rows", POINTER(Rows)),
+        *((name, c_int64) for name in ("page_tokens", "page_count")),
         ("exact", Segment * 2),
         ("exact_count", c_int64),
+        ("fresh", Fresh),
         ("bias", c_void_p),
         ("bias_stride", c_int64 * 4),
         ("turn", POINTER(Turn)),
         ("first", c_void_p),
         *((name, c_int64) for name in ("blocks", "blocks_per_split", "splits", "batch", "heads", "rows", "queries")),
         ("query", c_void_p),
+        ("query_type", c_int64),
+        ("query_stride", c_int64 * 3),
         ("scaling", c_float),
         ("softcap", c_float),
-        *((name, c_void_p) for name in ("out", "lse", "scores", "room")),
+        ("out", c_void_p),
+        ("out_type", c_int64),
+        ("out_stride", c_int64 * 3),
+        *((name, c_void_p) for name in ("lse", "scores", "room")),
         ("room_bytes", c_int64),
     )
 
@@ -222,7 +237,7 @@ class Read(Structure):
 ALL: tuple[type[Structure], ...] = (
     *(Limits, Codes, Pack, Scan, Expand),
     *(Tokens, Mean, Map, Part, Encode, EncodeGrid),
-    *(Pair, Side, Segment, Pages, Turn, Step),
+    *(Pair, Side, Segment, Fresh, Rows, Turn, Step),
     *(FlashDecode, PopcountScan, Read),
 )
 
