@@ -110,6 +110,57 @@ int64_t run_in_room(const Operation& operation, int64_t threads, void (*kernel)(
     return 0;
 }
 
+// Many layers at once
+
+constexpr int64_t BLOCKS_AT_ONCE = 8;  // of one head, which share what a worker makes of its map
+
+struct Pages {
+    QjlEncodePages& all;
+    const Kernels& table;
+    int64_t room;  // floats of one worker
+    std::atomic<int64_t> not_finite;
+
+    struct Item {
+        int64_t job, head, first;
+    };
+    std::vector<Item> items;
+
+    explicit Pages(QjlEncodePages& all) : all(all), table(kernels()), room(0), not_finite(all.job_count) {
+        for (int64_t job = 0; job < all.job_count; ++job) {
+            room = std::max(room, floats_of(all.jobs[job]));
+            for (int64_t head = 0; head < codes_of(all.jobs[job]).heads; ++head)
+                for (int64_t first = 0; first < all.blocks; first += BLOCKS_AT_ONCE) items.push_back({job, head, first});
+        }
+    }
+
+    static const QjlCodes& codes_of(const QjlJob& job) { return job.encode ? job.encode->codes : job.grid->codes; }
+    int64_t floats_of(const QjlJob& job) const {
+        return job.encode ? table.encode_room(*job.encode) : table.encode_grid_room(*job.grid);
+    }
+
+    bool run(const Item& item, float* room) const {
+        const QjlJob& job = all.jobs[item.job];
+        const Range range{item.first, std::min(item.first + BLOCKS_AT_ONCE, all.blocks)};
+        if (job.grid) {
+            QjlEncodeGrid operation = *job.grid;
+            operation.tokens.slots = all.slots;
+            return table.encode_grid_pages(operation, all, item.head, range, room);
+        }
+        QjlEncode operation = *job.encode;
+        operation.tokens.slots = all.slots;
+        operation.mean.cos = job.cos, operation.mean.sin = job.sin;
+        return table.encode_pages(operation, all, item.head, range, room);
+    }
+
+    static void run_item(const void* context, int64_t index, int worker) {
+        auto& self = *static_cast<Pages*>(const_cast<void*>(context));
+        const Item& item = self.items[index];
+        if (self.run(item, self.all.room + worker * self.room)) return;
+        for (int64_t known = self.not_finite; item.job < known;)
+            if (self.not_finite.compare_exchange_weak(known, item.job)) break;
+    }
+};
+
 // The fused decode step
 
 // Less work than this for each thread does not pay for waking it.
@@ -214,6 +265,17 @@ int64_t qjl_encode(const QjlEncode* operation, int64_t threads) {
 int64_t qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads) {
     const Kernels& table = kernels();
     return run_in_room(*operation, threads, table.encode_grid, table.encode_grid_room);
+}
+
+int64_t qjl_encode_pages(QjlEncodePages* operation, int64_t threads) {
+    if (const int64_t refused = refusal(*operation)) return refused;
+    Pages pages(*operation);
+    const int64_t needed = workers(threads) * pages.room * int64_t(sizeof(float));
+    if (operation->room_bytes < needed) return needed;
+    parallel_for(int64_t(pages.items.size()), threads, Pages::run_item, &pages);
+    const int64_t first = pages.not_finite;
+    operation->not_finite = first < operation->job_count ? first : -1;
+    return 0;
 }
 
 int64_t qjl_step(const QjlStep* step, int64_t threads) {

@@ -15,7 +15,7 @@ namespace {
 
 enum Rule : int64_t {
     SIZES, DIMS, GROUPS, CODES, TYPES, MAPS, SKETCHES, PARTS, TRELLISES, SIGNS, GAINS, TURNS, GRIDS, QUERIES, SPLITS,
-    SEGMENTS, PAGE_SIZES, ROOM, LENGTHS, TABLES, COUNTS, SLOTS, FRESH, HEAD_DIMS, BITS, RULES
+    SEGMENTS, PAGE_SIZES, ROOM, LENGTHS, TABLES, COUNTS, SLOTS, FRESH, JOBS, HEAD_DIMS, BITS, RULES
 };
 
 constexpr const char* WORDS[] = {
@@ -42,6 +42,7 @@ constexpr const char* WORDS[] = {
     "a row has more exact tokens than its slots",
     "a row names a slot that is not in the pool",
     "fresh tokens have no pool to go to",
+    "a job has one encoder",
     "head_dim must be a multiple of 8",
     "m must be 128 or a multiple of 256 up to 2048, and the tokens a multiple of 4",
 };
@@ -81,6 +82,12 @@ bool is_dim(int64_t dim) { return 0 < dim && dim <= limits.dim; }
 bool is_power_of_two(int64_t size) { return size > 0 && !(size & (size - 1)); }
 bool is_type(int64_t type) { return type >= QJL_FLOAT32 && type <= QJL_FLOAT16; }
 bool is_aligned(const void* room) { return reinterpret_cast<uintptr_t>(room) % 64 == 0; }
+
+bool are_among(const int32_t* indices, int64_t first, int64_t last, int64_t least, int64_t count) {
+    for (int64_t i = first; i < last; ++i)
+        if (indices[i] < least || indices[i] >= count) return false;
+    return true;
+}
 
 Rules of_codes(const QjlCodes& codes) {
     return Rules().require(SIZES, [&] { return none_negative(codes.batch, codes.heads, codes.blocks, codes.bytes); });
@@ -129,7 +136,21 @@ Rules of_mean(const QjlMean& mean, int64_t dim) {
     return Rules().require(TURNS, [&] { return mean.pairs >= 0 && 2 * mean.pairs <= dim; });
 }
 
+Rules of_job(const QjlEncodePages& operation, const QjlJob& job) {
+    Rules rules;
+    rules.require(JOBS, [&] { return !job.encode != !job.grid; });
+    if (rules) return rules;
+    const QjlCodes& codes = job.encode ? job.encode->codes : job.grid->codes;
+    const QjlTokens& tokens = job.encode ? job.encode->tokens : job.grid->tokens;
+    return rules.then(job.encode ? refusal(*job.encode) : refusal(*job.grid))
+        .require(TURNS, [&] { return !job.encode || !job.encode->mean.pairs || (job.cos && job.sin); })
+        .require(SLOTS, [&] { return are_among(operation.slots, 0, operation.blocks * BLOCK, 0, tokens.slot_count); })
+        .require(TABLES, [&] { return are_among(operation.pages, 0, operation.blocks, 0, codes.blocks); });
+}
+
 // The fused decode step
+
+constexpr int32_t NONE = -1;  // a hole, or a slot without a token
 
 Rules of_side(const QjlSide& side) {
     return Rules()
@@ -157,13 +178,6 @@ Rules of_segments(const QjlStep& step) {
     return rules.require(FRESH, [&] { return !step.fresh.keys || (step.exact_count && step.exact->is_pool); });
 }
 
-// -1 stands for none.
-bool are_below(const int32_t* indices, int64_t first, int64_t last, int64_t count) {
-    for (int64_t i = first; i < last; ++i)
-        if (indices[i] < -1 || indices[i] >= count) return false;
-    return true;
-}
-
 Rules of_packed_row(const QjlStep& step, int64_t row) {
     const QjlRows& rows = *step.of_rows;
     const int64_t skip = rows.skip[row], length = rows.lengths[row], tokens = step.page_tokens;
@@ -172,7 +186,7 @@ Rules of_packed_row(const QjlStep& step, int64_t row) {
         .require(LENGTHS, [&] { return skip >= 0 && length <= rows.capacity * tokens; })
         .require(SPLITS, [&] { return step.splits > 0; })
         .require(TABLES, [&] {
-            return are_below(rows.table + row * rows.capacity, skip / tokens, (length + tokens - 1) / tokens,
+            return are_among(rows.table + row * rows.capacity, skip / tokens, (length + tokens - 1) / tokens, NONE,
                              step.page_count);
         });
 }
@@ -181,7 +195,7 @@ Rules of_exact_row(const QjlStep& step, int64_t row) {
     const QjlRows& rows = *step.of_rows;
     const int64_t count = rows.counts[row];
     return Rules().require(COUNTS, [&] { return 0 <= count && count <= rows.room; }).require(SLOTS, [&] {
-        return are_below(rows.slots + row * rows.room, 0, count, step.exact->tokens);
+        return are_among(rows.slots + row * rows.room, 0, count, NONE, step.exact->tokens);
     });
 }
 
@@ -236,6 +250,15 @@ int64_t refusal(const QjlEncodeGrid& operation) {
         })
         .require(CODES, [&] { return dim * operation.bits == 8 * operation.codes.bytes; })
         .require(ROOM, [&] { return is_aligned(operation.room); });
+}
+
+int64_t refusal(const QjlEncodePages& operation) {
+    Rules rules;
+    rules.require(SIZES, [&] { return none_negative(operation.job_count, operation.blocks); }).require(ROOM, [&] {
+        return is_aligned(operation.room);
+    });
+    for (int64_t i = 0; !rules && i < operation.job_count; ++i) rules.then(of_job(operation, operation.jobs[i]));
+    return rules;
 }
 
 int64_t refusal(const QjlStep& step) {

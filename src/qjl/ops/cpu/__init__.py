@@ -2,8 +2,7 @@
 
 from qjl.ops.cpu.codes import expand, pack, scan, unpack
 from qjl.ops.cpu.decoding import append_attend, attend, attend_packed, attend_paged
-from qjl.ops.cpu.encoding import encode, encode_grid
-from qjl.ops.reference import encode_pages
+from qjl.ops.cpu.encoding import encode, encode_grid, encode_pages
 
 __all__ = [
     "append_attend",

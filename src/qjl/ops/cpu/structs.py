@@ -59,6 +59,8 @@ class Tokens(Structure):
     _fields_ = (
         ("data", c_void_p),
         *((name, c_int64) for name in ("type", "dim", "batch_stride", "head_stride", "token_stride")),
+        ("slots", c_void_p),
+        ("slot_count", c_int64),
     )
 
 
@@ -104,7 +106,9 @@ class Encode(Structure):
         ("gain_count", c_int64),
         *((name, c_void_p) for name in ("weights", "units")),
         ("norm_factor", c_float),
-        *((name, c_void_p) for name in ("scales", "room")),
+        ("scales", c_void_p),
+        ("scale_stride", c_int64 * 3),
+        ("room", c_void_p),
         ("room_bytes", c_int64),
     )
 
@@ -115,7 +119,24 @@ class EncodeGrid(Structure):
         ("tokens", Tokens),
         *((name, c_int64) for name in ("size", "groups", "bits")),
         ("clip", c_float),
-        *((name, c_void_p) for name in ("steps", "middles", "room")),
+        *((name, c_void_p) for name in ("steps", "middles")),
+        *((name, c_int64 * 3) for name in ("step_stride", "middle_stride")),
+        ("room", c_void_p),
+        ("room_bytes", c_int64),
+    )
+
+
+class Job(Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("encode", "grid", "cos", "sin"))
+
+
+class EncodePages(Structure):
+    _fields_ = (
+        ("jobs", POINTER(Job)),
+        ("job_count", c_int64),
+        *((name, c_void_p) for name in ("slots", "pages")),
+        *((name, c_int64) for name in ("blocks", "not_finite")),
+        ("room", c_void_p),
         ("room_bytes", c_int64),
     )
 
@@ -236,7 +257,7 @@ class Read(Structure):
 
 ALL: tuple[type[Structure], ...] = (
     *(Limits, Codes, Pack, Scan, Expand),
-    *(Tokens, Mean, Map, Part, Encode, EncodeGrid),
+    *(Tokens, Mean, Map, Part, Encode, EncodeGrid, Job, EncodePages),
     *(Pair, Side, Segment, Fresh, Rows, Turn, Step),
     *(FlashDecode, PopcountScan, Read),
 )
