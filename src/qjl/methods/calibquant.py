@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.methods.base import LayerContext, Quantizer
+from qjl.methods.base import Arrays, LayerContext, Quantizer
 from qjl.methods.channels import ChannelCodec, channel_layout
 from qjl.packed import BLOCK, Blocks, Layout
 
@@ -41,7 +41,7 @@ class CalibQuant(Quantizer):
     def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
         return channel_layout(head_dim, num_bits=1, group_size=BLOCK)
 
-    def fit(self, context: LayerContext) -> CalibQuantCodec:
+    def build(self, context: LayerContext, learned: Arrays) -> CalibQuantCodec:
         return CalibQuantCodec(self.layout(context.head_dim), 1, BLOCK, self.spread, self.tau)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qjl import ops
 from qjl.codebook import NibbleCode
-from qjl.methods.base import Codec, LayerContext, block_positions
+from qjl.methods.base import Arrays, Codec, LayerContext, block_positions
 from qjl.methods.bits import as_half
 from qjl.ops import forms
 from qjl.ops.recipe import Recipe, Turn
@@ -86,13 +86,19 @@ class Mean:
     vector: Tensor
     rope: Rope | None = None
 
-    @classmethod
-    def of(cls, context: LayerContext) -> Mean:
-        """That of the keys or values which the codec sees."""
+    @staticmethod
+    def learn(context: LayerContext) -> Arrays:
+        """That of the layer's keys or values."""
         statistics = context.require_statistics()
         if context.role == "value":
-            return cls(statistics.value_mean.to(context.device))
-        return cls(statistics.key_mean.to(context.device), context.rope_of_mean)
+            return {"mean": statistics.value_mean.contiguous()}
+        return {"mean": statistics.key_mean.contiguous()} | context.learned_rope()
+
+    @classmethod
+    def build(cls, context: LayerContext, learned: Arrays) -> Mean:
+        """That of the keys or values which the codec sees."""
+        vector = context.require_learned(learned, "mean", (context.heads, context.head_dim))
+        return cls(vector, context.rope_from(learned) if context.role == "key" else None)
 
     def at(self, positions: Tensor) -> Tensor:
         """``R_n mu`` for ``positions [B, T]``: ``[B, H, T, D]``."""
