@@ -268,9 +268,9 @@ def _exact_part(rows: Tensor, segment: ExactSegment, scoring: Scoring, tokens: i
 
 
 def _packed_part(rows: Tensor, segment: PackedSegment, scoring: Scoring, tokens: int) -> tuple[Tensor, Tensor]:
-    scores = segment.key_codec.score(rows, segment.keys, segment.first)
+    scores = rows @ segment.key_codec.dequantize(segment.keys, segment.first).transpose(2, 3)
     weights, lse = _weigh(scores, segment.columns, segment.valid, scoring, tokens)
-    return segment.value_codec.mix(weights, segment.values, segment.first), lse
+    return weights @ segment.value_codec.dequantize(segment.values, segment.first), lse
 
 
 def _sink_part(like: Tensor, logits: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

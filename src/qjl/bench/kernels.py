@@ -98,7 +98,7 @@ def scan(
 def scores(rows: Tensor, segment: PackedSegment) -> Tensor:
     """``<q, k>`` of ``rows [1, H, group, D]`` and all packed keys, as the backend in use takes them."""
     if ops.active_backend() == REFERENCE or segment.as_operand is None:
-        return segment.key_codec.score(rows, segment.keys, segment.first)
+        return rows @ segment.key_codec.dequantize(segment.keys, segment.first).transpose(2, 3)
     return decoding.score(rows, segment.as_operand)
 
 

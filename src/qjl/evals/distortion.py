@@ -145,7 +145,8 @@ def _errors(core: CacheLayer, layer: States, key: Quantizer) -> Iterator[tuple[s
     query = layer.query.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
     lengths = query.norm(dim=-1)[..., None] * keys.norm(dim=-1)[:, :, None]
     exact = query @ keys.transpose(2, 3)
-    error = (packed.key_codec.score(query, packed.keys, packed.first) - exact) / lengths
+    decoded = packed.key_codec.dequantize(packed.keys, packed.first)
+    error = (query @ decoded.transpose(2, 3) - exact) / lengths
     cosine = float((exact / lengths).square().mean())
     yield "score", error.square().mean((2, 3)).sqrt(), expected_error(key, keys.shape[3], cosine)
     scoring = Scoring(layer.scaling)

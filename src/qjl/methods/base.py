@@ -1,4 +1,4 @@
-"""What a method is: how to encode tokens, and how to score and mix them without decoding them.
+"""What a method is: how to encode tokens, and how to decode them.
 
 A ``Quantizer`` is a frozen dataclass: the method and its settings, nothing learned. What a layer's statistics teach
 it, ``learn`` gives as named arrays; ``build`` makes the ``Codec`` of the layer from these, and ``fit`` does both. A
@@ -161,14 +161,15 @@ class Codec(ABC):
     """A quantizer fitted to one layer.
 
     Shapes: ``x [B, H, T, D]`` with T a multiple of 64; ``first [B, T / 64]`` is the RoPE position of the first
-    token of each block; query rows ``[B, H, R, D]`` are all queries that share a KV head.
+    token of each block. Every estimator is linear in the query: it is ``<q, k_hat>`` of the decoded token, and
+    backends take it from the codes where they have a ``form``.
     """
 
     layout: Layout
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name in ("quantize", "dequantize", "score", "mix"):
+        for name in ("quantize", "dequantize"):
             if name in vars(cls):
                 setattr(cls, name, in_own_precision(getattr(cls, name)))
 
@@ -184,16 +185,6 @@ class Codec(ABC):
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
         """Decode to ``float32 [B, H, T, D]``."""
 
-    @in_own_precision
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        """Estimates of <q, k>: ``float32 [B, H, R, T]``."""
-        return query @ self.dequantize(blocks, first).transpose(2, 3)
-
-    @in_own_precision
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        """Weighted sum of tokens: ``float32 [B, H, R, T] -> [B, H, R, D]``."""
-        return weights @ self.dequantize(blocks, first)
-
     @property
     def form(self) -> NibbleForm | None:
         """How the fused decode step reads the blocks; None where they are no nibble codes."""
@@ -206,7 +197,7 @@ class Codec(ABC):
 
 
 class Unrotated(Codec):
-    """Codes of keys before RoPE: undone by storage position when a key is stored, done again when it is scored."""
+    """Codes of keys before RoPE: undone by storage position when a key is stored, done again when it is decoded."""
 
     def __init__(self, codec: Codec, rope: Rope) -> None:
         self.codec = codec

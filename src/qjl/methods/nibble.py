@@ -1,8 +1,8 @@
 """The codec of every method with a nibble form: a linear map, nibble codes, one scale per token.
 
 A token decodes as ``k_hat = mean_n + scale * query_map^T z_hat(codes)``, so its score is
-``<q, mean_n> + scale * <query_map q, z_hat(codes)>``: table look-ups in the space of the codes. Values are the
-mirror image: codes are summed in that space and mapped back once.
+``<q, mean_n> + scale * <query_map q, z_hat(codes)>``: the fused step reads the ``form`` and looks up tables in the
+space of the codes. Values are the mirror image: codes are summed in that space and mapped back once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Mean:
     """A mean per head, ``vector [H, D]``, rotated to each token's position where ``rope`` is given.
 
     RoPE turns a constant component of the keys with the position, so the mean is taken before RoPE and
-    ``R_n mu`` is what quantizing subtracts and scoring adds back, exactly.
+    ``R_n mu`` is what quantizing subtracts and decoding adds back, exactly.
     """
 
     vector: Tensor
@@ -122,32 +122,9 @@ class Mean:
         first, second, _ = self.rope.split(coordinates)
         return forms.Turn(self.rope.inv_freq, first, second, self.rope.scaling)
 
-    def score(self, query: Tensor, first: Tensor) -> Tensor:
-        """``<q, R_n mu>`` for whole blocks: ``[B, H, R, D], [B, blocks] -> [B, H, R, blocks * 64]``.
-
-        Within a block, q . R_(n0 + j) mu = Re(c e^(i n0 theta) e^(i j theta)): q and mu meet once per block, and a
-        fixed table of e^(i j theta), j = 0..63, gives the 64 terms; no mean is formed per token.
-        """
-        mean = self.vector.float()[None, :, None, :]
-        if self.rope is None:
-            tokens = first.shape[1] * BLOCK
-            return (query * mean).sum(-1, keepdim=True).expand(-1, -1, -1, tokens)
-        rope = self.rope
-        q_first, q_second, q_rest = rope.split(query)
-        m_first, m_second, m_rest = rope.split(mean)
-        real = (q_first * m_first + q_second * m_second) * rope.scaling
-        imaginary = (q_second * m_first - q_first * m_second) * rope.scaling
-        start = rope.exact_angles(first)[:, None, None]  # [B, 1, 1, blocks, F]
-        cos, sin = start.cos(), start.sin()
-        real, imaginary = real[..., None, :], imaginary[..., None, :]
-        turned = torch.cat([real * cos + imaginary * sin, imaginary * cos - real * sin], dim=-1)
-        steps = rope.exact_angles(torch.arange(BLOCK, device=query.device))  # [64, F]
-        table = torch.cat([steps.cos(), steps.sin()], dim=-1)
-        return (turned @ table.T).flatten(3) + (q_rest * m_rest).sum(-1, keepdim=True)
-
 
 class NibbleCodec(Codec):
-    """Scores and mixes nibble codes; a method adds how to encode.
+    """Decodes nibble codes; a method adds how to encode.
 
     ``query_map [H, D', D]`` takes a query to the space of the codes and, transposed, the codes back.
     """
@@ -213,24 +190,6 @@ class NibbleCodec(Codec):
         decoded = self.code.scatter(self._expand(blocks)) @ self.query_map.float()
         decoded = decoded * self._scales(blocks)[..., None]
         return decoded + self.mean.at(block_positions(first)) if self.mean else decoded
-
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        mapped = query @ self.query_map.float().transpose(1, 2)
-        if query.shape[2] < EXPAND_FROM_ROWS:
-            scores = ops.scan(self.code.tables(mapped), blocks["codes"])
-        else:
-            scores = self.code.gather(mapped).flatten(3) @ self._expand(blocks).transpose(2, 3)
-        scores = scores * self._scales(blocks)[:, :, None]
-        return scores + self.mean.score(query, first) if self.mean else scores
-
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        sums = (weights * self._scales(blocks)[:, :, None]) @ self._expand(blocks)
-        mixed = self.code.scatter(sums) @ self.query_map.float()
-        if self.mean is None:
-            return mixed
-        if self.mean.rope is not None:
-            return mixed + weights @ self.mean.at(block_positions(first))
-        return mixed + weights.sum(-1, keepdim=True) * self.mean.vector.float()[None, :, None, :]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

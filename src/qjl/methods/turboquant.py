@@ -135,14 +135,6 @@ class Cascade(Codec):
         decoded = [part.dequantize(_of(prefix, part, blocks), first) for prefix, part in self.parts.items()]
         return torch.stack(decoded).sum(0)
 
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        scores = [part.score(query, _of(prefix, part, blocks), first) for prefix, part in self.parts.items()]
-        return torch.stack(scores).sum(0)
-
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        sums = [part.mix(weights, _of(prefix, part, blocks), first) for prefix, part in self.parts.items()]
-        return torch.stack(sums).sum(0)
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self.parts.values() for tensor in part.tensors)
