@@ -23,7 +23,7 @@ def unlearned(case):
 @every_quantizer
 def test_a_codec_is_built_again_from_its_learned_arrays_alone(role, quantizer, fitted, tmp_path):
     case = fitted(role, quantizer, 64)
-    learned = quantizer.learn(case.context)
+    learned = case.learned
     assert all(name.isidentifier() for name in learned)
     assert all(array.is_contiguous() and array.dtype in PLAIN for array in learned.values())
     assert quantizer.needs_statistics or not learned
@@ -39,7 +39,7 @@ def test_a_codec_is_built_again_from_its_learned_arrays_alone(role, quantizer, f
 @every_quantizer
 def test_arrays_that_are_missing_or_do_not_fit_are_refused(role, quantizer, fitted, refuses):
     case = fitted(role, quantizer, 64)
-    learned = quantizer.learn(case.context)
+    learned = case.learned
     for name, array in learned.items():
         with refuses(f"the {role} codec has no learned array '{name}'"):
             quantizer.build(unlearned(case), {one: learned[one] for one in learned if one != name})
@@ -68,7 +68,7 @@ def test_what_the_presets_learn_of_a_layer(fitted):
     """Its names, as files of caches have them."""
     learned = defaultdict(set)
     for role, quantizer in set(of_presets()):
-        learned[role, quantizer.method] |= quantizer.learn(fitted(role, quantizer, 64).context).keys()
+        learned[role, quantizer.method] |= fitted(role, quantizer, 64).learned.keys()
     mean, maps = {"mean", "is_rotary"}, {"key_map", "query_map"}
     assert {case: names for case, names in learned.items() if names} == {
         ("key", "transform"): {*mean, *maps, "bits", "weights"},
