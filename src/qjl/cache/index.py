@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qjl.cache.places import Places
 from qjl.errors import QJLError
-from qjl.packed import BLOCK
+from qjl.packed import BLOCK, to_device
 
 HOLE = -1
 ENDLESS = 1 << 62  # as a number of tokens
@@ -44,6 +45,12 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self.pages)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Sources int32 ``[n * 64]``, first positions int64 ``[n]`` and pages int32 ``[n]`` as tensors."""
+        dtypes = ((self.sources, torch.int32), (self.first, torch.int64), (self.pages, torch.int32))
+        sources, first, pages = (to_device(torch.tensor(x, dtype=dtype), device) for x, dtype in dtypes)
+        return sources, first, pages
 
     @property
     def are_whole(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qjl import ops
 from qjl.attention import Scoring
 from qjl.cache.index import Step, TokenIndex, bool_rows
 from qjl.cache.layer import Layer, Tokens
@@ -17,6 +18,7 @@ from qjl.cache.reading import KeptRows, Reading
 from qjl.codecs import Codecs, Pair
 from qjl.copies import Copied
 from qjl.errors import QJLError
+from qjl.ops.forms import EncodeJob
 
 
 class CodecsOf(Protocol):
@@ -257,8 +259,20 @@ class PagedCache(Copied):
                 )
 
     def _encode_pooled(self, layers: Sequence[Layer]) -> None:
+        """Blocks of all layers, keys and values, at once where codecs have a recipe."""
+        blocks = self._plan().pooled
+        jobs: dict[torch.device, list[EncodeJob]] = {}
         for layer in layers:
-            layer.encode_pooled(self.source.of(layer, self))
+            codecs = self.source.of(layer, self)
+            if self._plan().copies:
+                layer.copy_pages(codecs)
+            for side, job in enumerate(layer.jobs(codecs)):
+                if job is not None and blocks.are_whole:
+                    jobs.setdefault(job.tokens.device, []).append(job)
+                else:
+                    layer.encode_pooled(codecs, side)
+        for device, some in jobs.items():
+            ops.encode_pages(some, *blocks.on(device))
 
     def roll_back(self) -> None:
         """The pass at hand never was."""

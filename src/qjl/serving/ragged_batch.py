@@ -230,7 +230,9 @@ class RaggedBatch(Cache):
 def _store(model: PreTrainedModel, config: CacheConfig) -> PagedCache:
     cache = KVCache(model, config)  # which asks whether the model is one that can be quantized
     if not cache.has_codecs:
-        raise QJLError(f"{config.name} is fitted to statistics that are not there: call fit_codecs, or `qjl calibrate`.")
+        raise QJLError(
+            f"{config.name} is fitted to statistics that are not there: call fit_codecs, or `qjl calibrate`."
+        )
     numbers = [shape.index for shape in cache.shapes if shape.is_quantized]
     return PagedCache(numbers, config.sinks, config.recent, Fitted(cache.codecs))
 
