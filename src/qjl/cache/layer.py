@@ -137,6 +137,14 @@ class Layer:
 
     # Storing
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether nothing is to be done with fresh tokens any more until the pass ends."""
+        step = self.step
+        return (
+            self._is_put and step is not None and not step.direct.pages and (not step.pooled.pages or bool(self.pages))
+        )
+
     def put(self) -> None:
         """Store the fresh tokens that stay exact for now."""
         step = self.step

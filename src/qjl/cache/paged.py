@@ -109,10 +109,13 @@ class PagedCache(Copied):
         Raises:
             QJLError: if they do not fit what is held, or the pass before left layers out.
         """
-        index = self.index
-        if self._last is not None:
-            with self._undone_by_errors():
-                self.store(self._last)
+        index, last = self.index, self._last
+        if last is not None:
+            if last.is_stored:
+                last.fresh = None
+            else:
+                with self._undone_by_errors():
+                    self.store(last)
         if index.step is not None and layer.step is index.step:
             self.settle()
         layer.require(keys, values)
@@ -123,8 +126,8 @@ class PagedCache(Copied):
         elif (batch, tokens) != index.step.shape:
             rows, columns = index.step.shape
             raise QJLError(
-                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {rows} x {columns}: batch and tokens must "
-                "be those of the other layers."
+                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {rows} x {columns}: batch and tokens must"
+                " be those of the other layers."
             )
         assert index.step is not None
         layer.join(index.step, keys, values)
