@@ -28,13 +28,20 @@ class Reading:
         self.index, self.device = index, device
         self.rows = list(range(index.batch)) if rows is None else list(rows)
         step = index.step
-        self.queries = 0 if step is None else max((step.counts[row] for row in self.rows), default=0)
         self._is_all = rows is None
+        self.queries = self._queries()
         self._kept = kept
         self._held = index.counts.tolist() if step is None else step.before
         self.is_short = step is not None and step.is_even and self.queries < BLOCK
         self._plain: tuple[Tensor, bool] | None = None
         self._bias: tuple[Tensor | None, Tensor] | None = None
+
+    def _queries(self) -> int:
+        """Fresh columns of all rows, padding included, or fresh tokens of each of some."""
+        step = self.index.step
+        if step is None or not self.rows:
+            return 0
+        return step.columns if self._is_all else max(step.counts[row] for row in self.rows)
 
     @property
     def batch(self) -> int:
