@@ -144,10 +144,14 @@ def test_pages_do_not_depend_on_how_tokens_arrive(seed, recent):
         tokens = tokens[count:]
     assert whole.index.blocks == pieces.index.blocks == [max(0, total - recent) // BLOCK]
     for number in whole.layers:
-        one, other = (cache.layers[number].pages.taken(cache.index.table[0, : cache.index.blocks[0]]) for cache in (whole, pieces))
+        one, other = (
+            cache.layers[number].pages.taken(cache.index.table[0, : cache.index.blocks[0]]) for cache in (whole, pieces)
+        )
         for side, same in zip(one, other, strict=True):
             assert all(side[name].equal(same[name]) for name in side)
-    assert np.array_equal(whole.index.token_of[0, : whole.index.counts[0]], pieces.index.token_of[0, : pieces.index.counts[0]])
+    assert np.array_equal(
+        whole.index.token_of[0, : whole.index.counts[0]], pieces.index.token_of[0, : pieces.index.counts[0]]
+    )
 
 
 def test_tokens_cropped_and_read_again_give_the_same_pages():
@@ -199,7 +203,10 @@ def test_a_pass_that_fails_leaves_everything_as_it_was():
     feed(cache, [list(range(300, 500))])
     feed(before, [list(range(300, 500))])
     for number in cache.layers:
-        assert all(a.equal(b) for a, b in zip(cache.dense(cache.layers[number]), before.dense(before.layers[number]), strict=True))
+        assert all(
+            a.equal(b)
+            for a, b in zip(cache.dense(cache.layers[number]), before.dense(before.layers[number]), strict=True)
+        )
 
 
 def test_layers_that_are_left_out_are_told_of():
