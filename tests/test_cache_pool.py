@@ -107,8 +107,8 @@ def test_exact_tokens_keep_their_slots(generator):
     exact.reserve(50)
     assert (exact.capacity, exact.token_bytes, exact.nbytes) == (50, 2 * 24 * 2, 50 * 2 * 24 * 2)
     found = exact.read(torch.tensor([[3, 0], [2, 2]]))
-    assert torch.equal(found[0], keys.bfloat16()[[[0, 1], [2, 2]]].transpose(1, 2))
-    assert torch.equal(found[1], values.bfloat16()[[[0, 1], [2, 2]]].transpose(1, 2))
+    assert torch.equal(found[0], keys.bfloat16()[torch.tensor([[0, 1], [2, 2]])].transpose(1, 2))
+    assert torch.equal(found[1], values.bfloat16()[torch.tensor([[0, 1], [2, 2]])].transpose(1, 2))
     view = exact.read(slice(2, 4))[0]
     assert view.untyped_storage().data_ptr() == exact.keys.untyped_storage().data_ptr()
     assert torch.equal(view[0, :, 1], keys.bfloat16()[0])
