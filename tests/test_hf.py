@@ -341,7 +341,11 @@ def measured_in(cache):
 
 
 def test_caches_of_one_model_share_codecs(model):
-    caches = [qjl.KVCache(model), qjl.KVCache(model), qjl.KVCache(model, codecs=own_codecs(model, qjl.PRESETS[DEFAULT_PRESET]))]
+    caches = [
+        qjl.KVCache(model),
+        qjl.KVCache(model),
+        qjl.KVCache(model, codecs=own_codecs(model, qjl.PRESETS[DEFAULT_PRESET])),
+    ]
     for cache in caches:
         read(model, prompt(270), cache, sizes=(270,))
     maps = [cache.cores[0].codec_tensors[0].data_ptr() for cache in caches]
@@ -568,7 +572,10 @@ def test_other_caches_are_served_as_by_sdpa(model):
 
 def test_two_models_in_two_threads():
     models = [tiny(seed=seed) for seed in (1, 2)]
-    expected = [generate(model, prompt(), cache=qjl.KVCache(model, codecs=own_codecs(model, qjl.PRESETS[DEFAULT_PRESET]))) for model in models]
+    expected = [
+        generate(model, prompt(), cache=qjl.KVCache(model, codecs=own_codecs(model, qjl.PRESETS[DEFAULT_PRESET])))
+        for model in models
+    ]
     results = {}
 
     def work(index):

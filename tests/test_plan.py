@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from models_for_tests import FAMILIES, config_of, prompt, tiny
 from qjl import KVCache, presets
 from qjl.compat import cache_argument
+from qjl.hf import own_codecs
 from qjl.plan import Planner, parse_memory
 from qjl.presets import PRESETS, resolve
 
