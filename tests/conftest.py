@@ -175,13 +175,15 @@ def fitted(model_of):
         model = model_of(head_dim=head_dim)
         statistics = statistics_of(head_dim)
         context = LayerContext(role, 2, head_dim, torch.device("cpu"), torch.float32, statistics, model.rope)
-        codec = quantizer.fit(context)
+        learned = quantizer.learn(context)
+        codec = quantizer.build(context, learned)
         first = torch.tensor([[4, 68], [1040, 1104]])
         positions = (first[..., None] + torch.arange(BLOCK)).flatten(1)
         tokens = model.tokens(positions)
         x = tokens.keys if role == "key" else tokens.values
         return SimpleNamespace(
             context=context,
+            learned=learned,
             codec=codec,
             statistics=statistics,
             x=x,

@@ -186,7 +186,25 @@ def of_type(kind, **settings):
 
 
 every_quantizer = pytest.mark.parametrize(("role", "quantizer"), named(QUANTIZERS))
-every_head_dim = pytest.mark.parametrize("head_dim", [80] if runtime.is_interpreted() else [64, 80, 96, 128, 256])
+HEAD_DIMS = [80] if runtime.is_interpreted() else [64, 80, 96, 128, 256]
+every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
+
+
+def _of_sizes():
+    """A usual head_dim and an odd one for every quantizer; all for the first of each method and role."""
+    firsts = {(role, quantizer.method): (role, quantizer) for role, quantizer in reversed(QUANTIZERS)}
+    for role, quantizer in QUANTIZERS:
+        is_first = firsts[role, quantizer.method] == (role, quantizer)
+        for head_dim in HEAD_DIMS if is_first else sorted({64, 80} & set(HEAD_DIMS)):
+            yield pytest.param(role, quantizer, head_dim, id=f"{label(role, quantizer)}-{head_dim}")
+
+
+every_quantizer_and_head_dim = pytest.mark.parametrize(("role", "quantizer", "head_dim"), list(_of_sizes()))
+
+
+def scores_of(codec, query, blocks, first):
+    """Estimates of <q, k>, ``float32 [B, H, R, T]``: linear in the query, so those of the decoded tokens."""
+    return query @ codec.dequantize(blocks, first).transpose(2, 3)
 
 
 def float64(tensor):

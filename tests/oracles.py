@@ -168,10 +168,10 @@ class ChannelUniform:
 
 
 class CalibQuant:
-    """CalibQuant (arXiv 2502.14882) on one block ``[n, d]`` of tokens: 1 bit per channel, calibrated."""
+    """CalibQuant (arXiv 2502.14882) on one block ``[n, d]`` of tokens: 1 bit per channel."""
 
-    def __init__(self, spread, tau=0.0):
-        self.spread, self.tau = spread, tau
+    def __init__(self, spread):
+        self.spread = spread
 
     def encode(self, tokens):
         """Bits, and the two numbers that 0 and 1 decode to in each channel: the extremes, drawn together."""
@@ -187,11 +187,6 @@ class CalibQuant:
     def post_scaled(queries, bits, alpha, beta):
         """Scores ``[r, n]`` from queries ``[r, d]`` times the step, and a bias per query."""
         return (queries * (beta - alpha)) @ bits.T + (queries @ alpha)[:, None]
-
-    def calibrated(self, scores):
-        """g: logits of a query from [low, high] to [low, high - tau], collapsed where that would turn them round."""
-        low, high = scores.min(-1, keepdims=True), scores.max(-1, keepdims=True)
-        return low + (scores - low) * np.maximum(0, high - self.tau - low) / (high - low)
 
 
 class VidKVSpectrum:

@@ -18,7 +18,7 @@ class Stamp(Quantizer):
     def layout(self, head_dim, dtype=torch.float32):
         return {"tokens": Field((BLOCK, head_dim), torch.float32)}
 
-    def fit(self, context):
+    def build(self, context, learned):
         return StampCodec(self.layout(context.head_dim))
 
 

@@ -322,16 +322,16 @@ def test_tiles_do_cut(packed, monkeypatch, reference_backend):
     """Of the test above: with one number in flight each query and each block comes alone."""
     layer, tokens = packed(QJL(), TokenUniform())
     seen = []
-    score = layer.segments()[1].key_codec.__class__.score
+    dequantize = layer.segments()[1].key_codec.__class__.dequantize
 
-    def spy(codec, query, blocks, first):
-        seen.append((query.shape[2], first.shape[1]))
-        return score(codec, query, blocks, first)
+    def spy(codec, blocks, first):
+        seen.append(first.shape[1])
+        return dequantize(codec, blocks, first)
 
-    monkeypatch.setattr(layer.segments()[1].key_codec.__class__, "score", spy)
+    monkeypatch.setattr(layer.segments()[1].key_codec.__class__, "dequantize", spy)
     monkeypatch.setattr(attention, "TILE_NUMBERS", 1)
     attend(tokens.queries[:, :, -5:], layer, Scoring(0.125))
-    assert set(seen) == {(3, 1)}
+    assert set(seen) == {1}
     assert len(seen) == 5 * layer.packed[0].blocks
 
 

@@ -113,16 +113,6 @@ def test_heads_may_spend_their_bits_differently():
     torch.testing.assert_close(decoded, chosen, atol=2e-3, rtol=1e-3)
 
 
-def test_tables_hold_the_score_of_every_nibble(generator):
-    code = scalar_code([[3, 1, 4, 2, 5, 1, 0, 0]]).decoder
-    query = torch.randn(2, 1, 3, 8, generator=generator)
-    tables = code.tables(query)
-    for nibble in range(16):
-        slots = code.entries[:, :, nibble].float()[None, :, None].expand(2, 1, 3, -1, -1).flatten(3)
-        alone = code.gather(query).flatten(3) * slots
-        torch.testing.assert_close(tables[..., nibble], alone.unflatten(3, code.coordinates.shape[1:]).sum(-1))
-
-
 def test_a_sign_code_decodes_four_signs_per_nibble_lowest_first():
     code = sign_code(8).decoder
     nibbles = torch.tensor([0b0001, 0b1110], dtype=torch.uint8).expand(1, 1, 64, 2)

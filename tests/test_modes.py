@@ -98,15 +98,11 @@ def _of_layer(preset, model):
             context = LayerContext(role, HEADS, DIM, torch.device("cpu"), torch.float32, statistics, model.rope)
             codec = quantizer.fit(context)
             blocks = codec.quantize(x, first)
-            query = tokens.grouped_queries()[:, :, :GROUP].contiguous()
             given |= {f"{role} {name}": field for name, field in blocks.items()}
             given[f"{role} decoded"] = codec.dequantize(blocks, first)
-            if role == "key":
-                given["scores"] = codec.score(query, blocks, first)
-            else:
-                given["mixed"] = codec.mix(torch.softmax(given["scores"].float(), -1), blocks, first)
             forms.append((blocks, codec.form))
         (keys, key_form), (values, value_form) = forms
+        query = tokens.grouped_queries()[:, :, :GROUP].contiguous()
         if key_form is not None and value_form is not None and ops.offers("attend_packed", query):
             packed = PackedTokens(keys, values, key_form, value_form, first)
             exact = [ExactTokens(tokens.keys, tokens.values, None)]
@@ -206,4 +202,3 @@ def test_a_new_method_is_guarded_as_ours_are():
         with caller:
             blocks = Product().quantize(x, None)
             assert blocks["codes"].dtype == Product().dequantize(blocks, None).dtype == torch.float32
-            assert Product().score(x, blocks, None).dtype == torch.float32

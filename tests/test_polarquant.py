@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, of_type
+from method_cases import every_head_dim, float64, of_type, scores_of
 from qjl.methods.base import LayerContext, storage_bytes
 from qjl.methods.polarquant import PolarQuant, angle_codebook
 from qjl.packed import BLOCK
@@ -62,7 +62,7 @@ def test_angles_and_radii_decode_to_products_of_cosines_and_sines(role, quantize
     query = case.query[:, :, :3]
     scores = float64(query) @ np.swapaxes(decoded, 2, 3)
     np.testing.assert_allclose(
-        case.codec.score(query, case.blocks, case.first), scores, atol=1e-4 * np.abs(scores).max()
+        scores_of(case.codec, query, case.blocks, case.first), scores, atol=1e-4 * np.abs(scores).max()
     )
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import bit_stream, every_head_dim, float64, of_type, token_major
+from method_cases import bit_stream, every_head_dim, float64, of_type, scores_of, token_major
 from qjl.codebook import uniform_code
 from qjl.methods.base import LayerContext
 from qjl.methods.bits import repack
@@ -36,7 +36,9 @@ def test_codes_are_the_papers(role, quantizer, head_dim, fitted):
     np.testing.assert_allclose(case.codec.dequantize(case.blocks, case.first), decoded, atol=2e-5 * np.abs(y).max())
     scores = float64(case.query[:, :, :3]) @ decoded.swapaxes(2, 3)
     tolerance = 2e-5 * np.abs(scores).max()
-    np.testing.assert_allclose(case.codec.score(case.query[:, :, :3], case.blocks, case.first), scores, atol=tolerance)
+    np.testing.assert_allclose(
+        scores_of(case.codec, case.query[:, :, :3], case.blocks, case.first), scores, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("clip_ratio", [0.5, 0.95])

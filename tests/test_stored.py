@@ -405,7 +405,6 @@ def _collect(tree, found):
 
 
 ATTRIBUTES = {
-    "CalibQuantCodec": "group_size layout num_bits spread tau",
     "Cascade": "layout parts",
     "ChannelCodec": "group_size layout num_bits spread",
     "Extremes": "clip",

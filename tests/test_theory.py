@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import oracles
+from method_cases import scores_of
 from qjl.codebook import MAX_BITS, distortion, lloyd_max, scalar_distortion
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import LayerContext
@@ -91,7 +92,7 @@ def test_the_library_estimates_without_bias_through_its_codes():
     for seed in range(150):
         codec = QJL(2, seed=seed).fit(LayerContext("key", 1, DIM, CPU, torch.float32))
         blocks = codec.quantize(keys[None, None, :320], first)
-        scores = codec.score(queries[None, None, :320], blocks, first)[0, 0]
+        scores = scores_of(codec, queries[None, None, :320], blocks, first)[0, 0]
         truth = queries[:320] @ keys[:320].T
         slopes.append(float((scores * truth).sum() / truth.square().sum()))
     mean, width = _interval(np.array(slopes))
@@ -243,7 +244,7 @@ def test_rescaled_lloyd_max_codes_have_the_derived_variance(bits, monkeypatch):
         )
         keys, queries = torch.randn(2, 1, 1, 64, DIM, generator=generator)
         keys, queries = (x / x.norm(dim=-1, keepdim=True) for x in (keys, queries))
-        scores = codec.score(queries, codec.quantize(keys, first), first)
+        scores = scores_of(codec, queries, codec.quantize(keys, first), first)
         errors.append(scores - queries @ keys.transpose(2, 3))
     variance = float(torch.cat(errors).square().mean()) * DIM
     loss = distortion(lloyd_max(bits))
@@ -260,7 +261,7 @@ def test_a_rescaled_code_is_unbiased_over_rotations(code):
         codec = Balanced(2, code, metric=False, centre=False, seed=seed).fit(
             LayerContext("key", 1, DIM, CPU, torch.float32)
         )
-        scores = codec.score(queries, codec.quantize(keys, first), first)
+        scores = scores_of(codec, queries, codec.quantize(keys, first), first)
         slopes.append(float((scores * truth).sum() / truth.square().sum()))
     mean, width = _interval(np.array(slopes))
     assert width < 0.008

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, token_major
+from method_cases import every_head_dim, float64, of_type, scores_of, token_major
 from qjl import ops
 from qjl.codebook import MAX_BITS, sign_sum
 from qjl.methods.base import POSITIONS, LayerContext, storage_bytes
@@ -135,7 +135,7 @@ def test_one_bit_goes_to_a_sketch_of_the_residual(role, quantizer, head_dim, fit
     np.testing.assert_allclose(stored, norms * gamma, rtol=5e-3)
     code = (part[:, :, None] for part in (chosen, norms))
     estimate = oracle.estimate(query, *code, matrix, signs[:, :, None], gamma[:, :, None])
-    scores = case.codec.score(case.query[:, :, :3], case.blocks, case.first)
+    scores = scores_of(case.codec, case.query[:, :, :3], case.blocks, case.first)
     np.testing.assert_allclose(scores, estimate, atol=4e-3 * np.abs(estimate).max())
 
 
@@ -166,7 +166,7 @@ def _mean_scores(quantizer, x, seeds):
     scores = []
     for seed in range(seeds):
         codec = type(quantizer)(**(vars(quantizer) | {"seed": seed})).fit(LayerContext("key", 1, 64, CPU, x.dtype))
-        scores.append(codec.score(x, codec.quantize(x, FIRST), FIRST).diagonal(dim1=2, dim2=3)[0, 0])
+        scores.append(scores_of(codec, x, codec.quantize(x, FIRST), FIRST).diagonal(dim1=2, dim2=3)[0, 0])
     return float64(torch.stack(scores))
 
 

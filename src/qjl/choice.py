@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import calibrate, sensitivity, texts, wheels
 from qjl.architecture import LayerShape, find_rope, layer_shapes
+from qjl.cache.paged import as_coded
 from qjl.codecs import Codecs
 from qjl.errors import QJLError
 from qjl.fingerprints import Unnamed, fingerprint

@@ -114,24 +114,13 @@ class NibbleCode:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.coordinates, self.entries)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Coordinates in slot order: ``[B, H, R, D] -> [B, H, R, N, w]``."""
-        return x.gather(3, self._slot_index(x)).unflatten(3, self.coordinates.shape[1:])
-
     def scatter(self, slots: Tensor) -> Tensor:
         """Slot sums added onto their coordinates: ``[B, H, R, N * w] -> [B, H, R, D]``."""
-        return slots.new_zeros((*slots.shape[:3], self.dim)).scatter_add_(3, self._slot_index(slots), slots)
-
-    def tables(self, query: Tensor) -> Tensor:
-        """Partial scores of every nibble value: ``[B, H, R, D] -> [B, H, R, N, 16]``."""
-        slots = self.gather(query)
-        return (slots[..., None, :] * self.entries.to(query.dtype)[None, :, None]).sum(-1)
+        index = self.coordinates.flatten(1).long()[None, :, None].expand(*slots.shape[:3], -1)
+        return slots.new_zeros((*slots.shape[:3], self.dim)).scatter_add_(3, index, slots)
 
     def to(self, device: torch.device) -> NibbleCode:
         return NibbleCode(self.coordinates.to(device), self.entries.to(device), self.dim)
-
-    def _slot_index(self, x: Tensor) -> Tensor:
-        return self.coordinates.flatten(1).long()[None, :, None].expand(*x.shape[:3], -1)
 
 
 @dataclass(frozen=True, eq=False)

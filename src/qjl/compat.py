@@ -65,6 +65,7 @@ __all__ = [
     "tree_map",
     "uses_attention_interface",
     "versions",
+    "wants_weights",
     "window_of",
     "wrap",
 ]
@@ -159,6 +160,12 @@ def is_sdpa_or_flash(function: _Wrapper) -> bool:
 def are_weights_collected() -> bool:
     """Whether the forward pass that runs keeps the weights of its attention, of which some models do not tell it."""
     return any(name.endswith("attentions") for name in _active_collector.get() or ())
+
+
+def wants_weights(module: torch.nn.Module) -> bool:
+    """Whether a module's configuration asks for the weights of attention; read at every token of every layer."""
+    config = vars(module).get("config")
+    return False if config is None else bool(vars(config).get("_output_attentions"))
 
 
 @functools.cache

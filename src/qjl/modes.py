@@ -33,6 +33,24 @@ def for_keeps(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
     ``torch.compile`` leaves it as it is.
     """
+    return torch.compiler.disable(outside_modes(function))
+
+
+def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``torch.compile`` leaves the function as it is; where nothing is compiled, calling it costs no more than it did."""
+    disabled = torch.compiler.disable(function)
+
+    @wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
+
+
+def outside_modes(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """``for_keeps`` for what is only called from where ``torch.compile`` has stopped already."""
 
     @wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -41,7 +59,7 @@ def for_keeps(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
         with torch.inference_mode(False), torch.no_grad(), without_autocast():
             return function(*args, **kwargs)
 
-    return torch.compiler.disable(run)
+    return run
 
 
 def _is_autocast_on() -> bool:

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qjl.cache.places import Places
 from qjl.errors import QJLError
-from qjl.packed import BLOCK
+from qjl.packed import BLOCK, to_device
 
 HOLE = -1
 ENDLESS = 1 << 62  # as a number of tokens
@@ -45,6 +46,12 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.pages)
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Sources int32 ``[n * 64]``, first positions int64 ``[n]`` and pages int32 ``[n]`` as tensors."""
+        dtypes = ((self.sources, torch.int32), (self.first, torch.int64), (self.pages, torch.int32))
+        sources, first, pages = (to_device(torch.tensor(x, dtype=dtype), device) for x, dtype in dtypes)
+        return sources, first, pages
+
     @property
     def are_whole(self) -> bool:
         """Whether no page has codes yet."""
@@ -62,7 +69,7 @@ class Step:
 
     starts: list[int]
     counts: list[int]
-    columns: int  # that the pass adds, padding included
+    columns: int  # that the pass adds, padding included; 0 for rows that have none
     before: list[int]  # exact tokens of each row, before the pass
     is_planned: bool = False
     put_tokens: list[int] = field(default_factory=list)
@@ -75,10 +82,9 @@ class Step:
     taken: list[int] = field(default_factory=list)  # pages that are new
 
     @property
-    def is_even(self) -> bool:
-        """Whether every row has as many fresh tokens, one row behind the other: none of them is padding."""
-        size = self.columns
-        return all(count == size for count in self.counts) and self.starts == [size * row for row in range(len(self))]
+    def shape(self) -> tuple[int, int]:
+        """Batch and tokens of the tensors that layers are given: the rows, or one with all tokens behind each other."""
+        return (len(self), self.columns) if self.columns else (1, sum(self.counts))
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -183,6 +189,11 @@ class TokenIndex:
         Padding that is not known yet is told by ``set_padding``, before anything is planned.
         """
         return self.begin(*self._fresh(columns), columns)
+
+    def begin_ragged(self, counts: Sequence[int]) -> Step:
+        """A pass over the fresh tokens of all rows, one row behind the other: as many of each as ``counts`` say."""
+        starts = np.cumsum([0, *counts])[:-1]
+        return self.begin(starts.tolist(), counts, 0)
 
     def _fresh(self, columns: int) -> tuple[list[int], list[int]]:
         """Where the fresh tokens of each row start, and how many there are."""
@@ -392,6 +403,10 @@ class TokenIndex:
         self.slots.release(step.put_slots)
         self.pages.release(step.taken)
         self.counts[:] = step.before
+
+    def crop_row(self, row: int, length: int) -> None:
+        """Keep the first tokens of a row; of rows that were never given as columns."""
+        self._crop_row(row, length)
 
     # Marks
 

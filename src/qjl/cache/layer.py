@@ -17,7 +17,7 @@ from qjl.codecs import Pair, TokenShape
 from qjl.errors import QJLError
 from qjl.methods.base import require_finite
 from qjl.methods.nibble import EXPAND_FROM_ROWS
-from qjl.ops.forms import Pool
+from qjl.ops.forms import EncodeJob, Pool
 from qjl.packed import to_device
 
 Tokens = tuple[Tensor, Tensor]  # keys and values ``[B, H, T, D]``
@@ -62,6 +62,7 @@ class Layer:
         self.has_missed = False  # whether the cache holds tokens that it was not given
         self.fresh: Tokens | None = None  # of the pass at hand, as long as they are not stored
         self._is_put = False
+        self._jobs: tuple[object, object, list[EncodeJob | None]] | None = None
 
     # A pass
 
@@ -100,7 +101,7 @@ class Layer:
         pools, rows, softcap = (pool, self._exact().operand), reading.operand, scoring.softcap or 0.0
         is_plain = reading.is_plain(scoring.mask)
         if is_plain and scoring.sink_logits is None:
-            self._is_put = True
+            self._is_put = reading.is_whole
             return ops.append_attend(query, *fresh, *pools, rows, scoring.scaling, softcap)
         self.put()
         bias = None if is_plain else reading.bias(scoring.mask)
@@ -136,6 +137,14 @@ class Layer:
 
     # Storing
 
+    @property
+    def is_stored(self) -> bool:
+        """Whether nothing is to be done with fresh tokens any more until the pass ends."""
+        step = self.step
+        return (
+            self._is_put and step is not None and not step.direct.pages and (not step.pooled.pages or bool(self.pages))
+        )
+
     def put(self) -> None:
         """Store the fresh tokens that stay exact for now."""
         step = self.step
@@ -156,20 +165,34 @@ class Layer:
         for side, (codec, tokens) in enumerate(zip(codecs, self.fresh, strict=True)):
             pages.write(side, codec.quantize(*self._checked(_by_token(tokens)[chosen], side, blocks)), blocks.pages)
 
-    def encode_pooled(self, codecs: Pair) -> None:
-        """Code blocks whose tokens are in slots."""
-        step = self.step
-        assert step is not None
-        pages, blocks = self._pages(codecs), step.pooled
-        if step.copies:
-            pages.copy(step.copies)
-        exact, slots = self._exact(), self._on_device(blocks.sources)
-        for side, (codec, tokens) in enumerate(zip(codecs, (exact.keys, exact.values), strict=True)):
-            coded = codec.quantize(*self._checked(tokens[slots], side, blocks))
-            if blocks.are_whole:
-                pages.write(side, coded, blocks.pages)
-            else:
-                pages.fill(side, coded, blocks.pages, blocks.kept)
+    def jobs(self, codecs: Pair) -> list[EncodeJob | None]:
+        """How pages are made of tokens in slots, keys and values; None for a codec without a recipe.
+
+        The same objects as long as nothing grows.
+        """
+        exact, pages = self._exact(), self._pages(codecs)
+        key = (exact.operand, pages.storage)
+        if self._jobs is None or self._jobs[0] is not key[0] or self._jobs[1] is not key[1]:
+            sides = zip(codecs, (exact.keys, exact.values), pages.fields, ("keys", "values"), strict=True)
+            jobs = [codec.job(tokens, fields, f"{what} of {self.name}") for codec, tokens, fields, what in sides]
+            self._jobs = (*key, jobs)
+        return self._jobs[2]
+
+    def copy_pages(self, codecs: Pair) -> None:
+        """Pages that are to be filled, to where they are filled."""
+        assert self.step is not None
+        self._pages(codecs).copy(self.step.copies)
+
+    def encode_pooled(self, codecs: Pair, side: int) -> None:
+        """Code keys (0) or values (1) of blocks whose tokens are in slots."""
+        assert self.step is not None
+        pages, blocks, exact = self._pages(codecs), self.step.pooled, self._exact()
+        tokens = (exact.keys, exact.values)[side][self._on_device(blocks.sources)]
+        coded = codecs[side].quantize(*self._checked(tokens, side, blocks))
+        if blocks.are_whole:
+            pages.write(side, coded, blocks.pages)
+        else:
+            pages.fill(side, coded, blocks.pages, blocks.kept)
 
     def _pages(self, codecs: Pair) -> Pages:
         assert self.shape is not None

@@ -9,13 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qjl import ops
 from qjl.attention import Scoring
 from qjl.cache.index import Step, TokenIndex, bool_rows
 from qjl.cache.layer import Layer, Tokens
+from qjl.cache.pool import run_of
 from qjl.cache.reading import KeptRows, Reading
 from qjl.codecs import Codecs, Pair
 from qjl.copies import Copied
 from qjl.errors import QJLError
+from qjl.ops.forms import EncodeJob
 
 
 class CodecsOf(Protocol):
@@ -106,10 +109,13 @@ class PagedCache(Copied):
         Raises:
             QJLError: if they do not fit what is held, or the pass before left layers out.
         """
-        index = self.index
-        if self._last is not None:
-            with self._undone_by_errors():
-                self.store(self._last)
+        index, last = self.index, self._last
+        if last is not None:
+            if last.is_stored:
+                last.fresh = None
+            else:
+                with self._undone_by_errors():
+                    self.store(last)
         if index.step is not None and layer.step is index.step:
             self.settle()
         layer.require(keys, values)
@@ -117,10 +123,11 @@ class PagedCache(Copied):
         batch, _, tokens, _ = keys.shape
         if index.step is None:
             self._begin(layer, batch, tokens)
-        elif (batch, tokens) != (index.batch, index.step.columns):
+        elif (batch, tokens) != index.step.shape:
+            rows, columns = index.step.shape
             raise QJLError(
-                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {index.batch} x {index.step.columns}: "
-                "batch and tokens must be those of the other layers."
+                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {rows} x {columns}: batch and tokens must"
+                " be those of the other layers."
             )
         assert index.step is not None
         layer.join(index.step, keys, values)
@@ -164,6 +171,46 @@ class PagedCache(Copied):
     def attend(self, layer: Layer, query: Tensor, scoring: Scoring, fresh: Tokens) -> Tensor:
         """Attention of ``query [B, Hq, Q, D]``, that of the fresh tokens: ``[B, Q, Hq, Dv]`` in its dtype."""
         return layer.attend(query, scoring, self._reading or self.reading(query.device), fresh)
+
+    # Passes over rows with different numbers of fresh tokens
+
+    def begin(self, counts: Sequence[int]) -> None:
+        """Begin a pass in which row b has ``counts[b]`` fresh tokens; layers are given those of all rows behind each
+        other, ``[1, H, T, D]``."""
+        self.settle()
+        self.index.begin_ragged(counts)
+        self._readings: list[Reading] | None = None
+
+    def attend_ragged(self, layer: Layer, query: Tensor, scoring: Scoring) -> Tensor:
+        """Attention of ``query [1, Hq, T, D]``, that of the fresh tokens: ``[1, T, Hq, Dv]`` in its dtype."""
+        assert layer.fresh is not None
+        outputs = [
+            layer.attend(
+                _rows_of(query, one), scoring, one, (_rows_of(layer.fresh[0], one), _rows_of(layer.fresh[1], one))
+            )
+            for one in self._groups(query.device)
+        ]
+        if len(outputs) == 1:
+            return outputs[0].flatten(0, 1)[None]
+        return torch.cat([out.flatten(0, 1) for out in outputs])[self._order][None]
+
+    def _groups(self, device: torch.device) -> list[Reading]:
+        """Rows with one fresh token together, those with more each by itself."""
+        if self._readings is None:
+            step = self._plan()
+            together = [row for row, count in enumerate(step.counts) if count == 1]
+            groups = [together] if together else []
+            groups += [[row] for row, count in enumerate(step.counts) if count > 1]
+            whole = list(range(self.index.batch))
+            self._readings = [
+                Reading(self.index, device, self._kept)
+                if rows == whole
+                else Reading(self.index, device, KeptRows(), rows)
+                for rows in groups
+            ]
+            order = [step.starts[row] + place for rows in groups for row in rows for place in range(step.counts[row])]
+            self._order = torch.tensor(order, device=device).argsort()
+        return self._readings
 
     def store(self, layer: Layer) -> None:
         """Keep or code a layer's fresh tokens, once it has attended, so that they need not be held any longer."""
@@ -216,8 +263,20 @@ class PagedCache(Copied):
                 )
 
     def _encode_pooled(self, layers: Sequence[Layer]) -> None:
+        """Blocks of all layers, keys and values, at once where codecs have a recipe."""
+        blocks = self._plan().pooled
+        jobs: dict[torch.device, list[EncodeJob]] = {}
         for layer in layers:
-            layer.encode_pooled(self.source.of(layer, self))
+            codecs = self.source.of(layer, self)
+            if self._plan().copies:
+                layer.copy_pages(codecs)
+            for side, job in enumerate(layer.jobs(codecs)):
+                if job is not None and blocks.are_whole:
+                    jobs.setdefault(job.tokens.device, []).append(job)
+                else:
+                    layer.encode_pooled(codecs, side)
+        for device, some in jobs.items():
+            ops.encode_pages(some, *blocks.on(device))
 
     def roll_back(self) -> None:
         """The pass at hand never was."""
@@ -291,6 +350,17 @@ class PagedCache(Copied):
     def allocated_nbytes(self) -> int:
         """Bytes allocated, room for growth included."""
         return sum(layer.allocated_nbytes for layer in self.layers.values())
+
+
+def _rows_of(x: Tensor, reading: Reading) -> Tensor:
+    """The fresh tokens of some rows, ``[1, H, T, D] -> [B, H, Q, D]``."""
+    step = reading.index.step
+    assert step is not None
+    starts = [step.starts[row] for row in reading.rows]
+    if reading.batch == 1:
+        return x[:, :, starts[0] : starts[0] + reading.queries]
+    run = run_of(starts)  # one token each
+    return x[0, :, torch.tensor(starts) if run is None else run].transpose(0, 1)[:, :, None]
 
 
 def as_coded(keys: Tensor, values: Tensor, codecs: Codecs, layer: int = 0) -> Tokens:

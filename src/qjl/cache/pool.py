@@ -70,7 +70,7 @@ class Pages:
         self.codecs = codecs
         self.heads = heads
         self._device = device
-        self._storage = [
+        self.storage = [
             {
                 name: torch.zeros((heads, capacity, *field.shape), dtype=field.dtype, device=device)
                 for name, field in codec.layout.items()
@@ -80,12 +80,12 @@ class Pages:
 
     @property
     def capacity(self) -> int:
-        return next(iter(self._storage[0].values())).shape[1]
+        return next(iter(self.storage[0].values())).shape[1]
 
     @property
     def fields(self) -> tuple[Blocks, Blocks]:
         """Of keys and of values."""
-        keys, values = ({name: x.transpose(0, 1) for name, x in side.items()} for side in self._storage)
+        keys, values = ({name: x.transpose(0, 1) for name, x in side.items()} for side in self.storage)
         return keys, values
 
     @cached_property
@@ -108,12 +108,12 @@ class Pages:
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for side in self._storage for x in side.values())
+        return sum(x.nbytes for side in self.storage for x in side.values())
 
     def reserve(self, capacity: int) -> None:
         """Make room for so many pages."""
         if capacity > self.capacity:
-            self._storage = [{name: _grown(x, capacity, dim=1) for name, x in side.items()} for side in self._storage]
+            self.storage = [{name: _grown(x, capacity, dim=1) for name, x in side.items()} for side in self.storage]
             vars(self).pop("operand", None)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -121,7 +121,7 @@ class Pages:
         sources, targets = (
             to_device(torch.tensor(x, dtype=torch.int64), self._device) for x in zip(*pairs, strict=True)
         )
-        for side in self._storage:
+        for side in self.storage:
             for field in side.values():
                 field[:, targets] = field[:, sources]
 
@@ -129,13 +129,13 @@ class Pages:
         """Whole pages: ``blocks [1, H, n, *shape]`` of keys (0) or values (1)."""
         where = run_of(pages)
         index = to_device(torch.tensor(pages, dtype=torch.int64), self._device) if where is None else where
-        for name, field in self._storage[side].items():
+        for name, field in self.storage[side].items():
             field[:, index] = blocks[name][0]
 
     def fill(self, side: int, blocks: Blocks, pages: Sequence[int], kept: Sequence[int]) -> None:
         """The same, but the first ``kept`` tokens of each page stay."""
         for place, (page, first) in enumerate(zip(pages, kept, strict=True)):
-            for name, field in self._storage[side].items():
+            for name, field in self.storage[side].items():
                 field[:, page, ..., first:] = blocks[name][0, :, place, ..., first:]
 
     def decode(self, table: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qjl.attention import Seen
-from qjl.cache.index import HOLE, TokenIndex
+from qjl.cache.index import HOLE, Step, TokenIndex
 from qjl.cache.pool import run_of
 from qjl.ops.forms import Rows
 from qjl.packed import BLOCK, to_device
@@ -32,16 +32,23 @@ class Reading:
         self.queries = self._queries()
         self._kept = kept
         self._held = index.counts.tolist() if step is None else step.before
-        self.is_short = step is not None and step.is_even and self.queries < BLOCK
+        self.begin = index.columns if step is None or step.columns else index.lengths[self.rows[0]]
+        self.is_short = step is not None and self._is_even(step) and self.queries < BLOCK
+        self.is_whole = step is not None and sum(step.counts[row] for row in self.rows) == sum(step.counts)
         self._plain: tuple[Tensor, bool] | None = None
         self._bias: tuple[Tensor | None, Tensor] | None = None
 
     def _queries(self) -> int:
-        """Fresh columns of all rows, padding included, or fresh tokens of each of some."""
+        """Fresh columns of each row, padding included; in a pass without columns, fresh tokens."""
         step = self.index.step
-        if step is None or not self.rows:
+        if step is None:
             return 0
-        return step.columns if self._is_all else max(step.counts[row] for row in self.rows)
+        return step.columns or max((step.counts[row] for row in self.rows), default=0)
+
+    def _is_even(self, step: Step) -> bool:
+        """Whether every row has as many fresh tokens, and none of them is padding."""
+        counts = {step.counts[row] for row in self.rows}
+        return counts == {step.columns or self.queries}
 
     @property
     def batch(self) -> int:
@@ -80,7 +87,7 @@ class Reading:
         return self._plain[1]
 
     def _says_no_more(self, mask: Tensor) -> bool:
-        columns = self.index.columns + self.queries
+        columns = self.begin + self.queries
         if mask.shape[3] < columns:
             return False
         sees = (mask if mask.dtype == torch.bool else mask == 0)[..., :columns]
@@ -88,7 +95,7 @@ class Reading:
         if not bool((sees | is_hidden).all()):
             return False
         numbers = torch.arange(columns)
-        expected = numbers <= torch.arange(self.index.columns, columns)[:, None]
+        expected = numbers <= torch.arange(self.begin, columns)[:, None]
         is_padding = numbers < torch.tensor(self._padding)[:, None]
         return bool(((sees == expected) | is_padding[:, None, None]).all())
 
@@ -126,7 +133,7 @@ class Reading:
     @cached_property
     def own(self) -> Seen:
         """Which columns are those of the fresh tokens."""
-        begin = self.index.columns
+        begin = self.begin
         pads = [max(0, pad - begin) for pad in self._padding]
         if not any(pads):
             return Seen(begin, None)
@@ -157,7 +164,7 @@ class Reading:
 
     def _columns(self, tokens: np.ndarray) -> np.ndarray:
         columns = np.array(self._padding)[:, None] + tokens
-        return columns.clip(max=max(self.index.columns + self.queries - 1, 0))
+        return columns.clip(max=max(self.begin + self.queries - 1, 0))
 
     @cached_property
     def _table_columns(self) -> np.ndarray:

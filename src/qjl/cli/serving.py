@@ -70,6 +70,10 @@ def serve(
         int | None, typer.Option(min=1, help="Longest prompt and answer, in tokens.", show_default="the model's")
     ] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="Answers written at once.", show_default=f"{_SLOTS}")] = None,
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(help=f"Most that caches may take, as 8G. {_OF_TRANSFORMERS}", show_default="half of the memory"),
+    ] = None,
     queue: Annotated[
         int | None, typer.Option(min=0, help=f"Requests that may wait. {_OF_TRANSFORMERS}", show_default=f"{_QUEUE}")
     ] = None,
@@ -106,6 +110,7 @@ def serve(
     origins = tuple(map(origin_of, cors_origin or ()))
     called = name or (Path(model).name if Path(model).exists() else model)
     own = {"--queue": queue, "--max-tokens": max_tokens, "--max-body": max_body, "--grace": grace}
+    own |= {"--cache-memory": cache_memory}
     if engine is Program.vllm or (engine is Program.auto and vllm.is_ready()):
         _require_none(own | {"--bits": bits}, "are for --engine transformers")
         vllm.require_ready()
@@ -134,7 +139,8 @@ def serve(
         config = configuration(wanted, network, tokenizer)
         with waiting("Fitting codes"):
             fit_codecs(network, tokenizer, config, lambda: read_data(data))
-        writing = Engine(network, tokenizer, config, slots=slots or _SLOTS)
+        room = None if cache_memory is None else parse_memory(cache_memory)
+        writing = Engine(network, tokenizer, config, slots=slots or _SLOTS, memory=room)
         line = f"{called} at {url_of(listener)}/v1, {_cache_line(network, config)}"
         app = build(Service(writing, tokenizer, limits))
         patience = _GRACE if grace is None else grace

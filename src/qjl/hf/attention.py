@@ -26,7 +26,7 @@ from qjl.cache.layer import Layer, Tokens
 from qjl.cache.paged import PagedCache
 from qjl.copies import Copied
 from qjl.errors import QJLError
-from qjl.modes import for_keeps
+from qjl.modes import for_keeps, outside_modes, uncompiled
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -152,7 +152,7 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The first tokens tell what there is to know."""
 
-    @for_keeps
+    @outside_modes
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         fresh = self.store.append(self.core, key_states.detach(), value_states.detach())
         handed = _Handed(self, fresh)
@@ -244,7 +244,7 @@ def _attention(
 compat.wrap(AttentionInterface, "get_interface", _find_attention)
 
 
-@torch.compiler.disable
+@uncompiled
 def _attention_over_handle(
     own: Attention,
     is_models_own: bool,
@@ -287,9 +287,7 @@ def _codes_give_all(own: Attention, is_models_own: bool, module: torch.nn.Module
 
 
 def _wants_weights(module: torch.nn.Module, asked: dict[str, Any]) -> bool:
-    if asked.get("output_attentions") or compat.are_weights_collected():
-        return True
-    return bool(getattr(getattr(module, "config", None), "output_attentions", False))
+    return bool(asked.get("output_attentions")) or compat.are_weights_collected() or compat.wants_weights(module)
 
 
 _OF_ANOTHER_KIND = object()
@@ -322,7 +320,7 @@ def _mask_of_columns(real: Tensor | None, query: Tensor, key: Tensor, is_causal:
     return seen if real is None else seen & real[:, None, None, -columns:].bool()
 
 
-@for_keeps
+@outside_modes
 def attention_over(
     module: torch.nn.Module,
     query: Tensor,

@@ -25,7 +25,7 @@ from qjl.hf.first_prompt import FirstPrompt
 from qjl.hf.promises import WatchedCache, attach
 from qjl.hf.sources import own_codecs, shared_codecs
 from qjl.methods.base import storage_bytes
-from qjl.modes import for_keeps
+from qjl.modes import for_keeps, uncompiled
 from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
 
 
@@ -147,7 +147,7 @@ class KVCache(Copied, WatchedCache):
             for core in store.layers.values()
         )
 
-    @torch.compiler.disable
+    @uncompiled
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from qjl.codebook import MAX_BITS, NIBBLE, Encoder, SignCode, even_code, refined_sign_code
 from qjl.errors import QJLError
-from qjl.methods.base import LayerContext, Quantizer, code_bits
-from qjl.methods.mapped import MappedCodec, mapped_keys, power
+from qjl.methods.base import Arrays, LayerContext, Quantizer, code_bits
+from qjl.methods.mapped import MappedCodec, learned_maps, mapped_keys, power
 from qjl.methods.nibble import LogScale, Mean, nibble_layout
 from qjl.packed import Layout
 from qjl.sketch import Sketch, haar_rotation
@@ -70,28 +70,34 @@ class Balanced(Quantizer):
     def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
         return nibble_layout(code_bits(self.num_bits, head_dim) // NIBBLE, LogScale.FIELD)
 
-    def fit(self, context: LayerContext) -> MappedCodec:
-        mean = Mean.of(context) if self.centre else None
-        code, rotation = self._isotropic(context)
-        if not self.metric or context.role == "value":
-            return self._rotated(context, code, rotation, mean)
+    def learn(self, context: LayerContext) -> Arrays:
+        learned = Mean.learn(context) if self.centre else {}
+        if context.role == "value":
+            return learned | {"unit": context.require_statistics().value_rms} if self.centre else {}
+        return learned | self._balanced_maps(context) if self.metric else learned
+
+    def _balanced_maps(self, context: LayerContext) -> Arrays:
         key_moment, query_moment = context.key_moments()
         metric = _inverse_mean(key_moment, query_moment)
         spread = torch.einsum("hij,hji->h", metric, key_moment) / context.head_dim
         balance = power(metric, 0.5) / spread.sqrt()[:, None, None]
-        return mapped_keys(context, rotation.double().cpu() @ balance, code, mean, GAINS)
+        _, rotation = self._isotropic(context)
+        return learned_maps(rotation.double().cpu() @ balance)
 
-    def _rotated(self, context: LayerContext, code: Encoder, rotation: Tensor, mean: Mean | None) -> MappedCodec:
-        is_centred_value = context.role == "value" and self.centre
-        unit = (
-            context.require_statistics().value_rms
-            if is_centred_value
-            else torch.ones(context.heads, dtype=torch.float32)
-        )
+    def build(self, context: LayerContext, learned: Arrays) -> MappedCodec:
+        mean = Mean.build(context, learned) if self.centre else None
+        code, rotation = self._isotropic(context)
+        if self.metric and context.role == "key":
+            return mapped_keys(context, learned, code, mean, GAINS)
         query_map = rotation / rotation.shape[0] if self.code == "signs" else rotation
         heads = (context.heads, -1, -1)
-        scale = LogScale(unit.to(context.device))
+        scale = LogScale(self._unit(context, learned))
         return MappedCodec(rotation.expand(heads), query_map.expand(heads), code, scale, mean, GAINS)
+
+    def _unit(self, context: LayerContext, learned: Arrays) -> Tensor:
+        if context.role == "value" and self.centre:
+            return context.require_learned(learned, "unit", (context.heads,))
+        return torch.ones(context.heads, dtype=torch.float32, device=context.device)
 
     def _isotropic(self, context: LayerContext) -> tuple[Encoder, Tensor]:
         """A code with equal bits per coordinate and the map ``[D', D]`` before it, both shared by all layers."""

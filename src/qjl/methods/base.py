@@ -1,14 +1,15 @@
-"""What a method is: how to encode tokens, and how to score and mix them without decoding them.
+"""What a method is: how to encode tokens, and how to decode them.
 
-A ``Quantizer`` is a frozen dataclass: the method and its settings, nothing learned. ``fit`` makes the ``Codec``
-of one layer from that layer's shape and statistics.
+A ``Quantizer`` is a frozen dataclass: the method and its settings, nothing learned. What a layer's statistics teach
+it, ``learn`` gives as named arrays; ``build`` makes the ``Codec`` of the layer from these, and ``fit`` does both. A
+file of caches keeps the settings and the arrays.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from qjl.statistics import LayerStatistics
 
 RIDGE = 0.02  # of the mean eigenvalue, added to covariances
 SHIFTS = (0, *(64 * 2**i for i in range(10)))
+Arrays = dict[str, Tensor]
 POSITIONS = torch.cat([shift + torch.arange(512) for shift in SHIFTS])  # that moments are averaged over
 
 
@@ -32,8 +34,8 @@ POSITIONS = torch.cat([shift + torch.arange(512) for shift in SHIFTS])  # that m
 class LayerContext:
     """What a codec is fitted to: one layer's keys or values.
 
-    ``statistics`` is None for methods that need none. ``rope`` turns the tokens that the codec sees; None for values,
-    layers without RoPE, and keys whose RoPE the cache has ``undone``.
+    ``statistics`` is None for methods that need none, and where a codec is built from learned arrays. ``rope`` turns
+    the tokens that the codec sees; None for values, layers without RoPE, and keys whose RoPE the cache has ``undone``.
     """
 
     role: str  # "key" or "value"
@@ -50,10 +52,32 @@ class LayerContext:
             raise QJLError("this method needs statistics: run `qjl calibrate` or give a prompt of 256 tokens.")
         return self.statistics
 
-    @property
-    def rope_of_mean(self) -> Rope | None:
-        """What turns the mean of the keys that the codec sees."""
-        return self.rope if self.require_statistics().is_rotary else None
+    def require_learned(
+        self, learned: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """A learned array on the device of the layer.
+
+        Raises:
+            QJLError: if it is missing, or has another shape or dtype.
+        """
+        array = learned.get(name)
+        if array is None:
+            raise QJLError(f"the {self.role} codec has no learned array {name!r}: fit it again.")
+        if array.shape != shape or array.dtype != dtype:
+            raise QJLError(
+                f"the learned array {name!r} of the {self.role} codec is {array.dtype} {list(array.shape)} "
+                f"in place of {dtype} {list(shape)}: fit it again."
+            )
+        return array.to(self.device)
+
+    def learned_rope(self) -> Arrays:
+        """Whether means and quantiles are those of keys before RoPE, for ``rope_from``."""
+        return {"is_rotary": torch.tensor(self.require_statistics().is_rotary, dtype=torch.bool)}
+
+    def rope_from(self, learned: Mapping[str, Tensor]) -> Rope | None:
+        """What turns the keys before RoPE that the arrays are learned from into those that the codec sees."""
+        is_rotary = self.require_learned(learned, "is_rotary", (), torch.bool)
+        return self.rope if is_rotary else None
 
     def key_moments(self) -> tuple[Tensor, Tensor]:
         """Covariance of the keys that the codec sees and second moment of the queries as these keys meet them.
@@ -76,7 +100,7 @@ class LayerContext:
         if self.role == "value":
             return _uncentred(statistics.value_mean, statistics.value_covariance)
         moment = _uncentred(statistics.key_mean, statistics.key_covariance)
-        return moment if self.rope_of_mean is None else _averaged(moment, self.rope_of_mean)
+        return _averaged(moment, self.rope) if self.rope is not None and statistics.is_rotary else moment
 
 
 class Quantizer(ABC):
@@ -87,8 +111,9 @@ class Quantizer(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "fit" in vars(cls):
-            cls.fit = for_keeps(cls.fit)  # type: ignore[method-assign]
+        for name in ("learn", "build"):
+            if name in vars(cls):
+                setattr(cls, name, for_keeps(getattr(cls, name)))
 
     @property
     def is_exact(self) -> bool:
@@ -108,9 +133,25 @@ class Quantizer(ABC):
     def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
         """Fields of a block of 64 tokens of one head; ``dtype`` is the model's."""
 
+    def learn(self, context: LayerContext) -> Arrays:
+        """What the codec of one layer takes from its statistics: contiguous arrays by name, none by default.
+
+        Raises:
+            QJLError: if the method needs statistics and there are none.
+        """
+        return {}
+
     @abstractmethod
+    def build(self, context: LayerContext, learned: Arrays) -> Codec:
+        """The codec of one layer from what was learned, on this machine or another; it looks at no statistics.
+
+        Raises:
+            QJLError: if a learned array is missing or has another shape or dtype.
+        """
+
     def fit(self, context: LayerContext) -> Codec:
-        """The codec of one layer."""
+        """The codec of one layer, from its statistics."""
+        return self.build(context, self.learn(context))
 
     def bits(self, head_dim: int) -> float:
         """True bits per number, every constant included."""
@@ -121,14 +162,15 @@ class Codec(ABC):
     """A quantizer fitted to one layer.
 
     Shapes: ``x [B, H, T, D]`` with T a multiple of 64; ``first [B, T / 64]`` is the RoPE position of the first
-    token of each block; query rows ``[B, H, R, D]`` are all queries that share a KV head.
+    token of each block. Every estimator is linear in the query: it is ``<q, k_hat>`` of the decoded token, and
+    backends take it from the codes where they have a ``form``.
     """
 
     layout: Layout
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        for name in ("quantize", "dequantize", "score", "mix"):
+        for name in ("quantize", "dequantize"):
             if name in vars(cls):
                 setattr(cls, name, in_own_precision(getattr(cls, name)))
 
@@ -143,16 +185,6 @@ class Codec(ABC):
     @abstractmethod
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
         """Decode to ``float32 [B, H, T, D]``."""
-
-    @in_own_precision
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        """Estimates of <q, k>: ``float32 [B, H, R, T]``."""
-        return query @ self.dequantize(blocks, first).transpose(2, 3)
-
-    @in_own_precision
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        """Weighted sum of tokens: ``float32 [B, H, R, T] -> [B, H, R, D]``."""
-        return weights @ self.dequantize(blocks, first)
 
     @property
     def form(self) -> NibbleForm | None:
@@ -182,7 +214,7 @@ class Codec(ABC):
 
 
 class Unrotated(Codec):
-    """Codes of keys before RoPE: undone by storage position when a key is stored, done again when it is scored."""
+    """Codes of keys before RoPE: undone by storage position when a key is stored, done again when it is decoded."""
 
     def __init__(self, codec: Codec, rope: Rope) -> None:
         self.codec = codec

@@ -1,8 +1,6 @@
 """What methods with constants per channel share: a uniform grid for each channel of a group of tokens.
 
-With step s and middle m of a channel, a token decodes as ``k_hat = s * level + m``, so a score is
-``<q, k_hat> = <q * s, level> + <q, m>``: the query is scaled once per group, no token is (post-scaling). Values are
-the mirror image.
+With step s and middle m of a channel, a token decodes as ``k_hat = s * level + m``.
 """
 
 from __future__ import annotations
@@ -53,22 +51,6 @@ class ChannelCodec(Codec):
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
         step, middle = self._constants(blocks)
         return (self._levels(blocks) * step[:, :, :, None] + middle[:, :, :, None]).flatten(2, 3)
-
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        if query.shape[2] >= self.group_size:  # fewer tokens than query rows to scale
-            return super().score(query, blocks, first)
-        step, middle = self._constants(blocks)
-        scaled = query[:, :, None] * step[:, :, :, None]  # [B, H, G, R, D]
-        scores = (scaled @ self._levels(blocks).transpose(3, 4)).transpose(2, 3)
-        return (scores + (query @ middle.transpose(2, 3))[..., None]).flatten(3)
-
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        if weights.shape[2] >= self.group_size:
-            return super().mix(weights, blocks, first)
-        step, middle = self._constants(blocks)
-        grouped = weights.unflatten(3, (-1, self.group_size)).transpose(2, 3)  # [B, H, G, R, g]
-        sums = ((grouped @ self._levels(blocks)) * step[:, :, :, None]).sum(2)
-        return sums + grouped.sum(-1).transpose(2, 3) @ middle
 
     def _levels(self, blocks: Blocks) -> Tensor:
         """Centred levels, ``float32 [B, H, G, g, D]``."""

@@ -18,7 +18,7 @@ from qjl import ops
 from qjl.codebook import uniform_code
 from qjl.methods.base import Codec, require_packable
 from qjl.methods.bits import pack_tokens, token_minor, uniform_grid
-from qjl.methods.nibble import EXPAND_FROM_ROWS, TILE_TOKENS
+from qjl.methods.nibble import TILE_TOKENS
 from qjl.ops.forms import NibbleForm
 from qjl.ops.recipe import GridRecipe
 from qjl.packed import BLOCK, Blocks, Field, Layout
@@ -109,28 +109,8 @@ class RotatedGridCodec(Codec):
         y = self.code.scatter(self._levels(blocks)) * step.transpose(2, 3) + middle.transpose(2, 3)
         return self._join(y) @ self.rotation.transpose(1, 2)
 
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        turned = self._split(query @ self.rotation)
-        step, middle = self._constants(blocks)
-        if query.shape[2] < EXPAND_FROM_ROWS:
-            sums = ops.scan(self.code.tables(turned), self._codes(blocks))
-        else:
-            sums = self.code.gather(turned).flatten(3) @ self._levels(blocks).transpose(2, 3)
-        scores = sums * step + turned.sum(-1, keepdim=True) * middle
-        return scores.unflatten(1, (-1, self.groups)).sum(2)
-
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        weights = weights.repeat_interleave(self.groups, dim=1)
-        step, middle = self._constants(blocks)
-        sums = self.code.scatter((weights * step) @ self._levels(blocks))
-        return self._join(sums + (weights * middle).sum(-1, keepdim=True)) @ self.rotation.transpose(1, 2)
-
-    def _split(self, y: Tensor) -> Tensor:
-        """Groups as heads of their own: ``[B, H, R, D] -> [B, H * G, R, D / G]``."""
-        return y.unflatten(3, (self.groups, -1)).transpose(2, 3).flatten(1, 2)
-
     def _join(self, y: Tensor) -> Tensor:
-        """The inverse of ``_split``."""
+        """Groups side by side again: ``[B, H * G, T, D / G] -> [B, H, T, D]``."""
         return y.unflatten(1, (-1, self.groups)).transpose(2, 3).flatten(3)
 
     def _codes(self, blocks: Blocks) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qjl.methods.base import Codec, LayerContext, Quantizer
+from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 
 
@@ -26,7 +26,7 @@ class Identity(Quantizer):
     def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
         return {"tokens": Field((BLOCK, head_dim), dtype)}
 
-    def fit(self, context: LayerContext) -> IdentityCodec:
+    def build(self, context: LayerContext, learned: Arrays) -> IdentityCodec:
         return IdentityCodec(self.layout(context.head_dim, context.dtype))
 
 

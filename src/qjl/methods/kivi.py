@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from qjl.errors import QJLError
-from qjl.methods.base import LayerContext, Quantizer
+from qjl.methods.base import Arrays, LayerContext, Quantizer
 from qjl.methods.channels import ChannelCodec, channel_layout, require_group_size
 from qjl.packed import Layout
 
@@ -36,5 +36,5 @@ class KIVI(Quantizer):
     def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
         return channel_layout(head_dim, self.num_bits, self.group_size)
 
-    def fit(self, context: LayerContext) -> ChannelCodec:
+    def build(self, context: LayerContext, learned: Arrays) -> ChannelCodec:
         return ChannelCodec(self.layout(context.head_dim), self.num_bits, self.group_size)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.methods.base import Codec, LayerContext, Quantizer, Unrotated, require_packable
+from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, Unrotated, require_packable
 from qjl.methods.bits import as_half, channel_field, pack_channels, unpack_channels
 from qjl.methods.kmeans import lloyd, midpoints
 from qjl.methods.nibble import TILE_TOKENS
@@ -83,8 +83,8 @@ class KVQuant(Quantizer):
             layout |= {name: Field((BLOCK,), torch.float16) for name in ("middle", "reach")}
         return layout
 
-    def fit(self, context: LayerContext) -> Codec:
-        layout, statistics = self.layout(context.head_dim), context.require_statistics()
+    def learn(self, context: LayerContext) -> Arrays:
+        statistics = context.require_statistics()
         quantiles = statistics.key_quantiles if context.role == "key" else statistics.value_quantiles
         quantiles = quantiles.double().cpu()
         if self.axis == "channel":
@@ -96,10 +96,20 @@ class KVQuant(Quantizer):
             outliers, middle, reach = _token_ranges(x, self.outlier_count(context.head_dim))
             is_inlier = ~_mask(outliers, x)
         edges, levels = _trained(_normalised(x, middle, reach), is_inlier, self.num_bits, self.q_norm)
-        channels = (middle, reach) if self.axis == "channel" else ()
-        edges, levels, *ranges = (x.float().to(context.device) for x in (edges, levels, *channels))
-        codec = KVQuantCodec(layout, self.num_bits, edges, levels, tuple(ranges))
-        rope = context.rope_of_mean if context.role == "key" else None
+        learned = {"edges": edges, "levels": levels}
+        if self.axis == "channel":
+            learned |= {"middle": middle[0, :, 0], "reach": reach[0, :, 0]}
+        learned = {name: array.float().contiguous() for name, array in learned.items()}
+        return learned | context.learned_rope() if context.role == "key" else learned
+
+    def build(self, context: LayerContext, learned: Arrays) -> Codec:
+        count, channels = 2**self.num_bits, (context.heads, context.head_dim)
+        edges = context.require_learned(learned, "edges", (context.heads, count - 1))
+        levels = context.require_learned(learned, "levels", (context.heads, count))
+        names = ("middle", "reach") if self.axis == "channel" else ()
+        ranges = tuple(context.require_learned(learned, name, channels)[None, :, None] for name in names)
+        codec = KVQuantCodec(self.layout(context.head_dim), self.num_bits, edges, levels, ranges)
+        rope = context.rope_from(learned) if context.role == "key" else None
         return codec if rope is None else Unrotated(codec, rope)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qjl.codebook import Encoder
-from qjl.methods.base import LayerContext
+from qjl.methods.base import Arrays, LayerContext
 from qjl.methods.nibble import LogScale, Mean, NibbleCodec, unbiased_scale
 from qjl.ops.recipe import DenseMap, Recipe
 from qjl.packed import to_device
@@ -80,22 +80,30 @@ def cosine(target: Tensor, decoded: Tensor) -> Tensor:
     return (target * decoded).sum(-1) / decoded.square().sum(-1).sqrt().clamp(min=1e-30)
 
 
+def learned_maps(key_map: Tensor) -> Arrays:
+    """``key_map [H, D', D]`` and its inverse transpose, the query map, with which codes change no mean of a score.
+
+    The maps are kept in half precision: their rounding, .05 %, is far below that of the codes.
+    """
+    query_map = torch.linalg.pinv(key_map).transpose(1, 2)
+    return {"key_map": key_map.half().contiguous(), "query_map": query_map.half().contiguous()}
+
+
 def mapped_keys(
     context: LayerContext,
-    key_map: Tensor,
+    learned: Arrays,
     encoder: Encoder,
     mean: Mean | None,
     gains: tuple[float, ...],
     weights: Tensor | None = None,
 ) -> MappedCodec:
-    """A codec whose query map is the inverse transpose of ``key_map``, so that codes change no mean of a score.
-
-    The maps are kept in half precision: their rounding, .05 %, is far below that of the codes.
-    """
-    query_map = torch.linalg.pinv(key_map).transpose(1, 2)
-    half = [matrix.to(context.device, torch.float16) for matrix in (key_map, query_map)]
+    """The codec of keys by ``learned_maps``."""
+    shape = (context.heads, encoder.decoder.dim, context.head_dim)
+    key_map, query_map = (
+        context.require_learned(learned, name, shape, torch.float16) for name in ("key_map", "query_map")
+    )
     scale = LogScale(torch.ones(context.heads, device=context.device, dtype=torch.float32))
-    return MappedCodec(half[0], half[1], encoder, scale, mean, gains, weights)
+    return MappedCodec(key_map, query_map, encoder, scale, mean, gains, weights)
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:

@@ -1,8 +1,8 @@
 """The codec of every method with a nibble form: a linear map, nibble codes, one scale per token.
 
 A token decodes as ``k_hat = mean_n + scale * query_map^T z_hat(codes)``, so its score is
-``<q, mean_n> + scale * <query_map q, z_hat(codes)>``: table look-ups in the space of the codes. Values are the
-mirror image: codes are summed in that space and mapped back once.
+``<q, mean_n> + scale * <query_map q, z_hat(codes)>``: the fused step reads the ``form`` and looks up tables in the
+space of the codes. Values are the mirror image: codes are summed in that space and mapped back once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qjl import ops
 from qjl.codebook import NibbleCode
-from qjl.methods.base import Codec, LayerContext, block_positions
+from qjl.methods.base import Arrays, Codec, LayerContext, block_positions
 from qjl.methods.bits import as_half
 from qjl.ops import forms
 from qjl.ops.recipe import Recipe, Turn
@@ -80,19 +80,25 @@ class Mean:
     """A mean per head, ``vector [H, D]``, rotated to each token's position where ``rope`` is given.
 
     RoPE turns a constant component of the keys with the position, so the mean is taken before RoPE and
-    ``R_n mu`` is what quantizing subtracts and scoring adds back, exactly.
+    ``R_n mu`` is what quantizing subtracts and decoding adds back, exactly.
     """
 
     vector: Tensor
     rope: Rope | None = None
 
-    @classmethod
-    def of(cls, context: LayerContext) -> Mean:
-        """That of the keys or values which the codec sees."""
+    @staticmethod
+    def learn(context: LayerContext) -> Arrays:
+        """That of the layer's keys or values."""
         statistics = context.require_statistics()
         if context.role == "value":
-            return cls(statistics.value_mean.to(context.device))
-        return cls(statistics.key_mean.to(context.device), context.rope_of_mean)
+            return {"mean": statistics.value_mean.contiguous()}
+        return {"mean": statistics.key_mean.contiguous()} | context.learned_rope()
+
+    @classmethod
+    def build(cls, context: LayerContext, learned: Arrays) -> Mean:
+        """That of the keys or values which the codec sees."""
+        vector = context.require_learned(learned, "mean", (context.heads, context.head_dim))
+        return cls(vector, context.rope_from(learned) if context.role == "key" else None)
 
     def at(self, positions: Tensor) -> Tensor:
         """``R_n mu`` for ``positions [B, T]``: ``[B, H, T, D]``."""
@@ -116,32 +122,9 @@ class Mean:
         first, second, _ = self.rope.split(coordinates)
         return forms.Turn(self.rope.inv_freq, first, second, self.rope.scaling)
 
-    def score(self, query: Tensor, first: Tensor) -> Tensor:
-        """``<q, R_n mu>`` for whole blocks: ``[B, H, R, D], [B, blocks] -> [B, H, R, blocks * 64]``.
-
-        Within a block, q . R_(n0 + j) mu = Re(c e^(i n0 theta) e^(i j theta)): q and mu meet once per block, and a
-        fixed table of e^(i j theta), j = 0..63, gives the 64 terms; no mean is formed per token.
-        """
-        mean = self.vector.float()[None, :, None, :]
-        if self.rope is None:
-            tokens = first.shape[1] * BLOCK
-            return (query * mean).sum(-1, keepdim=True).expand(-1, -1, -1, tokens)
-        rope = self.rope
-        q_first, q_second, q_rest = rope.split(query)
-        m_first, m_second, m_rest = rope.split(mean)
-        real = (q_first * m_first + q_second * m_second) * rope.scaling
-        imaginary = (q_second * m_first - q_first * m_second) * rope.scaling
-        start = rope.exact_angles(first)[:, None, None]  # [B, 1, 1, blocks, F]
-        cos, sin = start.cos(), start.sin()
-        real, imaginary = real[..., None, :], imaginary[..., None, :]
-        turned = torch.cat([real * cos + imaginary * sin, imaginary * cos - real * sin], dim=-1)
-        steps = rope.exact_angles(torch.arange(BLOCK, device=query.device))  # [64, F]
-        table = torch.cat([steps.cos(), steps.sin()], dim=-1)
-        return (turned @ table.T).flatten(3) + (q_rest * m_rest).sum(-1, keepdim=True)
-
 
 class NibbleCodec(Codec):
-    """Scores and mixes nibble codes; a method adds how to encode.
+    """Decodes nibble codes; a method adds how to encode.
 
     ``query_map [H, D', D]`` takes a query to the space of the codes and, transposed, the codes back.
     """
@@ -210,24 +193,6 @@ class NibbleCodec(Codec):
         decoded = self.code.scatter(self._expand(blocks)) @ self.query_map.float()
         decoded = decoded * self._scales(blocks)[..., None]
         return decoded + self.mean.at(block_positions(first)) if self.mean else decoded
-
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        mapped = query @ self.query_map.float().transpose(1, 2)
-        if query.shape[2] < EXPAND_FROM_ROWS:
-            scores = ops.scan(self.code.tables(mapped), blocks["codes"])
-        else:
-            scores = self.code.gather(mapped).flatten(3) @ self._expand(blocks).transpose(2, 3)
-        scores = scores * self._scales(blocks)[:, :, None]
-        return scores + self.mean.score(query, first) if self.mean else scores
-
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        sums = (weights * self._scales(blocks)[:, :, None]) @ self._expand(blocks)
-        mixed = self.code.scatter(sums) @ self.query_map.float()
-        if self.mean is None:
-            return mixed
-        if self.mean.rope is not None:
-            return mixed + weights @ self.mean.at(block_positions(first))
-        return mixed + weights.sum(-1, keepdim=True) * self.mean.vector.float()[None, :, None, :]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

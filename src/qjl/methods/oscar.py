@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.methods.base import LayerContext, Quantizer
+from qjl.methods.base import Arrays, LayerContext, Quantizer
 from qjl.methods.grid import RotatedGridCodec, block_hadamard, block_size, grid_layout, min_max
 from qjl.packed import Layout
 
@@ -52,13 +52,16 @@ class OSCAR(Quantizer):
     def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
         return grid_layout(head_dim, self.num_bits, GROUP)
 
-    def fit(self, context: LayerContext) -> RotatedGridCodec:
-        layout = self.layout(context.head_dim)
+    def learn(self, context: LayerContext) -> Arrays:
         if context.role == "key":
             _, moment = context.key_moments()
         else:
             moment = context.require_statistics().output_moment
-        rotation = composed_rotation(moment.double().cpu()).float().to(context.device)
+        return {"rotation": composed_rotation(moment.double().cpu()).float().contiguous()}
+
+    def build(self, context: LayerContext, learned: Arrays) -> RotatedGridCodec:
+        layout = self.layout(context.head_dim)
+        rotation = context.require_learned(learned, "rotation", (context.heads, context.head_dim, context.head_dim))
         quantile = self.key_clip if context.role == "key" else self.value_clip
         return RotatedGridCodec(layout, rotation, self.num_bits, partial(clipped_min_max, quantile=quantile))
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
+from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import as_half, token_major, token_minor
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 
@@ -27,7 +27,7 @@ class Int8(Quantizer):
         require_packable(head_dim)
         return {"codes": Field((head_dim, BLOCK), torch.int8), "scale": Field((BLOCK,), torch.float16)}
 
-    def fit(self, context: LayerContext) -> Int8Codec:
+    def build(self, context: LayerContext, learned: Arrays) -> Int8Codec:
         return Int8Codec(self.layout(context.head_dim))
 
 
@@ -59,7 +59,7 @@ class Fp8(Quantizer):
         require_packable(head_dim)
         return {"codes": Field((head_dim, BLOCK), torch.uint8)}
 
-    def fit(self, context: LayerContext) -> Fp8Codec:
+    def build(self, context: LayerContext, learned: Arrays) -> Fp8Codec:
         return Fp8Codec(self.layout(context.head_dim))
 
 

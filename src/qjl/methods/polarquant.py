@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.methods.base import LayerContext, Quantizer, require_packable
+from qjl.methods.base import Arrays, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import as_half, channel_field, pack_channels, token_major, token_minor, unpack_channels
 from qjl.methods.kmeans import lloyd, midpoints
 from qjl.methods.turned import TurnedCodec
@@ -61,7 +61,7 @@ class PolarQuant(Quantizer):
             "radii": Field((radii, BLOCK), torch.float16),
         }
 
-    def fit(self, context: LayerContext) -> PolarCodec:
+    def build(self, context: LayerContext, learned: Arrays) -> PolarCodec:
         rotation = haar_rotation(context.head_dim, self.seed, context.device)[None]
         return PolarCodec(self.layout(context.head_dim), rotation, self)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from qjl import ops
 from qjl.codebook import NIBBLE, sign_code
 from qjl.errors import QJLError
-from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
+from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import as_half, unpack_tokens
 from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout
 from qjl.ops.recipe import DenseMap, Map, Recipe, SketchMap
@@ -75,7 +75,7 @@ class QJL(Quantizer):
             layout["outlier_index"] = Field((BLOCK // self.group_size, self.outliers), torch.uint8)
         return layout
 
-    def fit(self, context: LayerContext) -> Codec:
+    def build(self, context: LayerContext, learned: Arrays) -> Codec:
         sketch = self.sketch_for(context.head_dim)
         matrix = sketch.matrix.to(context.device)
         if not self.outliers:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qjl.codebook import NIBBLE, NibbleCode, uniform_code
 from qjl.errors import QJLError
-from qjl.methods.base import LayerContext, Quantizer, require_packable
+from qjl.methods.base import Arrays, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import repack, top_code
 from qjl.methods.nibble import HalfScale, Mean, NibbleCodec, nibble_layout, unbiased_scale
 from qjl.packed import Layout
@@ -55,9 +55,12 @@ class RaBitQ(Quantizer):
         require_packable(head_dim)
         return nibble_layout(head_dim * self.num_bits // NIBBLE, HalfScale.FIELD)
 
-    def fit(self, context: LayerContext) -> RaBitQCodec:
+    def learn(self, context: LayerContext) -> Arrays:
+        return Mean.learn(context) if self.centre else {}
+
+    def build(self, context: LayerContext, learned: Arrays) -> RaBitQCodec:
         self.layout(context.head_dim)
-        centroid = Mean.of(context) if self.centre else None
+        centroid = Mean.build(context, learned) if self.centre else None
         rotation = haar_rotation(context.head_dim, self.seed, context.device)
         code = uniform_code(context.head_dim, self.num_bits).to(context.device)
         return RaBitQCodec(self.num_bits, rotation.expand(context.heads, -1, -1), code, centroid)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from qjl.errors import QJLError
-from qjl.methods.base import LayerContext, Quantizer
+from qjl.methods.base import Arrays, LayerContext, Quantizer
 from qjl.methods.grid import Extremes, RotatedGridCodec, block_hadamard, block_size, grid_layout
 from qjl.packed import Layout
 
@@ -36,7 +36,7 @@ class SAW(Quantizer):
     def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
         return grid_layout(head_dim, NUM_BITS, group_size=head_dim)
 
-    def fit(self, context: LayerContext) -> RotatedGridCodec:
+    def build(self, context: LayerContext, learned: Arrays) -> RotatedGridCodec:
         layout = self.layout(context.head_dim)
         size = min(self.order, block_size(context.head_dim))
         rotation = block_hadamard(context.head_dim, size, context.device)

@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from qjl.codebook import MAX_BITS, NIBBLE, scalar_code, scalar_distortion
 from qjl.errors import QJLError
-from qjl.methods.base import LayerContext, Quantizer, code_bits
-from qjl.methods.mapped import MappedCodec, mapped_keys, power
+from qjl.methods.base import Arrays, LayerContext, Quantizer, code_bits
+from qjl.methods.mapped import MappedCodec, learned_maps, mapped_keys, power
 from qjl.methods.nibble import LogScale, Mean, nibble_layout
 from qjl.packed import Layout
 
@@ -60,23 +59,32 @@ class Transform(Quantizer):
     def layout(self, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Layout:
         return nibble_layout(code_bits(self.num_bits, head_dim) // NIBBLE, LogScale.FIELD)
 
-    def fit(self, context: LayerContext) -> MappedCodec:
-        if context.role != "key":
-            raise QJLError("transform is for keys, in the metric of the queries: give values another method.")
+    def learn(self, context: LayerContext) -> Arrays:
+        """The maps, the ``bits`` of each coordinate and the ``weights`` of its errors, lambda over their sum."""
+        _require_keys(context)
         key_moment, query_moment = context.key_moments()
         root = power(query_moment, 0.5)
         eigenvalues, vectors = torch.linalg.eigh(root @ key_moment @ root)
         eigenvalues, vectors = eigenvalues.flip(-1), vectors.flip(-1)  # descending
         key_map = eigenvalues.rsqrt()[:, :, None] * (vectors.transpose(1, 2) @ root)
         bits = code_bits(self.num_bits, context.head_dim)
-        widths = tuple(water_fill(head.tolist(), bits) for head in eigenvalues)
-        code = scalar_code(widths).to(context.device)
-        return mapped_keys(context, key_map, code, Mean.of(context), GAINS, _weights(eigenvalues, widths, context))
+        widths = torch.tensor([water_fill(head.tolist(), bits) for head in eigenvalues], dtype=torch.uint8)
+        shares = eigenvalues / eigenvalues.sum(-1, keepdim=True)
+        weights = (shares * (widths > 0)).float()
+        return Mean.learn(context) | learned_maps(key_map) | {"bits": widths, "weights": weights}
+
+    def build(self, context: LayerContext, learned: Arrays) -> MappedCodec:
+        _require_keys(context)
+        shape = (context.heads, context.head_dim)
+        widths = context.require_learned(learned, "bits", shape, torch.uint8)
+        weights = context.require_learned(learned, "weights", shape)
+        code = scalar_code(widths.tolist()).to(context.device)
+        return mapped_keys(context, learned, code, Mean.build(context, learned), GAINS, weights)
 
 
-def _weights(eigenvalues: Tensor, widths: tuple[tuple[int, ...], ...], context: LayerContext) -> Tensor:
-    shares = eigenvalues / eigenvalues.sum(-1, keepdim=True)
-    return (shares * (torch.tensor(widths, dtype=torch.int64) > 0)).float().to(context.device)
+def _require_keys(context: LayerContext) -> None:
+    if context.role != "key":
+        raise QJLError("transform is for keys, in the metric of the queries: give values another method.")
 
 
 def water_fill(variances: list[float], bits: int) -> tuple[int, ...]:

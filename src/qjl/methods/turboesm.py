@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qjl.codebook import lloyd_max
-from qjl.methods.base import LayerContext, Quantizer, require_packable
+from qjl.methods.base import Arrays, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import channel_field, pack_channels, unpack_channels
 from qjl.methods.kmeans import lloyd, midpoints
 from qjl.methods.turned import TurnedCodec
@@ -53,13 +53,14 @@ class TurboESM(Quantizer):
         require_packable(head_dim)
         return {"codes": channel_field(head_dim, self.num_bits)}
 
-    def fit(self, context: LayerContext) -> TurboESMCodec:
-        if context.role == "key":
-            variances, vectors = torch.linalg.eigh(context.second_moment())
-            rotation, samples = vectors.transpose(1, 2), _normal_samples(variances)
-        else:
-            rotation = torch.eye(context.head_dim, dtype=torch.float32).expand(context.heads, -1, -1)
-            samples = context.require_statistics().value_quantiles.double().cpu()
+    def learn(self, context: LayerContext) -> Arrays:
+        if context.role == "value":
+            return self._learned_tables(context.require_statistics().value_quantiles.double().cpu())
+        variances, vectors = torch.linalg.eigh(context.second_moment())
+        rotation = vectors.transpose(1, 2).half().contiguous()
+        return {"rotation": rotation} | self._learned_tables(_normal_samples(variances))
+
+    def _learned_tables(self, samples: Tensor) -> Arrays:
         samples = samples.flatten(1).sort(dim=1).values
         levels = _levels(samples)
         edges = midpoints(levels)
@@ -68,8 +69,17 @@ class TurboESM(Quantizer):
             left = (samples - nearest).abs().mean(1)[:, None, None] * torch.tensor([-1, 1], dtype=torch.int64)
             edges = torch.cat([edges, levels], dim=1).sort(dim=1).values
             levels = (levels[..., None] + left).flatten(1)
-        half = [x.to(context.device, torch.float16) for x in (rotation, edges, levels)]
-        return TurboESMCodec(self.layout(context.head_dim), *half)
+        return {"edges": edges.half(), "levels": levels.half()}
+
+    def build(self, context: LayerContext, learned: Arrays) -> TurboESMCodec:
+        heads, head_dim, count = context.heads, context.head_dim, 2**self.num_bits
+        edges = context.require_learned(learned, "edges", (heads, count - 1), torch.float16)
+        levels = context.require_learned(learned, "levels", (heads, count), torch.float16)
+        if context.role == "value":
+            rotation = torch.eye(head_dim, dtype=torch.float16, device=context.device).expand(heads, -1, -1)
+        else:
+            rotation = context.require_learned(learned, "rotation", (heads, head_dim, head_dim), torch.float16)
+        return TurboESMCodec(self.layout(head_dim), rotation, edges, levels)
 
 
 class TurboESMCodec(TurnedCodec):

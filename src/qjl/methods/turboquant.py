@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qjl.codebook import NIBBLE, even_code
 from qjl.errors import QJLError
-from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
+from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout
 from qjl.methods.qjl import QJL
 from qjl.packed import Blocks, Layout
@@ -72,11 +72,15 @@ class TurboQuant(Quantizer):
         signs = self._residual.layout(head_dim)
         return signs if bits == 1 else _joined({"": _levels_layout(bits - 1, head_dim), "residual_": signs})
 
-    def fit(self, context: LayerContext) -> Codec:
+    def learn(self, context: LayerContext) -> Arrays:
+        return {"channels": _channels_by_energy(context)} if self._is_split else {}
+
+    def build(self, context: LayerContext, learned: Arrays) -> Codec:
         self.layout(context.head_dim)
         bits = int(self.num_bits)
         if self._is_split:
-            outliers, others = _channels_by_energy(context).split(_split(context.head_dim), dim=1)
+            channels = context.require_learned(learned, "channels", (context.heads, context.head_dim), torch.int64)
+            outliers, others = channels.split(_split(context.head_dim), dim=1)
             return Cascade(
                 {
                     "outlier_": LevelCodec(bits + 1, _rotated_channels(outliers, self.seed, context)),
@@ -86,7 +90,7 @@ class TurboQuant(Quantizer):
         rotation = haar_rotation(context.head_dim, self.seed, context.device).expand(context.heads, -1, -1)
         if self.variant == "mse":
             return LevelCodec(bits, rotation)
-        signs = self._residual.fit(context)
+        signs = self._residual.build(context, {})
         return signs if bits == 1 else Cascade({"": LevelCodec(bits - 1, rotation), "residual_": signs})
 
     @property
@@ -130,14 +134,6 @@ class Cascade(Codec):
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
         decoded = [part.dequantize(_of(prefix, part, blocks), first) for prefix, part in self.parts.items()]
         return torch.stack(decoded).sum(0)
-
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        scores = [part.score(query, _of(prefix, part, blocks), first) for prefix, part in self.parts.items()]
-        return torch.stack(scores).sum(0)
-
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        sums = [part.mix(weights, _of(prefix, part, blocks), first) for prefix, part in self.parts.items()]
-        return torch.stack(sums).sum(0)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""For methods that rotate tokens and have no nibble form: scores and sums where the codes are."""
+"""What methods share that rotate tokens and have no nibble form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qjl.packed import Blocks
 
 
 class TurnedCodec(Codec):
-    """Codes of ``rotation x``, ``rotation [H or 1, D, D]``: queries are turned to the codes, not the codes back."""
+    """Codes of ``rotation x``, ``rotation [H or 1, D, D]``."""
 
     rotation: Tensor
 
@@ -25,9 +25,3 @@ class TurnedCodec(Codec):
 
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
         return self.decode(blocks) @ self.rotation.float()
-
-    def score(self, query: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        return self.turn(query) @ self.decode(blocks).transpose(2, 3)
-
-    def mix(self, weights: Tensor, blocks: Blocks, first: Tensor) -> Tensor:
-        return (weights @ self.decode(blocks)) @ self.rotation.float()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qjl.codebook import NIBBLE, uniform_code
 from qjl.errors import QJLError
-from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
+from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import pack_tokens, token_major, token_minor, top_code, uniform_grid, unpack_tokens
 from qjl.ops.forms import NibbleForm
 from qjl.packed import BLOCK, Blocks, Field, Layout
@@ -51,7 +51,7 @@ class TokenUniform(Quantizer):
         codes = Field((head_dim * self.num_bits // 8, BLOCK), torch.uint8)
         return {"codes": codes, "step": constants, "middle": constants}
 
-    def fit(self, context: LayerContext) -> TokenUniformCodec:
+    def build(self, context: LayerContext, learned: Arrays) -> TokenUniformCodec:
         layout = self.layout(context.head_dim)
         return TokenUniformCodec(layout, self.num_bits, self.groups(context.head_dim), context.device)
 

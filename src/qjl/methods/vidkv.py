@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.methods.base import Codec, LayerContext, Quantizer, require_packable
+from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.bits import as_half, pack_tokens, repack, top_code, unpack_tokens
 from qjl.methods.channels import channel_grid, require_group_size
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
@@ -69,7 +69,7 @@ class VidKVKeys(Quantizer):
             "scale": Field((groups, others), torch.float16),
         }
 
-    def fit(self, context: LayerContext) -> VidKVKeyCodec:
+    def build(self, context: LayerContext, learned: Arrays) -> VidKVKeyCodec:
         layout = self.layout(context.head_dim)
         return VidKVKeyCodec(layout, self.wide_channels(context.head_dim), self.group_size)
 
@@ -156,7 +156,7 @@ class VidKVValues(Quantizer):
             layout["salient"] = Field((BLOCK // 8,), torch.uint8)
         return layout
 
-    def fit(self, context: LayerContext) -> VidKVValueCodec:
+    def build(self, context: LayerContext, learned: Arrays) -> VidKVValueCodec:
         return VidKVValueCodec(self.layout(context.head_dim), self.threshold, self.group_size, self.salient)
 
 

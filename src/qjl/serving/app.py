@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import inspect
 import json
@@ -176,6 +177,7 @@ class Answer:
             lambda heard: loop.call_soon_threadsafe(self._heard.put_nowait, heard),
             request.choice,
             request.stop,
+            client_of(http.headers.get("authorization"), request.conversation),
         )
         self._engine.submit(self.job)
         self._watch = asyncio.create_task(self._cancel_when_gone())
@@ -254,6 +256,14 @@ def _told(problem: Exception) -> tuple[int, dict[str, Any]]:
     if isinstance(problem, Stopped):
         return 503, error(503, str(problem))
     return 500, error(500, "the server could not write this answer: its log says why.")
+
+
+def client_of(authorization: str | None, conversation: str | None) -> str | None:
+    """Whose requests may share what was read of their prompts: those of one key, and of one conversation if it has a
+    name (``prompt_cache_key``, or ``user``). None without either, which shares with nobody."""
+    if authorization is None and conversation is None:
+        return None
+    return hashlib.sha256(json.dumps([authorization, conversation]).encode()).hexdigest()
 
 
 def build(service: Service) -> ASGIApp:

@@ -18,6 +18,13 @@ class Metrics:
         )  # fmt: skip
         self.tokens_read = Counter("qjl_prompt_tokens", "Tokens of prompts that were read.", registry=registry)
         self.tokens_written = Counter("qjl_generated_tokens", "Tokens that were written.", registry=registry)
+        self.paused = Counter(
+            "qjl_answers_paused", "Answers that gave their pages back and read their tokens again.", registry=registry
+        )
+        self.shared = Counter(
+            "qjl_prompt_tokens_shared", "Tokens of prompts that an earlier request of the same client had read.",
+            registry=registry,
+        )  # fmt: skip
         self.first_token = Histogram(
             "qjl_time_to_first_token_seconds", "From arrival, waiting included.", buckets=_SECONDS, registry=registry
         )
@@ -26,8 +33,10 @@ class Metrics:
         )
         self._running = self._gauge("qjl_requests_running", "Answers being read or written.")
         self._waiting = self._gauge("qjl_requests_waiting", "Requests that wait for a slot.")
-        self._bytes = self._gauge("qjl_cache_bytes", "Of the caches of running requests, without shared codecs.")
-        self._full = self._gauge("qjl_cache_full_bytes", "The same tokens at 16 bits per number.")
+        self._bytes = self._gauge(
+            "qjl_cache_bytes", "Of running requests and of conversations that may go on, without codecs."
+        )
+        self._full = self._gauge("qjl_cache_full_bytes", "The tokens of running requests at 16 bits per number.")
         self._ratio = self._gauge("qjl_cache_compression_ratio", "The latter over the former; NaN without requests.")
 
     def _gauge(self, name: str, what: str) -> Gauge:

@@ -16,7 +16,6 @@ COMPLETION_TOKENS = 16  # of a completion whose length was not told, as with Ope
 _NO_LIMIT = (-1, -2)  # as other servers say "as long as there is room"
 _CHANGE_NOTHING = {
     *(
-        "user",
         "metadata",
         "store",
         "service_tier",
@@ -25,7 +24,7 @@ _CHANGE_NOTHING = {
         "request_id",
         "parallel_tool_calls",
     ),
-    *("prompt_cache_key", "prompt_cache_retention", "cache_prompt", "cache_salt", "keep_alive", "num_ctx", "id_slot"),
+    *("prompt_cache_retention", "cache_prompt", "cache_salt", "keep_alive", "num_ctx", "id_slot"),
     *("prediction", "verbosity"),  # a help to be faster; a wish of which no model here knows
     *("repeat_last_n", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
     *("xtc_threshold", "dynatemp_exponent", "mirostat_tau", "mirostat_eta"),  # settings of what is off
@@ -160,6 +159,8 @@ class _Request(BaseModel):
     stream_options: StreamOptions | None = None
     chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: str | None = None
+    user: str | None = None
+    prompt_cache_key: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -170,6 +171,11 @@ class _Request(BaseModel):
     @classmethod
     def _one_stop_or_more(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
+
+    @property
+    def conversation(self) -> str | None:
+        """What the client calls the conversation, or whoever asks."""
+        return self.prompt_cache_key if self.prompt_cache_key is not None else self.user
 
     @property
     def choice(self) -> Choice:
