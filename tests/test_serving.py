@@ -1352,7 +1352,7 @@ def test_who_asks_and_does_not_wait_harms_nobody(model, tokenizer):
 
 
 def test_a_failed_pass_fails_its_answers_and_no_others(model, tokenizer, monkeypatch, caplog):
-    failing = threading.Event()
+    failing, read = threading.Event(), RaggedBatch.read
 
     def turn(*arguments):
         if failing.is_set():
@@ -1360,7 +1360,7 @@ def test_a_failed_pass_fails_its_answers_and_no_others(model, tokenizer, monkeyp
             raise RuntimeError("out of luck")
         return read(*arguments)
 
-    monkeypatch.setattr(engine_module, "read", turn)
+    monkeypatch.setattr(RaggedBatch, "read", turn)
     with serving(model, tokenizer) as (url, _), caplog.at_level(logging.ERROR):
         failing.set()
         response = post(url)
@@ -1401,14 +1401,14 @@ def test_a_dead_engine_keeps_nobody_waiting(model, tokenizer, monkeypatch):
 
 
 def test_an_error_in_a_stream_is_an_event(model, tokenizer, monkeypatch):
-    turns = iter([False] * 5 + [True])
+    turns, read = iter([False] * 5 + [True]), RaggedBatch.read
 
     def turn(*arguments):
         if next(turns):
             raise RuntimeError("out of luck")
         return read(*arguments)
 
-    monkeypatch.setattr(engine_module, "read", turn)
+    monkeypatch.setattr(RaggedBatch, "read", turn)
     with serving(model, tokenizer) as (url, _), pytest.raises(openai.APIError, match="could not write this answer"):
         list(complete(client_of(url), tokens=50, stream=True))
 

@@ -151,7 +151,8 @@ class PagedCache(Copied):
         step = self.index.step
         assert step is not None
         if not step.is_planned:
-            self._can_code = (self._can_code and not self.source.waits) or self.source.can_code(self)
+            if self.source.waits or not self._can_code:
+                self._can_code = self.source.can_code(self) or self._can_code
             self.index.packs = self._can_code
             self.index.fills_pages = all(layer.pages.can_be_filled for layer in self.layers.values() if layer.pages)
             self.index.plan()
