@@ -107,10 +107,10 @@ def _of_layer(preset, model):
                 given["mixed"] = codec.mix(torch.softmax(given["scores"].float(), -1), blocks, first)
             forms.append((blocks, codec.form))
         (keys, key_form), (values, value_form) = forms
-        if key_form is not None and value_form is not None and ops.offers("attend", query):
+        if key_form is not None and value_form is not None and ops.offers("attend_packed", query):
             packed = PackedTokens(keys, values, key_form, value_form, first)
             exact = [ExactTokens(tokens.keys, tokens.values, None)]
-            given["out"], given["lse"] = ops.attend(query, packed, None, exact, 1, 0.1, 0.0)
+            given["out"], given["lse"] = ops.attend_packed(query, packed, None, exact, 1, 0.1, 0.0)
         return given
 
     return run

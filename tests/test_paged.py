@@ -198,7 +198,7 @@ def test_pages_give_what_blocks_give(page, in_cpp, generator):
     blocks = made.packed.as_operand
     for part, others in zip(
         ops.attend_paged(made.rows, pages, None, made.exact, 1, SCALING, 0.0),
-        ops.attend(made.rows, blocks, None, made.exact, 1, SCALING, 0.0),
+        ops.attend_packed(made.rows, blocks, None, made.exact, 1, SCALING, 0.0),
         strict=True,
     ):
         assert torch.equal(part, others)

@@ -26,7 +26,7 @@ def made():
 
 def _attend(made, query=None, packed=None, bias=None, exact=None, queries=1):
     query, packed = made.rows if query is None else query, packed or made.packed.as_operand
-    return ops.attend(query, packed, bias, made.exact if exact is None else exact, queries, 0.1, 0.0)
+    return ops.attend_packed(query, packed, bias, made.exact if exact is None else exact, queries, 0.1, 0.0)
 
 
 # Many groups: what crashed

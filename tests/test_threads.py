@@ -74,7 +74,7 @@ def test_steps_over_a_form_that_all_meet_first(kernels, team, made):
     whole = made.packed.as_operand
 
     def step(packed):
-        return ops.attend(made.rows, packed, None, made.exact, 1, 0.125, 0.0)
+        return ops.attend_packed(made.rows, packed, None, made.exact, 1, 0.125, 0.0)
 
     expected = step(_fresh(whole))
     for _ in range(ROUNDS):
@@ -172,7 +172,7 @@ def test_room_fits_whatever_the_instruction_set_when_it_is_used(made):
     switching = threading.Thread(target=switch)
     switching.start()
     try:
-        results = [ops.attend(made.rows, whole, None, made.exact, 1, 0.125, 0.0)[0] for _ in range(300)]
+        results = [ops.attend_packed(made.rows, whole, None, made.exact, 1, 0.125, 0.0)[0] for _ in range(300)]
     finally:
         stop.set()
         switching.join()
@@ -202,8 +202,8 @@ tables = torch.randn(2, 4, 3, 64, 16, generator=generator)
 
 def work():
     scores = out = ops.scan(tables, ops.pack(nibbles))
-    if ops.offers("attend", made.rows):
-        out = ops.attend(made.rows, packed, None, made.exact, 1, 0.125, 0.0)[0]
+    if ops.offers("attend_packed", made.rows):
+        out = ops.attend_packed(made.rows, packed, None, made.exact, 1, 0.125, 0.0)[0]
     return [float(scores.double().sum()), float(out.double().sum())]
 
 def busy():

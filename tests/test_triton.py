@@ -37,7 +37,7 @@ def test_many_query_rows(count, generator):
     """As many as a chunk of a prompt has; the last tile is not full."""
     made = operands(Transform(2), TRELLIS, 396)
     rows = torch.randn(1, 2, count, 64, generator=generator)
-    out, _ = decoding.attend(rows, made.packed.as_operand, None, made.exact, count, 0.125, 0.0)
+    out, _ = decoding.attend_packed(rows, made.packed.as_operand, None, made.exact, count, 0.125, 0.0)
     truth, _ = expected(rows, made.packed, made.exact, Extent.of([64 * made.packed.blocks]), 0.125)
     assert error(out, truth) < 1e-4
 
@@ -48,7 +48,7 @@ def test_room_does_not_grow_with_the_context(monkeypatch):
     for tokens in (3000, 6000):
         made = operands(QuaRot(2), QuaRot(2), tokens, batch=4)
         with recorded(monkeypatch) as launches:
-            decoding.attend(made.rows, made.packed.as_operand, None, made.exact, 1, 0.125, 0.0)
+            decoding.attend_packed(made.rows, made.packed.as_operand, None, made.exact, 1, 0.125, 0.0)
         shapes.append([launch.args[0].out.shape for launch in launches if launch.name == "join"])
     assert shapes[0] == shapes[1]
 
@@ -73,7 +73,7 @@ def test_the_step_compiles(case, capability, monkeypatch, generator):
     exact = [replace(sinks, bias=torch.zeros(1, 1, 1, sinks.keys.shape[2])), *others]
     pages = paged(made.packed, 16, Extent.of([300], [4]), generator)
     with recorded(monkeypatch) as launches:
-        decoding.attend(made.rows, made.packed.as_operand, None, exact, 1, 0.125, 0.0)
+        decoding.attend_packed(made.rows, made.packed.as_operand, None, exact, 1, 0.125, 0.0)
         decoding.attend_paged(made.rows, pages, None, [], 1, 0.125, 5.0)
     assert {launch.name for launch in launches} == {"project", "packed_part", "exact_part", "join"}
     _compile(launches, capability)
@@ -85,7 +85,7 @@ def test_the_step_compiles(case, capability, monkeypatch, generator):
 def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, monkeypatch):
     made = operands(Transform(3), TRELLIS, 396, head_dim=256, group=1, dtype=dtype)
     with recorded(monkeypatch) as launches:
-        decoding.attend(torch.zeros(1, 2, 64, 256), made.packed.as_operand, None, made.exact[:1], 64, 0.125, 0.0)
+        decoding.attend_packed(torch.zeros(1, 2, 64, 256), made.packed.as_operand, None, made.exact[:1], 64, 0.125, 0.0)
     _compile(launches, capability)
 
 

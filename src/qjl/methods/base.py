@@ -17,7 +17,8 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.modes import for_keeps, in_own_precision
-from qjl.ops.forms import NibbleForm
+from qjl.ops.forms import EncodeJob, NibbleForm
+from qjl.ops.recipe import GridRecipe, Recipe
 from qjl.packed import BLOCK, Blocks, Layout, block_bits
 from qjl.rope import Rope
 from qjl.statistics import LayerStatistics
@@ -157,6 +158,22 @@ class Codec(ABC):
     def form(self) -> NibbleForm | None:
         """How the fused decode step reads the blocks; None where they are no nibble codes."""
         return None
+
+    @property
+    def recipe(self) -> Recipe | GridRecipe | None:
+        """What ``quantize`` does as plain arrays, for backends that do it at once; None where they cannot."""
+        return None
+
+    @property
+    def rope_of_mean(self) -> Rope | None:
+        """What turns the mean that the recipe subtracts."""
+        return None
+
+    def job(self, tokens: Tensor, fields: Blocks, what: str) -> EncodeJob | None:
+        """How ``ops.encode_pages`` takes exact tokens ``[slots, H, D]`` to pages; None where there is no recipe."""
+        if self.recipe is None:
+            return None
+        return EncodeJob(tokens, fields, self.recipe, self.rope_of_mean, self.quantize, what)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

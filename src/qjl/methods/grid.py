@@ -63,10 +63,14 @@ class RotatedGridCodec(Codec):
         self.num_bits = num_bits
         self.bounds = bounds
         self.groups = layout["step"].shape[0]
-        self.recipe: GridRecipe | None = None
-        if hadamard_size is not None and isinstance(bounds, Extremes):
-            self.recipe = GridRecipe(hadamard_size, self.groups, num_bits, bounds.clip)
+        self.hadamard_size = hadamard_size
         self.code = uniform_code(rotation.shape[-1] // self.groups, num_bits).to(rotation.device)
+
+    @cached_property
+    def recipe(self) -> GridRecipe | None:
+        if self.hadamard_size is None or not isinstance(self.bounds, Extremes):
+            return None
+        return GridRecipe(self.hadamard_size, self.groups, self.num_bits, self.bounds.clip)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

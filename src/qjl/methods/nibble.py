@@ -164,8 +164,11 @@ class NibbleCodec(Codec):
 
     @property
     def recipe(self) -> Recipe | None:
-        """What ``encode`` does as plain arrays, for backends that do it at once; None where they cannot."""
         return None
+
+    @property
+    def rope_of_mean(self) -> Rope | None:
+        return None if self.mean is None else self.mean.rope
 
     @cached_property
     def form(self) -> forms.NibbleForm:  # type: ignore[override]

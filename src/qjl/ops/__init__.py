@@ -10,7 +10,20 @@ token, w coordinates per nibble, 64 tokens per block.
   ``out[r, t] = sum_j tables[r, j, nibble_j(t)]``.
 - ``expand(entries, codes)``: ``float32 [H, N, 16, w], codes -> float32 [B, H, T, N * w]``,
   ``out[t, j] = entries[j, nibble_j(t)]``; the transient tile that serves many queries, or values, at once.
-- ``attend(query, packed, bias, exact, queries, scaling, softcap)``: ``[B, H, R, D]`` of any float type,
+- ``attend(query, pool, exact, rows, queries, scaling, softcap, bias)``: ``[B, H, R, D]`` float32, bfloat16 or float16
+  to ``(out float32 [B, H, R, Dv], log-sum-exp float32 [B, H, R])``: values weighted by the softmax of
+  ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap) over the tokens of a ``Pool`` and an
+  ``ExactPool`` that ``Rows`` give each row (``qjl.ops.forms``). The last ``queries`` exact tokens are the queries' own,
+  and query i of Q sees exact tokens ``e < counts[b] - (Q - 1 - i)``. ``bias``, if any, is float32
+  ``[B or 1, 1 or Hq, Q or 1, n P + E]``: a column for each token of the table, then one for each slot. A row without
+  any token gives 0 and -inf.
+- ``append_attend(query, keys, values, pool, exact, rows, scaling, softcap)``: ``[B, Hq, Q, D]``, ``[B, H, Q, D]`` and
+  ``[B, H, Q, Dv]`` to ``[B, Q, Hq, Dv]`` of the query's type: keys and values go to the last Q slots of each row, which
+  ``counts`` counts already (not to places before the first, nor to slots of -1), then queries attend.
+- ``encode_pages(jobs, slots, first, pages)``: blocks of 64 exact tokens, ``slots int32 [n * 64]``, to pages
+  ``int32 [n]`` of a pool, for each ``EncodeJob``: the bytes are those of its codec; ``first int64 [n]`` are RoPE
+  positions.
+- ``attend_packed(query, packed, bias, exact, queries, scaling, softcap)``: ``[B, H, R, D]`` of any float type,
   ``PackedTokens`` and what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
   ``(out [B, H, R, D], log-sum-exp [B, H, R])``: values weighted by the softmax of
   ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
@@ -23,8 +36,9 @@ token, w coordinates per nibble, 64 tokens per block.
   ``float16 [B, H, T / 64, groups, 64]``.
 
 ``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs. A backend may lack
-an op that others make up: ``offers`` tells. ``reference`` lacks ``attend`` and the encoders, which ``qjl.attention``
-and the codecs of ``qjl.methods`` compose and define. ``QJL_BACKEND=reference|cpu|triton|auto`` chooses. Automatically
+an op that others make up: ``offers`` tells. ``reference`` lacks ``attend_packed`` and the encoders, which
+``qjl.attention`` and the codecs of ``qjl.methods`` compose and define. ``QJL_BACKEND=reference|cpu|triton|auto``
+chooses. Automatically
 tensors on a CPU meet ``cpu`` where that was compiled, and those on a CUDA device ``triton`` where that is installed,
 also if ``cpu`` was chosen; all others meet ``reference``. ``triton`` takes tensors on a CPU under
 ``TRITON_INTERPRET=1`` alone.
@@ -46,7 +60,7 @@ from qjl.errors import QJLError
 from qjl.modes import in_own_precision
 from qjl.ops import checks, cpu, reference
 from qjl.ops.cpu import library
-from qjl.ops.forms import ExactTokens, PackedTokens, PagedTokens
+from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, PackedTokens, PagedTokens, Pool, Rows
 from qjl.ops.recipe import GridRecipe, Recipe, Turn
 from qjl.ops.triton import runtime
 
@@ -193,7 +207,51 @@ def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Ten
 
 
 @in_own_precision
+def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
+    """Blocks of exact tokens to pages, the keys and values of all layers at once.
+
+    Raises:
+        QJLError: if a token is not finite; what the pages hold then means nothing.
+    """
+    checks.require_pages(jobs, slots, first, pages)
+    if jobs and len(pages):
+        _backend(jobs[0].tokens).encode_pages(jobs, slots, first, pages)
+
+
+@in_own_precision
 def attend(
+    query: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
+    queries: int,
+    scaling: float,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the tokens that each row has of two pools."""
+    bias = checks.require_step(query, pool, exact, rows, queries, bias)
+    return _backend(query).attend(query, pool, exact, rows, queries, scaling, softcap, bias)
+
+
+@in_own_precision
+def append_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
+    scaling: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Fresh tokens to their slots, then attention of their queries."""
+    checks.require_append(query, keys, values, pool, exact, rows)
+    return _backend(query).append_attend(query, keys, values, pool, exact, rows, scaling, softcap)
+
+
+@in_own_precision
+def attend_packed(
     query: Tensor,
     packed: PackedTokens,
     bias: Tensor | None,
@@ -204,7 +262,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention over packed and exact tokens in one step."""
     query, bias, exact = checks.step_operands(query, packed, bias, exact, queries)
-    return _backend(query).attend(query, packed, bias, exact, queries, scaling, softcap)
+    return _backend(query).attend_packed(query, packed, bias, exact, queries, scaling, softcap)
 
 
 @in_own_precision

@@ -1,6 +1,6 @@
 """What operands must hold, asked before a kernel sees them: kernels read where shapes say, and nothing warns them.
 
-What stays the same is asked once for each form and each ``PackedTokens`` or pool, so that a step compares a few shapes.
+What stays the same is asked once for each form, pool and ``Rows``, so that a step compares a few shapes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, PagedTokens, once
+from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, NibbleForm, PackedTokens, PagedTokens, Pool, Rows, once
 from qjl.ops.recipe import GridRecipe, Recipe, Turn
-from qjl.packed import BLOCK, Blocks
+from qjl.packed import BLOCK, Blocks, require_tensor
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,7 +80,10 @@ def require_encodable(tokens: Tensor, recipe: Recipe, turn: Turn | None) -> None
 def require_gridded(tokens: Tensor, recipe: GridRecipe) -> None:
     """``[B, H, T, D]`` of any float type that groups and Hadamard matrices divide."""
     require_tokens(tokens)
-    dim = tokens.shape[3]
+    _require_grid(recipe, tokens.shape[3])
+
+
+def _require_grid(recipe: GridRecipe, dim: int) -> None:
     divides = recipe.groups > 0 and dim % recipe.groups == 0 and dim % recipe.size == 0
     require(divides and dim * recipe.num_bits % 8 == 0, f"the grids do not divide head_dim {dim} into whole bytes")
 
@@ -91,6 +94,38 @@ def require_tokens(tokens: Tensor) -> None:
     require(fits, "tokens to encode should be floats [B, H, T, D], T a multiple of 64")
 
 
+def require_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
+    """Slots, positions and pages of as many blocks, and jobs whose pools fit their recipes."""
+    blocks = pages.shape[0]
+    require_tensor(slots, (blocks * BLOCK,), torch.int32, "slots of blocks to encode")
+    require_tensor(first, (blocks,), torch.int64, "positions of blocks to encode")
+    require_tensor(pages, (blocks,), torch.int32, "pages for blocks to encode")
+    for job in jobs:
+        once(job, "fits", _require_job)
+
+
+def _require_job(job: EncodeJob) -> bool:
+    """True, so that it is known."""
+    tokens, recipe, codes = job.tokens, job.recipe, job.fields["codes"]
+    heads, dim = tokens.shape[1:]
+    require(tokens.dtype in READABLE and tokens.stride(2) == 1, f"{job.what} should be floats that lie side by side")
+    constants: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    if isinstance(recipe, Recipe):
+        require(recipe.takes(heads, dim), f"the recipe is not for {heads} heads of dimension {dim}")
+        count = sum(part.nibbles for part in recipe.parts) // 2
+        constants = {"scale": ((), torch.float16 if recipe.units is None else torch.uint8)}
+    else:
+        _require_grid(recipe, dim)
+        count = dim * recipe.num_bits // 8
+        constants = dict.fromkeys(("step", "middle"), ((recipe.groups,), torch.float16))
+    require_tensor(codes, (codes.shape[0], heads, count, BLOCK), torch.uint8, f"codes of {job.what}")
+    for name, (inner, dtype) in constants.items():
+        require_tensor(job.fields[name], (codes.shape[0], heads, *inner, BLOCK), dtype, f"{name} of {job.what}")
+    for field in job.fields.values():
+        require(not field.numel() or field[0, 0].is_contiguous(), f"a page of {job.what} should lie together in memory")
+    return True
+
+
 # The fused decode step
 
 
@@ -99,6 +134,92 @@ class _Sizes(NamedTuple):
     key_dim: int
     value_dim: int
     tokens: int  # of a row; 0 for pages
+
+
+def require_fit(pool: Pool, exact: ExactPool, rows: Rows) -> _Sizes:
+    """Sizes of pools and rows that fit each other.
+
+    Raises:
+        QJLError: if they do not.
+    """
+    sizes, of_exact = once(pool, "sizes", _sizes), once(exact, "sizes", _exact_sizes)
+    if sizes[:3] != of_exact:
+        raise QJLError(f"exact tokens have heads and dimensions {list(of_exact)}, packed ones {list(sizes[:3])}.")
+    once(rows, "fits", _require_rows)
+    return sizes
+
+
+def require_step(
+    query: Tensor, pool: Pool, exact: ExactPool, rows: Rows, queries: int, bias: Tensor | None
+) -> Tensor | None:
+    """The bias as float32, where all fits.
+
+    Raises:
+        QJLError: if an operand of ``attend`` has another shape or type.
+    """
+    sizes = require_fit(pool, exact, rows)
+    batch, count = rows.batch, query.shape[-2]
+    require_shape(query, (batch, sizes.heads, count, sizes.key_dim), "queries")
+    _require_readable(query, "queries")
+    if queries <= 0 or count % queries:
+        raise QJLError(f"{count} query rows are no multiple of {queries} queries.")
+    if bias is None:
+        return None
+    of_bias = (batch, sizes.heads * count // queries, queries)
+    columns = rows.table.shape[1] * pool.page + rows.slots.shape[1]
+    if bias.dim() == 4 and bias.shape[3] > columns:
+        raise QJLError(f"a bias has a column for each of {columns} tokens, not {bias.shape[3]}.")
+    return _readable_bias(bias, of_bias, columns)
+
+
+def require_append(query: Tensor, keys: Tensor, values: Tensor, pool: Pool, exact: ExactPool, rows: Rows) -> None:
+    """What ``append_attend`` takes.
+
+    Raises:
+        QJLError: if an operand has another shape or type.
+    """
+    heads, key_dim, value_dim, _ = require_fit(pool, exact, rows)
+    batch, query_heads, queries, dim = query.shape
+    if query_heads % heads or dim != key_dim or batch != rows.batch:
+        raise QJLError(
+            f"queries should be {[rows.batch, f'a multiple of {heads}', queries, key_dim]}, not {list(query.shape)}."
+        )
+    require_shape(keys, (batch, heads, queries, key_dim), "fresh keys")
+    require_shape(values, (batch, heads, queries, value_dim), "fresh values")
+    for tensor, what in ((query, "queries"), (keys, "fresh keys"), (values, "fresh values")):
+        if tensor.dtype not in READABLE:
+            _require_readable(tensor, what)
+
+
+def _require_readable(tensor: Tensor, what: str) -> None:
+    require(tensor.dtype in READABLE, f"{what} should be float32, bfloat16 or float16, not {tensor.dtype}")
+
+
+def _exact_sizes(exact: ExactPool) -> tuple[int, int, int]:
+    keys, values = exact.keys, exact.values
+    require(keys.dim() == values.dim() == 3, "exact tokens should be [slots, H, D]")
+    require_shape(values, (*keys.shape[:2], values.shape[2]), "values of exact tokens")
+    require(keys.dtype == values.dtype, "exact keys and values should be of one type")
+    _require_readable(keys, "exact tokens")
+    require(keys.stride(2) == values.stride(2) == 1, "the numbers of an exact token should lie side by side")
+    return keys.shape[1], keys.shape[2], values.shape[2]
+
+
+def _require_rows(rows: Rows) -> bool:
+    """True, so that it is known."""
+    batch = rows.batch
+    for name, shape, dtype in (
+        ("table", (batch, rows.table.shape[-1]), torch.int32),
+        ("lengths", (batch,), torch.int32),
+        ("skip", (batch,), torch.int32),
+        ("origins", (batch,), torch.int64),
+        ("slots", (batch, rows.slots.shape[-1]), torch.int32),
+        ("counts", (batch,), torch.int32),
+    ):
+        tensor = getattr(rows, name)
+        require_tensor(tensor, shape, dtype, f"{name} of rows")
+        require(tensor.is_contiguous(), f"{name} of rows should be contiguous")
+    return True
 
 
 def step_operands(
@@ -144,7 +265,7 @@ def _readable(
     return ExactTokens(keys.float(), values.float(), bias)
 
 
-def _sizes(packed: PackedTokens | PagedTokens) -> _Sizes:
+def _sizes(packed: PackedTokens | PagedTokens | Pool) -> _Sizes:
     """Of packed tokens that fit their forms."""
     codes = packed.keys["codes"]
     outer, length = tuple(codes.shape[:-2]), 0

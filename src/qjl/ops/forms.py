@@ -1,14 +1,15 @@
-"""What the fused decode step reads: packed blocks or pages of a nibble code, and exact tokens beside them."""
+"""What the ops on a cache read and write: pages of a nibble code, exact tokens beside them, and which row has which."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from qjl.ops.recipe import GridRecipe, Recipe
 from qjl.packed import Blocks, require_tensor
 
 
@@ -54,6 +55,113 @@ class NibbleForm:
     def has_shared_code(self) -> bool:
         """Whether all heads have one code, as values that need no queries do."""
         return self.entries.shape[0] == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """Packed pages of one layer.
+
+    A page holds P tokens (16, 32, 64 or 128) of all heads, token-minor: each field of a ``Packed`` block with P in
+    place of its 64. So ``codes uint8 [pages, H, bytes, P]``, a scale ``[pages, H, P]`` or, in groups,
+    ``[pages, H, groups, P]``; the fields may be strided views, such as of ``[pages, bytes of a page]`` or of a pool
+    that lies head by head.
+    """
+
+    keys: Blocks
+    values: Blocks
+    key_form: NibbleForm
+    value_form: NibbleForm
+    derived: dict[str, Any] = field(default_factory=Derived, init=False)
+
+    @property
+    def page(self) -> int:
+        """Tokens per page."""
+        return self.keys["codes"].shape[3]
+
+
+@dataclass(frozen=True, eq=False)
+class ExactPool:
+    """Exact tokens of one layer, addressed by slot: ``keys [slots, H, D]``, ``values [slots, H, Dv]``.
+
+    Both of one type, float32, bfloat16 or float16, and the numbers of a token and head lie together.
+    """
+
+    keys: Tensor
+    values: Tensor
+    derived: dict[str, Any] = field(default_factory=Derived, init=False)
+
+
+@dataclass(eq=False)
+class Rows:
+    """Which tokens of the pools each row of a step has: made once per forward pass, shared by all layers.
+
+    - ``table int32 [B, n]``: the page of each P tokens of the sequence in order; -1 is a hole, whose tokens are not
+      packed. ``lengths int32 [B]``: where packed tokens end; ``skip int32 [B]``: how many at the start are not read
+      packed, as those that are exact too. Row b has packed tokens ``skip[b] <= t < lengths[b]`` that lie in no hole; no
+      page beside these is read.
+    - ``origins int64 [B]``: RoPE position of token 0, so that page j begins at ``origins + j P``.
+    - ``slots int32 [B, E]``: exact tokens, of which row b has the first ``counts[b]`` (``counts int32 [B]``) in this
+      order, the queries' own last; a slot of -1 holds none.
+    - ``longest`` and ``most_exact``: the largest of ``lengths`` and of ``counts``; ``has_holes``: whether a table may
+      say -1. The host knows them, so that no step waits for a device.
+
+    Contents may change in place between steps. A tensor that is assigned takes the place of the former one.
+    """
+
+    table: Tensor
+    lengths: Tensor
+    skip: Tensor
+    origins: Tensor
+    slots: Tensor
+    counts: Tensor
+    longest: int
+    most_exact: int
+    has_holes: bool = False
+    derived: dict[str, Any] = field(default_factory=Derived, init=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if isinstance(value, Tensor) and "derived" in self.__dict__:
+            self.derived.clear()
+
+    @property
+    def batch(self) -> int:
+        return self.table.shape[0]
+
+
+class Rotation(Protocol):
+    """RoPE, as it turns the mean of what is encoded (``qjl.rope.Rope``)."""
+
+    @property
+    def inv_freq(self) -> Tensor: ...
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def interleaved(self) -> bool: ...
+
+    def exact_angles(self, positions: Tensor) -> Tensor:
+        """``[...] -> float32 [..., F]``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class EncodeJob:
+    """The keys or the values of one layer that ``encode_pages`` takes from exact tokens to pages.
+
+    ``tokens [slots, H, D]`` is one side of an ``ExactPool`` and ``fields`` that of a ``Pool`` with pages of 64.
+    ``recipe`` tells how its codec encodes, ``rope`` what turns the mean that the recipe subtracts, ``quantize`` does
+    the same with whole tokens, for backends that have no encoder; ``what`` names the tokens in an error.
+    """
+
+    tokens: Tensor
+    fields: Blocks
+    recipe: Recipe | GridRecipe
+    rope: Rotation | None
+    quantize: Callable[[Tensor, Tensor], Blocks]
+    what: str
+    derived: dict[str, Any] = field(default_factory=Derived, init=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +232,15 @@ class ExactTokens:
     bias: Tensor | None
 
 
-def once(source: NibbleForm | PackedTokens | PagedTokens, name: str, derive: Callable[[Any], Any]) -> Any:
-    """What a backend makes of a form or of packed tokens, made at its first use.
+class Source(Protocol):
+    """Something that a backend makes something of."""
+
+    @property
+    def derived(self) -> dict[str, Any]: ...
+
+
+def once(source: Source, name: str, derive: Callable[[Any], Any]) -> Any:
+    """What a backend makes of a source, made at its first use.
 
     Threads that come at once may each make one, but all of them get the same, which stays as long as its source.
     """

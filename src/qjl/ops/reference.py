@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qjl.ops.forms import ExactTokens, NibbleForm, PagedTokens, Turn
+from qjl.errors import QJLError
+from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, NibbleForm, PagedTokens, Pool, Rows, Turn
 from qjl.packed import BLOCK, Blocks
 
 
@@ -47,6 +48,103 @@ def _byte_entries(entries: Tensor) -> Tensor:
     low = entries[:, 0::2, None, :, :].expand(heads, nibbles // 2, 16, 16, width)
     high = entries[:, 1::2, :, None, :].expand(heads, nibbles // 2, 16, 16, width)
     return torch.cat([low, high], dim=-1).view(heads, nibbles // 2, 256, 2 * width)
+
+
+# Pools
+
+
+def attend(
+    query: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
+    queries: int,
+    scaling: float,
+    softcap: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Row by row, over decoded tokens."""
+    query = query.float()
+    batch, heads, count, _ = query.shape
+    out = query.new_zeros((batch, heads, count, exact.values.shape[2]))
+    lse = query.new_zeros((batch, heads, count))
+    first_exact = rows.table.shape[1] * pool.page
+    for row in range(batch):
+        packed, places = _packed_tokens(pool, rows, row), _exact_tokens(rows, row)
+        slots = rows.slots[row, places].long()
+        of_keys, of_values = (exact.keys[slots].transpose(0, 1), exact.values[slots].transpose(0, 1))
+        keys = torch.cat([_decoded_tokens(pool.keys, pool.key_form, rows, row, packed), of_keys.float()], 1)
+        values = torch.cat([_decoded_tokens(pool.values, pool.value_form, rows, row, packed), of_values.float()], 1)
+        columns = torch.cat([packed, first_exact + places])
+        added = None if bias is None else bias[..., columns]
+        scores = _scores(query[row], keys, added, row, queries, scaling, softcap)
+        scores[..., len(packed) :].masked_fill_(_is_later(rows, row, places, queries, count), -torch.inf)
+        out[row], lse[row] = _weighted(scores, values)
+    return out, lse
+
+
+def append_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    batch, query_heads, queries, dim = query.shape
+    heads, value_dim = exact.values.shape[1:]
+    for row in range(rows.batch):
+        places = _exact_tokens(rows, row)
+        places = places[places >= int(rows.counts[row]) - queries]
+        slots, fresh = rows.slots[row, places].long(), places - int(rows.counts[row]) + queries
+        exact.keys[slots] = keys[row, :, fresh].transpose(0, 1).to(exact.keys.dtype)
+        exact.values[slots] = values[row, :, fresh].transpose(0, 1).to(exact.values.dtype)
+    by_head = query.reshape(batch, heads, query_heads // heads * queries, dim)
+    out, _ = attend(by_head, pool, exact, rows, queries, scaling, softcap, None)
+    return out.view(batch, query_heads, queries, value_dim).transpose(1, 2).contiguous().to(query.dtype)
+
+
+def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
+    """One job after the other; tokens that are not finite show at the end, so that a device is waited for once."""
+    finite = []
+    for job in jobs:
+        tokens = job.tokens[slots.long()].transpose(0, 1)[None]
+        finite.append(tokens.isfinite().all())
+        for name, field in job.quantize(tokens, first[None]).items():
+            job.fields[name][pages.long()] = field[0].transpose(0, 1)
+    if finite and not torch.stack(finite).all():
+        name = next(job.what for job, is_finite in zip(jobs, finite, strict=True) if not is_finite)
+        raise QJLError(f"{name} contain NaN or Inf: check the model's weights, its dtype and the prompt.")
+
+
+def _packed_tokens(pool: Pool, rows: Rows, row: int) -> Tensor:
+    """Indices of those that the row has, ``int64 [t]``."""
+    tokens = torch.arange(
+        int(rows.skip[row]), max(int(rows.skip[row]), int(rows.lengths[row])), device=rows.table.device
+    )
+    return tokens[rows.table[row, tokens // pool.page] >= 0]
+
+
+def _exact_tokens(rows: Rows, row: int) -> Tensor:
+    """Places of the slots that hold a token of the row, ``int64 [e]``."""
+    return (rows.slots[row, : int(rows.counts[row])] >= 0).nonzero()[:, 0]
+
+
+def _is_later(rows: Rows, row: int, places: Tensor, queries: int, count: int) -> Tensor:
+    """Whether an exact token comes after a query, ``bool [R, e]``."""
+    query = torch.arange(count, device=places.device) % queries
+    return places >= rows.counts[row] - (queries - 1 - query)[:, None]
+
+
+def _decoded_tokens(fields: Blocks, form: NibbleForm, rows: Rows, row: int, tokens: Tensor) -> Tensor:
+    """Some packed tokens of a row as the form says: ``float32 [H, t, D]``."""
+    page = fields["codes"].shape[3]
+    pages = rows.table[row, tokens // page].long()
+    one_block = {name: x.movedim(-1, 1)[pages, tokens % page].movedim(0, -1) for name, x in fields.items()}
+    decoded = _decoded(form, one_block)
+    return decoded if form.mean is None else decoded + _turned(form.mean, form.turn, rows.origins[row] + tokens)
 
 
 # Pages

@@ -32,7 +32,7 @@ _PAIR = np.dtype(structs.Pair)
 _room = threading.local()
 
 
-def attend(
+def attend_packed(
     query: Tensor,
     packed: PackedTokens,
     bias: Tensor | None,

@@ -30,7 +30,7 @@ MOST_ROWS = 64  # that share what a program decodes
 LEAST = 16  # what a matrix product takes
 
 
-def attend(
+def attend_packed(
     query: Tensor,
     packed: PackedTokens,
     bias: Tensor | None,
@@ -51,7 +51,7 @@ def attend_paged(
     scaling: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """``attend`` over pages; the arguments and what it gives are the same, and a row of no tokens weighs nothing."""
+    """``attend_packed`` over pages, with the same arguments; a row of no tokens weighs nothing."""
     blocks = triton.cdiv(packed.table.shape[1] * packed.page, BLOCK)
     return _attend(query, packed, blocks, bias, exact, queries, scaling, softcap)
 

@@ -334,6 +334,7 @@ def packed_part(
         else:
             block = tl.load(pages.table + row * pages.table_stride + token // PAGE, mask=present, other=0).to(tl.int64)
             slot = token % PAGE
+            present = present & (block >= 0)
 
         codes = keys.codes + _at(keys.codes_stride, row, head, block, slot)
         low, high = _decoded(keys, head, codes, present, KEY_PAIRS, KEY_TERMS, TILE)
