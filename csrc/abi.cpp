@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr uint64_t MEANING = 1;  // raised where a function or a field means something else, and no size tells so
+constexpr uint64_t MEANING = 2;  // raised where a function or a field means something else, and no size tells so
 
 constexpr uint64_t PRIME = 0x100000001b3;  // FNV-1a
 
@@ -46,24 +46,29 @@ constexpr uint64_t ABI =
     QJL_STRUCT(QjlPack, codes, nibbles) +
     QJL_STRUCT(QjlScan, codes, tables, scores, rows) +
     QJL_STRUCT(QjlExpand, codes, entries, expanded, head_stride, width) +
-    QJL_STRUCT(QjlTokens, data, type, dim, batch_stride, head_stride, token_stride) +
+    QJL_STRUCT(QjlTokens, data, type, dim, batch_stride, head_stride, token_stride, slots, slot_count) +
     QJL_STRUCT(QjlMean, vector, cos, sin, pairs, interleaved) +
     QJL_STRUCT(QjlMap, rows, matrix, is_half, head_stride, flips, order, size) +
     QJL_STRUCT(QjlPart, kind, dim, nibbles, kinds, bit_coordinate, bit_index, tree, levels, patterns, kind_stride,
                place_stride, own, next, width, gram, block, sweeps) +
     QJL_STRUCT(QjlEncode, codes, tokens, mean, map, parts, part_count, gains, gain_count, weights, units, norm_factor,
-               scales, room, room_bytes) +
-    QJL_STRUCT(QjlEncodeGrid, codes, tokens, size, groups, bits, clip, steps, middles, room, room_bytes) +
+               scales, scale_stride, room, room_bytes) +
+    QJL_STRUCT(QjlEncodeGrid, codes, tokens, size, groups, bits, clip, steps, middles, step_stride, middle_stride, room,
+               room_bytes) +
+    QJL_STRUCT(QjlJob, encode, grid, cos, sin) +
+    QJL_STRUCT(QjlEncodePages, jobs, job_count, slots, pages, blocks, not_finite, room, room_bytes) +
     QJL_STRUCT(QjlSide, codes, scale, middle, unit, map, mean, codes_stride, scale_stride, middle_stride, map_stride,
                map_is_half, nibbles, groups, code_dim, head_dim, code_stride, coordinates, entries, slots, pairs,
                pair_count) +
     QJL_STRUCT(QjlPair, tables, sources, coordinates, group, step, kind) +
-    QJL_STRUCT(QjlSegment, keys, values, key_stride, value_stride, tokens, dtype, bias, bias_stride) +
+    QJL_STRUCT(QjlSegment, keys, values, key_stride, value_stride, tokens, dtype, bias, bias_stride,
+               is_pool) +
+    QJL_STRUCT(QjlFresh, keys, values, key_stride, value_stride) +
     QJL_STRUCT(QjlTurn, inv_freq, step, anchor_step, coordinates, down, up, pairs, direct, scaling) +
-    QJL_STRUCT(QjlPages, table, lengths, skip, origins, capacity, tokens, count) +
-    QJL_STRUCT(QjlStep, keys, values, pages, exact, exact_count, bias, bias_stride, turn, first, blocks,
-               blocks_per_split, splits, batch, heads, rows, queries, query, scaling, softcap, out, lse, scores, room,
-               room_bytes) +
+    QJL_STRUCT(QjlRows, table, lengths, skip, origins, slots, counts, capacity, room) +
+    QJL_STRUCT(QjlStep, keys, values, of_rows, page_tokens, page_count, exact, exact_count, fresh, bias, bias_stride,
+               turn, first, blocks, blocks_per_split, splits, batch, heads, rows, queries, query, query_type,
+               query_stride, scaling, softcap, out, out_type, out_stride, lse, scores, room, room_bytes) +
     QJL_STRUCT(QjlFlashDecode, query, keys, values, out, heads, group, tokens, head_dim, scaling) +
     QJL_STRUCT(QjlPopcountScan, query, signs, scale, ones, scores, heads, group, tokens, m) +
     QJL_STRUCT(QjlRead, numbers, count, sums);

@@ -40,6 +40,10 @@ inline uint8_t* block_at(const QjlCodes& codes, Place at) {
     return codes.data + at.batch * codes.batch_stride + at.head * codes.head_stride + at.block * codes.block_stride;
 }
 
+inline int64_t along(const int64_t (&stride)[3], Place at) {
+    return at.batch * stride[0] + at.head * stride[1] + at.block * stride[2];
+}
+
 // Index of the first token of a block in an array [batch, heads, blocks * 64].
 inline int64_t first_token(const QjlCodes& codes, Place at) {
     return ((at.batch * codes.heads + at.head) * codes.blocks + at.block) * BLOCK;

@@ -110,6 +110,57 @@ int64_t run_in_room(const Operation& operation, int64_t threads, void (*kernel)(
     return 0;
 }
 
+// Many layers at once
+
+constexpr int64_t BLOCKS_AT_ONCE = 8;  // of one head, which share what a worker makes of its map
+
+struct Pages {
+    QjlEncodePages& all;
+    const Kernels& table;
+    int64_t room;  // floats of one worker
+    std::atomic<int64_t> not_finite;
+
+    struct Item {
+        int64_t job, head, first;
+    };
+    std::vector<Item> items;
+
+    explicit Pages(QjlEncodePages& all) : all(all), table(kernels()), room(0), not_finite(all.job_count) {
+        for (int64_t job = 0; job < all.job_count; ++job) {
+            room = std::max(room, floats_of(all.jobs[job]));
+            for (int64_t head = 0; head < codes_of(all.jobs[job]).heads; ++head)
+                for (int64_t first = 0; first < all.blocks; first += BLOCKS_AT_ONCE) items.push_back({job, head, first});
+        }
+    }
+
+    static const QjlCodes& codes_of(const QjlJob& job) { return job.encode ? job.encode->codes : job.grid->codes; }
+    int64_t floats_of(const QjlJob& job) const {
+        return job.encode ? table.encode_room(*job.encode) : table.encode_grid_room(*job.grid);
+    }
+
+    bool run(const Item& item, float* room) const {
+        const QjlJob& job = all.jobs[item.job];
+        const Range range{item.first, std::min(item.first + BLOCKS_AT_ONCE, all.blocks)};
+        if (job.grid) {
+            QjlEncodeGrid operation = *job.grid;
+            operation.tokens.slots = all.slots;
+            return table.encode_grid_pages(operation, all, item.head, range, room);
+        }
+        QjlEncode operation = *job.encode;
+        operation.tokens.slots = all.slots;
+        operation.mean.cos = job.cos, operation.mean.sin = job.sin;
+        return table.encode_pages(operation, all, item.head, range, room);
+    }
+
+    static void run_item(const void* context, int64_t index, int worker) {
+        auto& self = *static_cast<Pages*>(const_cast<void*>(context));
+        const Item& item = self.items[index];
+        if (self.run(item, self.all.room + worker * self.room)) return;
+        for (int64_t known = self.not_finite; item.job < known;)
+            if (self.not_finite.compare_exchange_weak(known, item.job)) break;
+    }
+};
+
 // The fused decode step
 
 // Less work than this for each thread does not pay for waking it.
@@ -121,12 +172,37 @@ int64_t worth_waking(int64_t threads, int64_t work, int64_t work_per_thread) {
 }
 
 int64_t blocks_of(const QjlStep& step) {
-    if (!step.pages) return step.batch * step.heads * step.blocks;
+    if (!step.of_rows) return step.batch * step.heads * step.blocks;
     int64_t tokens = 0;
     for (int64_t row = 0; row < step.batch; ++row) {
-        tokens += std::max(0, step.pages->lengths[row] - step.pages->skip[row]);
+        tokens += std::max(0, step.of_rows->lengths[row] - step.of_rows->skip[row]);
     }
     return step.heads * (tokens + BLOCK - 1) / BLOCK;
+}
+
+// Puts the fresh keys or values of a row where its slots say; those before its first slot and without one are left out.
+void put_fresh(const QjlStep& step, int64_t row, const void* fresh, const int64_t (&stride)[3], void* pool,
+               const int64_t (&pool_stride)[3], int64_t dim) {
+    const int64_t size = step.exact[0].dtype == QJL_FLOAT32 ? 4 : 2, first = step.of_rows->counts[row] - step.queries;
+    const int32_t* slots = step.of_rows->slots + row * step.of_rows->room;
+    for (int64_t token = std::max<int64_t>(0, -first); token < step.queries; ++token) {
+        const int64_t slot = slots[first + token];
+        for (int64_t head = 0; slot >= 0 && head < step.heads; ++head) {
+            const int64_t from = row * stride[0] + head * stride[1] + token * stride[2];
+            const int64_t to = head * pool_stride[1] + slot * pool_stride[2];
+            std::memcpy(static_cast<uint8_t*>(pool) + to * size, static_cast<const uint8_t*>(fresh) + from * size,
+                        dim * size);
+        }
+    }
+}
+
+void put_fresh(const QjlStep& step) {
+    const QjlSegment& pool = step.exact[0];
+    for (int64_t row = 0; row < step.batch; ++row) {
+        put_fresh(step, row, step.fresh.keys, step.fresh.key_stride, pool.keys, pool.key_stride, step.keys.head_dim);
+        put_fresh(step, row, step.fresh.values, step.fresh.value_stride, pool.values, pool.value_stride,
+                  step.values.head_dim);
+    }
 }
 
 struct OverItems {
@@ -191,11 +267,23 @@ int64_t qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads) {
     return run_in_room(*operation, threads, table.encode_grid, table.encode_grid_room);
 }
 
+int64_t qjl_encode_pages(QjlEncodePages* operation, int64_t threads) {
+    if (const int64_t refused = refusal(*operation)) return refused;
+    Pages pages(*operation);
+    const int64_t needed = workers(threads) * pages.room * int64_t(sizeof(float));
+    if (operation->room_bytes < needed) return needed;
+    parallel_for(int64_t(pages.items.size()), threads, Pages::run_item, &pages);
+    const int64_t first = pages.not_finite;
+    operation->not_finite = first < operation->job_count ? first : -1;
+    return 0;
+}
+
 int64_t qjl_step(const QjlStep* step, int64_t threads) {
     if (const int64_t refused = refusal(*step)) return refused;
     const Kernels& table = kernels();
     const int64_t needed = table.step_room(*step, workers(threads));
     if (step->room_bytes < needed) return needed;
+    if (step->fresh.keys) put_fresh(*step);
     const int64_t pairs = step->batch * step->heads;
     const int64_t few = worth_waking(threads, pairs, PAIRS_PER_THREAD);
     const OverItems ask{*step, table.step_ask}, packed{*step, table.step_packed}, finish{*step, table.step_finish};

@@ -224,24 +224,56 @@ inline void encode_with_norms(const QjlEncode& operation, Map& map, const Block&
     encode_parts(operation, head, block.mapped, block.part_room, block.codes);
 }
 
-void encode(const QjlEncode& operation, Range range, float* room) {
-    const Arrays arrays = arrays_of(operation);
-    Map map{operation.map, operation.tokens.dim, room + arrays.matrix, room + arrays.coded};
-    for (int64_t index = range.first; index < range.last; ++index) {
-        const Place at = place_of(operation.codes, index);
-        const Block block{at,
-                          room + arrays.rows,
+// Blocks of one operation, with what lies in the room of a worker.
+struct Encoder {
+    const QjlEncode& operation;
+    const Arrays arrays;
+    float* room;
+    Map map;
+
+    Encoder(const QjlEncode& operation, float* room)
+        : operation(operation), arrays(arrays_of(operation)), room(room),
+          map{operation.map, operation.tokens.dim, room + arrays.matrix, room + arrays.coded} {}
+
+    float* rows() const { return room + arrays.rows; }
+    void load(Place from) const { load_rows(operation.tokens, from, rows()); }
+
+    // What is loaded, one of so many blocks.
+    void encode(Place from, int64_t blocks, Place to) {
+        const Block block{from,
+                          rows(),
                           room + arrays.mapped,
                           room + arrays.coded,
                           room + arrays.part,
-                          block_at(operation.codes, at)};
-        load_rows(operation.tokens, at, block.rows);
-        subtract_mean(operation.mean, operation.tokens.dim, operation.codes.blocks, at, block.rows);
+                          block_at(operation.codes, to)};
+        subtract_mean(operation.mean, operation.tokens.dim, blocks, from, block.rows);
+        const int64_t scales = along(operation.scale_stride, to);
         if (operation.units)
-            encode_scaled_exactly(operation, map, block, static_cast<uint8_t*>(operation.scales) + index * BLOCK);
+            encode_scaled_exactly(operation, map, block, static_cast<uint8_t*>(operation.scales) + scales);
         else
-            encode_with_norms(operation, map, block, static_cast<uint16_t*>(operation.scales) + index * BLOCK);
+            encode_with_norms(operation, map, block, static_cast<uint16_t*>(operation.scales) + scales);
     }
+};
+
+void encode(const QjlEncode& operation, Range range, float* room) {
+    Encoder encoder(operation, room);
+    for (int64_t index = range.first; index < range.last; ++index) {
+        const Place at = place_of(operation.codes, index);
+        encoder.load(at);
+        encoder.encode(at, operation.codes.blocks, at);
+    }
+}
+
+// Some blocks of one head to pages; false where a token is not finite.
+bool encode_pages(const QjlEncode& operation, const QjlEncodePages& all, int64_t head, Range range, float* room) {
+    Encoder encoder(operation, room);
+    for (int64_t block = range.first; block < range.last; ++block) {
+        const Place from{0, head, block};
+        encoder.load(from);
+        if (!are_finite(encoder.rows(), operation.tokens.dim)) return false;
+        encoder.encode(from, all.blocks, {0, head, all.pages[block]});
+    }
+    return true;
 }
 
 }  // namespace encode

@@ -31,6 +31,10 @@ struct Kernels {
     int64_t (*encode_grid_room)(const QjlEncodeGrid&);
     void (*encode)(const QjlEncode&, Range, float* room);
     void (*encode_grid)(const QjlEncodeGrid&, Range, float* room);
+
+    // The same on some blocks of one head to pages; false where a token is not finite
+    bool (*encode_pages)(const QjlEncode&, const QjlEncodePages&, int64_t head, Range, float* room);
+    bool (*encode_grid_pages)(const QjlEncodeGrid&, const QjlEncodePages&, int64_t head, Range, float* room);
 };
 
 bool runs_avx2();  // FMA, F16C and BMI2 included

@@ -70,6 +70,8 @@ struct QjlTokens {  // [batch, heads, blocks * 64, dim], the last dimension cont
     int64_t type;  // QjlType
     int64_t dim;
     int64_t batch_stride, head_stride, token_stride;
+    const int32_t* slots;  // [blocks * 64]: where tokens lie along token_stride, for all heads; null: one after the other
+    int64_t slot_count;    // that there are
 };
 
 struct QjlMean {
@@ -115,8 +117,9 @@ struct QjlEncode {
     const float* weights;  // [heads, rows of the map], or null where all count alike
     const float* units;    // [heads] of exact scales as uint8 logarithms; null for float16 norms times norm_factor
     float norm_factor;
-    void* scales;          // [batch, heads, blocks, 64]
-    float* room;           // on a boundary of 64 bytes
+    void* scales;          // [batch, heads, blocks, 64], the last contiguous
+    int64_t scale_stride[3];
+    float* room;  // on a boundary of 64 bytes
     int64_t room_bytes;
 };
 
@@ -126,11 +129,31 @@ struct QjlEncodeGrid {
     int64_t size;  // of the orthonormal Hadamard matrices along the diagonal
     int64_t groups, bits;
     float clip;
-    uint16_t *steps, *middles;  // float16 [batch, heads, blocks, groups, 64]
-    float* room;                // as above
+    uint16_t *steps, *middles;  // float16 [batch, heads, blocks, groups, 64], the last two contiguous
+    int64_t step_stride[3], middle_stride[3];
+    float* room;  // as above
     int64_t room_bytes;
 };
 
+// Blocks of tokens of a pool to pages of another, for many layers at once.
+
+struct QjlJob {              // one of both, of batch 1: codes and constants are those of the pool, by page for block
+    const QjlEncode* encode;
+    const QjlEncodeGrid* grid;
+    const float *cos, *sin;  // [pairs, blocks * 64], as in QjlMean; null without pairs
+};
+
+struct QjlEncodePages {
+    const QjlJob* jobs;
+    int64_t job_count;
+    const int32_t *slots, *pages;  // [blocks * 64] and [blocks]
+    int64_t blocks;
+    int64_t not_finite;  // is left here: the first job with tokens that are not, or -1
+    float* room;         // on a boundary of 64 bytes
+    int64_t room_bytes;
+};
+
+QJL_EXPORT int64_t qjl_encode_pages(QjlEncodePages* operation, int64_t threads);
 QJL_EXPORT int64_t qjl_encode(const QjlEncode* operation, int64_t threads);
 QJL_EXPORT int64_t qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads);
 

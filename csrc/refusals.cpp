@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <type_traits>
 
 #include "kernels.h"
 #include "pool.h"
@@ -14,7 +15,7 @@ namespace {
 
 enum Rule : int64_t {
     SIZES, DIMS, GROUPS, CODES, TYPES, MAPS, SKETCHES, PARTS, TRELLISES, SIGNS, GAINS, TURNS, GRIDS, QUERIES, SPLITS,
-    SEGMENTS, PAGE_SIZES, ROOM, LENGTHS, TABLES, HEAD_DIMS, BITS, RULES
+    SEGMENTS, PAGE_SIZES, ROOM, LENGTHS, TABLES, COUNTS, SLOTS, FRESH, JOBS, HEAD_DIMS, BITS, RULES
 };
 
 constexpr const char* WORDS[] = {
@@ -38,6 +39,10 @@ constexpr const char* WORDS[] = {
     "room must begin on a boundary of 64 bytes",
     "a row has more tokens than its pages",
     "a table names a page that is not in the pool",
+    "a row has more exact tokens than its slots",
+    "a row names a slot that is not in the pool",
+    "fresh tokens have no pool to go to",
+    "a job has one encoder",
     "head_dim must be a multiple of 8",
     "m must be 128 or a multiple of 256 up to 2048, and the tokens a multiple of 4",
 };
@@ -50,6 +55,12 @@ class Rules {
     template <class Holds>
     Rules& require(Rule rule, Holds holds) {
         if (!broken_ && !holds()) broken_ = -1 - rule;
+        return *this;
+    }
+    template <class Others>
+        requires std::is_invocable_v<Others>
+    Rules& then(Others others) {
+        if (!broken_) broken_ = others();
         return *this;
     }
     Rules& then(int64_t other) {
@@ -71,6 +82,12 @@ bool is_dim(int64_t dim) { return 0 < dim && dim <= limits.dim; }
 bool is_power_of_two(int64_t size) { return size > 0 && !(size & (size - 1)); }
 bool is_type(int64_t type) { return type >= QJL_FLOAT32 && type <= QJL_FLOAT16; }
 bool is_aligned(const void* room) { return reinterpret_cast<uintptr_t>(room) % 64 == 0; }
+
+bool are_among(const int32_t* indices, int64_t first, int64_t last, int64_t least, int64_t count) {
+    for (int64_t i = first; i < last; ++i)
+        if (indices[i] < least || indices[i] >= count) return false;
+    return true;
+}
 
 Rules of_codes(const QjlCodes& codes) {
     return Rules().require(SIZES, [&] { return none_negative(codes.batch, codes.heads, codes.blocks, codes.bytes); });
@@ -119,7 +136,21 @@ Rules of_mean(const QjlMean& mean, int64_t dim) {
     return Rules().require(TURNS, [&] { return mean.pairs >= 0 && 2 * mean.pairs <= dim; });
 }
 
+Rules of_job(const QjlEncodePages& operation, const QjlJob& job) {
+    Rules rules;
+    rules.require(JOBS, [&] { return !job.encode != !job.grid; });
+    if (rules) return rules;
+    const QjlCodes& codes = job.encode ? job.encode->codes : job.grid->codes;
+    const QjlTokens& tokens = job.encode ? job.encode->tokens : job.grid->tokens;
+    return rules.then(job.encode ? refusal(*job.encode) : refusal(*job.grid))
+        .require(TURNS, [&] { return !job.encode || !job.encode->mean.pairs || (job.cos && job.sin); })
+        .require(SLOTS, [&] { return are_among(operation.slots, 0, operation.blocks * BLOCK, 0, tokens.slot_count); })
+        .require(TABLES, [&] { return are_among(operation.pages, 0, operation.blocks, 0, codes.blocks); });
+}
+
 // The fused decode step
+
+constexpr int32_t NONE = -1;  // a hole, or a slot without a token
 
 Rules of_side(const QjlSide& side) {
     return Rules()
@@ -142,34 +173,42 @@ Rules of_segments(const QjlStep& step) {
     for (int64_t i = 0; !rules && i < step.exact_count; ++i) {
         const QjlSegment& segment = step.exact[i];
         rules.require(SIZES, [&] { return segment.tokens >= 0; }).require(TYPES, [&] { return is_type(segment.dtype); });
+        rules.require(SLOTS, [&] { return !segment.is_pool || !step.batch || (step.of_rows && step.of_rows->counts); });
     }
-    return rules;
+    return rules.require(FRESH, [&] { return !step.fresh.keys || (step.exact_count && step.exact->is_pool); });
 }
 
-bool are_in_pool(const QjlPages& pages, int64_t row) {
-    const int32_t* table = pages.table + row * pages.capacity;
-    const int64_t end = (pages.lengths[row] + pages.tokens - 1) / pages.tokens;
-    for (int64_t i = pages.skip[row] / pages.tokens; i < end; ++i)
-        if (table[i] < 0 || table[i] >= pages.count) return false;
-    return true;
-}
-
-Rules of_row(const QjlStep& step, int64_t row) {
-    const QjlPages& pages = *step.pages;
-    if (pages.skip[row] >= pages.lengths[row]) return {};
+Rules of_packed_row(const QjlStep& step, int64_t row) {
+    const QjlRows& rows = *step.of_rows;
+    const int64_t skip = rows.skip[row], length = rows.lengths[row], tokens = step.page_tokens;
+    if (skip >= length) return {};
     return Rules()
-        .require(LENGTHS, [&] { return pages.skip[row] >= 0 && pages.lengths[row] <= pages.capacity * pages.tokens; })
+        .require(LENGTHS, [&] { return skip >= 0 && length <= rows.capacity * tokens; })
         .require(SPLITS, [&] { return step.splits > 0; })
-        .require(TABLES, [&] { return are_in_pool(pages, row); });
+        .require(TABLES, [&] {
+            return are_among(rows.table + row * rows.capacity, skip / tokens, (length + tokens - 1) / tokens, NONE,
+                             step.page_count);
+        });
 }
 
-Rules of_pages(const QjlStep& step) {
+Rules of_exact_row(const QjlStep& step, int64_t row) {
+    const QjlRows& rows = *step.of_rows;
+    const int64_t count = rows.counts[row];
+    return Rules().require(COUNTS, [&] { return 0 <= count && count <= rows.room; }).require(SLOTS, [&] {
+        return are_among(rows.slots + row * rows.room, 0, count, NONE, step.exact->tokens);
+    });
+}
+
+Rules of_rows(const QjlStep& step) {
     Rules rules;
     rules.require(PAGE_SIZES, [&] {
-        const int64_t tokens = step.pages->tokens;
+        const int64_t tokens = step.page_tokens;
         return is_power_of_two(tokens) && 16 <= tokens && tokens <= 2 * BLOCK && !step.scores;
     });
-    for (int64_t row = 0; !rules && row < step.batch; ++row) rules.then(of_row(step, row));
+    for (int64_t row = 0; !rules && row < step.batch; ++row) {
+        rules.then(of_packed_row(step, row));
+        if (step.exact_count && step.exact->is_pool) rules.then(of_exact_row(step, row));
+    }
     return rules;
 }
 
@@ -213,6 +252,15 @@ int64_t refusal(const QjlEncodeGrid& operation) {
         .require(ROOM, [&] { return is_aligned(operation.room); });
 }
 
+int64_t refusal(const QjlEncodePages& operation) {
+    Rules rules;
+    rules.require(SIZES, [&] { return none_negative(operation.job_count, operation.blocks); }).require(ROOM, [&] {
+        return is_aligned(operation.room);
+    });
+    for (int64_t i = 0; !rules && i < operation.job_count; ++i) rules.then(of_job(operation, operation.jobs[i]));
+    return rules;
+}
+
 int64_t refusal(const QjlStep& step) {
     return of_side(step.keys)
         .then(of_side(step.values))
@@ -220,8 +268,9 @@ int64_t refusal(const QjlStep& step) {
         .require(SIZES, [&] { return none_negative(step.batch, step.heads, step.rows, step.blocks, step.splits); })
         .require(QUERIES, [&] { return step.queries > 0 && step.rows % step.queries == 0; })
         .require(SPLITS, [&] { return step.blocks_per_split > 0 || !step.splits; })
+        .require(TYPES, [&] { return is_type(step.query_type) && is_type(step.out_type); })
         .then(of_segments(step))
-        .then(step.pages ? of_pages(step) : of_blocks(step))
+        .then([&] { return step.of_rows ? of_rows(step) : of_blocks(step); })
         .require(ROOM, [&] { return is_aligned(step.room); });
 }
 

@@ -43,12 +43,20 @@ struct QjlPair {
 
 // Tokens in full precision, strides in numbers over batch, head and token.
 struct QjlSegment {
-    const void *keys, *values;
+    void *keys, *values;
     int64_t key_stride[3], value_stride[3];
-    int64_t tokens;
-    int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+    int64_t tokens;  // of a row, or slots of a pool
+    int64_t dtype;   // 0 float32, 1 bfloat16, 2 float16, also of queries, fresh tokens and results
     const float* bias;
     int64_t bias_stride[4];  // over batch, query head, query, token
+    int64_t is_pool;  // tokens lie where the slots of QjlRows say, and no query sees one that comes after its own
+};
+
+// Tokens for the last slots of each row, one for each query, of the type of the pool `exact[0]`; strides in numbers over
+// batch, head and token.
+struct QjlFresh {
+    const void *keys, *values;  // null: none
+    int64_t key_stride[3], value_stride[3];
 };
 
 // What a mean that RoPE turns adds to the scores of two blocks, relative to their centre.
@@ -64,20 +72,23 @@ struct QjlTurn {
     float scaling;
 };
 
-// Where the tokens of each row lie in a pool; a row has those from skip to length.
-struct QjlPages {
-    const int32_t* table;  // [batch][capacity]
+// Which tokens of the pools each row has: packed ones from skip to length, and exact ones.
+struct QjlRows {
+    const int32_t* table;           // [batch][capacity]: pages; -1: a hole, whose tokens are not packed
     const int32_t *lengths, *skip;  // [batch]
     const int64_t* origins;         // [batch]: position of token 0
-    int64_t capacity, tokens;       // tokens of a page
-    int64_t count;                  // of pages in the pool
+    const int32_t* slots;           // [batch][room]; -1: no token
+    const int32_t* counts;          // [batch]: slots in use, those of the queries last
+    int64_t capacity, room;
 };
 
 struct QjlStep {
     QjlSide keys, values;
-    const QjlPages* pages;  // null: blocks lie by their strides
+    const QjlRows* of_rows;  // null: blocks lie by their strides
+    int64_t page_tokens, page_count;  // tokens of a page, pages of the pool
     QjlSegment exact[2];
     int64_t exact_count;
+    QjlFresh fresh;
     const float* bias;  // of the packed tokens, or null; strides as in QjlSegment
     int64_t bias_stride[4];
     const QjlTurn* turn;   // null: the keys' mean is added as it is
@@ -85,10 +96,12 @@ struct QjlStep {
     int64_t blocks;        // of each row; unused with pages
     int64_t blocks_per_split, splits;  // with pages: at least, of a row; at most, of a row
     int64_t batch, heads, rows, queries;  // rows = group x queries, queries fastest
-    const float* query;                   // [batch][heads][rows][head_dim]
+    const void* query;                    // [batch][query heads][queries][head_dim]
+    int64_t query_type, query_stride[3];  // in numbers over batch, query head, query
     float scaling, softcap;               // softcap 0: none
-    float* out;                           // [batch][heads][rows][head_dim of the values]
-    float* lse;                           // [batch][heads][rows]
+    void* out;                            // [batch][query heads][queries][head_dim of the values]
+    int64_t out_type, out_stride[3];
+    float* lse;                           // [batch][heads][rows], or null
     float* scores;                        // [batch][heads][rows][blocks * 64]: the scan alone; null: the whole step
     uint8_t* room;  // on a boundary of 64 bytes
     int64_t room_bytes;

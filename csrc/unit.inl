@@ -22,5 +22,7 @@ constexpr Kernels table_named(const char* name) {
         .encode_grid_room = encode::encode_grid_room,
         .encode = encode::encode,
         .encode_grid = encode::encode_grid,
+        .encode_pages = encode::encode_pages,
+        .encode_grid_pages = encode::encode_grid_pages,
     };
 }

@@ -136,7 +136,7 @@ def test_pages_that_are_not_there(cpu_kernels, made, generator, refuses):
     pool = paged(made.packed, 16, Extent.of([100, 40], source=[0, 0]), generator)
     rows = made.rows.expand(2, -1, -1, -1)
     for table, what in (
-        (pool.table.clone().fill_(-1), "a table names a page that is not in the pool"),
+        (pool.table.clone().fill_(-2), "a table names a page that is not in the pool"),
         (pool.table.clone().fill_(10**6), "a table names a page that is not in the pool"),
         (pool.table[:, :2], "a row has more tokens than its pages"),
     ):

@@ -45,7 +45,7 @@ float product(const float* row, const Stored* token, int64_t dim) {
 }
 
 inline float product(const float* row, const QjlTokens& tokens, Place at, int64_t t) {
-    const int64_t first = offset(tokens, at) + t * tokens.token_stride;
+    const int64_t first = offset(tokens, at, t);
     switch (tokens.type) {
         case QJL_FLOAT32: return product(row, static_cast<const float*>(tokens.data) + first, tokens.dim);
         case QJL_BFLOAT16: return product(row, static_cast<const Bfloat16*>(tokens.data) + first, tokens.dim);

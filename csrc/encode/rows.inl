@@ -155,15 +155,21 @@ inline void widen(const Half* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += WIDTH) store_first(to + i, first_widened(from + i, count - i), count - i);
 }
 
-// `dim` numbers of each of 64 tokens, `stride` apart, to as many rows.
-template <class Stored>
-void load_rows(const Stored* tokens, int64_t stride, int64_t dim, float* rows) {
+// Where a token of a block lies.
+inline int64_t offset(const QjlTokens& tokens, Place at, int64_t t) {
+    const int64_t token = at.block * BLOCK + t, place = tokens.slots ? tokens.slots[token] : token;
+    return at.batch * tokens.batch_stride + at.head * tokens.head_stride + place * tokens.token_stride;
+}
+
+// `dim` numbers of each of 64 tokens to as many rows; `from(t)` is where a token lies.
+template <class From>
+inline void load_rows(From from, int64_t dim, float* rows) {
     for (int t = 0; t < BLOCK; t += WIDTH) {
         for (int64_t i = 0; i < dim; i += WIDTH) {
             const int64_t count = dim - i < WIDTH ? dim - i : WIDTH;
             Wide square[WIDTH];
             for (int lane = 0; lane < WIDTH; ++lane)
-                square[lane] = first_widened(tokens + (t + lane) * stride + i, count);
+                square[lane] = first_widened(from(t + lane) + i, count);
             codes::transpose(square);
             for (int lane = 0; lane < count; ++lane) store(rows + (i + lane) * BLOCK + t, square[lane]);
         }
@@ -184,15 +190,10 @@ inline void store_tokens(const float* rows, int64_t stride, int64_t dim, float* 
     }
 }
 
-// Of the first token of a block.
-inline int64_t offset(const QjlTokens& tokens, Place at) {
-    return at.batch * tokens.batch_stride + at.head * tokens.head_stride + at.block * BLOCK * tokens.token_stride;
-}
-
 template <class Stored>
 void load_rows(const QjlTokens& tokens, Place at, float* rows) {
-    const Stored* block = static_cast<const Stored*>(tokens.data) + offset(tokens, at);
-    load_rows(block, tokens.token_stride, tokens.dim, rows);
+    const Stored* data = static_cast<const Stored*>(tokens.data);
+    load_rows([&](int t) { return data + offset(tokens, at, t); }, tokens.dim, rows);
 }
 
 inline void load_rows(const QjlTokens& tokens, Place at, float* rows) {
@@ -201,6 +202,15 @@ inline void load_rows(const QjlTokens& tokens, Place at, float* rows) {
         case QJL_BFLOAT16: return load_rows<Bfloat16>(tokens, at, rows);
         default: return load_rows<Half>(tokens, at, rows);
     }
+}
+
+inline bool are_finite(const float* rows, int64_t count) {
+    constexpr int32_t ENDLESS = 0x7f800000;
+    WideInts found{};
+    for (int64_t i = 0; i < count * BLOCK; i += WIDTH) found |= (load<WideInts>(rows + i) & ENDLESS) == ENDLESS;
+    int32_t any = 0;
+    for (int lane = 0; lane < WIDTH; ++lane) any |= found[lane];
+    return !any;
 }
 
 // The mean, turned to each token's position

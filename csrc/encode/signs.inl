@@ -102,7 +102,7 @@ inline void refine_rows(const QjlPart& part, float* z, float* room) {
     store_tokens(others, stride, part.dim, others_of);
     for (int64_t t = 0; t < BLOCK; ++t)
         refine(part, {z_of + t * stride, signs_of + t * stride, others_of + t * stride});
-    load_rows(signs_of, stride, part.dim, z);
+    load_rows([&](int t) { return signs_of + t * stride; }, part.dim, z);
 }
 
 // Codes z, and puts the signs in its place.

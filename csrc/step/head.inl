@@ -7,19 +7,35 @@ struct Head {
     const uint8_t* at(const uint8_t* data, const int64_t (&stride)[3], int64_t block) const {
         return data + batch * stride[0] + head * stride[1] + block * stride[2];
     }
-    const float* query(int64_t row) const {
-        return s.query + ((batch * s.heads + head) * s.rows + row) * s.keys.head_dim;
+    int64_t place_of_row(const int64_t (&stride)[3], int64_t row) const {
+        return batch * stride[0] + (head * group() + row / s.queries) * stride[1] + row % s.queries * stride[2];
     }
-    int64_t first_token() const { return s.pages ? s.pages->skip[batch] : 0; }
-    int64_t end_token() const { return s.pages ? s.pages->lengths[batch] : s.blocks * 64; }
-    bool has(int64_t token) const { return first_token() <= token && token < end_token(); }
+    // The query of a row times a factor.
+    void put_query(int64_t row, float factor, float* to) const {
+        Numbers{number_at(s.query, place_of_row(s.query_stride, row), s.query_type), 0, s.query_type}.copy(
+            0, to, s.keys.head_dim);
+        scale(to, factor, s.keys.head_dim);
+    }
+    int64_t first_token() const { return s.of_rows ? s.of_rows->skip[batch] : 0; }
+    int64_t end_token() const { return s.of_rows ? s.of_rows->lengths[batch] : s.blocks * 64; }
+    // That holds a token, or -1.
+    int64_t page_of(int64_t token) const {
+        return s.of_rows->table[batch * s.of_rows->capacity + token / s.page_tokens];
+    }
+    bool has(int64_t token) const {
+        return first_token() <= token && token < end_token() && (!s.of_rows || page_of(token) >= 0);
+    }
     bool has_all(int64_t block, int64_t blocks) const {
-        return first_token() <= block * 64 && (block + blocks) * 64 <= end_token();
+        if (block * 64 < first_token() || end_token() < (block + blocks) * 64) return false;
+        for (int64_t token = block * 64; s.of_rows && token < (block + blocks) * 64; token += s.page_tokens) {
+            if (page_of(token) < 0) return false;
+        }
+        return true;
     }
     int64_t first_block() const { return first_token() / 64; }
     int64_t blocks() const { return first_token() < end_token() ? (end_token() + 63) / 64 - first_block() : 0; }
     int64_t position(int64_t block) const {
-        return s.pages ? s.pages->origins[batch] + block * 64 : s.first[batch * s.blocks + block];
+        return s.of_rows ? s.of_rows->origins[batch] + block * 64 : s.first[batch * s.blocks + block];
     }
 
     // A row's splits depend on its own tokens alone, and with them its result.

@@ -10,9 +10,7 @@ struct Question {
 
     void ask(int64_t first_row, float factor) {
         __builtin_memset(room.queries, 0, MAX_ROWS * side.head_dim * sizeof(float));
-        for (int64_t r = 0; r < rows; ++r) {
-            add_scaled(room.queries + r * side.head_dim, h.query(first_row + r), factor, side.head_dim);
-        }
+        for (int64_t r = 0; r < rows; ++r) h.put_query(first_row + r, factor, room.queries + r * side.head_dim);
         map_queries();
         fill_tables();
         quantize_tables();

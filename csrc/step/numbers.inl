@@ -75,25 +75,68 @@ inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
     for (; i < n; ++i) to[i] += factor * from[i];
 }
 
-// Rows of numbers of one type, `stride` numbers apart.
+inline void scale(float* numbers, float factor, int64_t n) {
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) store(numbers + i, factor * load<F16>(numbers + i));
+    for (; i < n; ++i) numbers[i] *= factor;
+}
+
+inline const void* number_at(const void* data, int64_t place, int64_t dtype) {
+    return static_cast<const uint8_t*>(data) + place * (dtype == 0 ? 4 : 2);
+}
+
+// The nearest number of 16 bits, the even one of two.
+
+inline uint16_t bfloat16_of(float number) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &number, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline uint16_t half_of(float number) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &number, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // as much as halves end before
+    if (magnitude < 0x38800000) {
+        const float steps = __builtin_fabsf(number) * 0x1p24f;
+        return uint16_t(sign | uint32_t(__builtin_rintf(steps)));
+    }
+    return uint16_t(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)));
+}
+
+inline void store_numbers(const float* from, int64_t n, void* to, int64_t place, int64_t dtype) {
+    if (dtype == 0) {
+        __builtin_memcpy(static_cast<float*>(to) + place, from, n * sizeof(float));
+        return;
+    }
+    uint16_t* halves = static_cast<uint16_t*>(to) + place;
+    for (int64_t i = 0; i < n; ++i) halves[i] = dtype == 1 ? bfloat16_of(from[i]) : half_of(from[i]);
+}
+
+// Rows of numbers of one type, `stride` numbers apart; row r is the one at slots[r] where there are slots.
 struct Numbers {
     const void* data;
     int64_t stride, dtype;  // 0 float32, 1 bfloat16, 2 float16
+    const int32_t* slots = nullptr;
 
+    int64_t place(int64_t row, int64_t i) const { return (slots ? slots[row] : row) * stride + i; }
     const uint16_t* halves(int64_t place) const { return static_cast<const uint16_t*>(data) + place; }
 
     F16 sixteen(int64_t row, int64_t i) const {
-        const int64_t place = row * stride + i;
-        if (dtype == 0) return load<F16>(static_cast<const float*>(data) + place);
-        const H16 bits = load<H16>(halves(place));
+        const int64_t at = place(row, i);
+        if (dtype == 0) return load<F16>(static_cast<const float*>(data) + at);
+        const H16 bits = load<H16>(halves(at));
         return dtype == 1 ? as<F16>(converted<U16>(bits) << 16) : floats_of_halves(bits);
     }
 
     float one(int64_t row, int64_t i) const {
-        const int64_t place = row * stride + i;
-        if (dtype == 0) return static_cast<const float*>(data)[place];
-        if (dtype == 2) return float_of_half(*halves(place));
-        const uint32_t bits = uint32_t(*halves(place)) << 16;
+        const int64_t at = place(row, i);
+        if (dtype == 0) return static_cast<const float*>(data)[at];
+        if (dtype == 2) return float_of_half(*halves(at));
+        const uint32_t bits = uint32_t(*halves(at)) << 16;
         float number;
         __builtin_memcpy(&number, &bits, 4);
         return number;

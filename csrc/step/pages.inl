@@ -15,10 +15,6 @@ inline Place in_place(const Head& h, const QjlSide& side, int64_t block) {
             side.middle ? h.at(side.middle, side.middle_stride, block) : nullptr};
 }
 
-inline int64_t page_of(const Head& h, int64_t token) {
-    return h.s.pages->table[h.batch * h.s.pages->capacity + token / h.s.pages->tokens];
-}
-
 // Puts the tokens of a block that a row has side by side; in place of others there are zeros, which decode to zero.
 struct Gather {
     const Head& h;
@@ -26,11 +22,11 @@ struct Gather {
     int64_t page_tokens, first, last;
 
     Gather(const Head& h, const QjlSide& side, int64_t block)
-        : h(h), side(side), page_tokens(h.s.pages->tokens), first(more(block * 64, h.first_token())),
+        : h(h), side(side), page_tokens(h.s.page_tokens), first(more(block * 64, h.first_token())),
           last(fewer(block * 64 + 64, h.end_token())) {}
 
     Place into(uint8_t* room) const {
-        if (last - first < 64) __builtin_memset(room, 0, block_bytes(side));
+        if (!h.has_all(first / 64, 1)) __builtin_memset(room, 0, block_bytes(side));
         uint8_t* scale = room + side.nibbles / 2 * 64;
         uint8_t* middle = scale + side.groups * scale_size(side) * 64;
         gather(room, side.codes, side.codes_stride, side.nibbles / 2, 1);
@@ -44,7 +40,8 @@ struct Gather {
         for (int64_t token = first, count; token < last; token += count) {
             const int64_t slot = token % page_tokens;
             count = fewer(page_tokens - slot, last - token);
-            const uint8_t* from = h.at(data, stride, page_of(h, token)) + slot * size;
+            if (h.page_of(token) < 0) continue;
+            const uint8_t* from = h.at(data, stride, h.page_of(token)) + slot * size;
             for (int64_t i = 0; i < rows; ++i) {
                 copy(to + (i * 64 + token % 64) * size, from + i * page_tokens * size, count * size);
             }
@@ -58,13 +55,13 @@ struct Gather {
 };
 
 inline Place place_of(const Head& h, const QjlSide& side, int64_t block, uint8_t* room) {
-    if (!h.s.pages) return in_place(h, side, block);
-    if (h.s.pages->tokens == 64 && h.has_all(block, 1)) return in_place(h, side, page_of(h, block * 64));
+    if (!h.s.of_rows) return in_place(h, side, block);
+    if (h.s.page_tokens == 64 && h.has_all(block, 1)) return in_place(h, side, h.page_of(block * 64));
     return Gather{h, side, block}.into(room);
 }
 
 // What `place_of` will read first.
 inline const uint8_t* codes_ahead(const Head& h, const QjlSide& side, int64_t block) {
-    const int64_t at = h.s.pages ? page_of(h, more(block * 64, h.first_token())) : block;
-    return h.at(side.codes, side.codes_stride, at);
+    const int64_t at = h.s.of_rows ? h.page_of(more(block * 64, h.first_token())) : block;
+    return h.at(side.codes, side.codes_stride, more(at, 0));
 }

@@ -42,6 +42,8 @@ struct Scratch {
     float *row, *queries, *mapped, *tables_of_floats, *bounds;
     float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs, *sums_of_middles, *energy;
     double* phasors;
+    float* outs;      // of up to MAX_ROWS rows
+    int32_t* slots;   // of exact tokens
     uint8_t *weights, *codes, *nibbles;
     uint8_t *block_of_keys, *blocks_of_values;  // put together from pages
     int32_t* sums;
@@ -62,8 +64,10 @@ struct Scratch {
         weights = room.take<uint8_t>(TILE * MAX_ROWS * 128);
         codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
         nibbles = room.take<uint8_t>(s.values.nibbles);
-        block_of_keys = room.take<uint8_t>(s.pages ? block_bytes(s.keys) : 0);
-        blocks_of_values = room.take<uint8_t>(s.pages ? TILE * block_bytes(s.values) : 0);
+        block_of_keys = room.take<uint8_t>(s.of_rows ? block_bytes(s.keys) : 0);
+        blocks_of_values = room.take<uint8_t>(s.of_rows ? TILE * block_bytes(s.values) : 0);
+        outs = room.take<float>(MAX_ROWS * s.values.head_dim);
+        slots = room.take<int32_t>(64);
         const int64_t pairs = s.turn ? s.turn->pairs : 0;
         phasors = room.take<double>(2 * pairs);
         phasors_of_centre = room.take<float>(2 * pairs);

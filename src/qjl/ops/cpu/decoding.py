@@ -16,7 +16,17 @@ from torch import Tensor
 from qjl.errors import QJLError
 from qjl.ops.cpu import library, structs
 from qjl.ops.cpu.structs import CPU
-from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, PagedTokens, once, shared_strides
+from qjl.ops.forms import (
+    ExactPool,
+    ExactTokens,
+    NibbleForm,
+    PackedTokens,
+    PagedTokens,
+    Pool,
+    Rows,
+    once,
+    shared_strides,
+)
 from qjl.packed import BLOCK, Blocks
 
 PIECES = 16  # of work, at least, whatever the threads: splitting alike makes results alike
@@ -56,13 +66,13 @@ def attend_paged(
     """A row's result does not depend on the other rows."""
     step = _asked(once(packed, "step", _pool_part).struct, query, queries)
     rows = [x.contiguous() for x in (packed.table, packed.lengths, packed.skip, packed.origins)]
-    sizes = packed.table.shape[1], packed.page, packed.keys["codes"].shape[0]
-    step.pages = ctypes.pointer(structs.Pages(*(x.data_ptr() for x in rows), *sizes))
+    of_rows = structs.Rows(*(x.data_ptr() for x in rows), capacity=packed.table.shape[1])
+    step.of_rows = ctypes.pointer(of_rows)
+    step.page_tokens, step.page_count = packed.page, packed.keys["codes"].shape[0]
     longest = max(packed.lengths.tolist(), default=0)
     if bias is not None and bias.shape[3] < longest:
         raise QJLError(f"a bias of {bias.shape[3]} tokens does not reach to the end of a row of {longest}.")
-    blocks = -(-longest // BLOCK)
-    step.blocks_per_split, step.splits = SPLIT_BLOCKS, min(MOST_SPLITS, -(-blocks // SPLIT_BLOCKS))
+    step.blocks_per_split, step.splits = SPLIT_BLOCKS, _splits(longest)
     return _attend(step, bias, exact, scaling, softcap)
 
 
@@ -81,8 +91,15 @@ def _attend(
     step.bias, step.bias_stride = _bias(bias)
     step.scaling, step.softcap = scaling, softcap
     step.out, step.lse = out.data_ptr(), lse.data_ptr()
+    step.out_stride = _by_query(out, step.queries)
     _run(step)
     return out, lse
+
+
+def _by_query(tensor: Tensor, queries: int) -> Any:
+    """Strides over batch, query head and query of a contiguous ``[B, H, R, D]``."""
+    _, heads, rows, dim = tensor.shape
+    return (c_int64 * 3)(heads * rows * dim, queries * dim, dim)
 
 
 def score(query: Tensor, packed: PackedTokens) -> Tensor:
@@ -105,7 +122,7 @@ def _asked(same: structs.Step, query: Tensor, queries: int) -> structs.Step:
     step = structs.Step.from_buffer_copy(same)
     batch, heads, rows, _ = query.shape
     step.batch, step.heads, step.rows, step.queries = batch, heads, rows, queries
-    step.query = query.data_ptr()
+    step.query, step.query_stride = query.data_ptr(), _by_query(query, queries)
     return step
 
 
@@ -125,7 +142,7 @@ def _packed_part(packed: PackedTokens) -> _Made:
     return _Made(part.struct, (part, first))
 
 
-def _pool_part(packed: PackedTokens | PagedTokens) -> _Made:
+def _pool_part(packed: PackedTokens | PagedTokens | Pool) -> _Made:
     """What is the same whatever rows there are."""
     keys, values = once(packed.key_form, "side", _constants), once(packed.value_form, "side", _constants)
     step = structs.Step(
@@ -136,6 +153,112 @@ def _pool_part(packed: PackedTokens | PagedTokens) -> _Made:
         turn = once(packed.key_form, "turn", _turn)
         step.turn = ctypes.pointer(turn.struct)
     return _Made(step, (keys, values, turn))
+
+
+# Rows of pools
+
+
+def attend(
+    query: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
+    queries: int,
+    scaling: float,
+    softcap: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A row's result does not depend on the other rows, nor on threads."""
+    query = query if query.is_contiguous() else query.contiguous()
+    batch, heads, count, _ = query.shape
+    value_dim = exact.values.shape[2]
+    out = torch.empty((batch, heads, count, value_dim), dtype=torch.float32, device=CPU)
+    lse = torch.empty((batch, heads, count), dtype=torch.float32, device=CPU)
+    step = _step_over(pool, exact, rows, scaling, softcap)
+    step.rows, step.queries = count, queries
+    step.query, step.query_type, step.query_stride = query.data_ptr(), _DTYPES[query.dtype], _by_query(query, queries)
+    step.out, step.out_stride, step.lse = out.data_ptr(), _by_query(out, queries), lse.data_ptr()
+    if bias is not None:
+        of_exact = bias[..., rows.table.shape[1] * pool.page :]
+        step.bias, step.bias_stride = _bias(bias)
+        step.exact[0].bias, step.exact[0].bias_stride = of_exact.data_ptr(), step.bias_stride
+    _run(step)
+    return out, lse
+
+
+def append_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """One call, which copies the fresh tokens, and reads and writes the model's types where they lie."""
+    query, keys, values = _whole(query, query.dtype), _whole(keys, exact.keys.dtype), _whole(values, exact.keys.dtype)
+    batch, query_heads, queries, _ = query.shape
+    value_dim = values.shape[3]
+    out = torch.empty((batch, queries, query_heads, value_dim), dtype=query.dtype, device=CPU)
+    step = _step_over(pool, exact, rows, scaling, softcap)
+    step.rows, step.queries = query_heads * queries // step.heads, queries
+    step.query, step.query_stride = query.data_ptr(), query.stride()[:3]
+    step.out, step.out_stride = out.data_ptr(), (queries * query_heads * value_dim, value_dim, query_heads * value_dim)
+    step.query_type = step.out_type = _DTYPES[query.dtype]
+    step.fresh = structs.Fresh(keys.data_ptr(), values.data_ptr(), keys.stride()[:3], values.stride()[:3])
+    _run(step)
+    return out
+
+
+def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in this type, copied where the numbers of a token do not lie together."""
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _step_over(pool: Pool, exact: ExactPool, rows: Rows, scaling: float, softcap: float) -> structs.Step:
+    """What does not depend on the queries."""
+    step = structs.Step.from_buffer_copy(_layer(pool, exact).struct)
+    made = once(rows, "struct", _rows)
+    step.of_rows, step.batch = made.struct, made.kept
+    step.blocks_per_split, step.splits = SPLIT_BLOCKS, _splits(rows.longest)
+    step.scaling, step.softcap = scaling, softcap
+    return step
+
+
+def _splits(longest: int) -> int:
+    """Of a row, at most."""
+    return min(MOST_SPLITS, -(-longest // (SPLIT_BLOCKS * BLOCK)))
+
+
+def _layer(pool: Pool, exact: ExactPool) -> _Made:
+    """A step over two pools, made anew where exact tokens have moved."""
+    made = pool.derived.get("step of pools")
+    if made is None or made.kept[0] is not exact:
+        part = once(pool, "step", _pool_part)
+        step = structs.Step.from_buffer_copy(part.struct)
+        step.page_tokens, step.page_count = pool.page, pool.keys["codes"].shape[0]
+        step.heads, step.exact_count = exact.keys.shape[1], 1
+        step.exact[0] = _pool_segment(exact)
+        made = pool.derived["step of pools"] = _Made(step, (exact, part))
+    return made
+
+
+def _pool_segment(exact: ExactPool) -> structs.Segment:
+    keys, values = exact.keys, exact.values
+    strides = ((0, tokens.stride(1), tokens.stride(0)) for tokens in (keys, values))
+    segment = structs.Segment(keys.data_ptr(), values.data_ptr(), *strides, keys.shape[0], _DTYPES[keys.dtype])
+    segment.is_pool = 1
+    return segment
+
+
+def _rows(rows: Rows) -> _Made:
+    """With how many there are; tensors keep their places while their contents change."""
+    tensors = (rows.table, rows.lengths, rows.skip, rows.origins, rows.slots, rows.counts)
+    struct = structs.Rows(*(x.data_ptr() for x in tensors), rows.table.shape[1], rows.slots.shape[1])
+    return _Made(ctypes.pointer(struct), rows.batch)
 
 
 def _run(step: structs.Step) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from ctypes import c_float
-from dataclasses import replace
+from collections.abc import Sequence
+from ctypes import addressof, c_float
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qjl.errors import QJLError
 from qjl.ops.cpu import library, structs
 from qjl.ops.cpu.structs import CPU
+from qjl.ops.forms import EncodeJob, once
 from qjl.ops.recipe import (
     DenseMap,
     GridRecipe,
@@ -34,20 +37,9 @@ def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Te
     codes = _empty_codes(tokens, sum(part.nibbles for part in recipe.parts) // 2)
     dtype = torch.float16 if recipe.units is None else torch.uint8
     scales = torch.empty((*codes.shape[:3], BLOCK), dtype=dtype, device=CPU)
-    operation = structs.Encode(
-        codes=structs.Codes.of(codes),
-        tokens=_tokens(tokens),
-        mean=_mean(recipe.mean, turn),
-        map=_map(recipe.map),
-        parts=(structs.Part * len(recipe.parts))(*map(_part, recipe.parts)),
-        part_count=len(recipe.parts),
-        gains=(c_float * len(recipe.gains))(*recipe.gains),
-        gain_count=len(recipe.gains),
-        weights=_pointer(recipe.weights),
-        units=_pointer(recipe.units),
-        norm_factor=recipe.norm_factor,
-        scales=scales.data_ptr(),
-    )
+    operation = _encoder(recipe)
+    operation.codes, operation.tokens, operation.mean = structs.Codes.of(codes), _tokens(tokens), _mean(recipe, turn)
+    operation.scales, operation.scale_stride = scales.data_ptr(), scales.stride()[:3]
     library.call_in_room("qjl_encode", operation, _room)
     return codes, scales
 
@@ -57,18 +49,104 @@ def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Ten
     codes = _empty_codes(tokens, tokens.shape[3] * recipe.num_bits // 8)
     steps = torch.empty((*codes.shape[:3], recipe.groups, BLOCK), dtype=torch.float16, device=CPU)
     middles = torch.empty(steps.shape, dtype=torch.float16, device=CPU)
-    operation = structs.EncodeGrid(
-        codes=structs.Codes.of(codes),
-        tokens=_tokens(tokens),
-        size=recipe.size,
-        groups=recipe.groups,
-        bits=recipe.num_bits,
-        clip=recipe.clip,
-        steps=steps.data_ptr(),
-        middles=middles.data_ptr(),
-    )
+    operation = _grid_encoder(recipe)
+    operation.codes, operation.tokens = structs.Codes.of(codes), _tokens(tokens)
+    operation.steps, operation.step_stride = steps.data_ptr(), steps.stride()[:3]
+    operation.middles, operation.middle_stride = middles.data_ptr(), middles.stride()[:3]
     library.call_in_room("qjl_encode_grid", operation, _room)
     return codes, steps, middles
+
+
+def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
+    """One call for all jobs, which gathers tokens as it reads them and writes into the pages."""
+    slots, pages = slots.contiguous(), pages.contiguous()
+    array, turns = (structs.Job * len(jobs))(), _Turns(first)
+    for place, job in enumerate(jobs):
+        made = once(job, "struct", _job)
+        array[place] = made.struct
+        if made.rope is not None:
+            array[place].cos, array[place].sin = turns.of(job, made.rope)
+    operation = structs.EncodePages(array, len(jobs), slots.data_ptr(), pages.data_ptr(), len(pages), -1)
+    library.call_in_room("qjl_encode_pages", operation, _room)
+    if operation.not_finite >= 0:
+        what = jobs[operation.not_finite].what
+        raise QJLError(f"{what} contain NaN or Inf: check the model's weights, its dtype and the prompt.")
+
+
+@dataclass(frozen=True, eq=False)
+class _MadeJob:
+    """A job's struct, that it points to, and what tells its RoPE from others where its mean turns."""
+
+    struct: structs.Job
+    operation: structs.Encode | structs.EncodeGrid
+    rope: tuple[bytes, float, bool] | None
+
+
+def _job(job: EncodeJob) -> _MadeJob:
+    fields, tokens, recipe = job.fields, job.tokens, job.recipe
+    codes = fields["codes"]
+    heads, dim = tokens.shape[1:]
+    target = structs.Codes(
+        codes.data_ptr(), 1, heads, codes.shape[0], codes.shape[2], 0, codes.stride(1), codes.stride(0)
+    )
+    source = structs.Tokens(tokens.data_ptr(), _TYPES[tokens.dtype], dim, 0, tokens.stride(1), tokens.stride(0))
+    source.slot_count = tokens.shape[0]
+    if isinstance(recipe, GridRecipe):
+        grid = _grid_encoder(recipe)
+        grid.codes, grid.tokens = target, source
+        grid.steps, grid.step_stride = fields["step"].data_ptr(), _page_strides(fields["step"])
+        grid.middles, grid.middle_stride = fields["middle"].data_ptr(), _page_strides(fields["middle"])
+        return _MadeJob(structs.Job(grid=addressof(grid)), grid, None)
+    encoder = _encoder(recipe)
+    encoder.codes, encoder.tokens, encoder.mean = target, source, _mean(recipe, None)
+    encoder.scales, encoder.scale_stride = fields["scale"].data_ptr(), _page_strides(fields["scale"])
+    rope = None if recipe.mean is None else job.rope
+    if rope is None:
+        return _MadeJob(structs.Job(encode=addressof(encoder)), encoder, None)
+    encoder.mean.pairs, encoder.mean.interleaved = rope.inv_freq.shape[0], rope.interleaved
+    key = (rope.inv_freq.cpu().numpy().tobytes(), rope.scaling, rope.interleaved)
+    return _MadeJob(structs.Job(encode=addressof(encoder)), encoder, key)
+
+
+def _page_strides(field: Tensor) -> tuple[int, int, int]:
+    """Over nothing, head and page."""
+    return 0, field.stride(1), field.stride(0)
+
+
+class _Turns:
+    """Cosines and sines of every RoPE for the tokens of some blocks, which jobs share."""
+
+    def __init__(self, first: Tensor) -> None:
+        self._positions = (first[:, None] + torch.arange(BLOCK)).flatten()[None]
+        self._made: dict[tuple[bytes, float, bool], tuple[Tensor, Tensor]] = {}
+
+    def of(self, job: EncodeJob, key: tuple[bytes, float, bool]) -> tuple[int, int]:
+        """Where they lie, ``float32 [F, n * 64]`` each."""
+        if key not in self._made:
+            assert job.rope is not None
+            angles = job.rope.exact_angles(self._positions).transpose(1, 2)
+            scaled = (angles.cos() * job.rope.scaling, angles.sin() * job.rope.scaling)
+            self._made[key] = scaled[0].contiguous(), scaled[1].contiguous()
+        cos, sin = self._made[key]
+        return cos.data_ptr(), sin.data_ptr()
+
+
+def _encoder(recipe: Recipe) -> structs.Encode:
+    """What a recipe does, whatever the tokens."""
+    return structs.Encode(
+        map=_map(recipe.map),
+        parts=(structs.Part * len(recipe.parts))(*map(_part, recipe.parts)),
+        part_count=len(recipe.parts),
+        gains=(c_float * len(recipe.gains))(*recipe.gains),
+        gain_count=len(recipe.gains),
+        weights=_pointer(recipe.weights),
+        units=_pointer(recipe.units),
+        norm_factor=recipe.norm_factor,
+    )
+
+
+def _grid_encoder(recipe: GridRecipe) -> structs.EncodeGrid:
+    return structs.EncodeGrid(size=recipe.size, groups=recipe.groups, bits=recipe.num_bits, clip=recipe.clip)
 
 
 def _room(nbytes: int) -> Tensor:
@@ -91,10 +169,12 @@ def _tokens(tokens: Tensor) -> structs.Tokens:
     return structs.Tokens(tokens.data_ptr(), _TYPES[tokens.dtype], tokens.shape[3], *tokens.stride()[:3])
 
 
-def _mean(vector: Tensor | None, turn: Turn | None) -> structs.Mean:
+def _mean(recipe: Recipe, turn: Turn | None) -> structs.Mean:
     if turn is None:
-        return structs.Mean(vector=_pointer(vector))
-    return structs.Mean(_pointer(vector), turn.cos.data_ptr(), turn.sin.data_ptr(), turn.cos.shape[1], turn.interleaved)
+        return structs.Mean(vector=_pointer(recipe.mean))
+    return structs.Mean(
+        _pointer(recipe.mean), turn.cos.data_ptr(), turn.sin.data_ptr(), turn.cos.shape[1], turn.interleaved
+    )
 
 
 def _map(chosen: Map) -> structs.Map:

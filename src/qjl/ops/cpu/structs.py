@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
-MEANING = 1  # raised where a function or a field means something else, and no size tells so
+MEANING = 2  # raised where a function or a field means something else, and no size tells so
 
 
 class Limits(Structure):
@@ -59,6 +59,8 @@ class Tokens(Structure):
     _fields_ = (
         ("data", c_void_p),
         *((name, c_int64) for name in ("type", "dim", "batch_stride", "head_stride", "token_stride")),
+        ("slots", c_void_p),
+        ("slot_count", c_int64),
     )
 
 
@@ -104,7 +106,9 @@ class Encode(Structure):
         ("gain_count", c_int64),
         *((name, c_void_p) for name in ("weights", "units")),
         ("norm_factor", c_float),
-        *((name, c_void_p) for name in ("scales", "room")),
+        ("scales", c_void_p),
+        ("scale_stride", c_int64 * 3),
+        ("room", c_void_p),
         ("room_bytes", c_int64),
     )
 
@@ -115,7 +119,24 @@ class EncodeGrid(Structure):
         ("tokens", Tokens),
         *((name, c_int64) for name in ("size", "groups", "bits")),
         ("clip", c_float),
-        *((name, c_void_p) for name in ("steps", "middles", "room")),
+        *((name, c_void_p) for name in ("steps", "middles")),
+        *((name, c_int64 * 3) for name in ("step_stride", "middle_stride")),
+        ("room", c_void_p),
+        ("room_bytes", c_int64),
+    )
+
+
+class Job(Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("encode", "grid", "cos", "sin"))
+
+
+class EncodePages(Structure):
+    _fields_ = (
+        ("jobs", POINTER(Job)),
+        ("job_count", c_int64),
+        *((name, c_void_p) for name in ("slots", "pages")),
+        *((name, c_int64) for name in ("blocks", "not_finite")),
+        ("room", c_void_p),
         ("room_bytes", c_int64),
     )
 
@@ -158,13 +179,21 @@ class Segment(Structure):
         ("dtype", c_int64),
         ("bias", c_void_p),
         ("bias_stride", c_int64 * 4),
+        ("is_pool", c_int64),
     )
 
 
-class Pages(Structure):
+class Fresh(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("table", "lengths", "skip", "origins")),
-        *((name, c_int64) for name in ("capacity", "tokens", "count")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64 * 3) for name in ("key_stride", "value_stride")),
+    )
+
+
+class Rows(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("table", "lengths", "skip", "origins", "slots", "counts")),
+        *((name, c_int64) for name in ("capacity", "room")),
     )
 
 
@@ -181,18 +210,25 @@ class Step(Structure):
     _fields_ = (
         ("keys", Side),
         ("values", Side),
-        ("pages", POINTER(Pages)),
+        ("of_rows", POINTER(Rows)),
+        *((name, c_int64) for name in ("page_tokens", "page_count")),
         ("exact", Segment * 2),
         ("exact_count", c_int64),
+        ("fresh", Fresh),
         ("bias", c_void_p),
         ("bias_stride", c_int64 * 4),
         ("turn", POINTER(Turn)),
         ("first", c_void_p),
         *((name, c_int64) for name in ("blocks", "blocks_per_split", "splits", "batch", "heads", "rows", "queries")),
         ("query", c_void_p),
+        ("query_type", c_int64),
+        ("query_stride", c_int64 * 3),
         ("scaling", c_float),
         ("softcap", c_float),
-        *((name, c_void_p) for name in ("out", "lse", "scores", "room")),
+        ("out", c_void_p),
+        ("out_type", c_int64),
+        ("out_stride", c_int64 * 3),
+        *((name, c_void_p) for name in ("lse", "scores", "room")),
         ("room_bytes", c_int64),
     )
 
@@ -221,8 +257,8 @@ class Read(Structure):
 
 ALL: tuple[type[Structure], ...] = (
     *(Limits, Codes, Pack, Scan, Expand),
-    *(Tokens, Mean, Map, Part, Encode, EncodeGrid),
-    *(Pair, Side, Segment, Pages, Turn, Step),
+    *(Tokens, Mean, Map, Part, Encode, EncodeGrid, Job, EncodePages),
+    *(Pair, Side, Segment, Fresh, Rows, Turn, Step),
     *(FlashDecode, PopcountScan, Read),
 )
 
