@@ -396,10 +396,13 @@ def batch(common: Any) -> Batch:
         raise QJLError("quantized pages serve causal attention alone: unset QJL_VLLM_PRESET for this model.")
     lengths = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
     count = common.num_reqs
-    totals, starts = (
-        x.cpu().numpy().astype(np.int64) for x in (lengths[:count], common.query_start_loc_cpu[: count + 1])
-    )
-    return Batch(totals, starts, common.block_table_tensor[:count])
+    starts = common.query_start_loc_cpu[: count + 1]
+    return Batch(_numbers(lengths[:count]), _numbers(starts), common.block_table_tensor[:count])
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    """``int64`` on the host."""
+    return tensor.cpu().numpy().astype(np.int64)
 
 
 def is_on_cpu() -> bool:
