@@ -85,9 +85,13 @@ class Engine:
             np.array([len(x) for x in of], np.int64)
             for of in ([sequence.tokens for sequence, _, _ in work], [fresh for _, fresh, _ in work])
         )
-        requests = Requests(context, fresh, lambda rows, places: np.array(
-            [tables[row][place] if tables[row] else 0 for row, place in zip(rows, places, strict=True)], np.int64
-        ))
+        requests = Requests(
+            context,
+            fresh,
+            lambda rows, places: np.array(
+                [tables[row][place] if tables[row] else 0 for row, place in zip(rows, places, strict=True)], np.int64
+            ),
+        )
         plan = self.planner.plan(requests)
         batch = [token for _, fresh, _ in work for token in fresh]
         is_own = plan.own & np.repeat(plan.is_together, fresh)[plan.put_tokens]

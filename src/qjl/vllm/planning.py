@@ -420,6 +420,4 @@ def _direct(writes: _Writes, chosen: Bools, size: int) -> Encoding:
     run_counts = np.bincount(run, counts).astype(np.int64)
     position = (places * size + writes.offset[chosen])[begins]
     pages, offsets = np.repeat(writes.pages[chosen], counts), ranges(writes.offset[chosen], counts)
-    return Encoding.of(
-        writes.tokens[chosen][begins], run_counts, position, np.zeros_like(run_counts), pages, offsets
-    )
+    return Encoding.of(writes.tokens[chosen][begins], run_counts, position, np.zeros_like(run_counts), pages, offsets)
