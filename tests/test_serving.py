@@ -114,16 +114,16 @@ def client(url):
     return client_of(url)
 
 
-ASKED = itertools.count()  # a conversation of its own each time, so that nothing is taken up again
+CONVERSATIONS = itertools.count()  # a conversation of its own each time, so that nothing is taken up again
 
 
 def ask(client, text="Hello", tokens=12, **settings):
-    settings = {"temperature": 0, "max_tokens": tokens, "user": f"{next(ASKED)}"} | settings
+    settings = {"temperature": 0, "max_tokens": tokens, "user": f"{next(CONVERSATIONS)}"} | settings
     return client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], **settings)
 
 
 def complete(client, text="Hello", tokens=12, **settings):
-    settings = {"temperature": 0, "max_tokens": tokens, "user": f"{next(ASKED)}"} | settings
+    settings = {"temperature": 0, "max_tokens": tokens, "user": f"{next(CONVERSATIONS)}"} | settings
     return client.completions.create(model="tiny", prompt=text, **settings)
 
 

@@ -353,14 +353,13 @@ def attention_over(
     ``query [B, Hq, Q, D]``; returns ``[B, Q, Hq, D]``. Without a mask it is causal, unless the module says otherwise.
     """
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    is_coded = isinstance(key, CachedStates)
-    is_special = is_coded or softcap is not None or sinks is not None
+    is_special = isinstance(key, CachedStates) or softcap is not None or sinks is not None
     if dropout or kwargs.get("position_bias") is not None or not is_special:
         return compat.sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is None and query.shape[2] > 1 and not _is_causal(module, kwargs):
         attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     scaling = scaling or query.shape[-1] ** -0.5
-    if not is_coded:
+    if not isinstance(key, CachedStates):
         scoring = Scoring(scaling, attention_mask, softcap, sinks)
         return attend_dense(query, key, value, scoring).transpose(1, 2).contiguous(), None
     layer = key.handed.layer
