@@ -31,7 +31,7 @@ FLOORS = (
     ("errors",),
 )
 LAB_FLOORS = (
-    ("report",),
+    ("report", "lm_eval"),
     ("bench", "demo"),
     ("evals", "plots"),
     ("records", "rows", "machine", "models"),
