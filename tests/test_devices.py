@@ -8,7 +8,7 @@ import torch
 import qjl
 from conftest import Model, using_backend
 from models_for_tests import generate, left_padded, prompt, tiny
-from qjl import calibrate
+from qjl import calibration
 from qjl.attention import Scoring, attend
 from qjl.cache import CacheLayer, LayerSource
 from qjl.methods.balanced import Balanced
@@ -292,7 +292,7 @@ def test_rows_are_reordered_after_one_wait(gpu, reference_backend):
 
 @not_interpreted
 def test_statistics_of_a_model_are_those_of_a_cpu(gpu, reference_backend):
-    measured = [calibrate.measure(model, inputs["ids"]) for model, inputs in _both(ids=prompt(300, 2))]
+    measured = [calibration.measure(model, inputs["ids"]) for model, inputs in _both(ids=prompt(300, 2))]
     for layer in measured[0]:
         for name, expected in vars(measured[0][layer]).items():
             torch.testing.assert_close(on_host(vars(measured[1][layer])[name]), expected, rtol=1e-3, atol=1e-4)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 import tiny_checkpoint
 from models_for_tests import prompt, tiny
-from qjl import calibrate, cli
+from qjl import calibration, cli
 from qjl.lab import lm_eval
 from qjl.lab.evals import harness, requests
 from qjl.lab.evals.harness import PackedModel, Protocol
@@ -59,7 +59,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def statistics(network):
-    return calibrate.measure(network, prompt(512))
+    return calibration.measure(network, prompt(512))
 
 
 @pytest.fixture

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
+    from qjl.calibration import calibrate
     from qjl.choice import choose
+    from qjl.codecs import Codecs
     from qjl.hf import KVCache, disable, enable
     from qjl.models import load
     from qjl.presets import DEFAULT_PRESET, PRESETS, CacheConfig
     from qjl.prompts import PromptCaches
+    from qjl.quantization import Quantized, quantize
     from qjl.sketch import Sketch
 
 __version__ = "0.1.0"
@@ -26,26 +29,34 @@ __all__ = [
     "DEFAULT_PRESET",
     "PRESETS",
     "CacheConfig",
+    "Codecs",
     "KVCache",
     "PromptCaches",
     "QJLError",
+    "Quantized",
     "Sketch",
+    "calibrate",
     "choose",
     "disable",
     "enable",
     "load",
+    "quantize",
 ]
 
 _HOMES = {
     "KVCache": "hf",
     "enable": "hf",
     "disable": "hf",
+    "Codecs": "codecs",
+    "calibrate": "calibration",
     "choose": "choice",
     "load": "models",
     "CacheConfig": "presets",
     "DEFAULT_PRESET": "presets",
     "PRESETS": "presets",
     "PromptCaches": "prompts",
+    "Quantized": "quantization",
+    "quantize": "quantization",
     "Sketch": "sketch",
 }
 
