@@ -26,6 +26,7 @@ import torch
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qjl.serving.rows import read, rows_in
 from tokenizers import decoders
 from typer.testing import CliRunner
 
@@ -43,7 +44,6 @@ from qjl.serving.app import Limits, Service, build
 from qjl.serving.engine import CHUNK, Engine, Job, fit_codecs
 from qjl.serving.metrics import Metrics
 from qjl.serving.protocol import _CHANGE_NOTHING, _ONLY, ChatRequest, CompletionRequest
-from qjl.serving.rows import read, rows_in
 from qjl.serving.sampling import Choice, Chooser
 from qjl.serving.writing import Writer
 from qjl.vllm.model import ServedModel
@@ -190,7 +190,7 @@ def test_statistics_are_those_of_the_text(tokenizer, refuses):
     with torch.inference_mode(), rows_in(network):
         read(network, [cache], [prompt(300)[0].tolist()])
     assert all(core.codecs is None or core.codecs[0] is kept[0] for core, kept in zip(cache.cores, codecs, strict=True))
-    assert cache.cores[0].packed_tokens[0]
+    assert cache.packed_tokens[0]
 
 
 # Writing
