@@ -18,10 +18,10 @@ FLOORS = (
     ("prompts",),
     ("hf", "vllm"),
     ("stored",),
-    ("models", "texts"),
-    ("architecture", "attention", "fingerprints", "gguf_metadata"),
+    ("models", "texts", "quantization"),
+    ("architecture", "fingerprints", "gguf_metadata"),
     ("cache",),
-    ("exact", "runs"),
+    ("codecs", "attention"),
     ("presets", "trees"),
     ("methods",),
     ("statistics", "trellis"),
@@ -118,7 +118,7 @@ def test_few_rooms_import_transformers():
 def test_the_imports_of_a_file_are_found():
     """The reader of imports itself: every form of import is seen."""
     assert "qjl.ops" in set(_imports(SOURCE / "methods" / "nibble.py"))
-    assert {"qjl.errors", "torch"} <= set(_imports(SOURCE / "cache.py"))
+    assert {"qjl.errors", "torch"} <= set(_imports(SOURCE / "codecs.py"))
     assert "transformers" in {name.split(".")[0] for name in _imports(SOURCE / "compat.py")}
 
 
