@@ -18,7 +18,7 @@ def test_every_preset_codes_a_tensor(preset, role, generator):
     quantizer = getattr(PRESETS[preset], role)
     width = 2 if preset == "full" else 1  # the tensor is float32
     assert coded.bits == pytest.approx(quantizer.bits(64) * width * 192 / 130)
-    assert torch.corrcoef(torch.stack([decoded.flatten(), x.flatten()]))[0, 1] > 0.55
+    assert torch.corrcoef(torch.stack([decoded.flatten(), x.flatten()]))[0, 1] > 0.45
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (4, 100, 64), (2, 4, 65, 64), (2, 2, 4, 64, 64)])

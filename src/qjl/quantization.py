@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,7 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """The tokens again, in the shape and dtype that they came in."""
         some = next(iter(self.blocks.values()))
-        decoded = self.codec.dequantize(self.blocks, _positions(*some.shape[:3:2], some.device))
+        decoded = self.codec.dequantize(self.blocks, _positions(some.shape[0], some.shape[2], some.device))
         return decoded[:, :, : self._shape[-2]].reshape(self._shape).to(self._dtype)
 
 
@@ -73,7 +73,8 @@ def quantize(
         raise QJLError(f"role {role!r} is not known: give 'key' or 'value'.")
     require_finite(x, f"the {role}s")
     tokens = _by_head(x)
-    config, statistics = resolve(preset), _statistics(tokens, None if queries is None else _by_head(queries))
+    config = replace(resolve(preset), overrides=())  # which are for some layers of a model
+    statistics = _statistics(tokens, None if queries is None else _by_head(queries))
     codecs = Codecs(config, statistics=lambda layer: statistics).of(0, TokenShape.of(tokens, tokens))
     assert codecs is not None
     codec = codecs[role == "value"]
