@@ -14,7 +14,6 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from qjl import ops
-from qjl.cache import CacheLayer
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext
 from qjl.ops.cpu import library
@@ -200,21 +199,19 @@ def fitted(model_of):
 
 @pytest.fixture(scope="session")
 def run_through():
-    """Put tokens through a layer in steps of the given sizes, as an engine would."""
+    """Put tokens through a layer (``OneLayer``) in passes of the given sizes, as an engine would."""
 
-    def run(layer: CacheLayer, tokens: Tokens, sizes, padding=None):
+    def run(layer, tokens: Tokens, sizes, padding=None):
+        if padding is not None:
+            layer.cache.set_padding(padding, padding_origins(padding))
         start = 0
         for size in sizes:
-            step = slice(start, start + size)
-            if start == 0 and padding is not None:
-                layer.set_padding(padding)
-            layer.append(tokens.keys[:, :, step], tokens.values[:, :, step])
-            if layer.wants_queries:
-                queries = tokens.queries[:, :, step]
-                layer.observe(queries, queries)
-            layer.settle()
+            layer.step(tokens, slice(start, start + size))
             start += size
         return layer
+
+    def padding_origins(padding):
+        return [0] * len(padding)
 
     return run
 

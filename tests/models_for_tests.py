@@ -6,6 +6,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from one_layer import pages_of
 from qjl.compat import cache_argument
 
 VOCABULARY = 128
@@ -151,10 +152,9 @@ def exact(model, ids, sizes=(280,)):
 
 
 def packed_bytes(cache, layer=-1, row=0):
-    """The stored bytes of one row of one layer, a tensor per field of keys and values."""
+    """The stored bytes of one row of one layer, a tensor per field of keys and values: ``[pages, H, *shape]``."""
     core = cache.cores[layer]
-    blocks = core.packed[0].block_counts[row]
-    return [tensor[row, :, :blocks] for packed in core.packed for tensor in packed.view().values()]
+    return pages_of(core.index, core, row)
 
 
 def agreement(first, second):

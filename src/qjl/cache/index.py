@@ -248,9 +248,13 @@ class TokenIndex:
             step.decided.append([0 if self._may_pack(row, block) else HOLE for block in range(first, last)])
 
     def _next_block(self, row: int) -> int:
-        """The first one to be decided: where pages can be filled, one that has some codes is decided again."""
-        blocks = self.blocks[row]
-        return blocks - 1 if blocks and self.fills_pages and blocks - 1 in self.partial[row] else blocks
+        """The first one to be decided: where pages can be filled, one that has some codes is decided again.
+
+        Not if it has tokens that a mask leaves exact: its codes stay, and they alone.
+        """
+        last = self.blocks[row] - 1
+        is_open = self.fills_pages and last in self.partial[row] and self._may_pack(row, last)
+        return last if is_open else last + 1
 
     def _may_pack(self, row: int, block: int) -> bool:
         if self.marks is None:
@@ -470,7 +474,7 @@ class TokenIndex:
         inside = np.full(blocks, BLOCK)
         for block, count in self.partial[row].items():
             inside[block] = count
-        inside[: 1 if blocks else 0] -= min(self.sinks, int(inside[0])) if blocks else 0
+        inside -= (self.sinks - np.arange(blocks) * BLOCK).clip(0, inside)
         return int(inside[self.table[row, :blocks] != HOLE].sum())
 
     @property
