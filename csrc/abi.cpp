@@ -66,9 +66,9 @@ constexpr uint64_t ABI =
     QJL_STRUCT(QjlFresh, keys, values, key_stride, value_stride) +
     QJL_STRUCT(QjlTurn, inv_freq, step, anchor_step, coordinates, down, up, pairs, direct, scaling) +
     QJL_STRUCT(QjlRows, table, lengths, skip, origins, slots, counts, capacity, room) +
-    QJL_STRUCT(QjlStep, keys, values, of_rows, page_tokens, page_count, exact, exact_count, fresh, bias, bias_stride,
-               turn, first, blocks, blocks_per_split, splits, batch, heads, rows, queries, query, query_type,
-               query_stride, scaling, softcap, out, out_type, out_stride, lse, scores, room, room_bytes) +
+    QJL_STRUCT(QjlStep, keys, values, page_tokens, page_count, exact, exact_count, bias, bias_stride, turn, first,
+               blocks, heads, blocks_per_split, of_rows, splits, batch, rows, queries, query, query_type, query_stride,
+               out, out_type, out_stride, fresh, scaling, softcap, lse, scores, room, room_bytes) +
     QJL_STRUCT(QjlFlashDecode, query, keys, values, out, heads, group, tokens, head_dim, scaling) +
     QJL_STRUCT(QjlPopcountScan, query, signs, scale, ones, scores, heads, group, tokens, m) +
     QJL_STRUCT(QjlRead, numbers, count, sums);

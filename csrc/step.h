@@ -84,26 +84,30 @@ struct QjlRows {
 
 struct QjlStep {
     QjlSide keys, values;
-    const QjlRows* of_rows;  // null: blocks lie by their strides
     int64_t page_tokens, page_count;  // tokens of a page, pages of the pool
     QjlSegment exact[2];
     int64_t exact_count;
-    QjlFresh fresh;
     const float* bias;  // of the packed tokens, or null; strides as in QjlSegment
     int64_t bias_stride[4];
     const QjlTurn* turn;   // null: the keys' mean is added as it is
     const int64_t* first;  // [batch][blocks]: position of each block's first token; unused with pages
     int64_t blocks;        // of each row; unused with pages
-    int64_t blocks_per_split, splits;  // with pages: at least, of a row; at most, of a row
-    int64_t batch, heads, rows, queries;  // rows = group x queries, queries fastest
-    const void* query;                    // [batch][query heads][queries][head_dim]
+    int64_t heads, blocks_per_split;  // of a row with pages, at least
+
+    // What changes from call to call lies together, in words: Python writes it at once.
+    const QjlRows* of_rows;         // null: blocks lie by their strides
+    int64_t splits;                 // of a row with pages, at most
+    int64_t batch, rows, queries;   // rows = group x queries, queries fastest
+    const void* query;              // [batch][query heads][queries][head_dim]
     int64_t query_type, query_stride[3];  // in numbers over batch, query head, query
-    float scaling, softcap;               // softcap 0: none
     void* out;                            // [batch][query heads][queries][head_dim of the values]
     int64_t out_type, out_stride[3];
-    float* lse;                           // [batch][heads][rows], or null
-    float* scores;                        // [batch][heads][rows][blocks * 64]: the scan alone; null: the whole step
-    uint8_t* room;  // on a boundary of 64 bytes
+    QjlFresh fresh;
+
+    float scaling, softcap;  // softcap 0: none
+    float* lse;              // [batch][heads][rows], or null
+    float* scores;           // [batch][heads][rows][blocks * 64]: the scan alone; null: the whole step
+    uint8_t* room;           // on a boundary of 64 bytes
     int64_t room_bytes;
 };
 

@@ -77,7 +77,7 @@ class OneLayer:
 
 
 def pages_of(index, core, row=0):
-    """The bytes of a row's pages in one layer, keys and values: ``[pages, H, *shape]`` per field; holes are left out."""
+    """The bytes of a row's pages in one layer, ``[pages, H, *shape]`` per field of keys and values, without holes."""
     table = index.table[row, : index.blocks[row]]
     if core.pages is None:
         return []

@@ -1,5 +1,7 @@
 """A few rows of every kind, as our commands write them."""
 
+from qjl.lab import rows
+
 VERSIONS = {"qjl": "0.1.0", "torch": "2.13.0"}
 BITS = {"full": 16.0, "b3": 2.625, "b2": 2.125, "kivi-2": 3.0}
 OURS = ("full", "b3", "b2")
@@ -19,7 +21,6 @@ def preset(name, **fields):
         "versions": VERSIONS,
         "source": "this project" if name in OURS else "arXiv:2402.02750",
         "recent": 32,
-        "read_as_codes": 0.9,
         **bits,
         **fields,
     }
@@ -27,6 +28,7 @@ def preset(name, **fields):
 
 def frontier(name, kl, kl_se=0.001, **fields):
     protocol = {"prefix": 512, "decode": 256, "chunks": 4, "seeds": 3, "recent": 32, "retrieval": False, "text": TEXT}
+    fields = {"case": "frontier"} | fields
     found = {"kl": kl, "kl_se": kl_se, "ppl_full": 20.0, "dppl_percent": 1.5, "top1": 0.9, "retrieval": None}
     size = {"bits_with_window": 5.0, "prefix": 512, "decode": 256, "chunks": 4}
     return preset(name, protocol=protocol, **found, **size) | fields
@@ -47,7 +49,8 @@ def seed(name, number, kl):
 
 
 def haystack(name, context, depth, found, task="needle"):
-    return preset(name, case="haystack", task=task, context=context, depth=depth, seed=0, found=found)
+    where = {"context": context, "depth": depth, "seed": 0}
+    return preset(name, case="haystack", task=task, **where, found=found, read_as_codes=0.9)
 
 
 def problems(name, right):
@@ -55,14 +58,16 @@ def problems(name, right):
     protocol = {"max_new_tokens": 384, "batch": 25, "recent": None, "seed": 0}
     found = {"accuracy": accuracy, "accuracy_se": (accuracy * (1 - accuracy) / len(right)) ** 0.5, "right": right}
     asked = {"case": "problems", "task": "gsm8k", "n": len(right), "protocol": protocol}
-    return preset(name, **asked, **found, tokens=180.5, unfinished=0.02)
+    return preset(name, **asked, **found, tokens=180.5, unfinished=0.02, read_as_codes=0.9)
 
 
 def harness(name, task, metric, value, value_se=0.01):
     protocol = {"recent": 32, "chunk": None, "batch": 8, "seed": 0, "text": TEXT}
     found = {"task": task, "metric": metric, "filter": "none", "n": 100, "shots": 5, "limit": 100}
+    fields = {"case": "harness"}
     asked = {"task": task, "shots": 5, "limit": 100, "include": None, "metadata": {"max_seq_lengths": [1024]}}
-    return preset(name, protocol=protocol, **found, asked=asked, value=value, value_se=value_se)
+    fields |= {"value": value, "value_se": value_se, "read_as_codes": 0.9}
+    return preset(name, protocol=protocol, **found, **fields, asked=asked)
 
 
 def layer(case, name, tokens, ms, **fields):
@@ -136,6 +141,12 @@ def vllm(name, **fields):
     return {"case": "vllm", "preset": name, "model": "tiny"} | asked | times | told | backend | HERE | fields
 
 
+def family(name, verdict, why=None):
+    right = {"max_error_full": 1e-6, "kl": 0.01, "kl_other": 0.02}
+    asked = {"task": "text", "model_class": "Model", "preset": "b3", "versions": VERSIONS}
+    return {"case": "models", "family": name, "verdict": verdict, "why": why} | asked | right
+
+
 EVERY_KIND = {
     "frontier": [
         frontier("b3", 0.010, kl_of_chunks=[0.012, 0.008, 0.011, 0.009]),
@@ -174,4 +185,10 @@ EVERY_KIND = {
     "generate": [generate(name, tokens, 80.0) for name in ("b3 bf16", "dynamic bf16") for tokens in (512, 2048)],
     "vllm": [vllm(name, step_seconds=seconds) for name, seconds in (("full", 0.1), ("b3", 0.08)) * 2],
     "serving": [serving("b3"), serving("full", peak_bytes=None, resident_bytes=[], smaller_than_full=None)],
+    "models": [family("llama", "works"), family("mamba", "refused", "it has no keys")],
 }
+
+
+def typed(*found):
+    """As the report reads them."""
+    return [rows.typed(row) for row in found]

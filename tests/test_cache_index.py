@@ -135,13 +135,14 @@ def require_holds(store, naive):
         naive.padding,
         [len(row) for row in naive.rows],
     )
+    packed_tokens = index.packed_tokens
     for row, tokens in enumerate(naive.rows):
         codes, exact = store.row(row)
         assert codes == {place: token.number for place, token in enumerate(tokens) if token.is_coded}
         assert exact == {
             place: token.number for place, token in enumerate(tokens) if not token.is_coded or place < naive.sinks
         }
-        assert index.packed_tokens[row] == len(codes) - sum(place < naive.sinks for place in codes)
+        assert packed_tokens[row] == len(codes) - sum(place < naive.sinks for place in codes)
         assert index.ends[row] == max(codes, default=-1) + 1 or index.has_holes
     assert (index.slots.in_use, index.pages.in_use) == (len(index.slots_held()), len(index.pages_held()))
     for places, held in ((index.slots, index.slots_held()), (index.pages, index.pages_held())):
@@ -149,12 +150,9 @@ def require_holds(store, naive):
 
 
 def random_marks(chance, batch, count):
-    runs = [chance.random() < 0.7 for _ in range(batch * (count // 40 + 1))]
+    runs = [[chance.random() < 0.7 for _ in range(count // 40 + 2)] for _ in range(batch)]
     shift = chance.randrange(40)
-    return [
-        [runs[row * (count // 40 + 1) + min((i + shift) // 40, count // 40)] for i in range(count)]
-        for row in range(batch)
-    ]
+    return [[run[(i + shift) // 40] for i in range(count)] for run in runs]
 
 
 def _numbers(chance, batch, count, start):

@@ -54,7 +54,7 @@ def test_caches_use_it_without_waiting(attention, caplog):
     ops.backend_of(torch.device("cpu"))  # which is told once, in whatever test comes first
     with caplog.at_level(logging.INFO, logger="qjl"):
         generate(model, prompt(110), cache=cache, tokens=2)
-    assert cache.cores[0].packed_tokens == [64]
+    assert cache.packed_tokens == [60]
     assert not caplog.records
 
 
@@ -66,7 +66,7 @@ def test_it_serves_the_same_model_at_once_and_leaves_older_caches_alone():
     calibrate(model, ByteTokenizer(), TEXT)
     newer = qjl.KVCache(model)
     read(model, prompt(110), newer, sizes=(110,))
-    assert newer.cores[0].packed_tokens == [64]
+    assert newer.packed_tokens == [60]
     assert older.cores[0].codec_tensors[0] is before
     assert not newer.cores[0].codec_tensors[0].equal(before)
 
@@ -74,9 +74,9 @@ def test_it_serves_the_same_model_at_once_and_leaves_older_caches_alone():
 def test_it_serves_every_copy_of_the_weights():
     calibrate(tiny(), ByteTokenizer(), TEXT)
     cache = qjl.KVCache(tiny(dtype=torch.bfloat16))
-    assert cache.cores[0].source.calibrated() is not None
+    assert cache.codecs.statistics(0) is not None
     other = qjl.KVCache(tiny(seed=1))
-    assert other.cores[0].source.calibrated() is None
+    assert other.codecs.statistics(0) is None
 
 
 def test_calibrating_twice_gives_the_same_codes():

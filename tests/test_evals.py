@@ -1,7 +1,6 @@
 """What is measured is what a model gives that prefills and decodes by itself, however much of it is shared."""
 
 import dataclasses
-import functools
 import math
 import statistics
 
@@ -12,6 +11,7 @@ import qjl
 from models_for_tests import agreement, packed_bytes, prompt, tiny
 from qjl import calibrate, teacher_forcing
 from qjl.compat import cache_argument
+from qjl.hf import own_codecs
 from qjl.lab import machine
 from qjl.lab.evals import fidelity
 from qjl.lab.evals.fidelity import Protocol
@@ -36,10 +36,10 @@ def model():
     return tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
 
 
-def give_statistics(cache, statistics):
-    for index, one in statistics.items():
-        cache.layers[index].core.source.calibrated = functools.partial(lambda one: one, one)
-    return cache
+def cache_of(model, config, statistics=None):
+    """With codecs of its own, fitted to these statistics, or to its first prompt."""
+    codecs = own_codecs(model, config) if statistics is None else own_codecs(model, config, statistics.get)
+    return qjl.KVCache(model, config, codecs=codecs)
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -49,7 +49,7 @@ def test_filled_caches_are_as_prefilled_by_the_model(family, preset):
     config = dataclasses.replace(PRESETS[preset], recent=32)
     statistics = calibrate.measure(model, ids[:1, :PREFIX])
     reference = teacher_forcing.full_log_probabilities(model, ids, PREFIX)
-    caches = [give_statistics(qjl.KVCache(model, config, share=False), statistics) for _ in range(2)]
+    caches = [cache_of(model, config, statistics) for _ in range(2)]
     teacher_forcing.refill(caches[0], teacher_forcing.prefill(model, ids[:, :PREFIX]))
     with torch.inference_mode():
         model(input_ids=ids[:, :PREFIX], **cache_argument(caches[1]))
@@ -64,7 +64,7 @@ def test_filled_caches_are_as_prefilled_by_the_model(family, preset):
 @pytest.mark.parametrize("family", MODELS)
 def test_a_filled_cache_in_full_precision_loses_nothing(family):
     model, ids = tiny(family), prompt(PREFIX + 100, batch=2)
-    cache = qjl.KVCache(model, CacheConfig(Identity(), Identity()), share=False)
+    cache = cache_of(model, CacheConfig(Identity(), Identity()))
     exact = teacher_forcing.prefill(model, ids[:, :PREFIX])
     for _ in range(2):  # the second time after all that the first has decoded
         teacher_forcing.refill(cache, exact)
@@ -75,8 +75,8 @@ def test_a_filled_cache_in_full_precision_loses_nothing(family):
 
 def test_statistics_measured_once_give_the_codes_of_a_first_prompt():
     model, ids = tiny(), prompt(PREFIX)
-    first, given = (qjl.KVCache(model, "b3", share=False) for _ in range(2))
-    give_statistics(given, calibrate.measure(model, ids))
+    first = cache_of(model, PRESETS["b3"])
+    given = cache_of(model, PRESETS["b3"], calibrate.measure(model, ids))
     for cache in (first, given):
         with torch.no_grad():
             model(input_ids=ids, **cache_argument(cache))

@@ -27,11 +27,14 @@ from models_for_tests import (
     read,
     tiny,
 )
-from qjl.cache import CacheLayer
+from qjl.cache.layer import Layer
+from qjl.cache.paged import PagedCache
 from qjl.compat import CACHE, CROP_TAKES_LENGTHS, cache_argument
+from qjl.hf import own_codecs
 from qjl.hf.promises import ENABLED
 from qjl.methods.balanced import Balanced
 from qjl.packed import BLOCK
+from qjl.presets import DEFAULT_PRESET
 
 NOISE = 1e-2  # of the logits: a few codes at an edge; quantization itself is ten times as much
 TINY_HEADS, TINY_DIM = 2, 32
@@ -90,7 +93,7 @@ def test_full_generates_like_the_dynamic_cache(model, mode, attention):
         torch.manual_seed(0)
         texts.append(generate(model, ids, tokens=45, cache=cache, **settings))
     assert texts[1].equal(texts[0])
-    assert min(cache.cores[0].packed_tokens) >= 192
+    assert min(cache.packed_tokens) >= 188
     assert not cache.is_compileable
 
 
@@ -103,7 +106,7 @@ def test_a_quantized_cache_generates_in_every_mode(model, mode):
     new = generate(model, prompt(200), tokens=45, cache=cache, **settings)
     assert new.shape[1] == 45
     assert cache.get_seq_length() in (244, 245)
-    assert min(cache.cores[0].packed_tokens) >= 192
+    assert min(cache.packed_tokens) >= 188
     assert all(torch.isfinite(tensor).all() for layer in cache.layers for tensor in (layer.keys, layer.values))
 
 
@@ -130,8 +133,8 @@ def test_what_is_packed_stays_as_it_is(model):
     generate(model, text, cache=cache)
     before = packed_bytes(cache)
     generate(model, torch.cat([text, prompt(90)], dim=1), cache=cache)
-    assert cache.cores[0].packed_tokens == [256]
-    after = [tensor[:, : old.shape[1]] for tensor, old in zip(packed_bytes(cache), before, strict=True)]
+    assert cache.packed_tokens == [252]
+    after = [tensor[: len(old)] for tensor, old in zip(packed_bytes(cache), before, strict=True)]
     assert all(map(torch.equal, after, before))
 
 
@@ -155,12 +158,12 @@ def test_a_padded_row_is_the_row_alone(model, lengths, settings):
     cache = qjl.KVCache(model, "b3")
     mask = batch["attention_mask"]
     together = generate(model, batch["input_ids"], attention_mask=mask, cache=cache, **settings)
-    assert cache.cores[0].padding == [max(lengths) - length for length in lengths]
+    assert cache.index.padding == [max(lengths) - length for length in lengths]
     for index, row in enumerate(rows):
         alone = qjl.KVCache(model, "b3")
         assert together[index].equal(generate(model, row, cache=alone, **settings)[0])
-        assert cache.cores[0].packed_tokens[index] == alone.cores[0].packed_tokens[0]
-        if alone.cores[0].packed:
+        assert cache.packed_tokens[index] == alone.packed_tokens[0]
+        if alone.packed_tokens[0]:
             assert agreement(packed_bytes(cache, row=index), packed_bytes(alone)) > 0.999
 
 
@@ -175,7 +178,7 @@ def test_padding_is_known_without_hooks():
     ]
     assert not unwatched._forward_pre_hooks
     assert texts[0].equal(texts[1])
-    assert caches[0].cores[1].padding == [0, 30]
+    assert caches[0].index.padding == [0, 30]
     for row in range(2):
         assert agreement(packed_bytes(caches[0], row=row), packed_bytes(caches[1], row=row)) == 1
 
@@ -194,8 +197,8 @@ def test_positions_of_the_first_real_tokens(model, positions, origin):
         inputs = {"input_ids": batch["input_ids"][:, step], "attention_mask": mask, "position_ids": step_ids}
         with torch.no_grad():
             model(**inputs, **cache_argument(cache))
-    assert cache.cores[0].padding == [0, 30]
-    assert cache.cores[0].origin == origin
+    assert cache.index.padding == [0, 30]
+    assert cache.index.origins.tolist() == origin
 
 
 def test_rows_are_selected_and_repeated(model):
@@ -227,7 +230,7 @@ def test_crop_and_read_again(model, removed):
     assert cache.get_seq_length() == 200 - removed
     again = read(model, ids[:, 200 - removed :], cache, sizes=(removed,))
     torch.testing.assert_close(again, logits[:, 200 - removed :], atol=2e-5, rtol=1e-4)
-    assert cache.cores[0].packed_tokens[0] + cache.cores[0].sinks <= 200 - 32
+    assert cache.packed_tokens[0] + cache.index.sinks <= 200 - 32
 
 
 def test_crop_leaves_packed_codes_alone(model):
@@ -235,7 +238,7 @@ def test_crop_leaves_packed_codes_alone(model):
     read(model, prompt(200), cache, sizes=(200,))
     before = cache.layers[1].keys[:, :, :100].clone()
     cache.crop(-90)
-    assert cache.cores[1].packed_tokens == [106]
+    assert cache.packed_tokens == [106]
     read(model, prompt(40, seed=3), cache, sizes=(30,))
     torch.testing.assert_close(cache.layers[1].keys[:, :, :100], before)
 
@@ -269,7 +272,7 @@ def test_a_copied_cache_goes_its_own_way(model):
     read(model, ids, prefix, sizes=(200,))
     branch = copy.deepcopy(prefix)
     read(model, prompt(100, seed=8), branch, sizes=(100,))
-    assert branch.cores[0].source is prefix.cores[0].source
+    assert branch.codecs is prefix.codecs
     assert prefix.get_seq_length() == 200
     expected = qjl.KVCache(model, "b3")
     read(model, ids, expected, sizes=(200,))
@@ -286,9 +289,9 @@ def test_tokens_are_exact_until_the_statistics_are_there():
     logits = read(model, ids[:, :255], cache, sizes=(240,))
     torch.testing.assert_close(logits, reference[:, :255], atol=2e-5, rtol=1e-4)
     assert cache.wants_queries
-    assert not any(cache.cores[0].packed_tokens)
+    assert not any(cache.packed_tokens)
     logits = read(model, ids[:, 255:], cache, sizes=(1,))
-    assert cache.cores[0].packed_tokens == [256]
+    assert cache.packed_tokens == [252]
     assert difference(logits[:, 1:], reference[:, 256:]) > 1e-3
 
 
@@ -301,7 +304,7 @@ def test_statistics_serve_all_caches_and_are_told_once(attention, caplog):
         for length in (300, 120, 300):
             cache = qjl.KVCache(model)
             generate(model, prompt(length), cache=cache, tokens=2)
-            assert min(cache.cores[0].packed_tokens) >= 64, "a short prompt is packed with known statistics"
+            assert min(cache.packed_tokens) >= 60, "a short prompt is packed with known statistics"
         generate(model, prompt(300), cache=qjl.KVCache(model, "qjl-2"), tokens=2)
     messages = [record.getMessage() for record in caplog.records if record.name == "qjl"]
     assert messages == ["llama: statistics taken from the first prompt, 296 tokens"]
@@ -328,11 +331,21 @@ def first_layer_statistics(inputs):
     cache = qjl.KVCache(model, KEEP_ALL)
     with torch.no_grad():
         model(**inputs, **cache_argument(cache))
-    return cache.cores[0].measure()
+    return measured_in(cache)[0]
+
+
+def measured_in(cache):
+    """Statistics of each layer, of tokens that all are exact."""
+    (source,), (store,) = cache.sources, cache.stores
+    return [source.measure(core, store) for core in cache.cores]
 
 
 def test_caches_of_one_model_share_codecs(model):
-    caches = [qjl.KVCache(model), qjl.KVCache(model), qjl.KVCache(model, share=False)]
+    caches = [
+        qjl.KVCache(model),
+        qjl.KVCache(model),
+        qjl.KVCache(model, codecs=own_codecs(model, qjl.PRESETS[DEFAULT_PRESET])),
+    ]
     for cache in caches:
         read(model, prompt(270), cache, sizes=(270,))
     maps = [cache.cores[0].codec_tensors[0].data_ptr() for cache in caches]
@@ -348,7 +361,7 @@ def test_a_monotonous_prompt_does_no_harm(preset):
     logits = read(model, text, cache, sizes=(300, 140))
     assert torch.isfinite(logits).all()
     exact_tokens = cache.config.sinks + cache.config.recent
-    assert cache.cores[1].packed_tokens[0] > 440 - exact_tokens - 64
+    assert cache.packed_tokens[0] > 440 - exact_tokens - 64
     assert difference(logits, exact(model, text, sizes=(300, 140))) < 1
 
 
@@ -363,9 +376,10 @@ def test_not_a_number_is_refused(refuses):
 # Memory
 
 
-def numbers_held(core: CacheLayer):
-    """Tokens that a layer keeps exactly."""
-    return core.exact_nbytes // (2 * TINY_HEADS * TINY_DIM * 4)
+def numbers_held(core: Layer):
+    """Tokens that a layer keeps exactly, fresh ones of the pass at hand too."""
+    fresh = 0 if core.fresh is None else core.fresh[0].shape[2]
+    return fresh + core.exact_nbytes // (2 * TINY_HEADS * TINY_DIM * 4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -389,20 +403,19 @@ def test_a_prefill_keeps_one_layer_exact_at_most(attention):
 def test_every_byte_is_counted(model):
     cache = qjl.KVCache(model, "b3")
     read(model, prompt(300), cache)
-    packed = [tensor for core in cache.cores for side in core.packed for tensor in side._storage.values()]
-    exact_stores = [store for core in cache.cores for store in (core._window, core._kept)]
-    windows = [tensor for store in exact_stores for tensor in (store._keys, store._values)]
+    packed = [tensor for core in cache.cores for side in core.pages._storage for tensor in side.values()]
+    windows = [tensor for core in cache.cores for tensor in (core.exact.keys, core.exact.values)]
     codecs = [tensor for core in cache.cores for tensor in core.codec_tensors]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in codecs}
     assert cache.codec_nbytes == sum(storage.nbytes() for storage in storages.values()) > 0
     held = sum(tensor.untyped_storage().nbytes() for tensor in packed + windows)
     assert cache.allocated_nbytes == held + cache.codec_nbytes
 
-    tokens = cache.cores[0].packed_tokens[0]
-    assert tokens == 256
+    tokens = 256
+    assert cache.packed_tokens == [tokens - 4], "sinks are exact and in codes"
     numbers = 2 * TINY_HEADS * TINY_DIM  # layers x heads x head_dim
     packed_nbytes = tokens * numbers * sum(cache.bits) / 8
-    exact_nbytes = 2 * (300 - tokens) * numbers * 4
+    exact_nbytes = 2 * (300 - tokens + 4) * numbers * 4
     assert cache.nbytes == packed_nbytes + exact_nbytes + cache.codec_nbytes
     assert cache.full_nbytes == 2 * 300 * numbers * 4
     assert cache.bits_with_window == pytest.approx(8 * cache.nbytes / (2 * 300 * numbers))
@@ -413,7 +426,7 @@ def test_sliding_windows_are_counted_too():
     cache = qjl.KVCache(model, "full")
     read(model, prompt(300), cache)
     numbers = 2 * TINY_HEADS * TINY_DIM * 4
-    assert cache.nbytes == (300 + 127) * numbers + cache.codec_nbytes
+    assert cache.nbytes == (300 + 4 + 127) * numbers + cache.codec_nbytes
     assert cache.full_nbytes == (300 + 127) * numbers
 
 
@@ -423,7 +436,7 @@ def test_states_of_linear_attention_are_counted_too():
     read(model, prompt(300), cache)
     linear = cache.layers[0]
     states = linear.conv_states[0].nbytes + linear.recurrent_states[0].nbytes
-    assert cache.nbytes == 300 * 2 * TINY_HEADS * TINY_DIM * 4 + states + cache.codec_nbytes
+    assert cache.nbytes == (300 + 4) * 2 * TINY_HEADS * TINY_DIM * 4 + states + cache.codec_nbytes
 
 
 def test_the_window_is_not_copied_at_every_token(model):
@@ -431,7 +444,7 @@ def test_the_window_is_not_copied_at_every_token(model):
     read(model, prompt(200), cache, sizes=(200,))
     for token in prompt(128).split(1, dim=1):
         read(model, token, cache, sizes=(1,))
-        places.add(cache.cores[0].segments()[0][-1].keys.data_ptr())
+        places.add(cache.cores[0].exact.keys.data_ptr())
     assert len(places) <= 4
     assert numbers_held(cache.cores[0]) < 4 + 32 + BLOCK
 
@@ -439,8 +452,10 @@ def test_the_window_is_not_copied_at_every_token(model):
 def test_a_layer_is_decoded_once_for_each_step(model, monkeypatch):
     cache, decoded = qjl.KVCache(model, "b3"), []
     model.set_attn_implementation(OWN)
-    dense = CacheLayer.dense
-    monkeypatch.setattr(CacheLayer, "dense", lambda core: decoded.append(core.name) or dense(core))
+    dense = PagedCache.dense
+    monkeypatch.setattr(
+        PagedCache, "dense", lambda store, core, *fresh: decoded.append(core.name) or dense(store, core, *fresh)
+    )
     read(model, prompt(203), cache, sizes=(200,))
     assert decoded == ["layer 0", "layer 1"] * 4
 
@@ -449,7 +464,7 @@ def test_a_layer_is_decoded_once_for_each_step(model, monkeypatch):
 def test_no_gradient_is_kept(model, length):
     cache, ids = qjl.KVCache(model, "b3"), prompt(length)
     with_gradient = model(ids, **cache_argument(cache)).logits
-    assert not any(segment.keys.requires_grad for segment in cache.cores[0].segments()[0])
+    assert not any(x.requires_grad for core in cache.cores for x in (core.exact.keys, core.exact.values))
     assert with_gradient.equal(read(model, ids, qjl.KVCache(model, "b3"), sizes=(length,)))
 
 
@@ -462,7 +477,7 @@ def test_inference_mode_does_not_stick():
     for more in (5, 70):
         ids = torch.cat([ids, prompt(more)], dim=1)
         generate(model, ids, cache=cache, tokens=1)
-    assert cache.cores[0].packed_tokens == [320]
+    assert cache.packed_tokens == [316]
     model(prompt(3), **cache_argument(cache)).logits.sum().backward()
 
 
@@ -557,7 +572,10 @@ def test_other_caches_are_served_as_by_sdpa(model):
 
 def test_two_models_in_two_threads():
     models = [tiny(seed=seed) for seed in (1, 2)]
-    expected = [generate(model, prompt(), cache=qjl.KVCache(model, share=False)) for model in models]
+    expected = [
+        generate(model, prompt(), cache=qjl.KVCache(model, codecs=own_codecs(model, qjl.PRESETS[DEFAULT_PRESET])))
+        for model in models
+    ]
     results = {}
 
     def work(index):
@@ -606,7 +624,7 @@ def test_a_configuration_is_enough(attention):
     texts = []
     for cache in (qjl.KVCache(model.config), qjl.KVCache(model.config, "b3")):
         texts.append(generate(model, prompt(), cache=cache))
-        assert cache.cores[0].packed_tokens == [256]
+        assert cache.packed_tokens == [252]
     assert not model._forward_pre_hooks
     assert texts[0].equal(texts[1])
     assert texts[0].equal(generate(model, prompt(), cache=qjl.KVCache(model)))
@@ -637,7 +655,7 @@ def test_the_mean_is_taken_before_rope_where_there_is_one(family, settings, is_r
                 parameter.normal_(std=3)
     cache = qjl.KVCache(model, KEEP_ALL)
     read(model, prompt(), cache, sizes=(300,))
-    assert [core.measure().is_rotary for core in cache.cores] == is_rotary
+    assert [statistics.is_rotary for statistics in measured_in(cache)] == is_rotary
 
 
 @pytest.mark.parametrize(

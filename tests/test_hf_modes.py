@@ -14,6 +14,7 @@ from transformers import DynamicCache, TextIteratorStreamer
 import qjl
 from models_for_tests import difference, exact, generate, left_padded, packed_bytes, prompt, read, tiny
 from qjl.compat import Uncompiled, cache_argument
+from qjl.hf import own_codecs
 
 KINDS = ("full", "b3", "qjl-2", "kivi-2", "b2-pre", "int8")  # every way in which tokens are stored and read
 
@@ -88,15 +89,14 @@ def test_codes_under_autocast_are_those_of_the_same_tokens(preset):
         logits = read(model, ids, cache, (300,))
     assert torch.bfloat16 in given
     assert difference(logits.float(), reference.float()) < 0.6
-    core = cache.cores[0]
-    assert core.packed_tokens[0] >= 320 - core.sinks - core.recent - 63
+    assert cache.packed_tokens[0] >= 320 - cache.config.sinks - cache.config.recent - 63
     outside = qjl.KVCache(model, preset)
     read(model, ids, outside, (300,))
-    inside = core.dense()[0]
+    inside = cache.layers[0].keys
     with torch.autocast("cpu", torch.bfloat16):
         again = qjl.KVCache(model, preset)
         read(model, ids, again, (300,))
-    assert again.cores[0].dense()[0].equal(inside)
+    assert again.layers[0].keys.equal(inside)
 
 
 @pytest.mark.parametrize("preset", KINDS)
@@ -220,6 +220,10 @@ def test_threads_on_a_fitted_model_write_what_they_write_alone(preset):
         assert all(map(torch.equal, together, alone))
 
 
+def cache_of(model, preset, is_sharing):
+    return qjl.KVCache(model, preset, codecs=None if is_sharing else own_codecs(model, qjl.PRESETS[preset]))
+
+
 @pytest.mark.parametrize("preset", KINDS)
 @pytest.mark.parametrize("share", [True, False])
 def test_first_prompts_at_once_are_sane(preset, share):
@@ -228,7 +232,7 @@ def test_first_prompts_at_once_are_sane(preset, share):
     for _ in range(2):
         model = tiny()
         exact_logits = [exact(model, ids, (300,)) for ids in prompts]
-        caches = [qjl.KVCache(model, preset, share=share) for _ in prompts]
+        caches = [cache_of(model, preset, share) for _ in prompts]
         logits = in_threads(lambda index, c=caches, m=model: read(m, prompts[index], c[index], (300,)), len(prompts))
         for ours, reference in zip(logits, exact_logits, strict=True):
             assert difference(ours, reference) < 0.3

@@ -34,7 +34,7 @@ LAB_FLOORS = (
     ("report",),
     ("bench", "demo"),
     ("evals", "plots"),
-    ("records", "machine", "models"),
+    ("records", "rows", "machine", "models"),
 )
 ABOVE_MODELS = {
     "hf",

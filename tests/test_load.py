@@ -13,7 +13,8 @@ from qjl import cli
 from qjl.errors import QJLError
 from qjl.lab.bench import serving, vllm
 from qjl.lab.bench.protocol import Inaccurate
-from qjl.lab.bench.serving import BROKEN, DIGITS, FEWEST, Conversation, Load, conversations, leaks, repeated, went_well
+from qjl.lab.bench.serving import BROKEN, DIGITS, FEWEST, Conversation, Load, conversations, leaks, repeated
+from qjl.lab.rows import typed
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 20
 
@@ -125,10 +126,10 @@ def test_a_server_that_hangs_up_is_a_failure():
 
 def test_what_a_server_may_not_do():
     row = {"requests": 3, "statuses": {"200": 3, "429": 5}, "leaks": 0, "exit_code": 0}
-    assert went_well(row)
-    assert not went_well(row | {"statuses": {"200": 2, "429": 5}})
-    assert not went_well(row | {"leaks": 1})
-    assert not went_well(row | {"exit_code": 1})
+    assert typed(row).went_well
+    assert not typed(row | {"statuses": {"200": 2, "429": 5}}).went_well
+    assert not typed(row | {"leaks": 1}).went_well
+    assert not typed(row | {"exit_code": 1}).went_well
 
 
 def test_the_command_loads_a_server_of_its_own(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from models_for_tests import FAMILIES, config_of, prompt, tiny
 from qjl import KVCache, presets
 from qjl.compat import cache_argument
+from qjl.hf import own_codecs
 from qjl.plan import Planner, parse_memory
 from qjl.presets import PRESETS, resolve
 
@@ -56,14 +57,14 @@ def test_planned_tokens_take_what_real_ones_take(family, preset):
     planner = Planner(model.config, torch.float32)
     config = resolve(preset)
     for tokens in GROWTH:
-        cache = held_by(model, KVCache(model, config, share=False), tokens)
+        cache = held_by(model, KVCache(model, config, codecs=own_codecs(model, config)), tokens)
         assert planner.cache_bytes(config, tokens) == cache.nbytes - cache.codec_nbytes, tokens
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_planned_codecs_weigh_about_what_real_ones_weigh(preset):
     model = tiny(head_dim=64, layers=3)
-    cache = held_by(model, KVCache(model, preset, share=False), 400)
+    cache = held_by(model, KVCache(model, codecs=own_codecs(model, resolve(preset))), 400)
     planned = Planner(model.config).codec_bytes(resolve(preset))
     assert planned == pytest.approx(cache.codec_nbytes, rel=0.1)
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from colours import VISIONS, contrast, distance
 from qjl.lab import plots
 from qjl.lab.plots import pareto, style
-from report_rows import EVERY_KIND
+from report_rows import EVERY_KIND, frontier, typed
 
 PRESETS = {
     "b2": (2.1, 0.03),
@@ -30,17 +31,11 @@ PRESETS = {
 @pytest.fixture
 def rows():
     return [
-        {
-            "model": "tiny",
-            "preset": name,
-            "bits": bits,
-            "kl": kl,
-            "kl_se": None if name == "b4" else kl / 10,
-            "source": "this project" if name.startswith("b") else "arXiv",
-            "chunks": 4,
-            "decode": 512,
-            "prefix": 512,
-        }
+        replace(
+            *typed(frontier("b3" if name.startswith("b") else "kivi-2", kl, None if name == "b4" else kl / 10)),
+            preset=name,
+            bits=bits,
+        )
         for name, (bits, kl) in PRESETS.items()
     ]
 
@@ -70,7 +65,7 @@ def test_names_are_there_and_hide_no_point_and_no_other_name(rows, monkeypatch):
     (axes,) = figures[0].axes
     names = {text.get_text(): text.get_window_extent() for text in axes.texts}
     assert names.keys() == {"b2", "b3", "b4", "kivi", "qjl-paper", "int8"}
-    points = [axes.transData.transform((row["bits"], row["kl"])) for row in rows]
+    points = [axes.transData.transform((row.bits, row.kl)) for row in rows]
     assert not [name for name, box in names.items() for point in points if box.contains(*point)]
     boxes = list(names.values())
     assert not [1 for i, box in enumerate(boxes) if box.count_overlaps(boxes[:i])]
@@ -96,7 +91,7 @@ def test_a_family_is_what_stands_before_the_size(preset, stem):
 
 
 def test_full_precision_is_not_drawn(rows, refuses):
-    full = rows[0] | {"preset": "full", "bits": 16, "kl": 0.0}
+    full = replace(rows[0], preset="full", bits=16, kl=0.0)
     assert plots.frontier([*rows, full]) == plots.frontier(rows)
     with refuses("there is nothing to draw"):
         plots.frontier([full])
@@ -149,9 +144,9 @@ DRAWN = {
 
 @pytest.mark.parametrize("kind", DRAWN)
 def test_each_kind_has_a_picture_the_same_for_the_same_rows(kind, refuses):
-    picture = DRAWN[kind](EVERY_KIND[kind])
+    picture = DRAWN[kind](typed(*EVERY_KIND[kind]))
     assert ET.fromstring(picture).tag.endswith("svg")
-    assert DRAWN[kind](EVERY_KIND[kind]) == picture
+    assert DRAWN[kind](typed(*EVERY_KIND[kind])) == picture
     with refuses("there is nothing to draw"):
         DRAWN[kind]([])
 
@@ -187,7 +182,7 @@ def _labels(axis):
 @pytest.mark.parametrize("most", [1, None], ids=["one row", "all"])
 @pytest.mark.parametrize("kind", DRAWN)
 def test_no_text_is_cut_and_every_axis_has_a_name(kind, most, drawn):
-    figure = drawn(DRAWN[kind], EVERY_KIND[kind][:most])
+    figure = drawn(DRAWN[kind], typed(*EVERY_KIND[kind])[:most])
     texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible() and not _is_off(text)]
     inside = figure.bbox.padded(1)
     cut = [text for text in texts for corner in text.get_window_extent().corners() if not inside.contains(*corner)]
@@ -197,25 +192,25 @@ def test_no_text_is_cut_and_every_axis_has_a_name(kind, most, drawn):
 
 
 def test_a_haystack_tells_where_full_precision_found_more(drawn):
-    full, quantized, _ = drawn(plots.heatmap, EVERY_KIND["haystack"]).axes
+    full, quantized, _ = drawn(plots.heatmap, typed(*EVERY_KIND["haystack"])).axes
     assert {text.get_text() for text in full.texts} == {"1"}
     assert {text.get_text() for text in quantized.texts} == {"0.5\nof 1"}
 
 
 def test_full_precision_is_a_line_and_no_contestant(drawn):
-    (axes,) = drawn(plots.problems, EVERY_KIND["problems"]).axes
+    (axes,) = drawn(plots.problems, typed(*EVERY_KIND["problems"])).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b3, 2.62 bits", "kivi-2, 3.00 bits"]
     assert axes.lines[0].get_xdata()[0] == 75
 
 
 def test_theory_is_drawn_where_there_is_a_formula(drawn):
-    scores, outputs = drawn(plots.distortion, EVERY_KIND["distortion"]).axes
+    scores, outputs = drawn(plots.distortion, typed(*EVERY_KIND["distortion"])).axes
     assert [line.get_label() for line in scores.lines if line.get_linestyle() == ":"] == ["kivi-2, theory"]
     assert not [line for line in outputs.lines if line.get_linestyle() == ":"]
 
 
 def test_curves_are_named_with_the_power_they_grow_by(drawn):
-    left, _ = drawn(plots.encoding, EVERY_KIND["encode"]).axes
+    left, _ = drawn(plots.encoding, typed(*EVERY_KIND["encode"])).axes
     names = [text.get_text() for text in left.get_legend().get_texts()]
     assert names == ["attention of the prefill, n^1.00", "b3, keys, n^1.00", "b3, values, n^1.00"]
     assert style.with_power("b3", [1024, 1024], [1.0, 2.0]) == "b3"

@@ -14,9 +14,11 @@ import oracles
 import qjl
 from method_cases import BUDGETS, every_head_dim, float64, scores_of
 from models_for_tests import build, config_of, exact, generate, left_padded, packed_bytes, prompt, read, tiny
+from one_layer import OneLayer, same_tokens
 from qjl.architecture import find_rope
-from qjl.cache import CacheLayer, LayerSource
+from qjl.codecs import Codecs
 from qjl.compat import cache_argument
+from qjl.hf import own_codecs
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import POSITIONS, RIDGE, LayerContext, Unrotated
 from qjl.methods.identity import Identity
@@ -57,7 +59,7 @@ def own_cache_folder(tmp_path, monkeypatch):
 
 def is_undone(cache):
     """Layer by layer, whether keys are stored before RoPE."""
-    return [isinstance(core._codecs()[0], Unrotated) for core in cache.cores]
+    return [isinstance(core.codecs[0], Unrotated) for core in cache.cores]
 
 
 def assert_close(ours, truth):
@@ -72,7 +74,7 @@ def test_it_is_exact(family, settings):
     model, ids, sizes = tiny(family, **settings), prompt(LENGTH), (150, 100)
     cache = qjl.KVCache(model, EXACT)
     assert_close(read(model, ids, cache, sizes), exact(model, ids, sizes))
-    assert all(core.packed_tokens == [256] for core in cache.cores)
+    assert cache.packed_tokens == [252]
     assert all(is_undone(cache))
 
 
@@ -81,7 +83,7 @@ def test_a_model_without_rope_has_nothing_to_undo(family, settings):
     model, ids, sizes = tiny(family, **settings), prompt(LENGTH), (150, 100)
     cache = qjl.KVCache(model, EXACT)
     assert_close(read(model, ids, cache, sizes), exact(model, ids, sizes))
-    assert cache.cores[0].packed_tokens == [256]
+    assert cache.packed_tokens == [252]
     assert not any(is_undone(cache))
 
 
@@ -108,15 +110,13 @@ def test_what_is_stored_are_the_models_own_keys_before_rope(kind, positions):
                 position_ids=None if position_ids is None else position_ids[:, step],
                 **cache_argument(cache),
             )
-    core = cache.cores[0]
-    stored = core.packed[0].view()["tokens"].flatten(2, 3)
     for row, ids in enumerate(rows):
         _, truth = rotated_keys(model, ids)
         truth[..., : rope.rotary_dim] /= rope.scaling
-        tokens = core.packed_tokens[row]
+        stored = packed_bytes(cache, row=row)[0].transpose(0, 1).flatten(1, 2)
+        tokens = cache.index.blocks[row] * BLOCK
         assert tokens >= 2 * BLOCK
-        kept = slice(core.sinks, core.sinks + tokens)
-        torch.testing.assert_close(stored[row, :, :tokens], truth[0, :, kept], atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(stored, truth[0, :, :tokens], atol=2e-4, rtol=1e-3)
 
 
 MODES = {
@@ -152,7 +152,7 @@ def test_what_is_cropped_is_read_again(kind, removed):
     read(model, ids, cache, (LENGTH,))
     cache.crop(-removed)
     assert_close(read(model, ids[:, -removed:], cache, (removed - 20,)), truth[:, -removed:])
-    assert cache.cores[0].packed_tokens[0] >= 3 * BLOCK
+    assert cache.packed_tokens[0] >= 3 * BLOCK
 
 
 def test_decoded_keys_are_those_after_rope():
@@ -201,7 +201,7 @@ def test_layers_whose_kind_has_no_rope_need_none():
     config = transformers.BeamConfig(**_SIZES, head_dim=32)
     assert config.rope_parameters["sliding_attention"]
     assert config.rope_parameters["full_attention"] is None
-    assert all(core.source.rope is None for core in qjl.KVCache(config, EXACT).cores)
+    assert all(rope is None for rope in qjl.KVCache(config, EXACT).codecs.ropes.values())
 
 
 # Codecs and statistics
@@ -234,7 +234,7 @@ def test_caches_before_and_after_rope_share_no_codec(name, order):
             stored[turn, index] = packed_bytes(cache)
             assert is_undone(cache) == [bool(index)] * 2
     for index, config in enumerate(configs):
-        alone = qjl.KVCache(model, config, share=False)
+        alone = qjl.KVCache(model, codecs=own_codecs(model, config))
         read(model, ids, alone, (LENGTH,))
         for turn in range(2):
             assert all(map(torch.equal, stored[turn, index], packed_bytes(alone)))
@@ -334,24 +334,22 @@ def part(tokens, rows, columns):
 def test_bytes_do_not_depend_on_how_tokens_came(quantizer, tokens, model_of, run_through):
     """In one prefill, in chunks, one by one; and in a row whose first 37 columns are padding."""
     statistics = model_of().statistics()
-    source = LayerSource(tokens.rope, calibrated=lambda: statistics)
+    config = qjl.CacheConfig(quantizer, Identity(), recent=16, pre_rope=True)
+    codecs = Codecs(config, {0: tokens.rope}, lambda layer: statistics)
 
     def run(tokens, sizes, padding=None):
-        layer = CacheLayer(quantizer, Identity(), recent=16, pre_rope=True, source=source)
-        return run_through(layer, tokens, sizes, padding)
+        return run_through(OneLayer.of(config, codecs), tokens, sizes, padding)
 
     whole = run(tokens, [LENGTH])
-    assert whole.packed_tokens == [256, 256]
-    stored = whole.packed[0].view()
+    assert whole.packed_tokens == [252, 252]
     for sizes in ([70] * 4 + [20], [1] * LENGTH):
-        other = run(tokens, sizes).packed[0].view()
-        assert all(torch.equal(stored[name], other[name]) for name in stored)
+        other = run(tokens, sizes)
+        assert all(same_tokens(whole, other, row, row) for row in range(2))
     padded = run(tokens, [50, LENGTH - 50], padding=[37, 0])
     alone = run(part(tokens, slice(0, 1), slice(37, None)), [LENGTH - 37])
-    assert padded.packed_tokens == [192, 256]
-    for name, tensor in padded.packed[0].view().items():
-        assert torch.equal(tensor[1], stored[name][1])
-        assert torch.equal(tensor[:1, :, :3], alone.packed[0].view()[name])
+    assert padded.packed_tokens == [188, 252]
+    assert same_tokens(padded, whole, 1, 1)
+    assert same_tokens(padded, alone)
 
 
 # As a preset

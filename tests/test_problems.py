@@ -169,7 +169,7 @@ def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice(subject, mon
     ends = {1, alone[0][20], alone[1][30]}
     monkeypatch.setattr(writing, "end_tokens", lambda model: ends)
     cache = subject.cache(config)
-    together = write(subject.model, cache, prompts, 60, lambda: widths.append(cache.cores[0].batch))
+    together = write(subject.model, cache, prompts, 60, lambda: widths.append(cache.index.batch))
     assert together == [list(itertools.takewhile(lambda token: token not in ends, row)) for row in alone]
     assert len(set(widths)) > 1
 

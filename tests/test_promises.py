@@ -57,7 +57,7 @@ def test_the_cache_is_kept_where_rope_changes(length, how):
         assert result.sequences[:, length:].equal(expected)
         cache = result[CACHE]
     assert cache.get_seq_length() == length + 39
-    assert cache.cores[0].packed_tokens[0] >= length - 96
+    assert cache.packed_tokens[0] >= length - 96
 
 
 @reads_anew
@@ -70,7 +70,7 @@ def test_a_padded_batch_keeps_its_padding_where_rope_changes():
     for make in (lambda: DynamicCache(config=model.config), lambda: qjl.KVCache(model, "full")):
         texts.append(generate(model, ids, tokens=20, attention_mask=mask, cache=(cache := make())))
     assert texts[0].equal(texts[1])
-    assert cache.cores[0].padding == [0, 50]
+    assert cache.index.padding == [0, 50]
 
 
 @reads_anew

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from qjl import cli, models, presets, texts, wheels
 from qjl.lab import report
+from qjl.lab.report import parts
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -125,11 +126,16 @@ def test_a_changed_number_is_noticed(fill):
 
 
 def test_pictures_of_the_frontier_are_the_measured_ones(fill):
-    for name, part in fill.models(_measured("frontier")).items():
+    for name, part in fill.models(report.read([ROOT / "docs/results/frontier.jsonl"])[0].rows).items():
         assert (fill.RESULTS / f"frontier-{name}.svg").read_bytes() == fill.plots.frontier(part)
 
 
-def test_the_report_is_made_of_the_committed_rows():
-    assert (ROOT / "results/report.html").read_text() == report.page(
-        report.read([ROOT / "docs/results", ROOT / "results"])
-    )
+def test_the_page_is_made_of_the_committed_rows(monkeypatch):
+    """All but its figures, whose bytes are matplotlib's; pictures have tests of their own."""
+    monkeypatch.setattr(parts.Figure, "svg", b'<svg width="9pt"></svg>')
+    page = report.page(report.read([ROOT / "docs/results", ROOT / "results"]))
+    assert _without_figures((ROOT / "results/report.html").read_text()) == _without_figures(page)
+
+
+def _without_figures(page):
+    return re.sub(r"<figure.*?</figure>", "", page, flags=re.DOTALL)

@@ -1,11 +1,13 @@
 """Rows in files: appended whole, read again after an interruption, and the best of them found."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from qjl.cli.common import require_writable
-from qjl.lab import records
+from qjl.lab import records, rows
+from report_rows import frontier, typed
 
 ROWS = [{"preset": "b2", "kl": 0.03}, {"preset": "b3", "kl": 0.02}]
 
@@ -82,12 +84,10 @@ def test_looking_whether_a_file_can_be_written_leaves_none(tmp_path, path, refus
 
 
 def test_the_front_is_what_no_other_beats():
-    rows = [
-        {"preset": name, "bits": bits, "kl": kl}
-        for name, bits, kl in [("d", 4, 0.01), ("c", 3, 0.2), ("a", 1, 1.0), ("b", 2, 0.1), ("worse", 2, 0.3)]
-    ]
-    assert [row["preset"] for row in records.pareto_front(rows)] == ["a", "b", "d"]
-    assert records.pareto_front([]) == []
+    (row,) = typed(frontier("b3", 1.0))
+    named = [("d", 4, 0.01), ("c", 3, 0.2), ("a", 1, 1.0), ("b", 2, 0.1), ("worse", 2, 0.3)]
+    found = [replace(row, preset=name, bits=bits, kl=kl) for name, bits, kl in named]
+    assert [row.preset for row in rows.pareto_front(found)] == ["a", "b", "d"]
 
 
 def test_a_journal_keeps_answers_by_run(tmp_path):

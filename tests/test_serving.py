@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -15,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,16 +35,16 @@ from models_for_tests import FAMILIES, prompt, tiny
 from qjl import cli, generation, models
 from qjl.cli import serving as serving_command
 from qjl.errors import QJLError
-from qjl.generation import make_cache
+from qjl.generation import make_cache, prefill
 from qjl.presets import resolve
 from qjl.serving import app as app_module
 from qjl.serving import engine as engine_module
 from qjl.serving import server, vllm
 from qjl.serving.app import Limits, Service, build
-from qjl.serving.engine import CHUNK, Engine, Job, fit_codecs
+from qjl.serving.engine import Engine, Job, fit_codecs
 from qjl.serving.metrics import Metrics
 from qjl.serving.protocol import _CHANGE_NOTHING, _ONLY, ChatRequest, CompletionRequest
-from qjl.serving.rows import read, rows_in
+from qjl.serving.ragged_batch import RaggedBatch
 from qjl.serving.sampling import Choice, Chooser
 from qjl.serving.writing import Writer
 from qjl.vllm.model import ServedModel
@@ -112,13 +113,17 @@ def client(url):
     return client_of(url)
 
 
+CONVERSATIONS = itertools.count()  # a conversation of its own each time, so that nothing is taken up again
+
+
 def ask(client, text="Hello", tokens=12, **settings):
-    settings = {"temperature": 0, "max_tokens": tokens} | settings
+    settings = {"temperature": 0, "max_tokens": tokens, "user": f"{next(CONVERSATIONS)}"} | settings
     return client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], **settings)
 
 
 def complete(client, text="Hello", tokens=12, **settings):
-    return client.completions.create(model="tiny", prompt=text, **{"temperature": 0, "max_tokens": tokens} | settings)
+    settings = {"temperature": 0, "max_tokens": tokens, "user": f"{next(CONVERSATIONS)}"} | settings
+    return client.completions.create(model="tiny", prompt=text, **settings)
 
 
 def post(url, path="/v1/completions", **fields):
@@ -134,23 +139,34 @@ def metrics(url, headers=None):
 # Rows
 
 
-@pytest.mark.parametrize("preset", ["b3", "full"])
+def fit(network, preset):
+    """So that codecs wait for no prompt."""
+    with torch.inference_mode():
+        prefill(network, prompt(300, seed=99)[0].tolist(), make_cache(network, preset))
+
+
+def read_on(batch, tokens):
+    """Logits by sequence."""
+    with torch.inference_mode(), batch.attached():
+        return dict(zip(batch.order(tokens), batch.read(tokens), strict=True))
+
+
+@pytest.mark.parametrize("preset", ["b3", "kivi-2", "full"])
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - UNSERVED))
 def test_rows_in_one_pass_are_rows_alone(family, preset):
     network = tiny(family)
-    rows = [prompt(length, seed=length)[0].tolist() for length in (300, 5, 190, 1)]
-    alone = [make_cache(network, preset) for _ in rows]
-    together = [make_cache(network, preset) for _ in rows]
-    with torch.inference_mode(), rows_in(network):
-        read(network, [make_cache(network, preset)], rows[:1])  # which codecs are fitted to
-        for start in (0, 150, 299):
-            parts = [row[start : start + 150] if start < 299 else [7] for row in rows]
-            chosen = [index for index, part in enumerate(parts) if part]
-            logits = read(network, [together[index] for index in chosen], [parts[index] for index in chosen])
-            for row, index in zip(logits, chosen, strict=True):
-                expected = read(network, [alone[index]], [parts[index]])[0]
-                torch.testing.assert_close(row, expected, atol=2e-3, rtol=1e-3)
-    assert [cache.get_seq_length() for cache in together] == [cache.get_seq_length() for cache in alone]
+    fit(network, preset)
+    texts = [prompt(length, seed=length)[0].tolist() for length in (300, 5, 190, 1)]
+    together, alone = RaggedBatch(network, resolve(preset)), [RaggedBatch(network, resolve(preset)) for _ in texts]
+    names, own = [together.add() for _ in texts], [batch.add() for batch in alone]
+    for start in (0, 150, 299):
+        parts = [text[start : start + 150] if start < 299 else [7] for text in texts]
+        found = read_on(together, {name: part for name, part in zip(names, parts, strict=True) if part})
+        for name, batch, mine, part in zip(names, alone, own, parts, strict=True):
+            if part:
+                expected = read_on(batch, {mine: part})[mine]
+                torch.testing.assert_close(found[name], expected, atol=2e-3, rtol=1e-3)
+    assert [together.length(name) for name in names] == [len(text) + 1 for text in texts]
 
 
 def test_rows_are_what_generate_writes(model):
@@ -158,18 +174,58 @@ def test_rows_are_what_generate_writes(model):
     written = model.generate(
         ids, past_key_values=make_cache(model, PRESET), do_sample=False, max_new_tokens=20, min_new_tokens=20
     )
-    cache, tokens = make_cache(model, PRESET), []
-    with torch.inference_mode(), rows_in(model):
-        step = ids[0].tolist()
-        for _ in range(20):
-            step = [int(read(model, [cache], [step])[0].argmax())]
-            tokens += step
+    batch, tokens = RaggedBatch(model, resolve(PRESET)), []
+    name, step = batch.add(), ids[0].tolist()
+    for _ in range(20):
+        step = [int(read_on(batch, {name: step})[name].argmax())]
+        tokens += step
     assert tokens == written[0, 300:].tolist()
+
+
+def test_rows_come_and_go_without_a_trace(model):
+    """What is left is what was there: pages and slots of sequences that are gone are free."""
+    batch = RaggedBatch(model, resolve(PRESET))
+    first = batch.add()
+    read_on(batch, {first: prompt(300)[0].tolist()})
+    held = batch.nbytes
+    for length in (10, 400):
+        other = batch.add()
+        read_on(batch, {other: prompt(length)[0].tolist()})
+        assert batch.nbytes > held
+        batch.drop(other)
+        assert batch.nbytes == held
+    batch.drop(first)
+    assert batch.nbytes == 0
+
+
+def test_a_shared_beginning_is_held_once_and_goes_its_own_way(model):
+    text = prompt(400)[0].tolist()
+    batch, alone = (RaggedBatch(model, resolve(PRESET)) for _ in range(2))
+    first, mine = batch.add(), alone.add()
+    read_on(batch, {first: text})
+    read_on(alone, {mine: text[:390]})
+    held = batch.nbytes
+    second = batch.share(first, 390)
+    assert batch.nbytes == held
+    assert batch.length(second) == 390
+    found = read_on(batch, {second: [5, 6, 7]})[second]
+    torch.testing.assert_close(found, read_on(alone, {mine: [5, 6, 7]})[mine], atol=2e-3, rtol=1e-3)
+    assert batch.length(first) == 400
+
+
+def test_a_pass_that_fails_leaves_all_rows_as_they_were(model):
+    batch = RaggedBatch(model, resolve(PRESET))
+    name = batch.add()
+    read_on(batch, {name: prompt(300)[0].tolist()})
+    with pytest.raises(IndexError):
+        read_on(batch, {name: [10**9]})
+    assert batch.length(name) == 300
+    read_on(batch, {name: [5]})
 
 
 def test_the_attention_of_the_model_stays(model):
     before = model.config._attn_implementation
-    with rows_in(model):
+    with RaggedBatch(model, resolve(PRESET)).attached():
         assert model.config._attn_implementation == before
     assert model.config._attn_implementation == before
 
@@ -185,12 +241,18 @@ def test_statistics_are_those_of_the_text(tokenizer, refuses):
     with refuses("at least 256 tokens"):
         fit_codecs(network, tokenizer, resolve(PRESET), lambda: "short")
     fit_codecs(network, tokenizer, resolve(PRESET), lambda: "long enough " * 60)
-    cache = make_cache(network, PRESET)
-    codecs = [core.codecs for core in cache.cores]
-    with torch.inference_mode(), rows_in(network):
-        read(network, [cache], [prompt(300)[0].tolist()])
-    assert all(core.codecs is None or core.codecs[0] is kept[0] for core, kept in zip(cache.cores, codecs, strict=True))
-    assert cache.cores[0].packed_tokens[0]
+    codecs = make_cache(network, PRESET).codecs
+    kept = [codecs.known(layer)[0] for layer in range(2)]
+    batch = RaggedBatch(network, resolve(PRESET))
+    name = batch.add()
+    read_on(batch, {name: prompt(300)[0].tolist()})
+    assert all(layer.codecs[0] is one for layer, one in zip(batch.store.layers.values(), kept, strict=True))
+    assert batch.store.index.packed_tokens[0]
+
+
+def test_codecs_that_wait_for_a_prompt_are_refused(tokenizer, refuses):
+    with refuses("call fit_codecs"):
+        Engine(tiny(vocab_size=len(tokenizer), seed=5), tokenizer, resolve(PRESET))
 
 
 # Writing
@@ -446,40 +508,86 @@ def test_the_text_in_company_is_the_text_alone(client):
     assert [answer.choices[0].text for answer in answers] == alone
 
 
+def written(engine, tokenizer, texts, tokens=40, client=None):
+    """What an engine answers to prompts that come at once."""
+    done, found = threading.Semaphore(0), [""] * len(texts)
+
+    def hear(number, piece):
+        if isinstance(piece, Exception):
+            found[number] = piece
+            done.release()
+            return
+        found[number] += piece.text
+        if piece.reason:
+            done.release()
+
+    with engine._changed:  # so that all are there before the first turn
+        for number, text in enumerate(texts):
+            hears = functools.partial(hear, number)
+            engine.submit(Job(tokenizer(text).input_ids, tokens, hears, Choice(0), client=client))
+    assert all(done.acquire(timeout=LONGEST) for _ in texts)
+    return found
+
+
+@contextlib.contextmanager
+def engine_of(model, tokenizer, **settings):
+    engine = Engine(model, tokenizer, resolve(PRESET), **settings)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
 def test_no_conversation_sees_anothers_tokens(model, tokenizer):
-    """Each cache holds what its own tokens make."""
-    caches, texts = [], [f"My secret is {secret}. " * 20 for secret in SECRETS]
-    engine = Engine(model, tokenizer, resolve(PRESET), slots=len(texts))
-    done = threading.Semaphore(0)
-    begin = engine_module._Row.__init__
-    jobs = [
-        Job(tokenizer(text).input_ids, 40, lambda piece: piece.reason and done.release(), Choice(0)) for text in texts
-    ]
+    """In company each answer is what it is alone."""
+    texts = [f"My secret is {secret}. " * 20 for secret in SECRETS]
+    alone = []
+    for text in texts:
+        with engine_of(model, tokenizer) as engine:
+            alone += written(engine, tokenizer, [text])
+    with engine_of(model, tokenizer, slots=len(texts)) as engine:
+        assert written(engine, tokenizer, texts) == alone
 
-    def keep(row, *arguments):
-        begin(row, *arguments)
-        caches.append((jobs.index(row.job), row.cache, row))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module._Row, "__init__", keep)
-        for job in jobs:
-            engine.submit(job)
-        assert all(done.acquire(timeout=LONGEST) for _ in jobs)
-    engine.close()
-    for index, cache, _ in caches:
-        alone = make_cache(model, PRESET)
-        length = cache.get_seq_length()
-        with torch.inference_mode(), rows_in(model):
-            for start in range(0, len(jobs[index].ids), CHUNK):
-                read(model, [alone], [jobs[index].ids[start : start + CHUNK]])
-        prompt_tokens = alone.get_seq_length()
-        assert length == prompt_tokens + 39
-        for mine, expected in zip(cache.cores, alone.cores, strict=True):
-            keys, values = (states[:, :, :prompt_tokens] for states in mine.dense())
-            for held, own in zip((keys, values), expected.dense(), strict=True):
-                quantized = mine.packed_tokens[0] - expected.packed_tokens[0]  # since then, by the tokens written
-                settled = prompt_tokens - quantized - 64
-                torch.testing.assert_close(held[:, :, :settled], own[:, :, :settled], atol=1e-3, rtol=1e-3)
+def test_a_budget_of_bytes_is_kept_by_answers_that_wait_their_turn(model, tokenizer):
+    texts = [f"My secret is {secret}. " * 20 for secret in SECRETS]
+    with engine_of(model, tokenizer, slots=len(texts)) as engine:
+        expected = written(engine, tokenizer, texts, tokens=100)
+        one = engine._batch.bytes_for(len(tokenizer(texts[0]).input_ids) + 100)
+    most = []
+    with engine_of(model, tokenizer, slots=len(texts), memory=3 * one) as engine:
+        turn = engine._turn
+        engine._turn = lambda: (turn(), most.append(engine._batch.nbytes))
+        found = written(engine, tokenizer, texts, tokens=100)
+        # those that were paused read their prompts again, partly as codes
+        assert sum(one == other for one, other in zip(found, expected, strict=True)) >= len(texts) // 2
+        assert all(one[:10] == other[:10] for one, other in zip(found, expected, strict=True))
+    assert max(most) <= 3 * one
+
+
+def test_paused_answers_read_their_tokens_again(model, tokenizer):
+    texts = [f"My secret is {secret}. " * 20 for secret in SECRETS[:4]]
+    with engine_of(model, tokenizer) as engine:
+        expected = written(engine, tokenizer, texts, tokens=150)
+        prompts = [engine._batch.bytes_for(len(tokenizer(text).input_ids)) for text in texts]
+    with engine_of(model, tokenizer, memory=2 * max(prompts)) as engine:
+        found = written(engine, tokenizer, texts, tokens=150)
+        paused = engine.metrics.paused._value.get()
+    assert paused
+    assert [len(text) for text in found] == [len(text) for text in expected]
+
+
+def test_a_conversation_goes_on_where_it_ended_for_the_same_client_alone(model, tokenizer):
+    text = "My secret is otter. " * 20
+    with engine_of(model, tokenizer) as engine:
+        first = written(engine, tokenizer, [text], client="a")[0]
+        shared = engine.metrics.shared._value.get
+        assert shared() == 0
+        written(engine, tokenizer, [text + first + " And?"], client="b")
+        written(engine, tokenizer, [text + first + " And?"], client=None)
+        assert shared() == 0
+        written(engine, tokenizer, [text + first + " And?"], client="a")
+        assert shared() >= len(tokenizer(text).input_ids)
 
 
 def test_models(client):
@@ -1033,7 +1141,7 @@ def test_pages_are_told_what_is_wrong(open_to, monkeypatch, turns):
         def fail(*arguments):
             raise RuntimeError("out of luck")
 
-        monkeypatch.setattr(engine_module, "read", fail)
+        monkeypatch.setattr(RaggedBatch, "read", fail)
         answers = [
             *(full, post_of_page(url, key="another"), post_of_page(url, path="/v2"), post_of_page(url, n=2)),
             *(post_of_page(url, prompt="a" * 30_000), post_of_page(url)),
@@ -1218,21 +1326,12 @@ def test_metrics_count(model, tokenizer, turns):
     assert after["qjl_time_per_token_seconds_count"] == 118
 
 
-def test_caches_are_gone_with_their_requests(model, tokenizer, monkeypatch):
-    made = []
-
-    def remember(*arguments):
-        cache = make_cache(*arguments)
-        made.append(weakref.ref(cache))
-        return cache
-
-    monkeypatch.setattr(engine_module, "make_cache", remember)
+def test_tokens_are_gone_with_their_requests(model, tokenizer):
     with serving(model, tokenizer) as (url, _):
         with asking(lambda number: post(url, prompt="a" * 200), 8):
             pass
         wait_until(lambda: metrics(url)["qjl_requests_running"] == 0)
-        assert len(made) == 9  # one was made to see whether it can be
-        assert not any(reference() for reference in made)
+        assert metrics(url)["qjl_cache_bytes"] == 0
 
 
 def test_who_asks_and_does_not_wait_harms_nobody(model, tokenizer):
@@ -1247,7 +1346,7 @@ def test_who_asks_and_does_not_wait_harms_nobody(model, tokenizer):
 
 
 def test_a_failed_pass_fails_its_answers_and_no_others(model, tokenizer, monkeypatch, caplog):
-    failing = threading.Event()
+    failing, read = threading.Event(), RaggedBatch.read
 
     def turn(*arguments):
         if failing.is_set():
@@ -1255,7 +1354,7 @@ def test_a_failed_pass_fails_its_answers_and_no_others(model, tokenizer, monkeyp
             raise RuntimeError("out of luck")
         return read(*arguments)
 
-    monkeypatch.setattr(engine_module, "read", turn)
+    monkeypatch.setattr(RaggedBatch, "read", turn)
     with serving(model, tokenizer) as (url, _), caplog.at_level(logging.ERROR):
         failing.set()
         response = post(url)
@@ -1296,14 +1395,14 @@ def test_a_dead_engine_keeps_nobody_waiting(model, tokenizer, monkeypatch):
 
 
 def test_an_error_in_a_stream_is_an_event(model, tokenizer, monkeypatch):
-    turns = iter([False] * 5 + [True])
+    turns, read = iter([False] * 5 + [True]), RaggedBatch.read
 
     def turn(*arguments):
         if next(turns):
             raise RuntimeError("out of luck")
         return read(*arguments)
 
-    monkeypatch.setattr(engine_module, "read", turn)
+    monkeypatch.setattr(RaggedBatch, "read", turn)
     with serving(model, tokenizer) as (url, _), pytest.raises(openai.APIError, match="could not write this answer"):
         list(complete(client_of(url), tokens=50, stream=True))
 

@@ -28,8 +28,8 @@ model.generation_config.pad_token_id = 0
 cache = qjl.KVCache(model, preset)
 tokens = generate(model, prompt(), cache=cache)
 assert statistics_path(model) is None, "statistics of a part of a model are not kept"
-heads = cache.cores[0].packed[0].heads
-torch.save((tokens, heads, cache.cores[0].packed_tokens), f"{folder}/{torch.distributed.get_rank()}.pt")
+heads = cache.cores[0].pages.heads
+torch.save((tokens, heads, cache.packed_tokens), f"{folder}/{torch.distributed.get_rank()}.pt")
 torch.distributed.destroy_process_group()
 """
 

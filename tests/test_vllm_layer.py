@@ -6,19 +6,22 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import oracles
 from conftest import Model
 from qjl.attention import Scoring, causal_mask
+from qjl.codecs import TokenShape
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import LayerContext
 from qjl.ops.triton import runtime
 from qjl.packed import Field
 from qjl.vllm import layer
-from qjl.vllm.layer import PagedLayer, Step, page_bytes
-from qjl.vllm.planning import Planner, PoolShape, Request
+from qjl.vllm.layer import PagedLayer, page_bytes
+from qjl.vllm.planning import PoolShape
+from qjl.vllm.steps import Steps
 
 HEADS, GROUP, HEAD_DIM = 2, 2, 64
 PAGES = 40
@@ -29,6 +32,15 @@ FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "lin
 every_page = pytest.mark.parametrize("page_tokens", [] if runtime.is_interpreted() else [16, 32, 64])  # minutes
 
 pytestmark = pytest.mark.usefixtures("backend")
+
+
+def step_of(work):
+    """Totals, starts in the batch, and the table of pages, of ``(sequence, fresh tokens)``."""
+    table = np.zeros((len(work), PAGES), np.int32)
+    for row, (one, _) in enumerate(work):
+        table[row, : len(one.pages)] = one.pages
+    totals = np.array([one.context + fresh for one, fresh in work], np.int64)
+    return totals, np.cumsum([0, *(fresh for _, fresh in work)]), torch.from_numpy(table)
 
 
 class Server:
@@ -42,8 +54,9 @@ class Server:
             Balanced(2, metric=False).fit(LayerContext("value", *shape)),
         )
         pool = PoolShape(page_tokens, SINKS, 12, 4)
-        self.layer = PagedLayer(codecs, pool, HEADS, HEAD_DIM, dtype, torch.device("cpu"))
-        self.planner = Planner(pool, RECENT)
+        cpu = torch.device("cpu")
+        self.layer = PagedLayer(codecs, pool, TokenShape(HEADS, HEAD_DIM, HEAD_DIM, cpu, dtype))
+        self.steps = Steps(pool, RECENT, MOST_QUERIES, cpu)
         token_bytes = self.layer.token_bytes // HEADS
         self.layer.bind(torch.zeros(PAGES, HEADS, page_tokens, token_bytes, dtype=torch.uint8))
         self.model, self.page_tokens, self.dtype = model, page_tokens, dtype
@@ -57,26 +70,31 @@ class Server:
 
     def step(self, *work):
         """Give ``(sequence, fresh tokens)`` and get the outputs, and what should have been read, of each."""
-        requests = []
         for one, fresh in work:
             while len(one.pages) * self.page_tokens < one.context + fresh:
                 one.pages.append(self.free.pop())
-            requests.append(Request(one.pages, one.context, fresh))
-        plan = self.planner.plan(requests)
-        step = Step.of(plan, requests, self.page_tokens, MOST_QUERIES, torch.device("cpu"))
+        step, plan = self._next(work)
         keys, values, queries = (
             torch.cat([getattr(one, name)[one.context : one.context + fresh] for one, fresh in work])
             for name in ("keys", "values", "queries")
         )
         self.alone = step.alone
         out = torch.full_like(queries, torch.nan)
-        self.layer.write(step, keys, values)
         self.layer.attend(step, queries, keys, values, SCORING, out)
         answers = []
-        for (one, fresh), part, reading in zip(work, out.split([n for _, n in work]), plan.readings, strict=True):
+        for row, ((one, fresh), part) in enumerate(zip(work, out.split([n for _, n in work]), strict=True)):
+            reading = SimpleNamespace(skip=int(plan.skip[row]), packed=int(plan.packed[row]))
             answers.append((part.transpose(0, 1)[None], self._expected(one, fresh, reading), reading))
             one.context += fresh
         return answers
+
+    def _next(self, work):
+        plans = []
+        plan_of = self.steps.planner.plan
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.steps.planner, "plan", lambda requests: plans.append(plan_of(requests)) or plans[0])
+            step = self.steps.next(*step_of(work))
+        return step, plans[0]
 
     def _expected(self, one, fresh, reading):
         """Over tokens as they are, but for those that are read packed: decoded from a fresh encoding."""
@@ -189,22 +207,26 @@ def test_torch_s_defaults_do_not_reach_into_plans_and_pools(mode):
     """A prompt's chunk, drafts of several tokens and of one, beside each other."""
     pool = PoolShape(32, SINKS, 12, 4)
     contexts = ((0, 150), (130, 90), (130, 3), (60, 3), (100, 1))
-    pages = [list(range(7 * row, 7 * row + 7)) for row in range(len(contexts))]
-    requests = [Request(own, *one) for own, one in zip(pages, contexts, strict=True)]
-    before = [Request(own, 0, context) for own, (context, _) in zip(pages, contexts, strict=True) if context]
-    codecs = Server(32).layer.codecs
+    work = [
+        (SimpleNamespace(pages=list(range(7 * row, 7 * row + 7)), context=context), fresh)
+        for row, (context, fresh) in enumerate(contexts)
+    ]
+    before = [
+        (SimpleNamespace(pages=one.pages, context=0), one.context) if one.context else (one, 0) for one, _ in work
+    ]
+    codecs, cpu = Server(32).layer.codecs, torch.device("cpu")
 
     def made():
-        planner = Planner(pool, RECENT)
-        planner.plan(before)
-        step = Step.of(planner.plan(requests), requests, 32, MOST_QUERIES, torch.device("cpu"))
-        layer = PagedLayer(codecs, pool, HEADS, HEAD_DIM, torch.float16, torch.device("cpu"))
-        return [*tensors_in(step), layer.keys, layer.values]
+        steps = Steps(pool, RECENT, MOST_QUERIES, cpu)
+        steps.next(*step_of(before))
+        step = steps.next(*step_of(work))
+        layer = PagedLayer(codecs, pool, TokenShape(HEADS, HEAD_DIM, HEAD_DIM, cpu, torch.float16))
+        return [*tensors_in(step), layer.exact.keys, layer.exact.values]
 
     usual = made()
     with mode():
         ours = made()
-    assert len(usual) > 30
+    assert len(usual) > 25
     for one, other in zip(ours, usual, strict=True):
         assert (one.dtype, one.device) == (other.dtype, other.device)
         assert torch.equal(one, other)
@@ -216,7 +238,7 @@ def test_the_plugin_makes_no_tensor_of_torch_s_default_kind(path):
     made = [call for call in calls if ast.unparse(call.func) in FACTORIES]
     for call in made:
         assert {one.arg for one in call.keywords} >= {"dtype", "device"}, ast.unparse(call)
-    assert made or path.stem != "layer"
+    assert made or path.stem != "steps"
 
 
 def test_codes_without_a_value_per_token_do_not_fit_pages(refuses):

@@ -8,6 +8,7 @@ import torch
 from models_for_tests import prompt, tiny
 from qjl import statistics
 from qjl.calibrate import measure
+from qjl.codecs import TokenShape
 from qjl.hf import statistics_path
 from qjl.presets import PRESETS, to_dict
 from qjl.vllm import PRESET, chosen_preset
@@ -40,7 +41,8 @@ def folder(tmp_path):
 
 
 def codecs(folder, heads=slice(0, 2), layer=0):
-    return ServedModel(str(folder)).codecs(layer, heads, HEAD_DIM, torch.float32, CPU)
+    shape = TokenShape(heads.stop - heads.start, HEAD_DIM, HEAD_DIM, CPU, torch.float32)
+    return ServedModel(str(folder)).codecs(layer, heads, shape)
 
 
 def _calibrate(model, path=None):

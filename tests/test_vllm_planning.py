@@ -3,13 +3,16 @@
 import random
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qjl.errors import QJLError
 from qjl.packed import BLOCK
-from qjl.vllm.planning import Encoding, Planner, PoolShape, Request
+from qjl.vllm.planning import NONE, Encoding, Planner, PoolShape, Requests
+
+MOST_QUERIES = 5
 
 
 @dataclass
@@ -25,12 +28,13 @@ class Engine:
     def __init__(self, seed, page_tokens, sinks, recent, lines, sink_lines, pages=40):
         self.random = random.Random(seed)
         self.shape = PoolShape(page_tokens, sinks, lines, sink_lines)
-        self.planner = Planner(self.shape, recent)
+        self.planner = Planner(self.shape, recent, MOST_QUERIES)
         self.free = list(range(pages))
         self.known = {}  # the tokens up to the end of a full page, to that page
         self.codes, self.pool = {}, {}
         self.running = []
         self.named = 0
+        self.apart = 0  # steps
 
     def names(self, count):
         self.named += count
@@ -76,31 +80,69 @@ class Engine:
 
     def step(self, work):
         """``work``: sequences, their fresh tokens, and how many of them turn out to be accepted."""
-        requests = [Request(sequence.pages, len(sequence.tokens), len(fresh)) for sequence, fresh, _ in work]
+        tables = [sequence.pages for sequence, _, _ in work]
+        context, fresh = (
+            np.array([len(x) for x in of], np.int64)
+            for of in ([sequence.tokens for sequence, _, _ in work], [fresh for _, fresh, _ in work])
+        )
+        requests = Requests(
+            context,
+            fresh,
+            lambda rows, places: np.array(
+                [tables[row][place] if tables[row] else 0 for row, place in zip(rows, places, strict=True)], np.int64
+            ),
+        )
         plan = self.planner.plan(requests)
         batch = [token for _, fresh, _ in work for token in fresh]
+        is_own = plan.own & np.repeat(plan.is_together, fresh)[plan.put_tokens]
         self.encode(plan.rescued, self.pool)
-        for token, slot in zip(plan.put_tokens, plan.put_slots, strict=True):
-            self.pool[slot] = batch[token]
-        self.encode(plan.filled, self.pool)
         self.encode(plan.direct, batch)
-        for (sequence, fresh, accepted), reading in zip(work, plan.readings, strict=True):
-            assert self.read(sequence, reading) == sequence.tokens
+        if plan.is_apart:  # whatever the order of those that attend together
+            self.put(plan, ~is_own, batch)
+            found = self.read_all(work, plan, plan.is_together)
+            self.put(plan, is_own, batch)
+            self.encode(plan.filled, self.pool)
+            found |= self.read_all(work, plan, ~plan.is_together)
+        else:
+            self.put(plan, slice(None), batch)
+            self.encode(plan.filled, self.pool)
+            found = self.read_all(work, plan, np.ones(len(work), bool))
+        for row, (sequence, fresh, accepted) in enumerate(work):
+            assert found[row] == sequence.tokens
             sequence.tokens += fresh[:accepted]
+        self.apart += plan.is_apart
         return plan
+
+    def put(self, plan, chosen, batch):
+        for token, slot in zip(plan.put_tokens[chosen].tolist(), plan.put_slots[chosen].tolist(), strict=True):
+            self.pool[slot] = batch[token]
+
+    def read_all(self, work, plan, chosen):
+        return {row: self.read(work[row][0], plan, row) for row in chosen.nonzero()[0].tolist()}
 
     def encode(self, encoding: Encoding, source):
         assert len(encoding.sources) == len(encoding) * BLOCK
-        for column, page, offset in zip(encoding.columns, encoding.pages, encoding.offsets, strict=True):
+        whole = encoding.whole_pages
+        if whole is not None:
+            assert np.array_equal(np.repeat(whole, BLOCK), encoding.pages)
+            assert np.array_equal(encoding.columns, np.arange(len(encoding.sources)))
+        columns, pages, offsets = (x.tolist() for x in (encoding.columns, encoding.pages, encoding.offsets))
+        for column, page, offset in zip(columns, pages, offsets, strict=True):
             position = encoding.first[column // BLOCK] + column % BLOCK
             assert position % self.shape.page_tokens == offset
             self.codes[page, offset] = source[encoding.sources[column]]
 
-    def read(self, sequence, reading):
+    def read(self, sequence, plan, row):
         size = self.shape.page_tokens
-        exact = [self.pool[slot] for slot in reading.slots]
-        packed = [self.codes[sequence.pages[i // size], i % size] for i in range(reading.skip, reading.packed)]
-        return exact[: reading.skip] + packed + exact[reading.skip :]
+        context, skip, packed = len(sequence.tokens), int(plan.skip[row]), int(plan.packed[row])
+        exact = [self.pool[plan.sinks[row] + token] for token in range(skip)]
+        codes = [self.codes[sequence.pages[i // size], i % size] for i in range(skip, packed)]
+        window = []
+        for token in range(packed, context):
+            line = int(plan.lines[row, (context - 1) // size - token // size])
+            assert line != NONE
+            window.append(self.pool[line * size + token % size])
+        return exact + codes + window
 
     def random_step(self, most):
         work = []
@@ -161,9 +203,9 @@ def test_the_end_of_a_sequence_is_exact_to_the_page_where_there_are_lines_enough
         fresh = engine.names(chunk)
         engine.allocate(sequence, fresh, chunk)
         context = len(sequence.tokens)
-        reading = engine.step([(sequence, fresh, chunk)]).readings[0]
-        assert reading.packed == max(0, context - recent) // 16 * 16
-        assert reading.skip == min(4, reading.packed)
+        plan = engine.step([(sequence, fresh, chunk)])
+        assert plan.packed == max(0, context - recent) // 16 * 16
+        assert plan.skip == min(4, plan.packed)
 
 
 def test_a_full_page_is_encoded_once_however_its_tokens_come():
@@ -175,7 +217,7 @@ def test_a_full_page_is_encoded_once_however_its_tokens_come():
             engine.allocate(sequence, fresh, chunk)
             plan = engine.step([(sequence, fresh, chunk)])
             for part in (plan.rescued, plan.filled, plan.direct):
-                encoded += zip(part.pages, part.offsets, strict=True)
+                encoded += zip(part.pages.tolist(), part.offsets.tolist(), strict=True)
         assert len(encoded) == len(set(encoded)) == 160
 
 

@@ -109,6 +109,11 @@ def find_rope(config: PreTrainedConfig, layer_kind: str = FULL_ATTENTION) -> Rop
     return None
 
 
+def ropes_of(config: PreTrainedConfig) -> dict[int, Rope | None]:
+    """The RoPE of each layer that is quantized."""
+    return {shape.index: find_rope(config, shape.kind) for shape in layer_shapes(config) if shape.is_quantized}
+
+
 def rope_is_used(config: PreTrainedConfig, layer_kind: str = FULL_ATTENTION) -> bool:
     """Whether the configuration speaks of RoPE in such layers, of any kind."""
     decoder = text_config(config)

@@ -37,7 +37,7 @@ def for_keeps(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
 
 def uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """``torch.compile`` leaves the function as it is; where nothing is compiled, calling it costs no more than it did."""
+    """``torch.compile`` leaves the function as it is; where nothing is compiled, calls cost no more."""
     disabled = torch.compiler.disable(function)
 
     @wraps(function)

@@ -26,8 +26,7 @@ class CodecsOf(Protocol):
 
     codecs: Codecs
 
-    @property
-    def waits(self) -> bool: ...
+    waits: bool
 
     def observe(self, layer: Layer, cache: PagedCache, query: Tensor, out: Tensor) -> None:
         """Queries ``[B, Hq, Q, D]`` of the fresh tokens, and their outputs in the same order."""
@@ -126,8 +125,8 @@ class PagedCache(Copied):
         elif (batch, tokens) != index.step.shape:
             rows, columns = index.step.shape
             raise QJLError(
-                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {rows} x {columns}: batch and tokens must"
-                " be those of the other layers."
+                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {rows} x {columns}: give each layer as "
+                "many."
             )
         assert index.step is not None
         layer.join(index.step, keys, values)
@@ -152,7 +151,8 @@ class PagedCache(Copied):
         step = self.index.step
         assert step is not None
         if not step.is_planned:
-            self._can_code = self._can_code or self.source.can_code(self)
+            if self.source.waits or not self._can_code:
+                self._can_code = self.source.can_code(self) or self._can_code
             self.index.packs = self._can_code
             self.index.fills_pages = all(layer.pages.can_be_filled for layer in self.layers.values() if layer.pages)
             self.index.plan()

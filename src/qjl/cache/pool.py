@@ -8,11 +8,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.ops.forms import ExactPool, Pool
-from qjl.packed import Blocks, Layout, require_tensor, to_device
+from qjl.packed import BLOCK, Blocks, Layout, require_tensor, to_device
 
 if TYPE_CHECKING:
     from qjl.codecs import Pair, TokenShape
@@ -170,6 +171,67 @@ class Pages:
         """Copies of some pages, ``[n, H, *shape]`` per field, of keys and of values."""
         index = to_device(torch.as_tensor(pages, dtype=torch.int64), self._device)
         return [{name: field[index].contiguous() for name, field in fields.items()} for fields in self.fields]
+
+
+class BoundPages:
+    """Packed keys and values of one layer in pages of P = 16, 32 or 64 tokens that an engine owns.
+
+    ``cache uint8 [pages, H, P, bytes of a token]``: the bytes of a page and head lie in one piece, field by field.
+    """
+
+    def __init__(self, codecs: Pair, cache: Tensor) -> None:
+        self.codecs = codecs
+        self.page_tokens = cache.shape[2]
+        keys, values = page_fields(cache.flatten(2), [codec.layout for codec in codecs], self.page_tokens)
+        self.fields = keys, values
+
+    @cached_property
+    def operand(self) -> Pool:
+        """What the fused step reads."""
+        key, value = (codec.form for codec in self.codecs)
+        assert key is not None
+        assert value is not None
+        return Pool(*self.fields, key, value)
+
+    def write(self, side: int, blocks: Blocks, pages: Tensor) -> None:
+        """Whole pages of 64: ``blocks [1, H, n, *shape]`` of keys (0) or values (1), to ``pages [n]``."""
+        for name, field in self.fields[side].items():
+            field[pages] = blocks[name][0].transpose(0, 1)
+
+    def write_tokens(self, side: int, blocks: Blocks, columns: Tensor, pages: Tensor, offsets: Tensor) -> None:
+        """Tokens ``columns [m]`` of blocks ``[1, H, n, *shape]`` to places ``offsets [m]`` of ``pages [m]``."""
+        for name, field in self.fields[side].items():
+            by_token = blocks[name][0].movedim(-1, 2).flatten(1, 2)  # [H, n * 64, *shape]
+            field.movedim(-1, 1)[pages, offsets] = by_token[:, columns].transpose(0, 1)
+
+    def decode(self, table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``float32 [B, H, t, D]`` of 64 tokens each from block ``start`` to ``stop`` of rows that begin
+        at position 0: ``table [B, n]`` names their pages."""
+        each = BLOCK // self.page_tokens
+        chosen = table[:, start * each : stop * each]
+        pages = F.pad(chosen, (0, (stop - start) * each - chosen.shape[1])).unflatten(1, (-1, each)).long()
+        first = torch.arange(start, stop, dtype=torch.int64, device=pages.device) * BLOCK
+        keys, values = (
+            codec.dequantize(
+                {name: x[pages].movedim((3, 2), (1, -2)).flatten(-2).contiguous() for name, x in fields.items()},
+                first.expand(len(pages), -1),
+            )
+            for codec, fields in zip(self.codecs, self.fields, strict=True)
+        )
+        return keys, values
+
+
+def page_fields(cache: Tensor, layouts: Sequence[Layout], page_tokens: int) -> list[Blocks]:
+    """Fields ``[pages, H, *shape]``, with the page's tokens in place of 64, as views of ``uint8 [pages, H, bytes]``."""
+    fields, begin = [], 0
+    for layout in layouts:
+        views = {}
+        for name, field in layout.items():
+            stop = begin + field.nbytes * page_tokens // BLOCK
+            views[name] = cache[..., begin:stop].view(field.dtype).unflatten(-1, (*field.shape[:-1], page_tokens))
+            begin = stop
+        fields.append(views)
+    return fields
 
 
 def run_of(numbers: Sequence[int]) -> slice | None:

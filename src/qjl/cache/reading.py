@@ -28,8 +28,8 @@ class Reading:
         self.index, self.device = index, device
         self.rows = list(range(index.batch)) if rows is None else list(rows)
         step = index.step
-        self.queries = 0 if step is None else max((step.counts[row] for row in self.rows), default=0)
         self._is_all = rows is None
+        self.queries = self._queries()
         self._kept = kept
         self._held = index.counts.tolist() if step is None else step.before
         self.begin = index.columns if step is None or step.columns else index.lengths[self.rows[0]]
@@ -37,6 +37,13 @@ class Reading:
         self.is_whole = step is not None and sum(step.counts[row] for row in self.rows) == sum(step.counts)
         self._plain: tuple[Tensor, bool] | None = None
         self._bias: tuple[Tensor | None, Tensor] | None = None
+
+    def _queries(self) -> int:
+        """Fresh columns of each row, padding included; in a pass without columns, fresh tokens."""
+        step = self.index.step
+        if step is None:
+            return 0
+        return step.columns or max((step.counts[row] for row in self.rows), default=0)
 
     def _is_even(self, step: Step) -> bool:
         """Whether every row has as many fresh tokens, and none of them is padding."""

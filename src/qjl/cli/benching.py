@@ -13,23 +13,20 @@ from qjl.cli.common import (
     DEFAULT_PRESET,
     DeviceOption,
     JsonOption,
+    Rows,
     notes,
-    out,
-    print_json,
     progress,
     require_writable,
     resolved,
-    results_table,
     sentence,
-    times,
 )
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
     from qjl.lab.bench.protocol import Settings
     from qjl.lab.bench.synthetic import Shape
+    from qjl.lab.rows import Timed
 
-Row = dict[str, Any]
 LONG = 32768  # tokens: what a step costs at any length hardly counts there
 PresetsOption = Annotated[
     list[str] | None,
@@ -98,19 +95,17 @@ def decode(
         raise QJLError("--sweep and --tokens were both given: give one of them.")
     lengths = SWEEP if sweep else tokens or [32768]
     require_places(output, plot)
-    rows = []
+    found = Rows(output, json_output)
     with passing(), rounds(len(configs) * len(lengths), repeats, json_output) as on_round:
         for config in configs:
             for length in lengths:
-                rows.append(measure(config, length, settings, on_round))
-                report(rows[-1], output, json_output)
-    tell_missing(rows)
-    if not json_output:
-        out.print(_decode_table(rows))
+                found.add(measure(config, length, settings, on_round))
+    tell_missing(found.rows)
+    found.show()
     if len(lengths) > 1:
-        _tell_growth(rows)
+        _tell_growth(found.rows)
     if plot is not None:
-        _draw(rows, plot)
+        _draw(found.rows, plot)
 
 
 def encode(
@@ -135,16 +130,14 @@ def encode(
     from qjl.lab.bench.synthetic import Shape
 
     settings = _settings(Shape(head_dim, kv_heads, group, batch), device, dtype, threads, repeats)
-    configs, lengths, rows = resolved(preset), tokens or PROMPTS, []
+    configs, lengths, found = resolved(preset), tokens or PROMPTS, Rows(output, json_output)
     require_places(output, None)
     with passing(), rounds(len(configs) * len(ROLES) * len(lengths), repeats, json_output) as on_round:
         for config in configs:
             for length in lengths:
                 for role in ROLES:
-                    rows.append(measure(config, role, length, settings, on_round))
-                    report(rows[-1], output, json_output)
-    if not json_output:
-        out.print(_encode_table(rows))
+                    found.add(measure(config, role, length, settings, on_round))
+    found.show()
 
 
 def kernels(
@@ -175,20 +168,16 @@ def kernels(
     configs = resolved(preset)
     codes = scanned(signs or [128, 256, 512], bits or [1, 2, 3, 4], head_dim)
     require_places(output, None)
-    scans, encodings = [], []
+    found = Rows(output, json_output)
     cases = len(codes) + len(ROLES) * len(configs)
     with passing(), rounds(cases, repeats, json_output) as on_round:
         for name, quantizer in codes.items():
-            scans.append(scan(name, quantizer, tokens, settings, on_round))
-            report(scans[-1], output, json_output)
+            found.add(scan(name, quantizer, tokens, settings, on_round))
         for config in configs:
             for role in ROLES:
-                encodings.append(measure_encoding(config, role, tokens, settings, on_round))
-                report(encodings[-1], output, json_output)
-    tell_missing(scans)
-    if not json_output:
-        out.print(_scan_table(scans))
-        out.print(_encode_table(encodings))
+                found.add(measure_encoding(config, role, tokens, settings, on_round))
+    tell_missing([row for row in found.rows if row.case == "scan"])
+    found.show()
 
 
 def _settings(
@@ -244,97 +233,28 @@ def rounds(cases: int, repeats: int, quiet: bool) -> Iterator[Callable[[], None]
         yield lambda: advance(1)
 
 
-def report(row: Row, output: Path | None, json_output: bool) -> None:
-    from qjl.lab import records
-
-    if json_output:
-        print_json(row)
-    if output is not None:
-        records.append(output, row)
-
-
-def tell_missing(rows: Iterable[Row]) -> None:
+def tell_missing(rows: Iterable[Timed]) -> None:
     """What was not compared with, and where."""
     for row in rows:
-        missing = [name.removeprefix("ms_") for name, value in row.items() if name.startswith("ms_") and value is None]
+        missing = [name for name, ms in row.others_ms.items() if ms is None]
         if missing:
-            notes.print(
-                f"Not compared at {row['preset']}, {row['tokens']} tokens: {', '.join(missing)}.", soft_wrap=True
-            )
+            notes.print(f"Not compared at {row.preset}, {row.tokens} tokens: {', '.join(missing)}.", soft_wrap=True)
 
 
-def _tell_growth(rows: Sequence[Row]) -> None:
+def _tell_growth(rows: Sequence[Timed]) -> None:
     from qjl.lab.bench.timing import exponent
 
-    for preset in dict.fromkeys(row["preset"] for row in rows):
-        chosen = [row for row in rows if row["preset"] == preset]
-        for part in (chosen, [row for row in chosen if row["tokens"] >= LONG]):
-            sizes, times = [row["tokens"] for row in part], [row["ms"] for row in part]
+    for preset in dict.fromkeys(row.preset for row in rows):
+        chosen = [row for row in rows if row.preset == preset]
+        for part in (chosen, [row for row in chosen if row.tokens >= LONG]):
+            sizes, times = [row.tokens for row in part], [row.ms for row in part]
             if len(set(sizes)) > 1:
                 growth = f"n^{exponent(sizes, times):.2f} from {min(sizes)} to {max(sizes)} tokens"
                 notes.print(f"{preset}: time grows as {growth}.", soft_wrap=True)
 
 
-def _draw(rows: list[Row], plot: Path) -> None:
+def _draw(rows: list[Any], plot: Path) -> None:
     from qjl.lab import plots
 
     plot.write_bytes(plots.benchmark(rows, plot.suffix))
     notes.print(f"The picture is in {plot}.", soft_wrap=True)
-
-
-def _decode_table(rows: list[Row]) -> Any:
-    baselines = [name.removeprefix("ratio_") for name in rows[0] if name.startswith("ratio_")]
-    headings = [f"x {name.replace('_', chr(10))}" for name in baselines]
-    table = results_table("preset", "tokens", "ms", *headings, "of\nbandwidth", "error")
-    for row in rows:
-        table.add_row(
-            row["preset"],
-            str(row["tokens"]),
-            f"{row['ms']:.3g}",
-            *(ratio(row, name) for name in baselines),
-            f"{row['fraction_of_bandwidth']:.2f}",
-            f"{row['max_error']:.0e}",
-        )
-    table.caption = _caption(rows[0])
-    return table
-
-
-def _scan_table(rows: list[Row]) -> Any:
-    columns = ("bits\nper key", "ns\nper key", "x popcount", "x FAISS\nPQ", "x FAISS\nRaBitQ", "of\nbandwidth")
-    table = results_table("scan", *columns)
-    for row in rows:
-        table.add_row(
-            row["preset"],
-            str(row["bits_per_key"]),
-            f"{row['ns_per_vector']:.2f}",
-            *(ratio(row, name) for name in ("popcount", "faiss_pq", "faiss_rabitq")),
-            f"{row['fraction_of_bandwidth']:.2f}",
-        )
-    table.caption = f"{rows[0]['tokens']} tokens, {_caption(rows[0])}"
-    return table
-
-
-def _encode_table(rows: list[Row]) -> Any:
-    table = results_table(
-        "encoding", "of", "tokens", "bits\nper vector", "ns\nper vector", "of the prefill's\nattention, %"
-    )
-    for row in rows:
-        share = f"{100 * row['share_of_prefill']:.2f}"
-        numbers = (f"{row['bits_per_vector']:.0f}", f"{row['ns_per_vector']:.0f}", share)
-        table.add_row(row["preset"], f"{row['role']}s", str(row["tokens"]), *numbers)
-    table.caption = _caption(rows[0])
-    return table
-
-
-def ratio(row: Row, name: str) -> str:
-    """The median, and its quartiles."""
-    ratio, spread = row[f"ratio_{name}"], row[f"spread_{name}"]
-    return "-" if ratio is None else f"{times(ratio)} ({spread[0]:.1f}-{spread[1]:.1f})"
-
-
-def _caption(row: Row) -> str:
-    batch = f"{row['batch']} x " if row["batch"] > 1 else ""
-    shape = f"{batch}{row['kv_heads']} x {row['group']} heads of {row['head_dim']}"
-    how = f"{row['threads']} thread(s), " if row["device"] == "cpu" else ""
-    which = f"{row['backend']} backend" + (f" ({row['isa']})" if row["isa"] else "")
-    return f"{shape}, {how}{which}, {row['machine']}; memory moves at {row['bandwidth_gbs']:.1f} GB/s"

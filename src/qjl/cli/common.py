@@ -6,14 +6,17 @@ Results go to stdout; progress, notes and errors to stderr. Progress is shown to
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
@@ -24,12 +27,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qjl.generation import Generation
+    from qjl.lab.report.parts import Table as Found
     from qjl.presets import CacheConfig
 
 EXAMPLES = "Example: [cyan]{}[/cyan]"
 DEFAULT_PRESET = "b3"  # as in qjl.presets, which takes seconds to import
 EMBEDDED = "smollm2"  # as in qjl.models
 EXTRAS = {"matplotlib": "lab", "jinja2": "lab", "accelerate": "lab", "lm_eval": "lab", "wonderwords": "lab"}
+
+_MARKS = {"": "{}", "ours": "[bold]{}[/bold]", "best": "[bold]{}[/bold]", "near": "≈ {}"}
+
+_words: ContextVar[tuple[str, ...]] = ContextVar("words of the command line")
 
 out = Console(highlight=False)
 notes = Console(stderr=True, highlight=False)
@@ -62,6 +70,11 @@ SeedOption = Annotated[int, typer.Option(help="Of the random choice of tokens.")
 
 class Commands(TyperGroup):
     """Ends a command that the user can put right with one sentence and exit code 2."""
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if parent is None:
+            _words.set(tuple(args))
+        return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -179,27 +192,58 @@ def configuration(
 
 
 class Rows:
-    """What a command found: told as soon as it is known, kept once however often a run goes on."""
+    """What a command measured: told as soon as it is known, kept once however often a run goes on."""
 
     def __init__(self, output: Path | None, json_output: bool) -> None:
         from qjl.lab import records
 
         self.output, self._json = output, json_output
         self.kept = [] if output is None else records.resume(output)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Any] = []
 
-    def add(self, row: dict[str, Any]) -> None:
-        from qjl.lab import records
+    def add(self, fields: dict[str, Any]) -> None:
+        from qjl.lab import records, rows
 
-        self.rows.append(row)
+        row = {"command": command()} | fields
+        self.rows.append(rows.typed(row))
         if self._json:
             print_json(row)
-        if self.output is not None and row not in self.kept:
+        if self.output is not None and not any(_is_same(row, kept) for kept in self.kept):
             records.append(self.output, row)
 
-    def show(self, table: Callable[[list[dict[str, Any]]], Any]) -> None:
+    def show(self) -> None:
+        """The report's tables of them."""
+        from qjl.lab.report.kinds import sections
+
         if not self._json:
-            out.print(table(self.rows))
+            for section in sections(self.rows):
+                for part in section.parts:
+                    for table in part.tables:
+                        out.print(_printed(table))
+
+
+def command() -> str:
+    """The command line that is running."""
+    return shlex.join(["qjl", *_words.get()])
+
+
+def _is_same(row: dict[str, Any], kept: dict[str, Any]) -> bool:
+    return row | {"command": None} == kept | {"command": None}
+
+
+def _printed(found: Found) -> Table:
+    table = results_table(found.columns[0], *found.columns[1:])
+    table.columns[0].no_wrap = True
+    for column in table.columns[1 : found.words]:
+        column.justify = "left"
+    for line in found.lines:
+        table.add_row(*(f"{_MARKS[cell.mark].format(escape(cell.text))}{_note(cell.note)}" for cell in line))
+    table.caption = found.caption
+    return table
+
+
+def _note(note: str) -> str:
+    return f"\n[dim]{escape(note)}[/dim]" if note else ""
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from statistics import mean, stdev
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,7 +79,7 @@ def distortion(
     with progress("Quantizing", len(configs), quiet=json_output) as advance:
         for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
-    found.show(_distortion_table)
+    found.show()
 
 
 def perplexity(
@@ -109,7 +108,7 @@ def perplexity(
     with progress("Decoding", total, quiet=json_output) as advance:
         for row in measure(subject, configs, text, contexts, chunks, window, _answers(output), advance):
             found.add(row)
-    found.show(_perplexity_table)
+    found.show()
 
 
 def seeds(
@@ -140,7 +139,7 @@ def seeds(
     with progress("Decoding", len(configs) * protocol.tokens, quiet=json_output) as advance:
         for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
-    found.show(_seeds_table)
+    found.show()
 
 
 def retrieval(
@@ -174,10 +173,8 @@ def retrieval(
     with progress("Asking", len(protocol.cells), quiet=json_output) as advance:
         for row in measure(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
-    found.show(_retrieval_table)
-    for preset, context in dict.fromkeys(
-        (row["preset"], row["context"]) for row in found.rows if not row["read_as_codes"]
-    ):
+    found.show()
+    for preset, context in dict.fromkeys((row.preset, row.context) for row in found.rows if not row.read_as_codes):
         notes.print(
             f"{context} tokens say nothing of {preset}: none was read as a code, since all are exact. Take a longer "
             "context, or a smaller window.",
@@ -214,7 +211,7 @@ def generate(
     with progress("Solving", len(asked) * len(configs), quiet=json_output) as advance:
         for row in measure(subject, configs, task or data.stem, asked, protocol, _answers(output), advance):
             found.add(row)
-    found.show(_problems_table)
+    found.show()
 
 
 def smoke(
@@ -277,62 +274,3 @@ def _quantized(presets: Iterable[str] | None) -> list[CacheConfig]:
     if not configs:
         raise QJLError("full precision loses nothing: give another preset beside it.")
     return configs
-
-
-def _distortion_table(rows: list[Row]) -> Any:
-    table = results_table("preset", "bits", "scores", "theory", "outputs")
-    for name in dict.fromkeys(row["preset"] for row in rows):
-        of = {
-            role: [row for row in rows if (row["preset"], row["role"]) == (name, role)] for role in ("score", "output")
-        }
-        theory = [row["theory"] for row in of["score"] if row["theory"] is not None]
-        errors = {role: f"{mean([row['error'] for row in part]):.4f}" for role, part in of.items()}
-        expected = f"{mean(theory):.4f}" if theory else "-"
-        table.add_row(name, f"{of['score'][0]['bits']:.2f}", errors["score"], expected, errors["output"])
-    table.caption = "means over layers; scores over ||q|| ||k||, outputs over their norm; --json has every layer"
-    return table
-
-
-def _perplexity_table(rows: list[Row]) -> Any:
-    contexts = list(dict.fromkeys(row["context"] for row in rows))
-    table = results_table("preset", "bits", *(f"{context} tokens" for context in contexts))
-    full = [next(row for row in rows if row["context"] == context)["ppl_full"] for context in contexts]
-    table.add_row("full", "16.00", *(f"{ppl:.2f}" for ppl in full))
-    for name in dict.fromkeys(row["preset"] for row in rows):
-        of = [row for row in rows if row["preset"] == name]
-        table.add_row(name, f"{of[0]['bits']:.2f}", *(f"{row['ppl']:.2f} ({row['dppl_percent']:+.1f} %)" for row in of))
-    return table
-
-
-def _seeds_table(rows: list[Row]) -> Any:
-    table = results_table("preset", "bits", "seeds", "KL", "deviation", "least", "most")
-    for name in dict.fromkeys(row["preset"] for row in rows):
-        of = [row for row in rows if row["preset"] == name]
-        kl = [row["kl"] for row in of]
-        numbers = (mean(kl), stdev(kl) if len(kl) > 1 else None, min(kl), max(kl))
-        shown = ("-" if number is None else f"{number:.4f}" for number in numbers)
-        table.add_row(name, f"{of[0]['bits']:.2f}", str(len(of)), *shown)
-    table.caption = "a single seed: nothing in this preset is random"
-    return table
-
-
-def _retrieval_table(rows: list[Row]) -> Any:
-    columns = list(dict.fromkeys((row["task"], row["context"]) for row in rows))
-    table = results_table("preset", "bits", *(f"{task}\n{context}" for task, context in columns))
-    for name in dict.fromkeys(row["preset"] for row in rows):
-        of = [row for row in rows if row["preset"] == name]
-        found = ([row["found"] for row in of if (row["task"], row["context"]) == column] for column in columns)
-        table.add_row(name, f"{of[0]['bits']:.2f}", *(f"{mean(one):.2f}" for one in found))
-    table.caption = "share of what was hidden that was found, over all depths"
-    return table
-
-
-def _problems_table(rows: list[Row]) -> Any:
-    table = results_table("preset", "bits", "solved, %", "tokens", "unfinished, %", "read as\ncodes, %")
-    for row in rows:
-        solved = f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}"
-        codes = "-" if row["read_as_codes"] is None else f"{100 * row['read_as_codes']:.0f}"
-        numbers = (f"{row['tokens']:.0f}", f"{100 * row['unfinished']:.0f}", codes)
-        table.add_row(row["preset"], f"{row['bits']:.2f}", solved, *numbers)
-    table.caption = f"{rows[0]['task']}, {rows[0]['n']} problems, {rows[0]['model']} in {rows[0]['dtype']}"
-    return table

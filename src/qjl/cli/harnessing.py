@@ -28,7 +28,6 @@ from qjl.cli.common import (
     read_data,
     require_writable,
     resolved,
-    results_table,
 )
 from qjl.errors import QJLError
 
@@ -101,7 +100,7 @@ def harness(
             found.add(row)
         for row in rows[:1]:
             _tell_if_no_codes(row)
-    found.show(_table)
+    found.show()
 
 
 def _parse(metadata: str | None) -> dict[str, Any] | None:
@@ -122,20 +121,3 @@ def _tell_if_no_codes(row: dict[str, Any]) -> None:
             markup=False,
             soft_wrap=True,
         )
-
-
-def _table(rows: list[dict[str, Any]]) -> Any:
-    table = results_table("preset", "task", "metric", "value", "n", "read as\ncodes, %", "bits")
-    table.columns[0].no_wrap, table.columns[1].overflow = True, "fold"
-    for row in rows:
-        error = "" if row["value_se"] is None else f" ± {row['value_se']:.3f}"
-        table.add_row(
-            row["preset"],
-            row["task"],
-            row["metric"],
-            f"{row['value']:.3f}{error}",
-            str(row["n"]),
-            f"{100 * row['read_as_codes']:.0f}",
-            f"{row['bits']:.2f}",
-        )
-    return table

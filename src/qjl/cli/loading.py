@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from qjl.cli.benching import OutputOption, PresetsOption, Row, ThreadsOption, passing, report, require_places
+from qjl.cli.benching import OutputOption, PresetsOption, ThreadsOption, passing, require_places
 from qjl.cli.common import (
     DEFAULT_PRESET,
     EMBEDDED,
     DataOption,
     JsonOption,
     ModelOption,
-    out,
+    Rows,
     progress,
     read_data,
     resolved,
-    results_table,
 )
 from qjl.cli.serving import measure_for_vllm, source_for_vllm
 
@@ -42,20 +41,19 @@ def serving(
     Each conversation has a secret of its own. Exits with 1 where one was heard in another, or where an answer failed.
     With --json, one object per preset and line.
     """
-    from qjl.lab.bench.serving import Load, measure, went_well
+    from qjl.lab.bench.serving import Load, measure
 
     load, text = Load(clients, requests, words, answer, slots, queue, threads, dtype), read_data(data)
     require_places(output, None)
     names = preset or [DEFAULT_PRESET]
     resolved(names)  # an unknown one is told before the first is asked for an hour
-    rows = []
+    found = Rows(output, json_output)
     for name in names:
         with progress(f"Asking {name}", requests, json_output) as advance:
-            rows.append(measure(model, name, load, text, lambda: advance(1)))
-        report(rows[-1], output, json_output)
-    if not json_output:
-        out.print(_table(rows))
-    if not all(map(went_well, rows)):
+            row = measure(model, name, load, text, lambda: advance(1))
+        found.add(row)
+    found.show()
+    if not all(row.went_well for row in found.rows):
         raise typer.Exit(1)
 
 
@@ -82,63 +80,17 @@ def vllm(
     from qjl.lab.bench.vllm import Trial, measure
     from qjl.serving.vllm import require_ready
 
-    names, contexts, rows = list(dict.fromkeys(["full", *(preset or [DEFAULT_PRESET])])), context or [4032], []
+    names, contexts = list(dict.fromkeys(["full", *(preset or [DEFAULT_PRESET])])), context or [4032]
     resolved(names)
     require_places(output, None)
     require_ready()
-    source = source_for_vllm(model)
+    source, found = source_for_vllm(model), Rows(output, json_output)
     for name in names:
         measure_for_vllm(source, name, data)
     with passing(), progress("Taking turns", len(contexts) * rounds * len(names), json_output) as advance:
         for length in contexts:
             trial = Trial(source, names[0], requests, length, steps, dtype, threads)
             for row in measure(model, trial, names, rounds):
-                rows.append(row)
-                report(row, output, json_output)
+                found.add(row)
                 advance(1)
-    if not json_output:
-        out.print(_table_of_turns(rows))
-
-
-def _table_of_turns(rows: list[Row]) -> Any:
-    times = ("step,\nms", "of processor,\nms", "prompts,\ns", "of processor,\ns")
-    table = results_table("preset", "context", *times, "tokens\nthat fit")
-    for row in rows:
-        steps = (1e3 * row[name] for name in ("step_seconds", "step_cpu_seconds"))
-        prompts = (row[name] for name in ("prefill_seconds", "prefill_cpu_seconds"))
-        numbers = (*(f"{step:.1f}" for step in steps), *(f"{prompt:.1f}" for prompt in prompts))
-        table.add_row(row["preset"], f"{row['context']:,}", *numbers, f"{row['cached_tokens']:,}")
-    table.caption = f"{rows[0]['model']}, {rows[0]['requests']} sequences, {rows[0]['machine']}; full: vLLM's own pages"
-    return table
-
-
-def _table(rows: list[Row]) -> Any:
-    waits = ("first token,\ns: p50, p99", "answer,\ns: p50, p99")
-    table = results_table(
-        "preset", "answered", "told\nagain", "failed", "leaks", "own,\n%", *waits, "tokens/s", "peak,\nMB"
-    )
-    for row in rows:
-        peak = row["peak_bytes"]
-        table.add_row(
-            row["preset"],
-            *_counts(row),
-            *(_wait(row[of]) for of in ("first_token_seconds", "request_seconds")),
-            f"{row['tokens_per_second']:.0f}",
-            "-" if peak is None else f"{max(peak) / 1e6:.0f}",
-        )
-    table.caption = (
-        f"{rows[0]['model']}, {rows[0]['clients']} clients, {rows[0]['machine']}; told again: refused with the time to "
-        "come again in; own: answers with their own secret"
-    )
-    return table
-
-
-def _counts(row: Row) -> tuple[str, ...]:
-    from qjl.lab.bench.serving import failures, refusals
-
-    counts = (row["statuses"].get("200", 0), refusals(row), failures(row), row["leaks"])
-    return *(f"{count}" for count in counts), f"{100 * row['repeated']:.0f}"
-
-
-def _wait(seconds: dict[str, float]) -> str:
-    return f"{seconds['p50']:.1f}, {seconds['p99']:.1f}" if seconds else "-"
+    found.show()

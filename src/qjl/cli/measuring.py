@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +28,6 @@ from qjl.cli.common import (
     read_data,
     require_writable,
     resolved,
-    results_table,
     waiting,
 )
 from qjl.errors import QJLError
@@ -49,14 +47,6 @@ _RetrievalOption = Annotated[bool, typer.Option(help="Whether codes hidden in th
 _Output = Annotated[
     Path | None, typer.Option("--out", help="Append JSON lines to this file; what is there is not measured again.")
 ]
-_COLUMNS = {
-    "KL": lambda row: f"{row['kl']:.4f}" + (f" ± {row['kl_se']:.4f}" if row["kl_se"] is not None else ""),
-    "ΔPPL, %": lambda row: f"{row['dppl_percent']:+.1f}",
-    "top-1": lambda row: f"{row['top1']:.3f}",
-    "codes\nfound": lambda row: "-" if row["retrieval"] is None else f"{row['retrieval']:.2f}",
-    "bits": lambda row: f"{row['bits']:.2f}",
-    "with\nwindow": lambda row: f"{row['bits_with_window']:.2f}",
-}
 
 
 def fidelity(
@@ -95,7 +85,7 @@ def fidelity(
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     configs = [configuration(one, network, tokenizer) for one in wanted]
     _measure(Frontier(model, network, tokenizer, text, protocol), configs, found, json_output)
-    found.show(_table)
+    found.show()
 
 
 def frontier(
@@ -142,8 +132,7 @@ def frontier(
     found = Rows(output, json_output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     _measure(Frontier(model, network, tokenizer, text, protocol), presets, found, json_output)
-    found.rows.sort(key=lambda row: (row["bits"], row["kl"]))
-    found.show(_frontier_table)
+    found.show()
     if plot is not None:
         _draw(found.rows, plot)
 
@@ -164,7 +153,7 @@ def _require_drawable(plot: Path | None) -> None:
         plots.require_format(plot)
 
 
-def _draw(rows: list[dict[str, Any]], plot: Path) -> None:
+def _draw(rows: list[Any], plot: Path) -> None:
     from qjl.lab import plots
 
     plot.write_bytes(plots.frontier(rows, plot.suffix))
@@ -173,32 +162,6 @@ def _draw(rows: list[dict[str, Any]], plot: Path) -> None:
 
 def _tell_refusal(name: str, error: QJLError) -> None:
     notes.print(f"Left out: {name}, for {error}", markup=False, soft_wrap=True)
-
-
-def _frontier_table(rows: list[dict[str, Any]]) -> Any:
-    from qjl.lab.records import is_ours, pareto_front
-
-    front = pareto_front(rows)
-
-    def name(row: dict[str, Any]) -> str:
-        marked = f"{row['preset']} *" if row in front else row["preset"]
-        return f"[bold]{marked}[/bold]" if is_ours(row) else marked
-
-    table = _table(rows, name)
-    table.caption = f"* loses least at its size; bold: this project; {table.caption}"
-    return table
-
-
-def _table(rows: list[dict[str, Any]], name: Callable[[dict[str, Any]], str] = lambda row: row["preset"]) -> Any:
-    first = rows[0]
-    table = results_table("preset", *_COLUMNS)
-    table.columns[0].no_wrap = True
-    for row in rows:
-        table.add_row(name(row), *(show(row) for show in _COLUMNS.values()))
-    table.caption = f"full precision: perplexity {first['ppl_full']:.2f}"
-    if first["retrieval_full"] is not None:
-        table.caption += f", retrieval {first['retrieval_full']:.2f}"
-    return table
 
 
 def calibrate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,11 +13,8 @@ from qjl.cli.benching import (
     PlotOption,
     PresetsOption,
     RepeatsOption,
-    Row,
     ThreadsOption,
     passing,
-    ratio,
-    report,
     require_places,
     rounds,
 )
@@ -26,13 +23,10 @@ from qjl.cli.common import (
     DeviceOption,
     JsonOption,
     ModelOption,
+    Rows,
     load,
-    megabytes,
     notes,
-    out,
     resolved,
-    results_table,
-    times,
     waiting,
 )
 
@@ -76,14 +70,12 @@ def generate(
     peers, contexts = installed(against or PEERS), tokens or [512, 2048, 8192]
     _tell_left_out(against or PEERS, peers)
     require_places(output, None)
-    rows = []
+    found = Rows(output, json_output)
     race = Race(model, configs, peers, max(contexts), threads, progress=notes.is_terminal and not json_output)
     with passing(), rounds(len(contexts), repeats, json_output) as on_round:
         for row in race.measure(contexts, repeats, on_round):
-            rows.append(row)
-            report(row, output, json_output)
-    if not json_output:
-        out.print(_generate_table(rows))
+            found.add(row)
+    found.show()
 
 
 def memory(
@@ -108,21 +100,19 @@ def memory(
     """
     from qjl.lab.bench.memory import CONTEXTS, measure
 
-    contexts, rows = tokens or CONTEXTS, []
+    contexts, found = tokens or CONTEXTS, Rows(output, json_output)
     require_places(output, plot)
     with passing():
         rig = _rig(model, random, preset, against, device, dtype, threads, max(contexts), json_output)
         with rounds(len(contexts), repeats, json_output) as on_round:
             for context in sorted(contexts):
                 for row in measure(rig, context, steps, repeats, on_round):
-                    rows.append(row)
-                    report(row, output, json_output)
-    if not json_output:
-        out.print(_memory_table(rows))
+                    found.add(row)
+    found.show()
     if plot is not None:
         from qjl.lab import plots
 
-        _keep(plots.contexts(rows, plot.suffix), plot)
+        _keep(plots.contexts(found.rows, plot.suffix), plot)
 
 
 def throughput(
@@ -151,21 +141,19 @@ def throughput(
     from qjl.plan import parse_memory
 
     room = parse_memory(budget or ("80G" if device.startswith("cuda") else "2G"))
-    contexts, rows = tokens or [4096, 32768], []
+    contexts, found = tokens or [4096, 32768], Rows(output, json_output)
     require_places(output, plot)
     with passing():
         rig = _rig(model, random, preset, against, device, dtype, threads, max(contexts), json_output)
         for context in sorted(contexts):
             with waiting(f"Batches of {context} tokens") as show:
                 for row in measure(rig, context, room, steps, show):
-                    rows.append(row)
-                    report(row, output, json_output)
-    if not json_output:
-        out.print(_throughput_table(rows))
+                    found.add(row)
+    found.show()
     if plot is not None:
         from qjl.lab import plots
 
-        _keep(plots.throughput(rows, plot.suffix), plot)
+        _keep(plots.throughput(found.rows, plot.suffix), plot)
 
 
 def _rig(
@@ -194,82 +182,10 @@ def _rig(
         return caches.build(random or model, network, configs, peers, tokens, threads)
 
 
-def _generate_table(rows: list[Row]) -> Any:
-    columns = ("context", "tokens/s", "x dynamic\nbf16", "x dynamic\nfp32", "attention,\nms/layer")
-    table = results_table("cache", *columns)
-    for row in rows:
-        table.add_row(
-            row["preset"],
-            str(row["tokens"]),
-            f"{row['tokens_per_second']:.1f}",
-            *(ratio(row, f"dynamic_{label}") for label in ("bf16", "fp32")),
-            f"{row['attention_ms_per_layer']:.3f}",
-        )
-    table.caption = f"{rows[0]['model']}, {rows[0]['threads']} threads, {rows[0]['machine']}"
-    return table
-
-
-def _memory_table(rows: list[Row]) -> Any:
-    columns = (
-        "context",
-        "prompt,\nms",
-        "x dyn-\namic",
-        "token,\nms",
-        "x dyn-\namic",
-        "cache,\nMB",
-        "smaller",
-        "peak,\nMB",
-    )
-    table = results_table("cache", *columns)
-    for row in rows:
-        table.add_row(
-            row["preset"],
-            str(row["tokens"]),
-            f"{row['prefill_ms']:.0f}",
-            _times(row["ratio_prefill_dynamic"]),
-            f"{row['ms']:.1f}",
-            _times(row["ratio_dynamic"]),
-            f"{row['cache_bytes'] / 1e6:.1f}",
-            _times(row["smaller_than_dynamic"]),
-            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.1f}",
-        )
-    table.caption = f"{_whole(rows[0])}; peak: while decoding, beside the weights"
-    return table
-
-
-def _throughput_table(rows: list[Row]) -> Any:
-    table = results_table(
-        "cache", "context", "largest batch", "tokens/s", "x dynamic", "ms/step", "cache", "with all else"
-    )
-    for row in (row for row in rows if row["is_largest"]):
-        table.add_row(
-            row["preset"],
-            str(row["tokens"]),
-            str(row["batch"]),
-            f"{row['tokens_per_second']:.1f}",
-            _times(row["ratio_dynamic"]),
-            f"{row['ms']:.1f}",
-            f"{row['cache_bytes'] / 1e6:.1f}",
-            f"{(row['weights_bytes'] + row['peak_bytes']) / 1e6:.1f}",
-        )
-    if rows:
-        table.caption = f"{_whole(rows[0])}; in {megabytes(rows[0]['memory'])}"
-    return table
-
-
-def _times(number: float | None) -> str:
-    return "-" if number is None else times(number)
-
-
 def _tell_left_out(asked: Sequence[str], peers: Sequence[str]) -> None:
     for peer in asked:
         if peer not in peers:
             notes.print(f"Left out: {peer}, whose package is not installed.")
-
-
-def _whole(row: Row) -> str:
-    how = f"{row['threads']} thread(s), " if row["device"] == "cpu" else ""
-    return f"{row['model']} in {row['dtype']}, {how}{row['machine']}"
 
 
 def _keep(picture: bytes, plot: Path) -> None:

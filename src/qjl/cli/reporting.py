@@ -28,7 +28,7 @@ def report(
     require_writable(output)
     content = report.page(found)
     output.write_text(content, encoding="utf-8")
-    sections, others = report.counts(row for run in found for row in run.rows)
+    sections, others = report.counts(found)
     if json_output:
         print_json({"output": str(output), "bytes": len(content.encode()), "sections": sections, "others": others})
         return

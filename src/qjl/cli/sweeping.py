@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,11 +15,8 @@ from qjl.cli.common import (
     progress,
     require_writable,
     resolved,
-    results_table,
 )
 from qjl.errors import QJLError
-
-FEW = 20
 
 
 def models(
@@ -51,20 +47,6 @@ def models(
     with progress("Asking", len(asked), quiet=json_output) as advance:
         for row in measure(asked, preset or DEFAULT_PRESET, workers, found.kept, advance):
             found.add(row)
-    found.show(_table)
-    if any(row["verdict"] in ("wrong", "traceback") for row in found.rows):
+    found.show()
+    if any(row.verdict in ("wrong", "traceback") for row in found.rows):
         raise typer.Exit(1)
-
-
-def _table(rows: list[dict[str, Any]]) -> Any:
-    """The families that do not work, or all where few were asked."""
-    counts = Counter(row["verdict"] for row in rows)
-    table = results_table("family", "full: error", "KL", "KL of another\nprompt")
-    table.add_column("verdict")
-    for row in rows:
-        if row["verdict"] != "works" or len(rows) <= FEW:
-            numbers = (row["max_error_full"], row["kl"], row["kl_other"])
-            shown = ("-" if number is None else f"{number:.1e}" for number in numbers)
-            table.add_row(row["family"], *shown, ": ".join(filter(None, (row["verdict"], row["why"]))))
-    table.caption = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
-    return table

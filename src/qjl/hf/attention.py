@@ -122,6 +122,10 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
         self.store, self.core = store, core
         self.has_text = has_text
         self.knows_padding = not has_text
+        self._scoring: Scoring | None = None
+
+    def _copied(self) -> dict[str, Any]:
+        return vars(self) | {"_scoring": None}
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -158,10 +162,21 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
         handed = _Handed(self, fresh)
         return CachedStates(handed, 0), CachedStates(handed, 1)
 
+    def scoring(
+        self, scaling: float, mask: Tensor | None, softcap: float | None, sink_logits: Tensor | None
+    ) -> Scoring:
+        """The same object as long as nothing is another."""
+        kept = self._scoring
+        is_same = kept is not None and kept.mask is mask and kept.sink_logits is sink_logits
+        if kept is None or not is_same or kept.scaling != scaling or kept.softcap != softcap:
+            kept = self._scoring = Scoring(scaling, mask, softcap, sink_logits)
+        return kept
+
     def attend(self, query: Tensor, scoring: Scoring, handed: _Handed) -> Tensor:
         """Attention of ``query [B, Hq, Q, D]``, that of the tokens updated last: ``[B, Q, Hq, Dv]``."""
-        out = self.store.attend(self.core, query, scoring, handed.fresh)
-        if self.store.source.waits:
+        store = self.store
+        out = store.attend(self.core, query, scoring, handed.fresh)
+        if store.source.waits:
             self.observe(query, out.transpose(1, 2))
         return out
 
@@ -257,11 +272,13 @@ def _attention_over_handle(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """On codes where they give all that is asked for, by the model's own function otherwise."""
-    layer = key.layer
+    layer = key.handed.layer
     if key.is_key_of(value) and not args and _codes_give_all(own, is_models_own, module, kwargs):
-        mask = _mask_for_codes(is_models_own, module, query, key, attention_mask, kwargs)
+        mask = attention_mask
+        if mask is not None or query.shape[2] > 1:
+            mask = _mask_for_codes(is_models_own, module, query, key, mask, kwargs)
         if mask is not _OF_ANOTHER_KIND:
-            key.require_current()
+            key.handed.require_current()
             return attention_over(module, query, key, value, mask, **kwargs)
     if not layer.knows_padding and _tells_padding(attention_mask):
         layer.observe_mask(attention_mask, kwargs.get("position_ids"))
@@ -341,12 +358,14 @@ def attention_over(
         return compat.sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is None and query.shape[2] > 1 and not _is_causal(module, kwargs):
         attention_mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    scoring = Scoring(scaling or query.shape[-1] ** -0.5, attention_mask, softcap, sinks)
+    scaling = scaling or query.shape[-1] ** -0.5
     if not isinstance(key, CachedStates):
+        scoring = Scoring(scaling, attention_mask, softcap, sinks)
         return attend_dense(query, key, value, scoring).transpose(1, 2).contiguous(), None
-    if not key.layer.knows_padding and _tells_padding(attention_mask):
-        key.layer.observe_mask(attention_mask, kwargs.get("position_ids"))
-    return key.layer.attend(query, scoring, key.handed), None
+    layer = key.handed.layer
+    if not layer.knows_padding and _tells_padding(attention_mask):
+        layer.observe_mask(attention_mask, kwargs.get("position_ids"))
+    return layer.attend(query, layer.scoring(scaling, attention_mask, softcap, sinks), key.handed), None
 
 
 def _is_causal(module: torch.nn.Module, asked: dict[str, Any]) -> bool:

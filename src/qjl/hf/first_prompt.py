@@ -29,15 +29,11 @@ class FirstPrompt(Copied):
         self.codecs = codecs
         self._model_type = model_type
         self._moments: dict[int, AttentionMoments] = {}
-        self._has_codecs = False
-
-    @property
-    def waits(self) -> bool:
-        return not self._has_codecs
+        self.waits = True
 
     def reset(self) -> None:
         """Forget the queries that were seen."""
-        self._moments, self._has_codecs = {}, False
+        self._moments, self.waits = {}, True
 
     def arrays(self) -> Arrays:
         """The queries and outputs that were seen, by name: ``layers.3.seen.count``, ``layers.3.seen.output``."""
@@ -60,8 +56,8 @@ class FirstPrompt(Copied):
                 self._moments[number] = AttentionMoments.of(seen)
 
     def can_code(self, cache: PagedCache) -> bool:
-        self._has_codecs = all(self.codecs.is_ready(number) for number in cache.layers)
-        if self._has_codecs:
+        self.waits = not all(self.codecs.is_ready(number) for number in cache.layers)
+        if not self.waits:
             self._moments = {}
             return True
         return self._tokens(cache) >= MIN_TOKENS
@@ -75,9 +71,7 @@ class FirstPrompt(Copied):
 
     def wants_queries(self, layer: Layer) -> bool:
         """Whether ``observe`` is needed: codecs wait for statistics of the queries."""
-        return (
-            not self._has_codecs and self.codecs.needs_queries(layer.number) and not self.codecs.is_ready(layer.number)
-        )
+        return self.waits and self.codecs.needs_queries(layer.number) and not self.codecs.is_ready(layer.number)
 
     def observe(self, layer: Layer, cache: PagedCache, query: Tensor, out: Tensor) -> None:
         """Count the queries ``[B, Hq, Q, D]`` of the fresh tokens, and what attention gave them, ``[B, Hq, Q, Dv]``."""

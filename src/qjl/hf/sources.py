@@ -9,11 +9,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qjl import statistics
-from qjl.architecture import find_rope, layer_shapes
+from qjl.architecture import ropes_of
 from qjl.codecs import Codecs
 from qjl.fingerprints import fingerprint_or_none
 from qjl.presets import CacheConfig
-from qjl.rope import Rope
 
 _shared: weakref.WeakKeyDictionary[PreTrainedModel, _Shared] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
@@ -60,11 +59,6 @@ def forget_statistics(model: PreTrainedModel) -> None:
     """New caches of this model read its statistics again; caches that exist keep theirs."""
     with _making:
         _shared.pop(model, None)
-
-
-def ropes_of(config: PreTrainedConfig) -> dict[int, Rope | None]:
-    """The RoPE of each layer that is quantized."""
-    return {shape.index: find_rope(config, shape.kind) for shape in layer_shapes(config) if shape.is_quantized}
 
 
 def statistics_path(model: PreTrainedModel) -> Path | None:

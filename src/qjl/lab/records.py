@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +68,6 @@ class Journal:
             if self._path is not None:
                 append(self._path, {"run": self._run, "request": name, "answer": self._answers[name]})
         return self._answers[name]
-
-
-def is_ours(row: Row) -> bool:
-    """Whether the keys' method is this project's own."""
-    return bool(row["source"] == "this project")
-
-
-def pareto_front(rows: Iterable[Row]) -> list[Row]:
-    """The rows, by size, that no other beats with as few bits or as low a KL."""
-    front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row["bits"], row["kl"])):
-        if not front or row["kl"] < front[-1]["kl"]:
-            front.append(row)
-    return front
 
 
 def _whole(path: Path) -> bytes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qjl.attention import Scoring
+from qjl.codecs import TokenShape
 from qjl.errors import QJLError
 from qjl.methods.nibble import EXPAND_FROM_ROWS
 from qjl.packed import BLOCK
@@ -22,17 +23,17 @@ from qjl.vllm.compat import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
-    Batch,
     KVCacheLayout,
     Pages,
     Settings,
     extract_layer_index,
     overriding,
 )
-from qjl.vllm.layer import PagedLayer, Step
+from qjl.vllm.layer import PagedLayer
 from qjl.vllm.model import ServedModel, bytes_per_token, chosen_config
-from qjl.vllm.planning import Planner, PoolShape, Request
+from qjl.vllm.planning import PoolShape
 from qjl.vllm.prompts import PromptKernel, Prompts
+from qjl.vllm.steps import Step, Steps
 
 logger = logging.getLogger("vllm.qjl")
 
@@ -91,15 +92,13 @@ class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
         settings, pages = compat.settings(vllm_config), compat.pages(kv_cache_spec)
         _require_served(settings)
         config = chosen_config()
-        lines = settings.sequences * (1 + -(-config.recent // pages.tokens))
-        shape = PoolShape(pages.tokens, config.sinks, lines, 2 * settings.sequences if config.sinks else 0)
-        self._planner = Planner(shape, config.recent)
+        most_queries = max(1, (EXPAND_FROM_ROWS - 1) // (settings.heads // pages.heads))
+        shape = PoolShape.of(pages.tokens, config.sinks, config.recent, settings.sequences, most_queries)
+        self._steps = Steps(shape, config.recent, most_queries, device)
         layers = [_paged_layer(settings, name, pages, shape, device) for name in layer_names]
         for name, layer in zip(layer_names, layers, strict=True):
             compat.attention_of(vllm_config, name).paged = layer
-        self._most_queries = max(1, (EXPAND_FROM_ROWS - 1) // (settings.heads // pages.heads))
         self._kernel = _prompt_kernel(settings, pages, device)
-        self._page_tokens, self._device = pages.tokens, device
         self._has_told_of_sinks = False
         logger.info(
             "qjl: preset %s, %d bytes per token in pages of %d tokens, beside a pool of %d exact tokens of %.2f GiB.",
@@ -111,22 +110,12 @@ class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
         )
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepMetadata:
-        requests = _requests(compat.batch(common_attn_metadata), self._page_tokens)
-        plan = self._planner.plan(requests)
-        if self._planner.missed_sinks and not self._has_told_of_sinks:
+        batch = compat.batch(common_attn_metadata)
+        step = self._steps.next(batch.totals, batch.starts, batch.table)
+        if self._steps.planner.missed_sinks and not self._has_told_of_sinks:
             logger.warning("qjl: first tokens of a sequence are read from their codes: more prompts than sink lines.")
             self._has_told_of_sinks = True
-        step = Step.of(plan, requests, self._page_tokens, self._most_queries, self._device)
         return StepMetadata(step, self._kernel.prepare(step.alone) if self._kernel and step.alone else None)
-
-
-def _requests(batch: Batch, page_tokens: int) -> list[Request]:
-    requests = []
-    for row, total in enumerate(batch.totals):
-        fresh = batch.starts[row + 1] - batch.starts[row]
-        pages = batch.pages[row, : -(-total // page_tokens)].tolist()
-        requests.append(Request(pages, total - fresh, fresh))
-    return requests
 
 
 @overriding
@@ -187,12 +176,7 @@ class QuantizedAttention(AttentionImpl[StepMetadata]):
         assert self.paged is not None
         step, prompts, paged = attn_metadata.step, attn_metadata.prompts, self.paged
         paged.bind(kv_cache)
-        paged.write(step, key, value)
-        if prompts is None:
-            paged.attend(step, query, key, value, self.scoring, output)
-        else:
-            paged.attend_together(step, query, key, value, self.scoring, output)
-            prompts.attend(paged, query, key, value, self.scoring, output)
+        paged.attend(step, query, key, value, self.scoring, output, prompts)
         self.steps += 1
         return output
 
@@ -205,9 +189,9 @@ def _prompt_kernel(settings: Settings, pages: Pages, device: torch.device) -> Pr
 
 def _paged_layer(settings: Settings, name: str, pages: Pages, shape: PoolShape, device: torch.device) -> PagedLayer:
     heads = slice(settings.first_head, settings.first_head + pages.heads)
+    tokens = TokenShape(pages.heads, pages.head_dim, pages.head_dim, device, settings.dtype)
     model = _served_model(settings.model, settings.revision)
-    codecs = model.codecs(extract_layer_index(layer_name=name), heads, pages.head_dim, settings.dtype, device)
-    return PagedLayer(codecs, shape, pages.heads, pages.head_dim, settings.dtype, device)
+    return PagedLayer(model.codecs(extract_layer_index(layer_name=name), heads, tokens), shape, tokens)
 
 
 @cache

@@ -378,12 +378,12 @@ def packed(spec: Any, bytes_per_token: Callable[[int], int]) -> Any:
 class Batch:
     """Sequences of a step: of ``totals[i]`` tokens, ``starts[i]`` to ``starts[i + 1]`` of the step are fresh.
 
-    ``pages [n, most]``.
+    ``table int32 [n, most]`` of pages lies on the device.
     """
 
-    totals: list[int]
-    starts: list[int]
-    pages: np.ndarray
+    totals: np.ndarray
+    starts: np.ndarray
+    table: torch.Tensor
 
 
 def batch(common: Any) -> Batch:
@@ -396,8 +396,13 @@ def batch(common: Any) -> Batch:
         raise QJLError("quantized pages serve causal attention alone: unset QJL_VLLM_PRESET for this model.")
     lengths = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
     count = common.num_reqs
-    tables = common.block_table_tensor[:count].cpu().numpy()
-    return Batch(lengths[:count].tolist(), common.query_start_loc_cpu[: count + 1].tolist(), tables)
+    starts = common.query_start_loc_cpu[: count + 1]
+    return Batch(_numbers(lengths[:count]), _numbers(starts), common.block_table_tensor[:count])
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    """``int64`` on the host."""
+    return tensor.cpu().numpy().astype(np.int64)
 
 
 def is_on_cpu() -> bool:

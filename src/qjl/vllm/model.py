@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
-from qjl.architecture import find_rope
+from qjl.architecture import ropes_of
+from qjl.codecs import Codecs, Pair, TokenShape
 from qjl.errors import QJLError
 from qjl.fingerprints import fingerprint_of_folder
-from qjl.methods.base import Codec, LayerContext, Quantizer
+from qjl.methods.base import Quantizer
 from qjl.presets import CacheConfig, resolve
 from qjl.rope import Rope
 from qjl.statistics import LayerStatistics, StatisticsFile, path_of
@@ -64,26 +64,26 @@ class ServedModel:
     def __init__(self, name: str, revision: str | None = None) -> None:
         self.name = name
         self.folder = Path(name) if Path(name).is_dir() else _snapshot(name, revision)
+        self._codecs: dict[tuple[int, int], Codecs] = {}  # by the heads that they are of
 
-    @cached_property
-    def rope(self) -> Rope | None:
-        return find_rope(AutoConfig.from_pretrained(self.folder, local_files_only=True))
-
-    def codecs(
-        self, layer: int, heads: slice, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Codec, Codec]:
+    def codecs(self, layer: int, heads: slice, shape: TokenShape) -> Pair:
         """Of keys and values, fitted to some KV heads of a layer.
 
         Raises:
             QJLError: if the model was not calibrated, or the preset's codes are no nibbles that heads share.
         """
-        key, value = chosen_config().for_layer(layer)
-        statistics = self._statistics(layer, heads) if key.needs_statistics or value.needs_statistics else None
-        shape = (heads.stop - heads.start, head_dim, device, dtype, statistics)
-        rope = None if self.rope is None else self.rope.to(device)
-        codecs = key.fit(LayerContext("key", *shape, rope=rope)), value.fit(LayerContext("value", *shape))
-        _require_nibbles(codecs, (key, value))
-        return codecs
+        codecs = self._codecs.setdefault(
+            (heads.start, heads.stop),
+            Codecs(chosen_config(), self._ropes, partial(self._statistics, heads=heads)),
+        )
+        pair = codecs.of(layer, shape)
+        assert pair is not None
+        _require_nibbles(pair, codecs.quantizers(layer))
+        return pair
+
+    @cached_property
+    def _ropes(self) -> dict[int, Rope | None]:
+        return ropes_of(AutoConfig.from_pretrained(self.folder, local_files_only=True))
 
     def _statistics(self, layer: int, heads: slice) -> LayerStatistics:
         measured = self._statistics_file.layer(layer)
@@ -117,7 +117,7 @@ class ServedModel:
         return path_of(fingerprint)
 
 
-def _require_nibbles(codecs: tuple[Codec, Codec], quantizers: tuple[Quantizer, Quantizer]) -> None:
+def _require_nibbles(codecs: Pair, quantizers: tuple[Quantizer, Quantizer]) -> None:
     for codec, quantizer in zip(codecs, quantizers, strict=True):
         if codec.form is None:
             raise QJLError(

@@ -24,7 +24,8 @@ from qjl.vllm.compat import (
     cpu_attn_get_scheduler_metadata,
     cpu_attn_reshape_and_cache,
 )
-from qjl.vllm.layer import Alone, PagedLayer, on
+from qjl.vllm.layer import PagedLayer
+from qjl.vllm.steps import Alone, on
 
 _CPU = torch.device("cpu")
 
@@ -114,7 +115,7 @@ class PromptKernel:
         *firsts, pages = accumulate(counts, initial=0)
         slots = np.concatenate([first * BLOCK + np.arange(total) for total, first in zip(totals, firsts, strict=True)])
         table = (np.array(firsts)[:, None] + np.arange(max(counts))).clip(max=pages - 1)
-        starts, lengths = on(_CPU, [*accumulate(fresh, initial=0)]).int(), on(_CPU, totals).int()
+        starts, lengths = (on(_CPU, np.array(x)).int() for x in ([*accumulate(fresh, initial=0)], totals))
         schedule = cpu_attn_get_scheduler_metadata(
             num_reqs=len(alone),
             num_heads=self._heads,

@@ -29,9 +29,9 @@ from qjl.lab import machine
 from qjl.lab.bench.peak import resident_bytes
 from qjl.lab.bench.synthetic import CPU
 from qjl.lab.records import Row
+from qjl.lab.rows import REFUSED
 from qjl.presets import resolve
 
-REFUSED = ("429", "503")  # which say when to come again
 BROKEN = "broken"  # the status of an answer that ended without its last word, and of a connection that failed
 NAME = "served"  # the model, in requests
 PATIENCE = 600  # seconds without a byte after which an answer is broken
@@ -136,20 +136,6 @@ def measure(model: str, preset: str, load: Load, text: str, on_answer: Callable[
         | {"exit_code": ended, "device": "cpu", "machine": machine.describe(), "versions": machine.versions()}
         | {"isa": machine.instruction_set() if backend == "cpu" else None}
     )
-
-
-def refusals(row: Row) -> int:
-    """Requests that were to come again, and did."""
-    return sum(row["statuses"].get(status, 0) for status in REFUSED)
-
-
-def failures(row: Row) -> int:
-    """Conversations without a whole answer."""
-    return int(row["requests"] - row["statuses"].get("200", 0))
-
-
-def went_well(row: Row) -> bool:
-    return not (failures(row) or row["leaks"] or row["exit_code"])
 
 
 def _told(asked: Sequence[Conversation], seconds: float) -> Row:

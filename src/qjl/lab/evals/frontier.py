@@ -81,6 +81,7 @@ class Frontier:
     def identity(self, preset: CacheConfig) -> Row:
         """All that the row of a preset depends on, but for the versions of packages."""
         return {
+            "case": "frontier",
             "model": self.name,
             "fingerprint": self._weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from qjl.lab.plots.style import DPI, GRID, INK, OURS, STYLE, TONES, Look, content, context_name, make_frame, require
-from qjl.lab.records import Row, is_ours
+from qjl.lab.rows import Harness, Haystack, OfPreset, Problems
 
 FULL = "full"
 _ACROSS = 4  # haystacks beside each other
@@ -30,23 +30,23 @@ class _Result:
     is_ours: bool
 
 
-def problems(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+def problems(rows: Sequence[Problems], suffix: str = ".svg") -> bytes:
     """Rows of `qjl eval generate` of one task: the share solved by each preset, beside full precision.
 
     Raises:
         QJLError: if there is no row.
     """
     require(rows)
-    results = [_result(row, 100 * row["accuracy"], 100 * row["accuracy_se"]) for row in rows]
+    results = [_result(row, 100 * row.accuracy, 100 * row.accuracy_se) for row in rows]
     with matplotlib.rc_context(STYLE):
         figure = Figure((9.0, 1.4 + 0.32 * len(results)), dpi=DPI, layout="constrained")
         axes = figure.subplots()
         _draw_results(axes, results)
-        make_frame(axes, f"{rows[0]['task']}: problems solved of {rows[0]['n']}, percent", "")
+        make_frame(axes, f"{rows[0].task}: problems solved of {rows[0].n}, percent", "")
         return content(figure, suffix)
 
 
-def tasks(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+def tasks(rows: Sequence[Harness], suffix: str = ".svg") -> bytes:
     """Rows of `qjl eval harness`: a panel per task, metric and filter, in it each preset's value.
 
     Raises:
@@ -62,28 +62,28 @@ def tasks(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         for axes in places[len(panels) :]:
             axes.remove()
         for axes, ((task, metric), chosen) in zip(places, panels.items(), strict=False):
-            _draw_results(axes, [_result(row, row["value"], row["value_se"] or 0) for row in chosen])
+            _draw_results(axes, [_result(row, row.value, row.value_se or 0) for row in chosen])
             make_frame(axes, metric.replace("_", " "), "")
             axes.set_title(task, loc="left", fontsize=10)
         return content(figure, suffix)
 
 
-def by_metric(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+def by_metric(rows: Sequence[Harness]) -> dict[tuple[str, str], list[Harness]]:
     """Rows by their task and the name of their metric, which tells the filter where there are several."""
     filters = Counter((task, metric) for task, metric, _ in {_measured(row) for row in rows})
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[tuple[str, str], list[Harness]] = {}
     for row in rows:
         task, metric, chosen = _measured(row)
         found.setdefault((task, metric if filters[task, metric] == 1 else f"{metric}, {chosen}"), []).append(row)
     return found
 
 
-def _measured(row: Row) -> tuple[str, str, str | None]:
-    return row["task"], row["metric"], row.get("filter")
+def _measured(row: Harness) -> tuple[str, str, str | None]:
+    return row.task, row.metric, row.filter
 
 
-def _result(row: Row, value: float, error: float) -> _Result:
-    return _Result(row["preset"], row["bits"], value, error, is_ours(row))
+def _result(row: OfPreset, value: float, error: float) -> _Result:
+    return _Result(row.preset, row.bits, value, error, row.is_ours)
 
 
 def _draw_results(axes: Axes, results: Sequence[_Result]) -> None:
@@ -99,7 +99,7 @@ def _draw_results(axes: Axes, results: Sequence[_Result]) -> None:
     axes.set_ylim(-0.6, max(len(shown), 1) - 0.4)
 
 
-def heatmap(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+def heatmap(rows: Sequence[Haystack], suffix: str = ".svg") -> bytes:
     """Rows of `qjl eval retrieval` of one task: what was found by context and depth, a panel per preset.
 
     Where full precision found another share, a cell names it below its own.
@@ -108,8 +108,8 @@ def heatmap(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         QJLError: if there is no row.
     """
     require(rows)
-    presets = sorted({row["preset"] for row in rows}, key=lambda name: (name != FULL, -_bits(rows, name), name))
-    contexts, depths = (sorted({row[field] for row in rows}) for field in ("context", "depth"))
+    presets = sorted({row.preset for row in rows}, key=lambda name: (name != FULL, -_bits(rows, name), name))
+    contexts, depths = sorted({row.context for row in rows}), sorted({row.depth for row in rows})
     across = min(_ACROSS, len(presets))
     lines = -(-len(presets) // across)
     size = (0.6 + across * (0.4 + 0.55 * max(len(contexts), 3)), 0.6 + lines * (0.4 + 0.42 * max(len(depths), 3)))
@@ -118,9 +118,9 @@ def heatmap(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         panels = figure.subplots(lines, across, squeeze=False, sharex=True, sharey=True).flatten()
         for axes in panels[len(presets) :]:
             axes.remove()
-        full = _cells([row for row in rows if row["preset"] == FULL])
+        full = _cells([row for row in rows if row.preset == FULL])
         for axes, name in zip(panels, presets, strict=False):
-            cells = _cells([row for row in rows if row["preset"] == name])
+            cells = _cells([row for row in rows if row.preset == name])
             _draw_cells(axes, cells, full, contexts, depths)
             axes.set_title(name if name == FULL else f"{name}, {_bits(rows, name):.2f} bits", fontsize=10)
         figure.supxlabel("context, tokens", fontsize=10, color=INK)
@@ -131,16 +131,16 @@ def heatmap(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
 _Cells = dict[tuple[int, float], float]
 
 
-def _cells(rows: Sequence[Row]) -> _Cells:
+def _cells(rows: Sequence[Haystack]) -> _Cells:
     """The mean over seeds, by context and depth."""
     found: dict[tuple[int, float], list[float]] = {}
     for row in rows:
-        found.setdefault((row["context"], row["depth"]), []).append(row["found"])
+        found.setdefault((row.context, row.depth), []).append(row.found)
     return {cell: mean(shares) for cell, shares in found.items()}
 
 
-def _bits(rows: Sequence[Row], name: str) -> float:
-    return float(next(row["bits"] for row in rows if row["preset"] == name))
+def _bits(rows: Sequence[Haystack], name: str) -> float:
+    return float(next(row.bits for row in rows if row.preset == name))
 
 
 def _draw_cells(axes: Axes, cells: _Cells, full: _Cells, contexts: Sequence[int], depths: Sequence[float]) -> None:

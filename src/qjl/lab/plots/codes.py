@@ -24,40 +24,40 @@ from qjl.lab.plots.style import (
     require,
     with_power,
 )
-from qjl.lab.records import Row
+from qjl.lab.rows import Encode, Scan
 
 _LINES: dict[str, Look] = {
     "key": {"linestyle": "solid", "marker": "o", "markersize": 5},
     "value": {"linestyle": "dashed", "marker": "s", "markersize": 5},
 }
-_SCANS = {"ms": ("qjl", OURS, "o"), "ms_popcount": ("popcount (RaBitQ's)", TONES[0], "s")} | {
-    "ms_faiss_pq": ("FAISS PQ", TONES[2], "D"),
-    "ms_faiss_rabitq": ("FAISS RaBitQ", TONES[3], "^"),
+_SCANS = {"popcount": ("popcount (RaBitQ's)", TONES[0], "s")} | {
+    "faiss_pq": ("FAISS PQ", TONES[2], "D"),
+    "faiss_rabitq": ("FAISS RaBitQ", TONES[3], "^"),
 }
 
 
-def encoding(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+def encoding(rows: Sequence[Encode], suffix: str = ".svg") -> bytes:
     """Rows of `qjl bench encode`: time against prompt, and its share of the prefill's attention.
 
     Raises:
         QJLError: if there is no row.
     """
     require(rows)
-    look = looks(row["preset"] for row in rows)
+    look = looks(row.preset for row in rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure((11.2, 4.8), dpi=DPI, layout="constrained")
         left, right = figure.subplots(1, 2)
-        prefill = {row["tokens"]: row["prefill_ms"] for row in sorted(rows, key=lambda row: row["tokens"])}
+        prefill = {row.tokens: row.prefill_ms for row in sorted(rows, key=lambda row: row.tokens)}
         contexts, attention = list(prefill), list(prefill.values())
         name = with_power("attention of the prefill", contexts, attention)
         left.plot(contexts, attention, color=INK, marker="x", label=name)
         for preset, role in itertools.product(look, _LINES):
-            of = [row for row in rows if (row["preset"], row["role"]) == (preset, role)]
-            of.sort(key=lambda row: row["tokens"])
-            tokens, ms = [row["tokens"] for row in of], [row["ms"] for row in of]
+            of = [row for row in rows if (row.preset, row.role) == (preset, role)]
+            of.sort(key=lambda row: row.tokens)
+            tokens, ms = [row.tokens for row in of], [row.ms for row in of]
             name, drawn = f"{preset}, {role}s", look[preset] | _LINES[role]
             left.plot(tokens, ms, label=with_power(name, tokens, ms), **drawn)
-            right.plot(tokens, [100 * row["share_of_prefill"] for row in of], label=name, **drawn)
+            right.plot(tokens, [100 * row.share_of_prefill for row in of], label=name, **drawn)
         make_logarithmic(left, "prompt, tokens", "ms per layer")
         make_logarithmic(right, "prompt, tokens", "encoding, percent of the prefill's attention")
         for axes in (left, right):
@@ -65,7 +65,7 @@ def encoding(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
         return content(figure, suffix)
 
 
-def scans(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+def scans(rows: Sequence[Scan], suffix: str = ".svg") -> bytes:
     """Scans of `qjl bench kernels`: the time of each code, beside other scans of equally many bits.
 
     Raises:
@@ -75,15 +75,16 @@ def scans(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure((9.0, 1.6 + 0.36 * len(rows)), dpi=DPI, layout="constrained")
         axes = figure.subplots()
-        for field, (name, color, marker) in _SCANS.items():
-            places = [place for place, row in enumerate(rows) if row.get(field) is not None]
-            if places:
-                ms = [rows[place][field] for place in places]
-                axes.plot(ms, places, color=color, marker=marker, linestyle="none", markersize=7, label=name)
-        axes.set_yticks(range(len(rows)), [f"{row['preset']}, {row['bits_per_key']:g} bits" for row in rows])
+        drawn: Look = {"linestyle": "none", "markersize": 7}
+        axes.plot([row.ms for row in rows], range(len(rows)), color=OURS, marker="o", label="qjl", **drawn)
+        for key, (name, color, marker) in _SCANS.items():
+            timed = {place: ms for place, row in enumerate(rows) if (ms := row.others_ms.get(key)) is not None}
+            if timed:
+                axes.plot(list(timed.values()), list(timed), color=color, marker=marker, label=name, **drawn)
+        axes.set_yticks(range(len(rows)), [f"{row.preset}, {row.bits_per_key:g} bits" for row in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(left=0)
-        make_frame(axes, f"ms for {rows[0]['tokens']:,} tokens", "")
+        make_frame(axes, f"ms for {rows[0].tokens:,} tokens", "")
         axes.grid(axis="y", color=GRID, alpha=0.15)
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
         return content(figure, suffix)

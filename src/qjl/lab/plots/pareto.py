@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from qjl.errors import QJLError
 from qjl.lab.plots.style import DPI, GRID, INK, MARKERS, OURS, STYLE, TONES, content
-from qjl.lab.records import Row, is_ours, pareto_front
+from qjl.lab.rows import Fidelity, pareto_front
 
 LEAST_KL = 1e-6  # less is full precision, which has no place on a logarithmic axis
 _SIZE = (9.0, 5.8)
@@ -29,13 +29,13 @@ _MOST_NAMES = 16  # of points of ours; more would hide each other
 _Box = tuple[float, float, float, float]
 
 
-def frontier(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+def frontier(rows: Sequence[Fidelity], suffix: str = ".svg") -> bytes:
     """KL against true bits, a line per family of presets: the content of a picture file, the same for the same rows.
 
     Raises:
         QJLError: if no row has a KL that could be drawn.
     """
-    rows = [row for row in rows if row["kl"] > LEAST_KL]
+    rows = [row for row in rows if row.kl > LEAST_KL]
     if not rows:
         raise QJLError("there is nothing to draw: measure at least one preset that is not full precision.")
     with matplotlib.rc_context(STYLE):
@@ -55,20 +55,20 @@ class Family:
     """The sizes of one method, smallest first."""
 
     name: str
-    rows: list[Row]
+    rows: list[Fidelity]
     is_ours: bool
     color: str
     marker: str
 
 
-def families(rows: Sequence[Row]) -> list[Family]:
+def families(rows: Sequence[Fidelity]) -> list[Family]:
     """Presets by method; ours last, so that they are drawn above the others."""
-    by_name: dict[tuple[bool, str], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row["bits"], row["kl"])):
-        by_name.setdefault((is_ours(row), _stem(row["preset"])), []).append(row)
+    by_name: dict[tuple[bool, str], list[Fidelity]] = {}
+    for row in sorted(rows, key=lambda row: (row.bits, row.kl)):
+        by_name.setdefault((row.is_ours, _stem(row.preset)), []).append(row)
     found = []
     for index, ((ours, stem), members) in enumerate(sorted(by_name.items())):
-        name = stem if len(members) > 1 else members[0]["preset"]
+        name = stem if len(members) > 1 else members[0].preset
         color, marker = (OURS, "o") if ours else (TONES[index % len(TONES)], MARKERS[index % len(MARKERS)])
         found.append(Family(name, members, ours, color, marker))
     return found
@@ -79,8 +79,8 @@ def _stem(preset: str) -> str:
     return re.sub(r"[-_]?[kv]?\d.*?(?=-[a-z]|$)", "", preset) or preset
 
 
-def _draw_axes(axes: Axes, rows: Sequence[Row]) -> None:
-    bits, kl = [row["bits"] for row in rows], [row["kl"] for row in rows]
+def _draw_axes(axes: Axes, rows: Sequence[Fidelity]) -> None:
+    bits, kl = [row.bits for row in rows], [row.kl for row in rows]
     axes.set_yscale("log")
     axes.set_xscale("log")
     axes.set_xlim(min(bits) / 1.15, max(bits) * 1.15)
@@ -90,9 +90,9 @@ def _draw_axes(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xlabel("true bits per number, every constant counted (16 without quantization)")
     axes.set_ylabel("KL of the next token to full precision, nats")
     row = rows[0]
-    protocol = f"{row['chunks']} x {row['decode']} tokens decoded over the codes, after {row['prefix']} of text"
+    protocol = f"{row.chunks} x {row.decode} tokens decoded over the codes, after {row.prefix} of text"
     key = "bars: standard error; band: the least KL to be had for so many bits; bold: this project"
-    axes.set_title(f"{row['model']}, {protocol}\n{key}", loc="left", fontsize=10)
+    axes.set_title(f"{row.model}, {protocol}\n{key}", loc="left", fontsize=10)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.tick_params(which="both", color=GRID, labelcolor=INK)
@@ -101,18 +101,18 @@ def _draw_axes(axes: Axes, rows: Sequence[Row]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_front(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_front(axes: Axes, rows: Sequence[Fidelity]) -> None:
     """The least KL to be had for so many bits, as steps."""
     front = pareto_front(rows)
-    bits, kl = [row["bits"] for row in front], [row["kl"] for row in front]
+    bits, kl = [row.bits for row in front], [row.kl for row in front]
     axes.step([*bits, axes.get_xlim()[1]], [*kl, kl[-1]], where="post", color=OURS, alpha=0.18, linewidth=7)
 
 
 def _draw_family(axes: Axes, family: Family) -> None:
     axes.errorbar(
-        [row["bits"] for row in family.rows],
-        [row["kl"] for row in family.rows],
-        yerr=[row["kl_se"] or 0 for row in family.rows],
+        [row.bits for row in family.rows],
+        [row.kl for row in family.rows],
+        yerr=[row.kl_se or 0 for row in family.rows],
         color=family.color,
         marker=family.marker,
         markersize=8 if family.is_ours else 6,
@@ -127,7 +127,7 @@ def _draw_family(axes: Axes, family: Family) -> None:
 class _Place:
     """Where a name may stand beside a row's point: ``gap`` and ``offset`` in points, ``box`` (x, y, x, y) in pixels."""
 
-    row: Row
+    row: Fidelity
     gap: float
     offset: tuple[float, float]
     box: _Box
@@ -148,18 +148,18 @@ class _Names:
         for family in sorted(self.families, key=lambda family: (not family.is_ours, len(family.rows))):
             if family.is_ours and are_few:
                 for row in family.rows:
-                    self._draw(row["preset"], [row], family)
+                    self._draw(row.preset, [row], family)
             else:
                 self._draw(family.name, family.rows, family)
 
-    def _draw(self, name: str, rows: Sequence[Row], family: Family) -> None:
+    def _draw(self, name: str, rows: Sequence[Fidelity], family: Family) -> None:
         style: dict[str, Any] = {"color": INK, "weight": "bold" if family.is_ours else "normal"}
         best = min(self._places(rows, *self._size(name, style)), key=self._cost)
         self.taken = np.vstack([self.taken, best.box])
         line = {"arrowstyle": "-", "color": family.color, "lw": 0.7, "shrinkA": 0, "shrinkB": 3}
         text = self.axes.annotate(
             name,
-            (best.row["bits"], best.row["kl"]),
+            (best.row.bits, best.row.kl),
             best.offset,
             textcoords="offset points",
             ha="center",
@@ -177,7 +177,7 @@ class _Names:
         text.remove()
         return box.width, box.height
 
-    def _places(self, rows: Sequence[Row], width: float, height: float) -> Iterator[_Place]:
+    def _places(self, rows: Sequence[Fidelity], width: float, height: float) -> Iterator[_Place]:
         pixels = self.figure.dpi / 72
         for row, gap, angle in itertools.product(rows, _GAPS, _ANGLES):
             right, up = math.cos(angle), math.sin(angle)
@@ -202,8 +202,8 @@ class _Names:
             for x, y in zip(np.linspace(x1, x2, steps), np.linspace(y1, y2, steps), strict=True):
                 yield x - 4, y - 4, x + 4, y + 4
 
-    def _at(self, row: Row) -> tuple[float, float]:
-        x, y = self.axes.transData.transform((row["bits"], row["kl"]))
+    def _at(self, row: Fidelity) -> tuple[float, float]:
+        x, y = self.axes.transData.transform((row.bits, row.kl))
         return float(x), float(y)
 
 

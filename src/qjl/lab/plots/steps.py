@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qjl.lab.plots.style import DPI, INK, STYLE, content, looks, make_logarithmic, mark_contexts, require, with_power
-from qjl.lab.records import Row
+from qjl.lab.rows import Decode
 
 
-def benchmark(rows: Sequence[Row], suffix: str = ".svg") -> bytes:
+def benchmark(rows: Sequence[Decode], suffix: str = ".svg") -> bytes:
     """Rows of `qjl bench decode`: time against context with the power it grows by, and the roofline.
 
     Raises:
@@ -45,29 +45,27 @@ class _Curve:
 _FULL_BYTES = {"torch_fp32": 4, "torch_bf16": 2, "fp16_avx2": 2, "flash_bf16": 2, "flex_bf16": 2}  # per number
 
 
-def _curves(rows: Sequence[Row]) -> list[_Curve]:
+def _curves(rows: Sequence[Decode]) -> list[_Curve]:
     """The presets, and what they are compared with, each context once."""
-    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    presets = list(dict.fromkeys(row.preset for row in rows))
     look = looks([*presets, *_FULL_BYTES])
     curves = []
     for preset in presets:
-        chosen = sorted((row for row in rows if row["preset"] == preset), key=lambda row: row["tokens"])
-        nbytes = [float(row["bytes"]) for row in chosen]
-        tokens, ms = [row["tokens"] for row in chosen], [row["ms"] for row in chosen]
+        chosen = sorted((row for row in rows if row.preset == preset), key=lambda row: row.tokens)
+        nbytes = [float(row.bytes) for row in chosen]
+        tokens, ms = [row.tokens for row in chosen], [row.ms for row in chosen]
         curves.append(_Curve(preset, tokens, ms, nbytes, **look[preset]))
     for name, size in _FULL_BYTES.items():
-        by_tokens = {row["tokens"]: row for row in rows if row.get(f"ms_{name}") is not None}
-        if by_tokens:
-            tokens, chosen = sorted(by_tokens), [by_tokens[count] for count in sorted(by_tokens)]
-            nbytes = [
-                2.0 * size * row.get("batch", 1) * row["kv_heads"] * row["tokens"] * row["head_dim"] for row in chosen
-            ]
-            ms = [row[f"ms_{name}"] for row in chosen]
+        timed = {row.tokens: (row, taken) for row in rows if (taken := row.others_ms.get(name)) is not None}
+        if timed:
+            chosen = [timed[count][0] for count in sorted(timed)]
+            nbytes = [2.0 * size * row.batch * row.kv_heads * row.tokens * row.head_dim for row in chosen]
+            tokens, ms = sorted(timed), [timed[count][1] for count in sorted(timed)]
             curves.append(_Curve(name.replace("_", " "), tokens, ms, nbytes, **look[name]))
     return curves
 
 
-def _draw_growth(axes: Axes, curves: Sequence[_Curve], row: Row) -> None:
+def _draw_growth(axes: Axes, curves: Sequence[_Curve], row: Decode) -> None:
     for curve in curves:
         axes.plot(
             curve.tokens,
@@ -79,15 +77,15 @@ def _draw_growth(axes: Axes, curves: Sequence[_Curve], row: Row) -> None:
         )
     make_logarithmic(axes, "tokens in the cache", "ms per layer and token")
     mark_contexts(axes, (count for curve in curves for count in curve.tokens))
-    shape = f"{row.get('batch', 1)} x {row['kv_heads']} x {row['group']} heads of {row['head_dim']}"
-    shape += f", {row['threads']} thread(s)" if row.get("device", "cpu") == "cpu" else ""
-    axes.set_title(f"One token's attention, {shape}\n{row['machine']}", loc="left", fontsize=10)
+    shape = f"{row.batch} x {row.kv_heads} x {row.group} heads of {row.head_dim}"
+    shape += f", {row.threads} thread(s)" if row.device == "cpu" else ""
+    axes.set_title(f"One token's attention, {shape}\n{row.machine}", loc="left", fontsize=10)
 
 
-def _draw_roofline(axes: Axes, curves: Sequence[_Curve], rows: Sequence[Row]) -> None:
+def _draw_roofline(axes: Axes, curves: Sequence[_Curve], rows: Sequence[Decode]) -> None:
     """What each reaches at its longest context, beside what memory and arithmetic allow."""
-    bandwidth, peak = max(row["bandwidth_gbs"] for row in rows), max(row["peak_gflops"] for row in rows)
-    per_token = rows[0]["operations"] / rows[0]["tokens"]
+    bandwidth, peak = max(row.bandwidth_gbs for row in rows), max(row.peak_gflops for row in rows)
+    per_token = rows[0].operations / rows[0].tokens
     points = [(curve, per_token * curve.tokens[-1]) for curve in curves]
     intensities = [operations / curve.nbytes[-1] for curve, operations in points]
     x = np.geomspace(min(intensities) / 2, max(*intensities, peak / bandwidth) * 2, 200)

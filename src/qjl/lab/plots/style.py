@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
 
 from qjl.errors import QJLError
-from qjl.lab.records import Row
+from qjl.lab.rows import Row
 
 FORMATS = (".svg", ".png")
 DPI = 160
@@ -107,7 +107,7 @@ def name_below(figure: Figure) -> None:
     figure.legend(by_name.values(), by_name.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
 
 
-def mark_contexts(axes: Axes, contexts: Iterable[int]) -> None:
+def mark_contexts(axes: Axes, contexts: Iterable[float]) -> None:
     """A tick for each, in thousands of tokens; where they would stand too near, for some."""
     ticks = sorted(set(contexts))
     while len(ticks) > MOST_TICKS:

@@ -12,25 +12,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from qjl.errors import QJLError
 from qjl.fingerprints import digest as digest_of
 from qjl.lab import records
-from qjl.lab.records import Row
-from qjl.lab.report.kinds import KINDS, checked, kind_of
-from qjl.lab.report.parts import Section
+from qjl.lab.report.kinds import KINDS, sections
+from qjl.lab.rows import Row, kind_of, typed
 
-_PROTOCOL = ("prefix", "decode", "chunks", "recent")  # of a fidelity row, which keeps none as such
+__all__ = ["KINDS", "Run", "counts", "page", "read", "run", "sections"]
+
 _ANSWERS = ".answers.jsonl"  # beside the results of an evaluation, so that it can go on
 
 
 @dataclass(frozen=True)
 class Run:
-    """A file's rows."""
+    """A file's rows; ``others`` counts those of kinds that are not ours, by name.
+
+    ``digest``: of its content, which a citation of these numbers can name.
+    """
 
     name: str
     rows: list[Row]
-
-    @property
-    def digest(self) -> str:
-        """Of its content: what a citation of these numbers can name."""
-        return digest_of(self.rows)
+    digest: str
+    others: dict[str, int]
 
 
 def read(paths: Iterable[Path]) -> list[Run]:
@@ -41,7 +41,7 @@ def read(paths: Iterable[Path]) -> list[Run]:
     """
     found = {file: name for path in paths for file, name in _files(path).items()}
     runs = [_run(name, file) for file, name in found.items()]
-    if not any(kind_of(row) in KINDS for run in runs for row in run.rows):
+    if not any(run.rows for run in runs):
         raise QJLError(f"nothing was measured in {', '.join(run.name for run in runs)}: give files that `--out` wrote.")
     return runs
 
@@ -59,33 +59,33 @@ def _files(path: Path) -> dict[Path, str]:
 
 
 def _run(name: str, file: Path) -> Run:
-    return Run(name, [checked(_with_protocol(row), name) for row in records.read(file)])
+    return run(name, records.read(file))
 
 
-def _with_protocol(row: Row) -> Row:
-    if kind_of(row) != "frontier" or "protocol" in row or not row.keys() >= {*_PROTOCOL, "seeds"}:
-        return row
-    told = {name: row[name] for name in _PROTOCOL}
-    return row | {"protocol": told | {"seeds": None, "retrieval": row.get("retrieval") is not None}}
+def run(name: str, content: list[records.Row]) -> Run:
+    """Of rows as JSON tells them.
+
+    Raises:
+        QJLError: if one is damaged.
+    """
+    kinds = [kind_of(row) for row in content]
+    rows = [typed(row, name) for row, kind in zip(content, kinds, strict=True) if kind in KINDS]
+    return Run(name, rows, digest_of(content), dict(Counter(kind for kind in kinds if kind not in KINDS)))
 
 
-def sections(rows: Sequence[Row]) -> list[Section]:
-    """Of the page, in its order."""
-    return [kind.section(of) for kind in KINDS.values() if (of := [row for row in rows if kind_of(row) == kind.name])]
-
-
-def counts(rows: Iterable[Row]) -> tuple[dict[str, int], dict[str, int]]:
+def counts(runs: Iterable[Run]) -> tuple[dict[str, int], dict[str, int]]:
     """How many rows each section has, and each kind that has none."""
-    found = Counter(map(kind_of, rows))
-    known = {name: found[name] for name in KINDS if name in found}
-    return known, {name: found[name] for name in sorted(found) if name not in KINDS}
+    runs = list(runs)
+    found = Counter(row.case for run in runs for row in run.rows)
+    others = sum((Counter(run.others) for run in runs), Counter[str]())
+    return {name: found[name] for name in KINDS if name in found}, dict(sorted(others.items()))
 
 
 def page(runs: Sequence[Run]) -> str:
     """HTML, the same for the same rows."""
     rows = [row for run in runs for row in run.rows]
-    _, others = counts(rows)
-    models = list(dict.fromkeys(f"{row['model']}" for row in rows if "model" in row))
+    _, others = counts(runs)
+    models = list(dict.fromkeys(model for row in rows if (model := getattr(row, "model", None)) is not None))
     return _template().render(runs=runs, rows=rows, sections=sections(rows), others=others, models=models)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,15 +34,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture as SVG, and what it shows in words."""
+    """A picture, and what it shows in words; ``draw`` gives it as SVG, when a page needs it."""
 
-    svg: bytes
+    draw: Callable[[], bytes]
     caption: str
+
+    @functools.cached_property
+    def svg(self) -> bytes:
+        return self.draw()
 
     def inline(self, name: str) -> str:
         """As a part of a page, in its colour of text, named by the caption ``name-caption``; ids start with ``name``.
 
-        ``svg`` must be matplotlib's, which no row can put markup into: all of its text is drawn as paths.
+        It must be matplotlib's, which no row can put markup into: all of its text is drawn as paths.
         """
         text = self.svg.decode()
         text = text[text.index("<svg") :].strip()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 
 from qjl.lab import plots
-from qjl.lab.bench.serving import failures, refusals
 from qjl.lab.plots.answers import FULL
-from qjl.lab.records import Row
-from qjl.lab.report import commands
-from qjl.lab.report.groups import distinct, facts, groups, latest
+from qjl.lab.report.groups import commands, distinct, facts, groups, latest
 from qjl.lab.report.numbers import NOTHING, number
 from qjl.lab.report.parts import Cell, Figure, Mark, Part, Table
+from qjl.lab.rows import Decode, Encode, Engine, Generate, Memory, OfLayer, OfModel, Scan, Serving, Throughput, Timed
 
-_RATIO = "ratio_"
 DYNAMIC = "dynamic"
 LAYER = ("tokens", "head_dim", "kv_heads", "group", "batch", "device", "threads", "repeats")
 LOAD = ("clients", "requests", "words", "answer", "slots", "queue", "device", "threads")
@@ -22,8 +20,8 @@ MODEL = ("tokens", "device", "threads", "steps", "repeats")
 PAGES = ("requests", "steps", "device", "threads")
 
 
-def decode(rows: Sequence[Row]) -> Part:
-    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: (row["preset"], row["tokens"]))
+def decode(rows: Sequence[Decode]) -> Part:
+    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: (row.preset, row.tokens))
     caption = (
         "Left: time of one token's attention over one layer against context, with the power of n that it grows by. "
         "Right: what each reaches at its longest context, beside what memory and arithmetic allow."
@@ -35,26 +33,26 @@ def decode(rows: Sequence[Row]) -> Part:
         ("preset", "tokens", "ms", *(f"x {name.replace('_', ' ')}" for name in against), "of bandwidth, %", "error"),
         tuple(
             (
-                Cell(row["preset"]),
-                Cell(f"{row['tokens']:,}"),
-                Cell(number(row["ms"])),
+                Cell(row.preset),
+                Cell(f"{row.tokens:,}"),
+                Cell(number(row.ms)),
                 *(_ratio(row, name) for name in against),
-                Cell(number(100 * row["fraction_of_bandwidth"], 2)),
-                Cell(f"{row['max_error']:.0e}"),
+                Cell(number(100 * row.fraction_of_bandwidth, 2)),
+                Cell(f"{row.max_error:.0e}"),
             )
             for row in rows
         ),
     )
     return Part(
-        f"{_shape(rows[0])}, {', '.join(distinct(rows, 'backend'))}, {rows[0]['repeats']} rounds",
-        (Figure(plots.benchmark(rows), caption),) if _grows(rows) else (),
+        f"{_shape(rows[0])}, {', '.join(distinct(row.backend for row in rows))}, {rows[0].repeats} rounds",
+        (Figure(partial(plots.benchmark, rows), caption),) if _grows(rows) else (),
         (table,),
         facts(rows, *LAYER),
-        commands.decode(rows),
+        commands(rows),
     )
 
 
-def scan(rows: Sequence[Row]) -> Part:
+def scan(rows: Sequence[Scan]) -> Part:
     rows = latest(rows, "preset", "tokens")
     against = _compared(rows)
     caption = "Time of scanning all keys once for a group of queries, beside other scans of equally many bits per key."
@@ -63,21 +61,21 @@ def scan(rows: Sequence[Row]) -> Part:
         ("code", "bits per key", "tokens", "ns per key", *(f"x {name.replace('_', ' ')}" for name in against)),
         tuple(
             (
-                Cell(row["preset"]),
-                Cell(f"{row['bits_per_key']:g}"),
-                Cell(f"{row['tokens']:,}"),
-                Cell(number(row["ns_per_vector"])),
+                Cell(row.preset),
+                Cell(f"{row.bits_per_key:g}"),
+                Cell(f"{row.tokens:,}"),
+                Cell(number(row.ns_per_vector)),
                 *(_ratio(row, name) for name in against),
             )
             for row in rows
         ),
     )
-    figure = Figure(plots.scans(rows), caption)
-    return Part(_shape(rows[0]), (figure,), (table,), facts(rows, *LAYER), commands.scan(rows))
+    figure = Figure(partial(plots.scans, rows), caption)
+    return Part(_shape(rows[0]), (figure,), (table,), facts(rows, *LAYER), commands(rows))
 
 
-def encode(rows: Sequence[Row]) -> Part:
-    rows = sorted(latest(rows, "preset", "tokens", "role"), key=lambda row: (row["preset"], row["role"], row["tokens"]))
+def encode(rows: Sequence[Encode]) -> Part:
+    rows = sorted(latest(rows, "preset", "tokens", "role"), key=lambda row: (row.preset, row.role, row.tokens))
     caption = (
         "Left: time of making codes of a prompt's keys and values, beside the attention of its prefill, with the power "
         "of n that each grows by. Right: the share of the former in the latter."
@@ -87,14 +85,14 @@ def encode(rows: Sequence[Row]) -> Part:
         ("preset", "of", "tokens", "bits per vector", "ns per vector", "ms", "prefill's attention, ms", "share, %"),
         tuple(
             (
-                Cell(row["preset"]),
-                Cell(f"{row['role']}s"),
-                Cell(f"{row['tokens']:,}"),
-                Cell(f"{row['bits_per_vector']:g}"),
-                Cell(number(row["ns_per_vector"])),
-                Cell(number(row["ms"])),
-                Cell(number(row["prefill_ms"])),
-                Cell(number(100 * row["share_of_prefill"])),
+                Cell(row.preset),
+                Cell(f"{row.role}s"),
+                Cell(f"{row.tokens:,}"),
+                Cell(f"{row.bits_per_vector:g}"),
+                Cell(number(row.ns_per_vector)),
+                Cell(number(row.ms)),
+                Cell(number(row.prefill_ms)),
+                Cell(number(100 * row.share_of_prefill)),
             )
             for row in rows
         ),
@@ -102,15 +100,15 @@ def encode(rows: Sequence[Row]) -> Part:
     )
     return Part(
         _shape(rows[0]),
-        (Figure(plots.encoding(rows), caption),) if _grows(rows) else (),
+        (Figure(partial(plots.encoding, rows), caption),) if _grows(rows) else (),
         (table,),
         facts(rows, *LAYER),
-        commands.encode(rows),
+        commands(rows),
     )
 
 
-def memory(rows: Sequence[Row]) -> Part:
-    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: (row["tokens"], row["backend"] is None))
+def memory(rows: Sequence[Memory]) -> Part:
+    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: (row.tokens, row.backend is None))
     against = _compared(rows, hidden="prefill")
     caption = "Time of a prompt, of a token after it, and what the cache holds, against context."
     table = Table(
@@ -123,27 +121,27 @@ def memory(rows: Sequence[Row]) -> Part:
         tuple(
             (
                 _cache(row),
-                Cell(f"{row['tokens']:,}"),
-                Cell(number(row["prefill_ms"] / 1e3)),
-                Cell(number(row["ms"])),
+                Cell(f"{row.tokens:,}"),
+                Cell(number(row.prefill_ms / 1e3)),
+                Cell(number(row.ms)),
                 *(_ratio(row, name) for name in against),
-                Cell(_megabytes(row["cache_bytes"])),
-                Cell(number(row.get("smaller_than_dynamic"))),
-                Cell(_megabytes(row["peak_bytes"])),
-                Cell(_megabytes(row["prefill_peak_bytes"])),
+                Cell(_megabytes(row.cache_bytes)),
+                Cell(number(row.smaller_than_dynamic)),
+                Cell(_megabytes(row.peak_bytes)),
+                Cell(_megabytes(row.prefill_peak_bytes)),
             )
             for row in rows
         ),
     )
-    figures = (Figure(plots.contexts(rows), caption),) if _grows(rows) else ()
-    return Part(_whole(rows), figures, (table,), facts(rows, *MODEL), commands.memory(rows))
+    figures = (Figure(partial(plots.contexts, rows), caption),) if _grows(rows) else ()
+    return Part(_whole(rows), figures, (table,), facts(rows, *MODEL), commands(rows))
 
 
-def throughput(rows: Sequence[Row]) -> Part:
+def throughput(rows: Sequence[Throughput]) -> Part:
     rows = latest(rows, "preset", "tokens", "batch")
     caches = groups(sorted(rows, key=_cache_order), "tokens", "preset")
     fastest = [max(of, key=_rate) for of in caches]
-    caption = f"Tokens per second against batch, up to the largest that fits into {rows[0]['memory'] / 1e9:.3g} GB."
+    caption = f"Tokens per second against batch, up to the largest that fits into {rows[0].memory / 1e9:.3g} GB."
     table = Table(
         "The largest batch of each cache that fits into memory, and the most tokens per second that any batch gave; x: "
         "over the most of transformers' own cache. Each batch was timed once. Bytes are those of the largest batch.",
@@ -153,41 +151,41 @@ def throughput(rows: Sequence[Row]) -> Part:
         ),
         tuple(_batches(of, fastest) for of in caches),
     )
-    figure = Figure(plots.throughput(rows), caption)
-    return Part(_whole(rows), (figure,), (table,), facts(rows, *MODEL, "memory"), commands.throughput(rows))
+    figure = Figure(partial(plots.throughput, rows), caption)
+    return Part(_whole(rows), (figure,), (table,), facts(rows, *MODEL, "memory"), commands(rows))
 
 
-def _batches(rows: Sequence[Row], fastest: Sequence[Row]) -> tuple[Cell, ...]:
+def _batches(rows: Sequence[Throughput], fastest: Sequence[Throughput]) -> tuple[Cell, ...]:
     """Of one cache and context; ``fastest`` are the batches of most tokens per second, of all caches."""
-    largest = max(rows, key=lambda row: row["batch"])
-    alike = [row for row in fastest if row["tokens"] == largest["tokens"]]
+    largest = max(rows, key=lambda row: row.batch)
+    alike = [row for row in fastest if row.tokens == largest.tokens]
     own, most = max(rows, key=_rate), max(alike, key=_rate)
-    dynamic = next((row for row in alike if row["preset"] == DYNAMIC), None)
+    dynamic = next((row for row in alike if row.preset == DYNAMIC), None)
     return (
         _cache(largest),
-        Cell(f"{largest['tokens']:,}"),
-        Cell(f"{largest['batch']:,}"),
+        Cell(f"{largest.tokens:,}"),
+        Cell(f"{largest.batch:,}"),
         Cell(number(_rate(largest))),
-        Cell(number(largest["ms"])),
-        Cell(_megabytes(largest["cache_bytes"])),
-        Cell(_megabytes(largest["peak_bytes"] - largest["cache_bytes"])),
+        Cell(number(largest.ms)),
+        Cell(_megabytes(largest.cache_bytes)),
+        Cell(_megabytes(largest.peak_bytes and largest.peak_bytes - largest.cache_bytes)),
         Cell(number(_rate(own)), _best(own is most)),
-        Cell(f"{own['batch']:,}"),
+        Cell(f"{own.batch:,}"),
         Cell(number(_rate(own) / _rate(dynamic)) if dynamic else NOTHING),
     )
 
 
-def _rate(row: Row) -> float:
-    return float(row["tokens_per_second"])
+def _rate(row: Throughput) -> float:
+    return float(row.tokens_per_second)
 
 
-def _cache_order(row: Row) -> tuple[int, bool, str]:
+def _cache_order(row: Throughput) -> tuple[int, bool, str]:
     """Ours first."""
-    return row["tokens"], row["backend"] is None, row["preset"]
+    return row.tokens, row.backend is None, row.preset
 
 
-def generate(rows: Sequence[Row]) -> Part:
-    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: row["tokens"])
+def generate(rows: Sequence[Generate]) -> Part:
+    rows = sorted(latest(rows, "preset", "tokens"), key=lambda row: row.tokens)
     against = _compared(rows)
     caption = (
         "A token's time with a whole model against context, and the part of it that attention takes in each layer."
@@ -198,21 +196,21 @@ def generate(rows: Sequence[Row]) -> Part:
         ("cache", "tokens", "tokens/s", "ms", *(f"x {name.replace('_', ' ')}" for name in against), "attention, ms"),
         tuple(
             (
-                Cell(row["preset"]),
-                Cell(f"{row['tokens']:,}"),
-                Cell(number(row["tokens_per_second"])),
-                Cell(number(row["ms"])),
+                Cell(row.preset),
+                Cell(f"{row.tokens:,}"),
+                Cell(number(row.tokens_per_second)),
+                Cell(number(row.ms)),
                 *(_ratio(row, name) for name in against),
-                Cell(number(row["attention_ms_per_layer"], 2)),
+                Cell(number(row.attention_ms_per_layer, 2)),
             )
             for row in rows
         ),
     )
-    figures = (Figure(plots.generation(rows), caption),) if _grows(rows) else ()
-    return Part(_whole(rows), figures, (table,), facts(rows, *MODEL), commands.generate(rows))
+    figures = (Figure(partial(plots.generation, rows), caption),) if _grows(rows) else ()
+    return Part(_whole(rows), figures, (table,), facts(rows, *MODEL), commands(rows))
 
 
-def serving(rows: Sequence[Row]) -> Part:
+def serving(rows: Sequence[Serving]) -> Part:
     rows = latest(rows, "preset")
     caption = "Memory of the server from the first request to the last."
     table = Table(
@@ -226,23 +224,23 @@ def serving(rows: Sequence[Row]) -> Part:
         ),
         tuple((_cache(row), *_conversations(row), *_waits(row), *_memory_of_server(row)) for row in rows),
     )
-    figure = Figure(plots.serving(rows), caption)
-    room = rows[0]["slots"] + rows[0]["queue"]
-    title = f"{_whole(rows)}, {rows[0]['clients']} clients, room for {room}"
-    return Part(title, (figure,), (table,), facts(rows, *LOAD), commands.serving(rows))
+    figure = Figure(partial(plots.serving, rows), caption)
+    room = rows[0].slots + rows[0].queue
+    title = f"{_whole(rows)}, {rows[0].clients} clients, room for {room}"
+    return Part(title, (figure,), (table,), facts(rows, *LOAD), commands(rows))
 
 
-def _conversations(row: Row) -> tuple[Cell, ...]:
-    counts = (row["requests"] - failures(row), refusals(row), failures(row), row["leaks"])
-    return *(Cell(f"{count:,}") for count in counts), Cell(number(100 * row["repeated"]))
+def _conversations(row: Serving) -> tuple[Cell, ...]:
+    counts = (row.requests - row.failures, row.refusals, row.failures, row.leaks)
+    return *(Cell(f"{count:,}") for count in counts), Cell(number(100 * row.repeated))
 
 
-def _waits(row: Row) -> tuple[Cell, ...]:
-    waits = (row["first_token_seconds"], row["request_seconds"])
-    used = row.get("processor_seconds")
-    tokens = row["tokens_per_second"] * row["seconds"]
+def _waits(row: Serving) -> tuple[Cell, ...]:
+    waits = (row.first_token_seconds, row.request_seconds)
+    used = row.processor_seconds
+    tokens = row.tokens_per_second * row.seconds
     note = f"{number(tokens / used)} a processor second" if used else ""
-    return *map(_wait, waits), Cell(number(row["tokens_per_second"]), note=note)
+    return *map(_wait, waits), Cell(number(row.tokens_per_second), note=note)
 
 
 def _wait(seconds: dict[str, float]) -> Cell:
@@ -250,15 +248,15 @@ def _wait(seconds: dict[str, float]) -> Cell:
     return Cell(number(seconds["p50"]), note=f"99 %: {number(seconds['p99'])}") if seconds else Cell(NOTHING)
 
 
-def _memory_of_server(row: Row) -> tuple[Cell, ...]:
-    smaller = Cell(number(row["smaller_than_full"]))
-    if row["peak_bytes"] is None:
+def _memory_of_server(row: Serving) -> tuple[Cell, ...]:
+    smaller = Cell(number(row.smaller_than_full))
+    if row.peak_bytes is None:
         return Cell(NOTHING), smaller
-    first, second = map(_megabytes, row["peak_bytes"])
+    first, second = map(_megabytes, row.peak_bytes)
     return Cell(first, note=f"then {second}"), smaller
 
 
-def vllm(rows: Sequence[Row]) -> Part:
+def vllm(rows: Sequence[Engine]) -> Part:
     table = Table(
         "Engines took turns, each in a process of its own. Medians of all turns; x: how many times as long stock vLLM "
         "takes, the median of the turns and the range below it. Tokens: what fits into 1 GiB of pages.",
@@ -267,76 +265,81 @@ def vllm(rows: Sequence[Row]) -> Part:
             *("prompts, s", "x", "their processor time, s", "x", "tokens", "x"),
         ),
         tuple(
-            _turns(turns, [row for row in rows if row["preset"] == FULL and row["context"] == turns[0]["context"]])
+            _turns(turns, [row for row in rows if row.preset == FULL and row.context == turns[0].context])
             for turns in groups(rows, "context", "preset")
         ),
     )
-    title = f"{_whole(rows)}, {rows[0]['requests']} sequences"
+    title = f"{_whole(rows)}, {rows[0].requests} sequences"
     caption = "Time of a decode step and of prompts against context: medians of the turns, and their range."
-    figure = Figure(plots.engines(rows), caption)
-    return Part(title, (figure,), (table,), facts(rows, *PAGES), commands.vllm(rows))
+    figure = Figure(partial(plots.engines, rows), caption)
+    return Part(title, (figure,), (table,), facts(rows, *PAGES), commands(rows))
 
 
-def _turns(rows: Sequence[Row], stock: Sequence[Row]) -> tuple[Cell, ...]:
+def _turns(rows: Sequence[Engine], stock: Sequence[Engine]) -> tuple[Cell, ...]:
     """Of one cache at one context."""
-    step, of_processor = _in_turns(rows, stock, "step_seconds", 1e3), _in_turns(rows, stock, "step_cpu_seconds", 1e3)
-    prompts = _in_turns(rows, stock, "prefill_seconds"), _in_turns(rows, stock, "prefill_cpu_seconds")
-    tokens = rows[0]["cached_tokens"]
-    more = Cell(number(tokens / stock[0]["cached_tokens"])) if stock else Cell(NOTHING)
-    first = _cache(rows[0]), Cell(f"{rows[0]['context']:,}"), Cell(f"{len(rows)}")
-    return *first, *step, *of_processor, *prompts[0], *prompts[1], Cell(f"{tokens:,}"), more
+    times: tuple[Callable[[Engine], float], ...] = (
+        lambda row: 1e3 * row.step_seconds,
+        lambda row: 1e3 * row.step_cpu_seconds,
+        lambda row: row.prefill_seconds,
+        lambda row: row.prefill_cpu_seconds,
+    )
+    cells = (cell for time in times for cell in _in_turns(rows, stock, time))
+    tokens = rows[0].cached_tokens
+    more = Cell(number(tokens / stock[0].cached_tokens)) if stock else Cell(NOTHING)
+    first = _cache(rows[0]), Cell(f"{rows[0].context:,}"), Cell(f"{len(rows)}")
+    return *first, *cells, Cell(f"{tokens:,}"), more
 
 
-def _in_turns(rows: Sequence[Row], stock: Sequence[Row], field: str, unit: float = 1) -> tuple[Cell, Cell]:
+def _in_turns(rows: Sequence[Engine], stock: Sequence[Engine], time: Callable[[Engine], float]) -> tuple[Cell, Cell]:
     """The median, and how many times as long the engine took whose turn was the same."""
-    ratios = [other[field] / row[field] for row, other in zip(rows, stock, strict=False)]
-    own = Cell(number(unit * median(row[field] for row in rows)))
+    ratios = [time(other) / time(row) for row, other in zip(rows, stock, strict=False)]
+    own = Cell(number(median(map(time, rows))))
     if not ratios:
         return own, Cell(NOTHING)
     return own, Cell(number(median(ratios)), note=f"{number(min(ratios))} to {number(max(ratios))}")
 
 
-def _grows(rows: Sequence[Row]) -> bool:
+def _grows(rows: Sequence[Timed]) -> bool:
     """Whether there is a curve to draw."""
-    return len({row["tokens"] for row in rows}) > 1
+    return len({row.tokens for row in rows}) > 1
 
 
-def _compared(rows: Sequence[Row], hidden: str = "no such") -> list[str]:
+def _compared(rows: Sequence[Timed], hidden: str = "no such") -> list[str]:
     """What some row has a ratio to."""
-    found = dict.fromkeys(name for row in rows for name in row if name.startswith(_RATIO) and row[name] is not None)
-    return [name.removeprefix(_RATIO) for name in found if not name.startswith(_RATIO + hidden)]
+    found = dict.fromkeys(name for row in rows for name, ratio in row.ratios.items() if ratio is not None)
+    return [name for name in found if not name.startswith(hidden)]
 
 
-def _ratio(row: Row, name: str) -> Cell:
+def _ratio(row: Timed, name: str) -> Cell:
     """The median, and below the quartiles of several rounds."""
-    ratio, spread = row.get(_RATIO + name), row.get(f"spread_{name}")
+    ratio, spread = row.ratios.get(name), row.spreads.get(name)
     if ratio is None:
         return Cell(NOTHING)
-    if not spread or row.get("repeats") == 1:
+    if not spread or row.repeats == 1:
         return Cell(number(ratio))
     return Cell(number(ratio), note=f"{number(spread[0])} to {number(spread[1])}")
 
 
-def _cache(row: Row) -> Cell:
-    return Cell(row["preset"], "" if row["backend"] is None else "ours")
+def _cache(row: OfModel | Serving | Engine) -> Cell:
+    return Cell(row.preset, "" if row.backend is None else "ours")
 
 
 def _best(is_best: bool) -> Mark:
     return "best" if is_best else ""
 
 
-def _megabytes(nbytes: int | None) -> str:
+def _megabytes(nbytes: float | None) -> str:
     return NOTHING if nbytes is None else number(nbytes / 1e6)
 
 
-def _shape(row: Row) -> str:
-    batch = f"{row['batch']} x " if row.get("batch", 1) > 1 else ""
-    threads = f", {row['threads']} thread(s)" if row.get("device", "cpu") == "cpu" else ""
-    return f"{batch}{row['kv_heads']} x {row['group']} heads of {row['head_dim']}{threads}"
+def _shape(row: OfLayer) -> str:
+    batch = f"{row.batch} x " if row.batch > 1 else ""
+    threads = f", {row.threads} thread(s)" if row.device == "cpu" else ""
+    return f"{batch}{row.kv_heads} x {row.group} heads of {row.head_dim}{threads}"
 
 
-def _whole(rows: Sequence[Row]) -> str:
+def _whole(rows: Sequence[OfModel | Serving | Engine]) -> str:
     row = rows[0]
-    dtype = f" in {row['dtype']}" if "dtype" in row else ""
-    where = f"{row['threads']} thread(s)" if row.get("device", "cpu") == "cpu" else row["device"]
-    return f"{row['model']}{dtype}, {where}"
+    dtype = f" in {row.dtype}" if row.dtype else ""
+    where = f"{row.threads} thread(s)" if row.device == "cpu" else row.device
+    return f"{row.model}{dtype}, {where}"

@@ -67,7 +67,7 @@ def attend_paged(
     step = _asked(once(packed, "step", _pool_part).struct, query, queries)
     rows = [x.contiguous() for x in (packed.table, packed.lengths, packed.skip, packed.origins)]
     of_rows = structs.Rows(*(x.data_ptr() for x in rows), capacity=packed.table.shape[1])
-    step.of_rows = ctypes.pointer(of_rows)
+    step.of_rows = ctypes.addressof(of_rows)
     step.page_tokens, step.page_count = packed.page, packed.keys["codes"].shape[0]
     longest = max(packed.lengths.tolist(), default=0)
     if bias is not None and bias.shape[3] < longest:
@@ -169,15 +169,19 @@ def attend(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A row's result does not depend on the other rows, nor on threads."""
-    query = query if query.is_contiguous() else query.contiguous()
-    batch, heads, count, _ = query.shape
+    query = query.contiguous()
+    batch, heads, count, dim = query.shape
     value_dim = exact.values.shape[2]
     out = torch.empty((batch, heads, count, value_dim), dtype=torch.float32, device=CPU)
     lse = torch.empty((batch, heads, count), dtype=torch.float32, device=CPU)
-    step = _step_over(pool, exact, rows, scaling, softcap)
-    step.rows, step.queries = count, queries
-    step.query, step.query_type, step.query_stride = query.data_ptr(), _DTYPES[query.dtype], _by_query(query, queries)
-    step.out, step.out_stride, step.lse = out.data_ptr(), _by_query(out, queries), lse.data_ptr()
+    step = structs.Step.from_buffer_copy(_layer(pool, exact).struct)
+    step.change(
+        *(once(rows, "struct", _rows).address, _splits(rows.longest), batch, count, queries),
+        *(query.data_ptr(), _DTYPES[query.dtype], heads * count * dim, queries * dim, dim),
+        *(out.data_ptr(), _DTYPES[out.dtype], heads * count * value_dim, queries * value_dim, value_dim),
+        *_NO_FRESH,
+    )
+    step.blocks_per_split, step.scaling, step.softcap, step.lse = SPLIT_BLOCKS, scaling, softcap, lse.data_ptr()
     if bias is not None:
         of_exact = bias[..., rows.table.shape[1] * pool.page :]
         step.bias, step.bias_stride = _bias(bias)
@@ -199,16 +203,24 @@ def append_attend(
     """One call, which copies the fresh tokens, and reads and writes the model's types where they lie."""
     query, keys, values = _whole(query, query.dtype), _whole(keys, exact.keys.dtype), _whole(values, exact.keys.dtype)
     batch, query_heads, queries, _ = query.shape
-    value_dim = values.shape[3]
+    value_dim, kind = values.shape[3], _DTYPES[query.dtype]
     out = torch.empty((batch, queries, query_heads, value_dim), dtype=query.dtype, device=CPU)
-    step = _step_over(pool, exact, rows, scaling, softcap)
-    step.rows, step.queries = query_heads * queries // step.heads, queries
-    step.query, step.query_stride = query.data_ptr(), query.stride()[:3]
-    step.out, step.out_stride = out.data_ptr(), (queries * query_heads * value_dim, value_dim, query_heads * value_dim)
-    step.query_type = step.out_type = _DTYPES[query.dtype]
-    step.fresh = structs.Fresh(keys.data_ptr(), values.data_ptr(), keys.stride()[:3], values.stride()[:3])
+    layer = _layer(pool, exact).struct
+    step = structs.Step.from_buffer_copy(layer)
+    of_token = query_heads * value_dim
+    step.change(
+        *(once(rows, "struct", _rows).address, _splits(rows.longest)),
+        *(batch, query_heads // layer.heads * queries, queries),
+        *(query.data_ptr(), kind, *query.stride()[:3]),
+        *(out.data_ptr(), kind, queries * of_token, value_dim, of_token),
+        *(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3]),
+    )
+    step.blocks_per_split, step.scaling, step.softcap = SPLIT_BLOCKS, scaling, softcap
     _run(step)
     return out
+
+
+_NO_FRESH = (0,) * (ctypes.sizeof(structs.Fresh) // 8)
 
 
 def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,16 +228,6 @@ def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype != dtype:
         tensor = tensor.to(dtype)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
-def _step_over(pool: Pool, exact: ExactPool, rows: Rows, scaling: float, softcap: float) -> structs.Step:
-    """What does not depend on the queries."""
-    step = structs.Step.from_buffer_copy(_layer(pool, exact).struct)
-    made = once(rows, "struct", _rows)
-    step.of_rows, step.batch = made.struct, made.kept
-    step.blocks_per_split, step.splits = SPLIT_BLOCKS, _splits(rows.longest)
-    step.scaling, step.softcap = scaling, softcap
-    return step
 
 
 def _splits(longest: int) -> int:
@@ -254,11 +256,19 @@ def _pool_segment(exact: ExactPool) -> structs.Segment:
     return segment
 
 
-def _rows(rows: Rows) -> _Made:
-    """With how many there are; tensors keep their places while their contents change."""
+@dataclass(frozen=True, eq=False)
+class _MadeRows:
+    """A struct, and where it lies."""
+
+    struct: structs.Rows
+    address: int
+
+
+def _rows(rows: Rows) -> _MadeRows:
+    """Tensors keep their places while their contents change."""
     tensors = (rows.table, rows.lengths, rows.skip, rows.origins, rows.slots, rows.counts)
     struct = structs.Rows(*(x.data_ptr() for x in tensors), rows.table.shape[1], rows.slots.shape[1])
-    return _Made(ctypes.pointer(struct), rows.batch)
+    return _MadeRows(struct, ctypes.addressof(struct))
 
 
 def _run(step: structs.Step) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int8, c_int32, c_int64, c_void_p
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -210,27 +211,35 @@ class Step(Structure):
     _fields_ = (
         ("keys", Side),
         ("values", Side),
-        ("of_rows", POINTER(Rows)),
         *((name, c_int64) for name in ("page_tokens", "page_count")),
         ("exact", Segment * 2),
         ("exact_count", c_int64),
-        ("fresh", Fresh),
         ("bias", c_void_p),
         ("bias_stride", c_int64 * 4),
         ("turn", POINTER(Turn)),
         ("first", c_void_p),
-        *((name, c_int64) for name in ("blocks", "blocks_per_split", "splits", "batch", "heads", "rows", "queries")),
+        *((name, c_int64) for name in ("blocks", "heads", "blocks_per_split")),
+        ("of_rows", c_void_p),
+        *((name, c_int64) for name in ("splits", "batch", "rows", "queries")),
         ("query", c_void_p),
         ("query_type", c_int64),
         ("query_stride", c_int64 * 3),
-        ("scaling", c_float),
-        ("softcap", c_float),
         ("out", c_void_p),
         ("out_type", c_int64),
         ("out_stride", c_int64 * 3),
+        ("fresh", Fresh),
+        ("scaling", c_float),
+        ("softcap", c_float),
         *((name, c_void_p) for name in ("lse", "scores", "room")),
         ("room_bytes", c_int64),
     )
+
+    def change(self, *words: int) -> None:
+        """Write all from ``of_rows`` to ``fresh``, which takes a fifth of the time of their fields one by one."""
+        _CHANGES.pack_into(self, Step.of_rows.offset, *words)
+
+
+_CHANGES = Struct(f"={(Step.scaling.offset - Step.of_rows.offset) // 8}q")
 
 
 # What the benchmarks compare with
