@@ -15,6 +15,7 @@ from qjl.errors import QJLError
 
 if TYPE_CHECKING:
     from qjl.choice import choose
+    from qjl.codecs import Codecs
     from qjl.hf import KVCache, disable, enable
     from qjl.models import load
     from qjl.presets import DEFAULT_PRESET, PRESETS, CacheConfig
@@ -26,6 +27,7 @@ __all__ = [
     "DEFAULT_PRESET",
     "PRESETS",
     "CacheConfig",
+    "Codecs",
     "KVCache",
     "PromptCaches",
     "QJLError",
@@ -43,6 +45,7 @@ _HOMES = {
     "choose": "choice",
     "load": "models",
     "CacheConfig": "presets",
+    "Codecs": "codecs",
     "DEFAULT_PRESET": "presets",
     "PRESETS": "presets",
     "PromptCaches": "prompts",

@@ -19,7 +19,7 @@ from qjl.rope import Rope
 from qjl.statistics import LayerStatistics, StatisticsOf, none
 
 Pair = tuple[Codec, Codec]
-CODECS = Kind("qjl-codecs", 1, "codecs", "fit and save them again")
+CODECS = Kind("qjl-codecs", 1, "codecs file", "fit and save them again")
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class Codecs:
             return cls.from_arrays(from_dict(file.header.get("configuration")), file.arrays())
         except (QJLError, TypeError, AttributeError) as error:
             reason = str(error).rstrip(".")
-            raise QJLError(f"codecs {path} cannot be used ({reason}): fit and save them again.") from error
+            raise QJLError(f"codecs file {path} cannot be used ({reason}): fit and save them again.") from error
 
 
 def _by_layer(arrays: Mapping[str, Tensor]) -> dict[int, Arrays]:

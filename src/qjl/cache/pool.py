@@ -135,7 +135,8 @@ class Pages:
                 raise QJLError(f"pages of these codecs have {sorted(codec.layout)}, not {sorted(side)}.")
             for name, field in codec.layout.items():
                 require_tensor(side[name], (count, self.heads, *field.shape), field.dtype, f"{name} of pages")
-        self.storage = [{name: x.transpose(0, 1) for name, x in side.items()} for side in (keys, values)]
+        sides = zip(self.codecs, (keys, values), strict=True)
+        self.storage = [{name: side[name].transpose(0, 1) for name in codec.layout} for codec, side in sides]
         vars(self).pop("operand", None)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:

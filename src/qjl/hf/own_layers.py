@@ -70,7 +70,7 @@ def restore(
     kind = type(layer).__name__
     held = {name: value for name, value in told.items() if name != "kind"}
     fresh = {name for name in vars(layer) if not name.startswith("_")} - {*_OF_MODEL, *_DEVICES}
-    if told.get("kind") != kind or not fresh <= held.keys():
+    if told.get("kind") != kind or not fresh <= held.keys() <= {*_ARRAYS, *_PLAIN, *_DTYPES}:
         raise QJLError(f"layer {number} is a {kind} in this version of transformers, and holds other things.")
     for name, value in held.items():
         if isinstance(value, list):
