@@ -16,8 +16,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from typer.testing import CliRunner
 
 import tiny_checkpoint
+from one_layer import exact_of, pages_of
 from qjl import attention, cli, models, ops, texts
-from qjl.cache import CacheLayer, LayerSource
+from qjl.cache.paged import Fitted, PagedCache
+from qjl.codecs import Codecs
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.lab import plots
@@ -39,8 +41,10 @@ from qjl.lab.bench import (
 from qjl.lab.bench.protocol import Inaccurate, Settings, relative_error, require_accurate, using_backend
 from qjl.lab.bench.synthetic import DISTINCT, Maker, Shape, fill
 from qjl.lab.plots import steps, style
+from qjl.lab.rows import typed
 from qjl.ops.cpu import library
 from qjl.presets import PRESETS
+from report_rows import decode as decode_row
 
 pytestmark = pytest.mark.skipif(not library.is_installed(), reason="needs the compiled baselines")
 
@@ -221,48 +225,45 @@ def test_a_short_layer_is_one_that_took_its_tokens_itself():
     config, tokens = PRESETS["b3"], 300
     subject = fill(config, tokens, SHAPE, torch.float32)
     maker = Maker(SHAPE)
-    source = LayerSource(maker.rope, maker.statistics)
-    layer = CacheLayer(config.key, config.value, sinks=config.sinks, recent=config.recent, source=source)
-    layer.append(maker.keys(torch.arange(100)[None]), maker.values(100))
-    layer.settle()
-    expected = CacheLayer(config.key, config.value, sinks=config.sinks, recent=config.recent, source=source)
-    keys, values = maker.keys(torch.arange(tokens)[None]), maker.values(tokens)
-    expected.append(keys, values)
+    statistics = maker.statistics()
+    codecs = Codecs(config, {0: maker.rope}, lambda layer: statistics)
+    expected = PagedCache([0], config.sinks, config.recent, Fitted(codecs))
+    expected.append(expected.layers[0], maker.keys(torch.arange(tokens - 1)[None]), maker.values(tokens - 1))
     expected.settle()
-    assert subject.layer.length == expected.length == tokens
-    for ours, theirs in zip(subject.layer.packed, expected.packed, strict=True):
-        assert torch.equal(ours.first_tokens(), theirs.first_tokens())
-        for name, field in ours.view().items():
-            assert torch.equal(field, theirs.view()[name]), name
+    assert subject.cache.index.columns == expected.index.columns == tokens - 1, "the last one is in a pass"
+    caches = subject.cache, expected
+    ours, theirs = (pages_of(cache.index, cache.layers[0]) for cache in caches)
+    assert len(ours) == len(theirs)
+    assert all(map(torch.equal, ours, theirs))
+    numbers, *exact = zip(*(exact_of(cache.index, cache.layers[0]) for cache in caches), strict=True)
+    assert numbers[0] == numbers[1]
+    assert all(torch.equal(*pair) for pair in exact)
 
 
 @pytest.mark.parametrize("preset", ["b3", "b3-pre", "kivi-2", "full"])
 def test_a_long_layer_repeats_codes_at_positions_of_their_own(preset):
     config = PRESETS[preset]
-    layer = fill(config, 3 * DISTINCT + 70, SHAPE, torch.float32).layer
-    keys, _ = layer.packed
-    packed = keys.tokens[0]
-    assert layer.length == 3 * DISTINCT + 70
-    assert layer.length - packed == config.sinks + config.recent + (layer.length - config.sinks - config.recent) % 64
-    assert keys.first_tokens()[0].tolist() == list(range(config.sinks, config.sinks + packed, 64))
-    for name, field in keys.view().items():
-        blocks, repeat = field[:, :, -2 * DISTINCT // 64 - 1 : -1], DISTINCT // 64
-        assert torch.equal(blocks[:, :, :repeat], blocks[:, :, repeat:]), name
-    out = attention.attend(Maker(SHAPE).queries(torch.tensor([[layer.length - 1]])), layer, attention.Scoring(0.125))
-    assert torch.isfinite(out).all()
+    subject = fill(config, 3 * DISTINCT + 70, SHAPE, torch.float32)
+    index = subject.cache.index
+    assert index.columns == 3 * DISTINCT + 69
+    assert index.blocks == [(index.columns - config.recent) // 64] * index.batch
+    for field in pages_of(index, subject.layer):
+        repeat = DISTINCT // 64
+        assert torch.equal(field[repeat : 2 * repeat], field[2 * repeat : 3 * repeat])
+    assert torch.isfinite(subject.attend(attention.Scoring(0.125))).all()
 
 
 def test_copies_have_bytes_of_their_own():
     subject = fill(PRESETS["b2"], 300, SHAPE, torch.float32)
     first, second = subject.copies(2)
-    pointers = {layer.packed[0].view()["codes"].data_ptr() for layer in (first, second)}
+    pointers = {one.layer.pages.fields[0]["codes"].data_ptr() for one in (first, second)}
     assert len(pointers) == 2
-    assert first.source is second.source
+    assert first.layer.codecs is second.layer.codecs
 
 
 def test_too_few_tokens_are_refused(refuses):
-    with refuses("keeps the last of 99 tokens exact and packs none: give 100 or more"):
-        fill(PRESETS["b3"], 99, SHAPE, torch.float32)
+    with refuses("keeps the last of 96 tokens exact and packs none: give 97 or more"):
+        fill(PRESETS["b3"], 96, SHAPE, torch.float32)
 
 
 # bench decode
@@ -351,7 +352,7 @@ def test_the_gate_lets_small_errors_through():
     ("arguments", "message"),
     [
         (["decode", "-p", "b17"], "unknown preset 'b17'"),
-        (["decode", "-n", "99", *SMALL], "packs none: give 100 or more"),
+        (["decode", "-n", "99", *SMALL], "packs none: give 97 or more"),
         (["decode", "--head-dim", "20", "-n", "200"], "head_dim 20 does not pack"),
         (["decode", "--sweep", "-n", "200"], "--sweep and --tokens were both given"),
         (["decode", "--dtype", "int8"], "dtype 'int8' is unknown"),
@@ -405,7 +406,7 @@ def test_kernels_on_a_terminal_show_both_tables():
     result = run("kernels", "--signs", "128", "--bits", "1", "-n", "2048", *SMALL)
     assert result.exit_code == 0, result.output
     assert "signs-128" in result.stdout
-    assert "encoding" in result.stdout
+    assert "Time of making codes" in result.stdout
 
 
 @pytest.mark.usefixtures("compiled")
@@ -647,7 +648,7 @@ def test_bytes_of_transformers_quantized_caches_are_those_of_their_codes(peer):
 @pytest.fixture
 def rows():
     def row(preset, tokens, factor):
-        return {
+        fields = {
             "preset": preset,
             "tokens": tokens,
             "head_dim": 128,
@@ -664,6 +665,7 @@ def rows():
             "ms_torch_fp32": None,
             "ms_fp16_avx2": 1e-6 * tokens**1.5,
         }
+        return typed(decode_row(preset, tokens, 1.0) | fields)
 
     return [row(preset, tokens, factor) for preset, factor in (("b3", 1e-4), ("b2", 9e-5)) for tokens in (1024, 4096)]
 

@@ -9,7 +9,7 @@ from transformers import BatchEncoding
 import qjl
 from models_for_tests import VOCABULARY, difference, exact, generate, packed_bytes, prompt, read, tiny
 from qjl import ops, wheels
-from qjl.calibrate import calibrate, measure
+from qjl.calibration import calibrate, measure
 from qjl.fingerprints import fingerprint
 from qjl.hf import statistics_path
 from qjl.statistics import StatisticsFile

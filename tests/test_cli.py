@@ -405,7 +405,7 @@ def test_fidelity_tells_one_object_per_preset(checkpoint, text_file, tmp_path):
     assert [row["preset"] for row in told] == ["b3", "qjl-2"]
     assert all(row.keys() >= FIDELITY_KEYS | {"model"} for row in told)
     assert [json.loads(line) for line in out.read_text().splitlines()] == told
-    assert "full precision: perplexity" in succeed(*arguments).stdout
+    assert "Perplexity at full precision is" in " ".join(succeed(*arguments).stdout.split())
 
 
 SMALL = ("--prefix", "256", "--decode", "70", "--chunks", "1", "--seeds", "1")
@@ -443,10 +443,10 @@ def test_frontier_goes_on_where_it_stopped(frontier, tmp_path, monkeypatch):
     assert "1 of 3 presets are in" in " ".join(shown.stderr.split())
     rows = lines_of_file(out)
     assert [row["preset"] for row in rows] == [whole["preset"], half["preset"], "b3"]
-    assert rows[:2] == first
-    names = re.findall(r"^ *([a-z]+-?\d+)", shown.stdout, re.M)
+    assert [row | {"command": None} for row in rows[:2]] == [row | {"command": None} for row in first]
+    assert rows[1]["command"].startswith("qjl eval frontier --model")
+    names = re.findall(r"^ *([a-z]+-?\d+)  ", shown.stdout.partition("preset")[2], re.M)
     assert names == [row["preset"] for row in sorted(rows, key=lambda row: (row["bits"], row["kl"]))]
-    assert " *" in shown.stdout
     measured.clear()
     assert lines_of_json(frontier("--bits", "1..4", "--out", str(out), "--json")) == rows
     assert measured == []

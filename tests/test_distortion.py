@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from models_for_tests import tiny
+from qjl.cache.paged import Fitted, PagedCache
+from qjl.codecs import Codecs
 from qjl.compat import CACHE
 from qjl.lab.evals import distortion, perplexity, seeds
 from qjl.lab.evals.distortion import Protocol, expected_error
@@ -62,8 +64,8 @@ def test_theory_tells_the_error_of_directions_at_random(key, generator):
     errors, theory = [], 0.0
     for seed in range(8):
         config = keys_only(dataclasses.replace(key, seed=seed))
-        core = distortion.CacheLayer(config.key, config.value, recent=32)
-        (_, error, theory), _ = distortion._errors(core, layer, config.key)
+        store = PagedCache([0], 4, 32, Fitted(Codecs(config)))
+        (_, error, theory), _ = distortion._errors(store, layer, config.key)
         errors.append(error.square().mean())
     assert torch.stack(errors).mean().sqrt() == pytest.approx(theory, rel=0.05)
 

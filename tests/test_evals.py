@@ -9,7 +9,7 @@ import torch
 
 import qjl
 from models_for_tests import agreement, packed_bytes, prompt, tiny
-from qjl import calibrate, teacher_forcing
+from qjl import calibration, teacher_forcing
 from qjl.compat import cache_argument
 from qjl.hf import own_codecs
 from qjl.lab import machine
@@ -47,7 +47,7 @@ def cache_of(model, config, statistics=None):
 def test_filled_caches_are_as_prefilled_by_the_model(family, preset):
     model, ids = tiny(family), prompt(PREFIX + 150, batch=2)
     config = dataclasses.replace(PRESETS[preset], recent=32)
-    statistics = calibrate.measure(model, ids[:1, :PREFIX])
+    statistics = calibration.measure(model, ids[:1, :PREFIX])
     reference = teacher_forcing.full_log_probabilities(model, ids, PREFIX)
     caches = [cache_of(model, config, statistics) for _ in range(2)]
     teacher_forcing.refill(caches[0], teacher_forcing.prefill(model, ids[:, :PREFIX]))
@@ -76,7 +76,7 @@ def test_a_filled_cache_in_full_precision_loses_nothing(family):
 def test_statistics_measured_once_give_the_codes_of_a_first_prompt():
     model, ids = tiny(), prompt(PREFIX)
     first = cache_of(model, PRESETS["b3"])
-    given = cache_of(model, PRESETS["b3"], calibrate.measure(model, ids))
+    given = cache_of(model, PRESETS["b3"], calibration.measure(model, ids))
     for cache in (first, given):
         with torch.no_grad():
             model(input_ids=ids, **cache_argument(cache))

@@ -17,7 +17,7 @@ pytest_plugins = "guarded"
 pytestmark = pytest.mark.usefixtures("backend")
 TOLERANCE = 1e-3
 IN_HALF_PRECISION = 4e-3  # where a GPU multiplies in it
-EXAMPLES = 10 if runtime.is_interpreted() else 40
+EXAMPLES = 5 if runtime.is_interpreted() else 40
 SPARE = 3  # pages and slots that no row has
 
 

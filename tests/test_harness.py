@@ -8,12 +8,14 @@ import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import huggingface_hub
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.registry import get_model
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import __file__ as lm_eval_tasks
@@ -21,7 +23,8 @@ from typer.testing import CliRunner
 
 import tiny_checkpoint
 from models_for_tests import prompt, tiny
-from qjl import calibrate, cli
+from qjl import calibration, cli
+from qjl.lab import lm_eval
 from qjl.lab.evals import harness, requests
 from qjl.lab.evals.harness import PackedModel, Protocol
 from qjl.lab.records import Journal
@@ -56,7 +59,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def statistics(network):
-    return calibrate.measure(network, prompt(512))
+    return calibration.measure(network, prompt(512))
 
 
 @pytest.fixture
@@ -336,9 +339,11 @@ def test_a_killed_run_goes_on_to_the_same_files(folder, checkpoint, monkeypatch)
         file.write('{"run": "half a li')
     scored[:] = [None] * 4  # two more are allowed: all that is missing
     assert run(folder, checkpoint, out="killed.jsonl").exit_code == 0
-    assert run(folder, checkpoint, out="killed.jsonl").stdout == whole.stdout  # with none allowed
+    again = run(folder, checkpoint, out="killed.jsonl")  # with none allowed
+    assert again.stdout.replace("killed.jsonl", "out.jsonl") == whole.stdout
     for name in ("{}.jsonl", "{}.answers.jsonl"):
-        assert (folder / name.format("killed")).read_bytes() == (folder / name.format("out")).read_bytes()
+        killed = (folder / name.format("killed")).read_text()
+        assert killed.replace("killed.jsonl", "out.jsonl") == (folder / name.format("out")).read_text()
 
 
 def test_a_result_without_codes_is_told(folder, checkpoint):
@@ -364,6 +369,43 @@ def test_mistakes_are_told_in_a_sentence(folder, checkpoint, arguments, message)
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stdout == ""
+
+
+# The harness's own command line
+
+
+def lm_eval_says(folder, checkpoint, arguments="", command=("--tasks", "colours")):
+    told = f"pretrained={checkpoint},data={folder}/text.txt{arguments}"
+    words = ["lm_eval", "--model", "qjl", "--model_args", told, *command, "--include_path", str(folder)]
+    with mock.patch.object(sys, "argv", words):
+        lm_eval.main()
+
+
+def test_the_harness_s_own_command_takes_our_model(folder, checkpoint, capsys):
+    """The numbers are those of `qjl eval harness`."""
+    value = json.loads(run(folder, checkpoint).stdout.splitlines()[1])["value"]
+    lm_eval_says(folder, checkpoint, ",preset=b2", ("--tasks", "colours", "--batch_size", "4"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "colours" in line and "acc" in line]
+    assert float(line.split("|")[7]) == pytest.approx(value, abs=1e-4)
+
+
+def test_the_model_is_known_by_name_in_python(checkpoint, folder):
+    made = get_model("qjl").create_from_arg_string(
+        f"pretrained={checkpoint},preset=b2,recent=own,chunk=64,data={folder}/text.txt", {"batch_size": "4"}
+    )
+    assert (made.batch_size, made._chunk, made._empty.cores[0].recent) == (4, 64, PRESETS["b2"].recent)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (",preset=b17", "unknown preset 'b17'"),
+        (",recent=x", "recent 'x' is no number of tokens"),
+    ],
+)
+def test_its_mistakes_are_told_in_a_sentence(folder, checkpoint, arguments, message):
+    with pytest.raises(SystemExit, match=f"^Error: .*{message}"):
+        lm_eval_says(folder, checkpoint, arguments)
 
 
 # lm-eval's own tasks, without a hub

@@ -14,13 +14,13 @@ FLOORS = (
     ("lab",),
     ("choice", "serving"),
     ("plan", "conversation"),
-    ("calibrate", "generation", "sensitivity", "teacher_forcing"),
+    ("calibration", "generation", "sensitivity", "teacher_forcing"),
     ("prompts",),
     ("hf", "vllm"),
-    ("models", "texts"),
-    ("architecture", "attention", "fingerprints", "gguf_metadata"),
+    ("models", "texts", "quantization"),
+    ("architecture", "fingerprints", "gguf_metadata"),
     ("cache",),
-    ("codecs", "exact", "runs"),
+    ("codecs", "attention"),
     ("presets",),
     ("methods",),
     ("statistics", "trellis"),
@@ -30,7 +30,7 @@ FLOORS = (
     ("errors",),
 )
 LAB_FLOORS = (
-    ("report",),
+    ("report", "lm_eval"),
     ("bench", "demo"),
     ("evals", "plots"),
     ("records", "rows", "machine", "models"),
@@ -39,7 +39,7 @@ ABOVE_MODELS = {
     "hf",
     "vllm",
     "prompts",
-    "calibrate",
+    "calibration",
     "generation",
     "sensitivity",
     "teacher_forcing",
@@ -117,7 +117,7 @@ def test_few_rooms_import_transformers():
 def test_the_imports_of_a_file_are_found():
     """The reader of imports itself: every form of import is seen."""
     assert "qjl.ops" in set(_imports(SOURCE / "methods" / "nibble.py"))
-    assert {"qjl.errors", "torch"} <= set(_imports(SOURCE / "cache.py"))
+    assert {"qjl.errors", "torch"} <= set(_imports(SOURCE / "codecs.py"))
     assert "transformers" in {name.split(".")[0] for name in _imports(SOURCE / "compat.py")}
 
 
@@ -130,7 +130,7 @@ def _run_without_extras(code):
     "code",
     [
         "import qjl; [getattr(qjl, name) for name in qjl.__all__]",
-        "import qjl.vllm.planning, qjl.calibrate, qjl.generation, qjl.conversation, qjl.plan",
+        "import qjl.vllm.planning, qjl.calibration, qjl.generation, qjl.conversation, qjl.plan",
         "from qjl import cli; cli.app(['presets'])",
         "from qjl import cli; cli.app(['bench', '--help'])",
     ],

@@ -7,7 +7,7 @@ import torch
 
 from models_for_tests import prompt, tiny
 from qjl import statistics
-from qjl.calibrate import measure
+from qjl.calibration import measure
 from qjl.codecs import TokenShape
 from qjl.hf import statistics_path
 from qjl.presets import PRESETS, to_dict

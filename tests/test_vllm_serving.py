@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import qjl
 from models_for_tests import tiny
 from qjl import models
-from qjl.calibrate import calibrate
+from qjl.calibration import calibrate
 from qjl.presets import PRESETS, to_dict
 from qjl.vllm.compat import ONE_PROCESS
 

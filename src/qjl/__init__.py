@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
+    from qjl.calibration import calibrate
     from qjl.choice import choose
     from qjl.codecs import Codecs
     from qjl.hf import KVCache, disable, enable
     from qjl.models import load
     from qjl.presets import DEFAULT_PRESET, PRESETS, CacheConfig
     from qjl.prompts import PromptCaches
+    from qjl.quantization import Quantized, quantize
     from qjl.sketch import Sketch
 
 __version__ = "0.1.0"
@@ -31,17 +33,22 @@ __all__ = [
     "KVCache",
     "PromptCaches",
     "QJLError",
+    "Quantized",
     "Sketch",
+    "calibrate",
     "choose",
     "disable",
     "enable",
     "load",
+    "quantize",
 ]
 
 _HOMES = {
     "KVCache": "hf",
     "enable": "hf",
     "disable": "hf",
+    "Codecs": "codecs",
+    "calibrate": "calibration",
     "choose": "choice",
     "load": "models",
     "CacheConfig": "presets",
@@ -49,6 +56,8 @@ _HOMES = {
     "DEFAULT_PRESET": "presets",
     "PRESETS": "presets",
     "PromptCaches": "prompts",
+    "Quantized": "quantization",
+    "quantize": "quantization",
     "Sketch": "sketch",
 }
 

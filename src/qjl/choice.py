@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl import calibrate, sensitivity, texts, wheels
+from qjl import calibration, sensitivity, texts, wheels
 from qjl.architecture import LayerShape, find_rope, layer_shapes
 from qjl.cache.paged import as_coded
 from qjl.codecs import Codecs
@@ -231,7 +231,7 @@ def _statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[int, LayerSta
     layers = [shape.index for shape in layer_shapes(model.config) if shape.is_quantized]
     on_disk = KVCache(model, _EXACT).codecs.statistics
     known = {index: statistics for index in layers if (statistics := on_disk(index)) is not None}
-    return known if len(known) == len(layers) else calibrate.measure(model, input_ids)
+    return known if len(known) == len(layers) else calibration.measure(model, input_ids)
 
 
 def _packs(quantizer: Quantizer, shape: LayerShape) -> bool:

@@ -81,16 +81,17 @@ class Codecs:
         config: the quantizers of each layer.
         ropes: the RoPE of each layer that has one.
         statistics: of a layer, None for one that has none yet; then ``fit`` must be given some.
+        announced: set once it was said where statistics came from, for all codecs that are given the same.
     """
 
     config: CacheConfig
     ropes: Mapping[int, Rope | None] = field(default_factory=dict)
     statistics: StatisticsOf = none
+    announced: threading.Event = field(default_factory=threading.Event)
     _learned: dict[int, Learned] = field(default_factory=dict, init=False)
     _fitted: dict[tuple[int, TokenShape], Pair] = field(default_factory=dict, init=False)
     _ropes_on: dict[tuple[int, torch.device], Rope] = field(default_factory=dict, init=False)
     fitting: threading.RLock = field(default_factory=threading.RLock, init=False)  # one thread fits, for all of them
-    is_announced: bool = field(default=False, init=False)  # whether it was said where statistics came from
 
     def __deepcopy__(self, memo: dict[int, object]) -> Codecs:
         """Copies of a cache code as it does."""

@@ -14,6 +14,7 @@ from qjl.cache.index import Blocks, Step, TokenIndex
 from qjl.cache.pool import ExactTokens, Pages, run_of
 from qjl.cache.reading import Reading
 from qjl.codecs import Pair, TokenShape
+from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.methods.base import require_finite
 from qjl.methods.nibble import EXPAND_FROM_ROWS
@@ -40,7 +41,7 @@ class _Codes:
         return self.pages.decode(self.table[:, start:stop], self.first[:, start:stop])
 
 
-class Layer:
+class Layer(Copied):
     """Keys and values of one attention layer.
 
     In a pass it is given fresh tokens (``join``), attends, and carries the step out. Codes are written once codecs are

@@ -125,8 +125,8 @@ class PagedCache(Copied):
         elif (batch, tokens) != index.step.shape:
             rows, columns = index.step.shape
             raise QJLError(
-                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {rows} x {columns}: give each layer as "
-                "many."
+                f"{layer.name} was given {batch} x {tokens} tokens in a pass of {rows} x {columns}: batch and tokens "
+                "must be those of the other layers."
             )
         assert index.step is not None
         layer.join(index.step, keys, values)
@@ -316,9 +316,10 @@ class PagedCache(Copied):
         self.index.crop(columns)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep, repeat, reorder or drop rows: no token moves."""
+        """Keep, repeat, reorder or drop rows: no token moves. An empty cache has none."""
         self.settle()
-        self.index.select(rows)
+        if self.index.batch:
+            self.index.select(rows)
 
     @property
     def tokens_until_due(self) -> int:
@@ -329,6 +330,8 @@ class PagedCache(Copied):
 
     def columns(self, layer: Layer) -> int:
         """Tokens of each row that a layer holds, padding included, those of the pass at hand too."""
+        if layer.shape is None:
+            return 0
         step = self.index.step
         return self.index.columns + (step.columns if step is not None and layer.step is step else 0)
 

@@ -98,6 +98,7 @@ app.add_typer(evaluations, name="eval")
 benchmarks.command("decode", epilog=EXAMPLES.format("qjl bench decode --sweep --plot decode.svg"))(benching.decode)
 benchmarks.command("encode", epilog=EXAMPLES.format("qjl bench encode --preset b3 --tokens 8192"))(benching.encode)
 benchmarks.command("kernels", epilog=EXAMPLES.format("qjl bench kernels --signs 256"))(benching.kernels)
+benchmarks.command("overhead", epilog=EXAMPLES.format("qjl bench overhead --json"))(benching.overhead)
 benchmarks.command("generate", epilog=EXAMPLES.format("qjl bench generate --tokens 8192 --against dynamic"))(
     racing.generate
 )

@@ -180,6 +180,28 @@ def kernels(
     found.show()
 
 
+def overhead(
+    preset: PresetsOption = None,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model.")] = 30,
+    repeats: Annotated[int, typer.Option(min=64, help="Tokens that are timed.")] = 256,
+    output: OutputOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time what Python costs around the kernels: per layer and token, per block, per turn of a server, per vLLM step.
+
+    Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per preset.
+    """
+    from qjl.lab.bench.overhead import measure
+
+    configs = resolved(preset)
+    require_places(output, None)
+    found = Rows(output, json_output)
+    with passing(), rounds(len(configs), 4, json_output) as on_round:
+        for config in configs:
+            found.add(measure(config, layers, repeats, on_round))
+    found.show()
+
+
 def _settings(
     shape: Shape,
     device: str,

@@ -178,7 +178,7 @@ def calibrate(
 
 def save_statistics(model: str, data: Path | None, device: str = "cpu", dtype: str | None = None) -> Path:
     """Measure a model, and tell the file."""
-    from qjl import calibrate as calibration
+    from qjl import calibration
 
     text = read_data(data)
     network, tokenizer = load(model, device, dtype)

@@ -239,7 +239,7 @@ class KVCache(Copied, WatchedCache):
         """Keep some rows: what a tensor of rows can be indexed with, or a tuple of numbers. An empty layer has none."""
         chosen = indices if isinstance(indices, slice) else torch.as_tensor(indices).cpu()
         for store in self.stores:
-            if store.index.batch:
+            if store.index.batch:  # an empty one cannot be indexed
                 store.select(torch.arange(store.index.batch)[chosen].reshape(-1).tolist())
         for layer in self._others().values():
             layer.batch_select_indices(indices)

@@ -99,8 +99,8 @@ class FirstPrompt(Copied):
             if (found := self.codecs.of(layer.number, layer.shape)) is not None:  # another thread was first
                 return found
             statistics = self.measure(layer, cache)
-            if not self.codecs.is_announced:
-                self.codecs.is_announced = True
+            if not self.codecs.announced.is_set():
+                self.codecs.announced.set()
                 logger.info("%s: statistics taken from the first prompt, %d tokens", self._model_type, statistics.count)
             return self.codecs.fit(layer.number, layer.shape, statistics)
 

@@ -25,6 +25,7 @@ class _Shared:
         self.ropes = ropes_of(model.config)
         self.statistics = _calibrated_statistics(model)
         self.codecs: list[tuple[CacheConfig, Codecs]] = []
+        self.announced = threading.Event()
 
     def codecs_of(self, config: CacheConfig) -> Codecs:
         """The same for configurations that code alike."""
@@ -32,7 +33,7 @@ class _Shared:
         for known, codecs in self.codecs:
             if known.coding == wanted:
                 return codecs
-        codecs = Codecs(config, self.ropes, self.statistics)
+        codecs = Codecs(config, self.ropes, self.statistics, self.announced)
         self.codecs.append((config, codecs))
         return codecs
 

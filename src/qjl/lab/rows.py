@@ -406,6 +406,33 @@ class Generate(OfModel):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overhead(Row):
+    """What Python costs around the kernels, in processor time of one thread.
+
+    - ``python_us_per_layer_token``, ``kernel_us_per_layer_token``: of one token in one layer, behind ``tokens`` others.
+    - ``python_us_per_block``: what a pass takes more that codes 64 tokens in all ``layers``.
+    - ``rows_us_per_layer``: 16 rows of 640 tokens through transformers, kernels included.
+    - ``server_turn_ms``: attention of a server's turn over such rows, all layers, kernels included.
+    - ``plan_us``: of a step of the vLLM plugin, 256 rows of 32k tokens.
+    """
+
+    case: ClassVar[str] = "overhead"
+    alike: ClassVar[tuple[str, ...]] = ("layers", "tokens", "machine")
+
+    preset: str
+    layers: Count
+    tokens: Count
+    repeats: Count
+    python_us_per_layer_token: float
+    kernel_us_per_layer_token: float
+    python_us_per_block: float
+    rows_us_per_layer: float
+    server_turn_ms: float
+    plan_us: float
+    isa: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Serving(Row):
     """A server asked by ``clients`` at once, ``requests`` conversations in all, each with a secret of its own.
 
@@ -525,7 +552,7 @@ KINDS: Mapping[str, type[Row]] = {
     kind.case: kind
     for kind in (
         *(Fidelity, Distortion, Perplexity, Seed, Haystack, Problems, Harness),
-        *(Decode, Scan, Encode, Memory, Throughput, Generate, Serving, Engine, ModelFamily),
+        *(Decode, Scan, Encode, Overhead, Memory, Throughput, Generate, Serving, Engine, ModelFamily),
     )
 }
 

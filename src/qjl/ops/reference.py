@@ -111,8 +111,9 @@ def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages:
     finite = []
     for job in jobs:
         tokens = job.tokens[slots.long()].transpose(0, 1)[None]
-        finite.append(tokens.isfinite().all())
-        for name, field in job.quantize(tokens, first[None]).items():
+        is_finite = tokens.isfinite()
+        finite.append(is_finite.all())
+        for name, field in job.quantize(tokens.where(is_finite, 0), first[None]).items():
             job.fields[name][pages.long()] = field[0].transpose(0, 1)
     if finite and not torch.stack(finite).all():
         name = next(job.what for job, is_finite in zip(jobs, finite, strict=True) if not is_finite)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl.calibrate import rows_of
+from qjl.calibration import rows_of
 from qjl.errors import QJLError
 from qjl.generation import end_tokens, make_cache, prefill
 from qjl.hf import KVCache

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl import calibrate
+from qjl import calibration
 from qjl.errors import QJLError
 from qjl.hf import KVCache
 from qjl.lab.evals.retrieval import FILLER_AFTER, FILLER_BEFORE, make_task, retrieved
@@ -150,7 +150,7 @@ class Trial:
         """
         if seed not in self._statistics:
             prompt = self.chunks[seed % len(self.chunks), : self.protocol.prefix]
-            self._statistics[seed] = calibrate.measure(self.model, prompt[None])
+            self._statistics[seed] = calibration.measure(self.model, prompt[None])
         return self._statistics[seed]
 
     def _retrieved(self, cache: KVCache, task: int) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl import calibrate
+from qjl import calibration
 from qjl.fingerprints import digest, fingerprint_or_none
 from qjl.hf import KVCache
 from qjl.lab import machine
@@ -30,11 +30,11 @@ class Subject:
 
     @functools.cached_property
     def statistics(self) -> Mapping[int, LayerStatistics]:
-        return calibrate.measure(self.model, self._fitted)
+        return calibration.measure(self.model, self._fitted)
 
     @functools.cached_property
     def _fitted(self) -> Tensor:
-        return calibrate.rows_of(self.model, self.tokenizer, self.text)
+        return calibration.rows_of(self.model, self.tokenizer, self.text)
 
     def cache(self, config: CacheConfig) -> KVCache:
         """An empty one, ready to quantize.

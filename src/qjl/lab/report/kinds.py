@@ -96,6 +96,12 @@ KINDS: dict[str, Kind] = {
             speed.encode,
         ),
         Kind(
+            lab.Overhead,
+            "Around the kernels",
+            "What Python costs beside the kernels: per layer and token, per block that is coded, per turn of a server.",
+            speed.overhead,
+        ),
+        Kind(
             lab.Memory,
             "Whole models: time and memory against context",
             "Every cache reads the same prompt and decodes the same number of tokens after it.",

@@ -11,7 +11,20 @@ from qjl.lab.plots.answers import FULL
 from qjl.lab.report.groups import commands, distinct, facts, groups, latest
 from qjl.lab.report.numbers import NOTHING, number
 from qjl.lab.report.parts import Cell, Figure, Mark, Part, Table
-from qjl.lab.rows import Decode, Encode, Engine, Generate, Memory, OfLayer, OfModel, Scan, Serving, Throughput, Timed
+from qjl.lab.rows import (
+    Decode,
+    Encode,
+    Engine,
+    Generate,
+    Memory,
+    OfLayer,
+    OfModel,
+    Overhead,
+    Scan,
+    Serving,
+    Throughput,
+    Timed,
+)
 
 DYNAMIC = "dynamic"
 LAYER = ("tokens", "head_dim", "kv_heads", "group", "batch", "device", "threads", "repeats")
@@ -105,6 +118,25 @@ def encode(rows: Sequence[Encode]) -> Part:
         facts(rows, *LAYER),
         commands(rows),
     )
+
+
+def overhead(rows: Sequence[Overhead]) -> Part:
+    rows = latest(rows, "preset")
+    names = {
+        "Python, us": "python_us_per_layer_token",
+        "kernel, us": "kernel_us_per_layer_token",
+        "Python of a block, us": "python_us_per_block",
+        "16 rows, us": "rows_us_per_layer",
+        "server's turn, ms": "server_turn_ms",
+        "vLLM's plan, us": "plan_us",
+    }
+    table = Table(
+        "Processor time of one thread: of a token in one layer, of coding 64 tokens in all layers, of 16 rows of 640 "
+        "tokens in one layer, of a server's turn over such rows in all layers, and of planning a step of 256 rows.",
+        ("preset", *names),
+        tuple((Cell(row.preset), *(Cell(number(getattr(row, name))) for name in names.values())) for row in rows),
+    )
+    return Part(f"{rows[0].layers} layers, {rows[0].tokens:,} tokens", (), (table,), facts(rows, "isa"), commands(rows))
 
 
 def memory(rows: Sequence[Memory]) -> Part:
