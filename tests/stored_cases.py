@@ -106,16 +106,18 @@ def _renamed(content, names):
 
 
 def _other_metadata(content, generator):
-    """Another model, another preset, another number of tokens, another version of the format."""
+    """Another model, another preset, another number of tokens, another format or version of it."""
     head = json.loads(content[8 : 8 + _header_length(content)])
     metadata = head["__metadata__"]
-    header = json.loads(metadata["qjl"])
-    name = generator.choice([*header, "format"])
+    header = json.loads(metadata["header"])
+    name = generator.choice([*header, "format", "version"])
     if name == "format":
-        metadata["format"] = f"qjl-prompt-cache-{generator.randrange(3, 100)}"
+        metadata["format"] = f"qjl-prompt-cache-{generator.randrange(100)}"
+    elif name == "version":
+        metadata["version"] = str(generator.randrange(3, 100))
     else:
         header[name] = generator.choice([None, "", generator.randrange(1000), generator.randbytes(4).hex(), [], {}])
-        metadata["qjl"] = json.dumps(header)
+        metadata["header"] = json.dumps(header)
     return _with_header(content, head)
 
 

@@ -12,8 +12,8 @@ import qjl
 from models_for_tests import generate, left_padded, prompt, tiny
 from qjl import prompts
 from qjl.compat import cache_argument
+from qjl.container import PARTIAL, SUFFIX
 from qjl.hf import KVCache
-from qjl.stored import PARTIAL, SUFFIX
 from stored_cases import mutated
 
 PROMPT = 300
@@ -259,7 +259,7 @@ def test_processes_share_a_folder(tmp_path, model):
     full = [prefilled(model, one) for one in ids]
     size = full[0].save(tmp_path / "one.qjl", ids[0])
     caches = qjl.PromptCaches(tmp_path / "prompts", max_bytes=int(2.5 * size))
-    first = [cache.cores[0].dense()[0] for cache in full]
+    first = [cache.quantized_layers[0].keys for cache in full]
     children = [_child(_write, caches, full, ids, seed) for seed in range(2)]
     children += [_child(_read, caches, model, first, ids, seed) for seed in range(2)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
@@ -293,5 +293,5 @@ def _read(caches, model, first, ids, seed):
         cache = caches.longest(model, and_then(ids[which]))
         if cache is not None:
             hits += 1
-            assert cache.cores[0].dense()[0].equal(first[which])
+            assert cache.quantized_layers[0].keys.equal(first[which])
     assert hits == 10

@@ -1,6 +1,7 @@
 """Prompt caches as files: what is read is what was written, and what was not written is refused."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from transformers.cache_utils import StaticLayer
 
 import qjl
 from models_for_tests import config_of, generate, left_padded, packed_bytes, prompt, read, tiny
-from qjl import stored, trees
+from qjl import container
+from qjl.cache import file as files
+from qjl.cache.file import CACHES, CacheFile
 from qjl.compat import cache_argument
 from qjl.hf import forget_statistics
 from qjl.presets import PRESETS
-from qjl.stored import StoredFile
 from stored_cases import mutated, save_until_killed
 
 LENGTH = 330
@@ -57,13 +60,14 @@ def assert_same(first, second):
     """The same bytes in every layer."""
     assert first.nbytes == second.nbytes
     assert first.full_nbytes == second.full_nbytes
-    for one, other in zip(first.cores, second.cores, strict=True):
-        for row in range(one.batch):
-            layers = [
-                packed_bytes(cache, cache.cores.index(core), row) for cache, core in ((first, one), (second, other))
-            ]
-            assert all(torch.equal(*pair) for pair in zip(*layers, strict=True))
-        assert all(torch.equal(*pair) for pair in zip(one.dense(), other.dense(), strict=True))
+    for number, (one, other) in enumerate(zip(first.quantized_layers, second.quantized_layers, strict=True)):
+        for row in range(first.index.batch if one.has_text and one.is_initialized else 0):
+            pages = [packed_bytes(cache, number, row) for cache in (first, second)]
+            assert all(torch.equal(*pair) for pair in zip(*pages, strict=True))
+        assert one.is_initialized == other.is_initialized
+        if one.is_initialized:
+            assert one.keys.equal(other.keys)
+            assert one.values.equal(other.values)
 
 
 # What is read is what was written
@@ -87,16 +91,20 @@ def test_another_process_with_other_statistics_reads_the_same_codes(path, model)
     stranger = prefilled(model, ids=prompt(300, seed=5))
     other = qjl.KVCache.load(path, model)
     assert_same(cache, other)
-    assert other.cores[0].codecs[0] is not stranger.cores[0].codecs[0]
-    assert qjl.KVCache(model, "b3").cores[0].codecs[0] is stranger.cores[0].codecs[0]
+    assert other.codecs is not stranger.codecs
+    assert qjl.KVCache(model, "b3").codecs is stranger.codecs
+
+
+def test_codecs_that_are_alike_are_shared(path, model):
+    cache = prefilled(model)
+    other = loaded(cache, path, model)
+    assert other.codecs is cache.codecs
 
 
 def test_what_is_saved_twice_is_the_same_file(path, tmp_path, model):
     cache = prefilled(model)
     loaded(cache, path, model).save(tmp_path / "again.qjl")
-    tensors = [StoredFile(one).state(torch.device("cpu")) for one in (path, tmp_path / "again.qjl")]
-    assert trees.digest(tensors[0][0]["core"]["window"]) == trees.digest(tensors[1][0]["core"]["window"])
-    assert StoredFile(path).header == StoredFile(tmp_path / "again.qjl").header
+    assert path.read_bytes() == (tmp_path / "again.qjl").read_bytes()
 
 
 def test_rows_with_padding(path, model):
@@ -178,37 +186,51 @@ def test_the_file_is_smaller_than_what_it_stands_for(path):
     model = tiny(head_dim=64, dtype=torch.bfloat16)
     cache = prefilled(model, ids=prompt(1900))
     size = cache.save(path)
-    header = StoredFile(path).header
-    assert size == path.stat().st_size == len(StoredFile(path))
+    header = CacheFile(path).header
+    assert size == path.stat().st_size == len(CacheFile(path))
     assert header.bf16_bytes == cache.full_nbytes == 2 * 2 * 2 * 1900 * 64 * 2
     assert header.cache_bytes == cache.nbytes
     assert size < 1.1 * cache.nbytes
-    assert (header.tokens, header.rows, header.dtype, header.preset["name"]) == (1900, 1, "bfloat16", "b3")
+    assert (header.tokens, header.rows, header.dtype, header.configuration["name"]) == (1900, 1, "bfloat16", "b3")
 
 
 def test_any_reader_of_safetensors_can_look_inside(path, model):
     cache = prefilled(model)
     cache.save(path, prompt(LENGTH))
     with safe_open(path, framework="pt") as file:
-        assert file.metadata()["format"] == "qjl-prompt-cache-2"
+        assert (file.metadata()["format"], file.metadata()["version"]) == ("qjl-cache", "2")
         assert file.get_tensor("token_ids").equal(prompt(LENGTH).int())
-        assert file.get_tensor("0.core.packed.0.fields.codes").equal(cache.cores[0].packed[0].view()["codes"])
+        table = cache.index.table[0, : cache.index.blocks[0]]
+        pages = cache.cores[1].pages.taken(table)[0]["codes"]
+        assert file.get_tensor("layers.1.pages.keys.codes").equal(pages)
 
 
-def test_packed_tensors_lie_in_the_file_where_vector_instructions_want_them(path, model):
+def test_pages_lie_in_the_file_where_vector_instructions_want_them(path, model):
     prefilled(model).save(path)
-    layers = StoredFile(path).state(torch.device("cpu"))
-    fields = [field for layer in layers for packed in layer["core"]["packed"] for field in packed["fields"].values()]
-    assert all(field.data_ptr() % 64 == 0 for field in fields)
+    arrays = CacheFile(path).arrays()
+    assert all(array.data_ptr() % 64 == 0 for name, array in arrays.items() if ".pages." in name)
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="this system does not tell what is mapped where")
 def test_codes_stay_in_the_file_until_a_layer_grows(path, model):
     other = loaded(prefilled(model), path, model)
-    packed = other.cores[0].packed[0]
-    assert _is_mapped(packed.view()["codes"], path)
+    pages, before = other.cores[0].pages, path.read_bytes()
+    assert _is_mapped(pages.storage[0]["codes"], path)
+    assert _is_mapped(other.cores[0].exact.keys, path)
     read(model, prompt(70, seed=1), other, sizes=(70,))
-    assert not _is_mapped(packed.view()["codes"], path)
+    assert not _is_mapped(pages.storage[0]["codes"], path)
+    assert not _is_mapped(other.cores[0].exact.keys, path)
+    assert path.read_bytes() == before
+
+
+def test_what_is_written_to_mapped_pages_does_not_reach_the_file(path, model):
+    """A cropped cache has free pages and slots, which are written where they lie."""
+    other = loaded(prefilled(model), path, model)
+    before = path.read_bytes()
+    other.crop(-150)
+    read(model, prompt(100, seed=1), other, sizes=(100,))
+    assert _is_mapped(other.cores[0].pages.storage[0]["codes"], path)
+    assert path.read_bytes() == before
 
 
 def _is_mapped(tensor, path):
@@ -230,7 +252,7 @@ def test_tokens_are_those_that_the_cache_holds(path, model, refuses):
 
 
 def test_what_cannot_be_saved(path, tmp_path, model, refuses):
-    with refuses("layer 0 holds no tokens that could be saved"):
+    with refuses("the cache holds no tokens that could be saved"):
         qjl.KVCache(model, "b3").save(path)
     with refuses("make it with the model"):
         qjl.KVCache(config_of("llama"), "b3").save(path)
@@ -251,7 +273,7 @@ def test_another_model_or_dtype(path, model, refuses):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"qjl", b"\x00" * 500, b'\xff{"__metadata__":{"format":"qjl-prompt-cache-1' * 9]
+    "content", [b"", b"qjl", b"\x00" * 500, b'\xff{"__metadata__":{"format":"qjl-cache","version":"2"' * 9]
 )
 def test_a_file_of_another_kind(content, path, model, refuses):
     path.write_bytes(content)
@@ -268,11 +290,17 @@ def test_a_missing_file_and_a_folder(path, tmp_path, model, refuses):
 
 def test_another_version(path, model, refuses, monkeypatch):
     cache = prefilled(model)
-    monkeypatch.setattr(stored, "VERSION", 1)
+    monkeypatch.setattr(files, "CACHES", dataclasses.replace(CACHES, version=3))
     cache.save(path)
     assert qjl.KVCache.load(path, model).get_seq_length() == LENGTH
     monkeypatch.undo()
-    with refuses("is of another version of qjl"):
+    with refuses("is of another version of qjl: build it again with `qjl cache build`"):
+        qjl.KVCache.load(path, model)
+
+
+def test_the_files_of_version_0_1(path, model, refuses):
+    path.write_bytes(b'\xff\0\0\0\0\0\0\0{"__metadata__":{"format":"qjl-prompt-cache-2","sha256":"' + b"0" * 500)
+    with refuses("is of another version of qjl: build it again with `qjl cache build`"):
         qjl.KVCache.load(path, model)
 
 
@@ -301,54 +329,60 @@ def test_no_mutation_is_believed(seed, saved, path, model, refuses):
             qjl.KVCache.load(path, model)
 
 
-def test_a_sealed_file_of_other_tensors_is_refused(saved, path, model, refuses):
-    """Past the digest, the state is checked against what the layers take."""
-    for change in (_longer, _of_other_dtype, _without_a_layer, _of_another_class):
-        file = StoredFile(saved)
-        states = file.state(torch.device("cpu"))
-        change(states)
-        stored.write(path, file.header, states)
+CHANGES = {
+    "a longer row": lambda arrays: arrays["text.lengths"].add_(100),
+    "a page that there is not": lambda arrays: arrays["text.table"].add_(1),
+    "a slot that there is not": lambda arrays: arrays["text.slots"].add_(1),
+    "tokens twice": lambda arrays: arrays["text.tokens"].fill_(3),
+    "a block too few": lambda arrays: arrays["text.blocks"].sub_(1),
+    "a row more": lambda arrays: arrays.update({"text.padding": torch.zeros(2, dtype=torch.int64)}),
+    "no table": lambda arrays: arrays.pop("text.table"),
+    "another dtype": lambda arrays: arrays.update(_of_each(arrays, "pages.keys.codes", torch.Tensor.short)),
+    "another shape": lambda arrays: arrays.update(_of_each(arrays, "pages.values.codes", lambda x: x[..., :32])),
+    "a page too few": lambda arrays: arrays.update(_of_each(arrays, "layers.1.pages", lambda x: x[1:])),
+    "no exact tokens": lambda arrays: arrays.pop("layers.1.exact.keys"),
+    "other exact tokens": lambda arrays: arrays.update(_of_each(arrays, "layers.1.exact.values", torch.Tensor.half)),
+    "no pages": lambda arrays: [arrays.pop(name) for name in list(arrays) if name.startswith("layers.0.pages")],
+    "no learned array": lambda arrays: arrays.pop("layers.0.codec.key.mean"),
+    "no flag": lambda arrays: arrays.pop("layers.0.codec.is_undone"),
+    "half a RoPE": lambda arrays: arrays.pop("layers.0.rope.scaling"),
+}
+
+
+def _of_each(arrays, part, change):
+    return {name: change(array) for name, array in arrays.items() if part in name}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_sealed_file_of_other_arrays_is_refused(change, saved, path, model, refuses):
+    """Past the digest, arrays are checked against each other and what the layers take."""
+    forget_statistics(model)  # the codecs of the file are asked for
+    file = CacheFile(saved)
+    arrays = {name: array.clone() for name, array in file.arrays().items()}
+    CHANGES[change](arrays)
+    container.write(path, CACHES, dataclasses.asdict(file.header), arrays)
+    with refuses("does not fit the model"):
+        qjl.KVCache.load(path, model)
+
+
+def test_layers_of_another_kind_are_neither_saved_nor_restored(path, refuses):
+    model = tiny("gemma3")
+    cache = prefilled(model)
+    cache.layers[0].more = "something new"
+    with refuses("layer 0, a DynamicSlidingWindowLayer, holds a str as more"):
+        cache.save(path)
+    del cache.layers[0].more
+    cache.save(path)
+    file = CacheFile(path)
+    for name, value in (("kind", "DynamicLayer"), ("cumulative_length", "3"), ("keys", [True]), ("eval", 1)):
+        header = json.loads(json.dumps(dataclasses.asdict(file.header)))
+        header["own_layers"]["0"][name] = value
+        container.write(path.with_name("changed.qjl"), CACHES, header, file.arrays())
         with refuses("does not fit the model"):
-            qjl.KVCache.load(path, model)
-
-
-def _longer(states):
-    states[0]["core"]["length"] += 100
-
-
-def _of_other_dtype(states):
-    fields = states[1]["core"]["packed"][0]["fields"]
-    fields["codes"] = fields["codes"].short()
-
-
-def _without_a_layer(states):
-    del states[1]
-
-
-def _of_another_class(states):
-    states[0]["core"]["codecs"] = None
-
-
-def test_only_our_own_classes_are_built(refuses):
-    for path in ("os:system", "builtins:eval", "qjl.hf:KVCache", "qjl.methods.base:torch", "qjl.methods.nothing:Codec"):
-        with refuses("which is no part of this version"):
-            trees.build({"object": path, "attributes": {"dict": []}}, {}, torch.device("cpu"))
-    with refuses("cannot be stored"):
-        trees.dump([object()])
-    with refuses("cannot be built"):
-        trees.build({"__class__": "x"}, {}, torch.device("cpu"))
-
-
-def test_memory_that_tensors_share_is_kept_once_and_in_its_strides():
-    whole = torch.arange(24.0).view(2, 3, 4)
-    views = [whole, whole.transpose(0, 2), whole[:1].expand(5, -1, -1), whole[:, 1]]
-    tree, tensors = trees.dump(views)
-    assert len(tensors) == 1
-    again = trees.build(json.loads(json.dumps(tree)), tensors, torch.device("cpu"))
-    for view, other in zip(views, again, strict=True):
-        assert view.equal(other)
-        assert view.stride() == other.stride()
-        assert other.untyped_storage().data_ptr() == again[0].untyped_storage().data_ptr()
+            qjl.KVCache.load(path.with_name("changed.qjl"), model)
+    cache.layers[0] = StaticLayer(500)
+    with refuses("layer 0 is a StaticLayer, which files of prompt caches do not know"):
+        cache.save(path)
 
 
 # Saving is all or nothing
@@ -363,7 +397,8 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_file(path, model):
         other = qjl.KVCache.load(path, model)
         found.add(
             sum(
-                torch.equal(cache.cores[0].dense()[0], other.cores[0].dense()[0]) << i for i, cache in enumerate(caches)
+                torch.equal(cache.quantized_layers[0].keys, other.quantized_layers[0].keys) << i
+                for i, cache in enumerate(caches)
             )
         )
     assert found <= {1, 2}
@@ -387,55 +422,35 @@ def test_a_failed_write_leaves_what_was_there(path, model, monkeypatch, refuses)
 # The format
 
 
-def test_attributes_of_codecs_are_part_of_the_format():
-    """Whoever changes them raises ``stored.VERSION``: files of before would be read as something else."""
-    found = {}
-    model = tiny(head_dim=64)
+def test_names_are_part_of_the_format(path):
+    """Whoever changes them raises the version of ``CACHES``: files of before would be read as something else."""
+    model, found = tiny(head_dim=64), set()
     for name in PRESETS:
-        for core in prefilled(model, name).cores:
-            _collect(trees.dump(core.codecs)[0], found)
-    assert found == ATTRIBUTES
+        cache = prefilled(model, name)
+        cache.save(path, prompt(LENGTH))
+        found |= set(CacheFile(path).names)
+    one = {name.replace("layers.0.", "layers.N.") for name in found if not name.startswith("layers.1.")}
+    assert {name for name in one if ".codec." not in name and ".pages." not in name} == {
+        "token_ids",
+        *(f"text.{name}" for name in INDEX.split()),
+        *(f"layers.N.{name}" for name in LAYER.split()),
+    }
+    assert {name.removeprefix("layers.N.pages.").split(".")[0] for name in one if ".pages." in name} == {
+        "keys",
+        "values",
+    }
+    assert " ".join(sorted({name.split(".")[-1] for name in one if ".codec." in name})) == LEARNED
 
 
-def _collect(tree, found):
-    if isinstance(tree, dict) and "object" in tree:
-        found.setdefault(tree["object"].split(":")[1], " ".join(sorted(key for key, _ in tree["attributes"]["dict"])))
-    for one in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
-        _collect(one, found)
+INDEX = "blocks columns counts lengths origins padding partial slots table tokens"
+LAYER = "exact.keys exact.values rope.interleaved rope.inv_freq rope.scaling"
+LEARNED = "bits channels edges is_rotary is_undone key_map levels mean middle query_map reach rotation unit weights"
 
 
-ATTRIBUTES = {
-    "Cascade": "layout parts",
-    "ChannelCodec": "group_size layout num_bits spread",
-    "Extremes": "clip",
-    "Field": "dtype shape",
-    "Fp8Codec": "layout",
-    "GridRecipe": "clip groups num_bits size",
-    "HalfScale": "",
-    "IdentityCodec": "layout",
-    "Int8Codec": "layout",
-    "JoinedCode": "decoder first rest",
-    "KVQuantCodec": "channels edges layout levels num_bits",
-    "LevelCodec": "code encoder mean query_map scale",
-    "LogScale": "unit",
-    "MappedCodec": "code encoder gains key_map mean query_map scale weights",
-    "Mean": "rope vector",
-    "NibbleCode": "coordinates dim entries",
-    "OutlierCodec": "_code _matrix _outlier_code _outlier_matrix _outlier_scale _scale layout quantizer",
-    "PolarCodec": "edges layout quantizer rotation turns",
-    "PolarQuant": "first_bits levels seed upper_bits",
-    "QJL": "group_size outlier_ratio outliers seed sketch sketch_ratio",
-    "RaBitQCodec": "code mean num_bits query_map scale",
-    "Rope": "interleaved inv_freq scaling",
-    "RotatedGridCodec": "bounds code groups layout num_bits recipe rotation",
-    "ScalarCode": "bit_coordinate bit_index decoder kinds widest",
-    "SignCode": "block decoder gram",
-    "SignCodec": "_code _matrix _sign_scale _sketch code mean query_map scale",
-    "Sketch": "d kind m seed",
-    "TokenUniformCodec": "device groups layout num_bits",
-    "TrellisCode": "decoder next own",
-    "TurboESMCodec": "edges layout levels rotation",
-    "Unrotated": "codec layout rope",
-    "VidKVKeyCodec": "group_size layout wide",
-    "VidKVValueCodec": "group_size layout salient threshold",
-}
+def test_the_page_of_the_file_names_every_array(path):
+    """docs/prompt-caches.md."""
+    page = (Path(__file__).parent.parent / "docs" / "prompt-caches.md").read_text(encoding="utf-8")
+    for name in (*INDEX.split(), "marks"):
+        assert f"`text.{name}`" in page
+    for name in (*LAYER.split(), "pages.keys.", "codec.key.", "codec.is_undone", "seen.count", "own."):
+        assert f"`layers.N.{name}" in page

@@ -52,6 +52,7 @@ _HOMES = {
     "choose": "choice",
     "load": "models",
     "CacheConfig": "presets",
+    "Codecs": "codecs",
     "DEFAULT_PRESET": "presets",
     "PRESETS": "presets",
     "PromptCaches": "prompts",

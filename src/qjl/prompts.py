@@ -19,12 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qjl.architecture import layer_shapes
+from qjl.cache.file import CacheFile, sha256_of_tokens
+from qjl.container import PARTIAL, SUFFIX
 from qjl.errors import QJLError
 from qjl.fingerprints import digest, fingerprint
 from qjl.hf import KVCache
 from qjl.packed import BLOCK
 from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
-from qjl.stored import PARTIAL, SUFFIX, StoredFile, sha256_of_tokens
 
 logger = logging.getLogger("qjl")
 _OWN_NAME = re.compile(rf"[0-9a-f]{{16}}-[0-9a-f]{{16}}{re.escape(SUFFIX)}")
@@ -103,7 +104,7 @@ class PromptCaches:
             with _passing_over(path):
                 stat = path.stat()
                 seen = path, stat.st_ino, stat.st_mtime_ns
-                kept = before[seen] if seen in before else StoredFile(path).token_ids
+                kept = before[seen] if seen in before else CacheFile(path).token_ids
                 if kept is not None:
                     self._seen[seen] = kept.clone()  # a view would hold the file
 

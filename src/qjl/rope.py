@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qjl.errors import QJLError
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,23 @@ class Rope:
     def _quarter_turned(self, x: Tensor) -> Tensor:
         first, second, rest = self.split(x)
         return self.join(-second, first, torch.zeros_like(rest))
+
+    def arrays(self) -> dict[str, Tensor]:
+        """As a file has it: ``inv_freq`` float32 [F], ``scaling`` float64 [], ``interleaved`` bool []."""
+        scaling = torch.tensor(self.scaling, dtype=torch.float64)
+        return {"inv_freq": self.inv_freq, "scaling": scaling, "interleaved": torch.tensor(self.interleaved)}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, Tensor]) -> Rope:
+        """The inverse of ``arrays``.
+
+        Raises:
+            QJLError: if one of them is missing or not as it should be.
+        """
+        expected = {"inv_freq": (1, torch.float32), "scaling": (0, torch.float64), "interleaved": (0, torch.bool)}
+        if {name: (array.dim(), array.dtype) for name, array in arrays.items()} != expected:
+            raise QJLError("a RoPE is inv_freq float32 [F], scaling float64 [] and interleaved bool []: save it again.")
+        return cls(arrays["inv_freq"], float(arrays["scaling"]), bool(arrays["interleaved"]))
 
     def to(self, device: torch.device) -> Rope:
         return Rope(self.inv_freq.to(device), self.scaling, self.interleaved)

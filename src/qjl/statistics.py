@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +27,7 @@ MIN_TOKENS = 256
 FORMAT = "qjl-statistics-2"
 QUANTILES = 129
 _MOST_SORTED = 4096  # tokens that quantiles are taken from
+_SUMS = ("cached", "unrotated", "output")  # of queries as they met the cache and before RoPE, and of outputs
 _TENSORS = (
     "key_mean",
     "key_covariance",
@@ -90,15 +90,24 @@ class AttentionMoments:
         self._sums: dict[str, Tensor] = {}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> AttentionMoments:
-        """The inverse of ``state``."""
+    def of(cls, arrays: Mapping[str, Tensor]) -> AttentionMoments:
+        """The inverse of ``arrays``, from copies.
+
+        Raises:
+            QJLError: if they are not such arrays.
+        """
+        sums = {name: array.clone() for name, array in arrays.items() if name != "count"}
+        kinds = {(array.dim(), array.dtype) for array in sums.values()}
+        count = arrays.get("count")
+        if sums.keys() != set(_SUMS) or kinds != {(3, torch.float32)} or count is None or count.dtype != torch.int64:
+            raise QJLError("what was seen of attention is a count and sums of queries and outputs: save it again.")
         moments = cls()
-        moments._count, moments._sums = int(state["count"]), dict(state["sums"])
+        moments._count, moments._sums = int(count), sums
         return moments
 
-    def state(self) -> dict[str, Any]:
-        """The sums so far, as named tensors, and their count."""
-        return {"count": self.count, "sums": dict(self._sums)}
+    def arrays(self) -> dict[str, Tensor]:
+        """The sums so far, float32 [H, D, D], and their ``count``, int64 []; nothing before there are any."""
+        return {"count": torch.tensor(self.count), **self._sums} if self._sums else {}
 
     @property
     def count(self) -> int:
@@ -109,7 +118,7 @@ class AttentionMoments:
     def add(self, query: Tensor, out: Tensor, positions: Tensor, real: Tensor, rope: Rope | None, heads: int) -> None:
         """``query``, ``out [B, Hq, Q, D]`` at ``positions [B, Q]``; only ``real`` (bool [B, Q]) tokens count."""
         unrotated = query.float() if rope is None else rope.unrotate(query.float(), positions)
-        for name, x in (("cached", query), ("unrotated", unrotated), ("output", out)):
+        for name, x in zip(_SUMS, (query, unrotated, out), strict=True):
             rows = (x.float() * real[:, None, :, None]).unflatten(1, (heads, -1))
             total = torch.einsum("bhgqi,bhgqj->hij", rows, rows)
             self._sums[name] = self._sums[name] + total if name in self._sums else total

@@ -12,7 +12,7 @@ the pass is over. Until then nothing that was held before is touched, so a pass 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -495,42 +495,155 @@ class TokenIndex:
         return max(1, min(end - length for end, length in zip(ends, self.lengths, strict=True)))
 
     def slots_held(self) -> Integers:
-        """Each slot in use once."""
-        held = [self.slot_of[row, : self.counts[row]] for row in range(self.batch)]
-        return np.unique(np.concatenate(held)) if held else np.zeros(0, np.int32)
+        """Each slot in use once, in the order of rows and their tokens."""
+        return _once(self.slot_of[row, : self.counts[row]] for row in range(self.batch))
 
     def pages_held(self) -> Integers:
-        """Each page in use once."""
-        held = [self._pages_of(row) for row in range(self.batch)]
-        return np.unique(np.concatenate(held)) if held else np.zeros(0, np.int32)
+        """Each page in use once, in the order of rows and their tokens."""
+        return _once(self._pages_of(row) for row in range(self.batch))
 
     # Files
 
-    def state(self) -> dict[str, Any]:
-        """All rows as plain numbers and named arrays; slots and pages are numbered anew, in order.
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All rows by name; slots and pages have the numbers of their places in ``slots_held`` and ``pages_held``.
 
-        ``slots`` and ``pages`` say where each of these is now.
+        - ``columns`` int64 []. ``lengths``, ``padding``, ``origins``, ``blocks``, ``counts`` int64 [B]: of each row its
+          tokens, left padding, RoPE position of token 0, blocks in its table, and exact tokens.
+        - ``table`` int32 [B, blocks]: pages, -1 for a hole. ``partial`` int64 [n, 3]: row, block and how many tokens of
+          it are in codes, where these are fewer than 64.
+        - ``slots`` int32 and ``tokens`` int64 [B, most exact tokens]: where exact tokens are, and which they are; 0
+          beyond ``counts``.
+        - ``marks`` bool [B, T]: which columns may be packed; only if there was a mask.
         """
-        slots, pages = self.slots_held(), self.pages_held()
-        exact = max(self.counts.tolist(), default=0)
-        blocks = max(self.blocks, default=0)
-        in_use = np.arange(exact) < self.counts[:, None]
-        table = self.table[:, :blocks]
-        return {
-            "columns": self.columns,
-            "padding": list(self.padding),
-            "lengths": list(self.lengths),
-            "blocks": list(self.blocks),
-            "partial": [sorted(of.items()) for of in self.partial],
-            "origins": self.origins.tolist(),
-            "counts": self.counts.tolist(),
-            "table": np.where(table == HOLE, HOLE, np.searchsorted(pages, table)).astype(np.int32),
-            "slot_of": np.where(in_use, np.searchsorted(slots, self.slot_of[:, :exact]), 0).astype(np.int32),
-            "token_of": np.where(in_use, self.token_of[:, :exact], 0),
-            "marks": self.marks,
-            "slots": slots,
-            "pages": pages,
+        exact, blocks = max(self.counts.tolist(), default=0), max(self.blocks, default=0)
+        is_exact = np.arange(exact) < self.counts[:, None]
+        is_page = (np.arange(blocks) < np.array(self.blocks)[:, None]) & (self.table[:, :blocks] != HOLE)
+        partial = [(row, block, count) for row, of in enumerate(self.partial) for block, count in sorted(of.items())]
+        marks = {} if self.marks is None else {"marks": self.marks}
+        return marks | {
+            "columns": np.array(self.columns, np.int64),
+            "lengths": np.array(self.lengths, np.int64),
+            "padding": np.array(self.padding, np.int64),
+            "origins": self.origins.copy(),
+            "blocks": np.array(self.blocks, np.int64),
+            "counts": self.counts.astype(np.int64),
+            "table": _renumbered(self.table[:, :blocks], is_page, self.pages_held(), HOLE),
+            "partial": np.array(partial, np.int64).reshape(-1, 3),
+            "slots": _renumbered(self.slot_of[:, :exact], is_exact, self.slots_held(), 0),
+            "tokens": np.where(is_exact, self.token_of[:, :exact], 0),
         }
+
+    def restore(self, arrays: Mapping[str, np.ndarray], slots: int, pages: int) -> None:
+        """Hold the rows that ``arrays`` told of, in the first ``slots`` and ``pages``; the index is a new one.
+
+        Raises:
+            QJLError: if an array is missing or of another shape or type, or a row does not hold each token once.
+        """
+        rows = _Rows(arrays)
+        self.columns = int(rows.columns)
+        self.padding, self.lengths, self.blocks = (
+            [int(number) for number in of] for of in (rows.padding, rows.lengths, rows.blocks)
+        )
+        self.partial = [dict(of) for of in rows.partial]
+        self.marks = rows.marks
+        self._set_arrays(
+            (
+                rows.origins,
+                rows.counts.astype(np.int32),
+                np.zeros(len(rows.counts), np.int32),
+                rows.table,
+                rows.slots,
+                rows.tokens,
+            )
+        )
+        for row in range(self.batch):
+            self._require_row(row, slots, pages)
+            self.ends[row] = self._end_of(row)
+        self._own(self.slots, slots, [self.slot_of[row, : self.counts[row]] for row in range(self.batch)])
+        self._own(self.pages, pages, [self._pages_of(row) for row in range(self.batch)])
+
+    @staticmethod
+    def _own(places: Places, count: int, owned: Iterable[Integers]) -> None:
+        """Give places the owners that they have; those without one are free."""
+        taken = places.take(count)
+        for of_row in owned:
+            places.share(of_row)
+        places.release(taken)
+
+    def _require_row(self, row: int, slots: int, pages: int) -> None:
+        """Raises QJLError unless each token of a row is held once, and sinks as exact ones."""
+        length, blocks, count = self.lengths[row], self.blocks[row], int(self.counts[row])
+        numbers, tokens, table = self.slot_of[row, :count], self.token_of[row, :count], self.table[row, :blocks]
+        sizes = (length, self.padding[row], blocks, count)
+        fits = min(sizes) >= 0 and blocks <= self.table.shape[1] and count <= self.slot_of.shape[1]
+        fits = fits and not (self.columns and length and self.padding[row] + length > self.columns)
+        fits = fits and bool(((numbers >= 0) & (numbers < slots)).all() and ((table >= HOLE) & (table < pages)).all())
+        fits = fits and all(0 <= block < blocks and 0 < part < BLOCK for block, part in self.partial[row].items())
+        if not fits or not _are_held_once(length, self.sinks, tokens, table, self.partial[row]):
+            raise QJLError(f"row {row} does not hold each of {length} tokens once.")
+
+
+class _Rows:
+    """The arrays of ``TokenIndex.restore``, of the types and shapes that they should have."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+        self.columns = self._array("columns", np.int64)
+        self.lengths = self._array("lengths", np.int64, -1)
+        batch = len(self.lengths)
+        self.padding, self.origins, self.blocks, self.counts = (
+            self._array(name, np.int64, batch) for name in ("padding", "origins", "blocks", "counts")
+        )
+        self.table = self._array("table", np.int32, batch, -1)
+        self.slots = self._array("slots", np.int32, batch, -1)
+        self.tokens = self._array("tokens", np.int64, *self.slots.shape)
+        self.marks = self._array("marks", np.bool_, batch, -1) if "marks" in arrays else None
+        self.partial: list[dict[int, int]] = [{} for _ in range(batch)]
+        for row, block, count in self._array("partial", np.int64, -1, 3).tolist():
+            if not 0 <= row < batch:
+                raise QJLError(f"there is no row {row} with a block of {count} tokens in codes.")
+            self.partial[row][block] = count
+
+    def _array(self, name: str, dtype: type, *shape: int) -> Any:
+        """A copy; a size of -1 may be any."""
+        array = self._arrays.get(name)
+        if array is None:
+            raise QJLError(f"there is no array {name!r} of the index.")
+        sizes = zip(array.shape, shape, strict=False)
+        if array.dtype != dtype or array.ndim != len(shape) or any(want not in (-1, size) for size, want in sizes):
+            raise QJLError(f"the array {name!r} of the index is {array.dtype} {list(array.shape)}.")
+        return np.array(array, order="C")
+
+
+def _once(of_rows: Iterable[Integers]) -> Integers:
+    """Each number once, in the order in which they come first."""
+    numbers = np.concatenate([np.zeros(0, np.int32), *of_rows])
+    _, first = np.unique(numbers, return_index=True)
+    return numbers[np.sort(first)]
+
+
+def _renumbered(numbers: Integers, is_one: np.ndarray, places: Integers, otherwise: int) -> Integers:
+    """The place of each number in ``places``; another number where there is none."""
+    place_of = np.zeros(int(places.max(initial=-1)) + 1, np.int32)
+    place_of[places] = np.arange(len(places))
+    out = np.full(numbers.shape, otherwise, np.int32)
+    out[is_one] = place_of[numbers[is_one]]
+    return out
+
+
+def _are_held_once(length: int, sinks: int, tokens: Integers, table: Integers, partial: Mapping[int, int]) -> bool:
+    """Whether each token is an exact one or in a page, sinks exact, and exact ones ascend."""
+    inside = np.where(table == HOLE, 0, BLOCK)
+    for block, count in partial.items():
+        inside[block] = min(inside[block], count)
+    is_coded = (np.arange(BLOCK) < inside[:, None]).reshape(-1)
+    if is_coded[length:].any() or (len(tokens) and not (tokens[0] >= 0 and tokens[-1] < length)):
+        return False
+    is_held = np.zeros(length, np.int32)
+    is_held[: len(is_coded)] = is_coded[:length]
+    is_held[:sinks] = 0
+    is_held[tokens] += 1
+    return bool((np.diff(tokens) > 0).all() and (is_held == 1).all())
 
 
 def bool_rows(mask: Tensor) -> np.ndarray:

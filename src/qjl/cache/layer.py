@@ -212,6 +212,25 @@ class Layer(Copied):
         assert self.shape is not None
         return to_device(torch.tensor(numbers, dtype=torch.int64), self.shape.device)
 
+    # Files
+
+    def hold_exact(self, keys: Tensor, values: Tensor) -> None:
+        """Hold exact tokens ``[slots, H, D]`` that were held before, where they lie."""
+        self.shape = TokenShape.of(keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
+        self.exact = ExactTokens(self.shape, 0)
+        self.exact.adopt(keys, values)
+
+    def hold_pages(self, codecs: Pair, keys: dict[str, Tensor], values: dict[str, Tensor]) -> int:
+        """Hold pages ``[pages, H, *shape]`` that these codecs made, where they lie; returns how many.
+
+        Raises:
+            QJLError: if they are not pages of these codecs.
+        """
+        assert self.shape is not None
+        self.pages = Pages(codecs, self.shape.heads, 0, self.shape.device)
+        self.pages.adopt(keys, values)
+        return self.pages.capacity
+
     # What is held
 
     @property

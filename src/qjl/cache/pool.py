@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qjl.errors import QJLError
 from qjl.ops.forms import ExactPool, Pool
-from qjl.packed import BLOCK, Blocks, Layout, to_device
+from qjl.packed import BLOCK, Blocks, Layout, require_tensor, to_device
 
 if TYPE_CHECKING:
     from qjl.codecs import Pair, TokenShape
@@ -49,6 +50,11 @@ class ExactTokens:
         if capacity > self.capacity:
             self.keys, self.values = (_grown(x, capacity) for x in (self.keys, self.values))
             vars(self).pop("operand", None)
+
+    def adopt(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these in place of what there is, where they lie; growth copies them."""
+        self.keys, self.values = keys, values
+        vars(self).pop("operand", None)
 
     def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep ``keys``, ``values [n, H, D]``."""
@@ -116,6 +122,22 @@ class Pages:
         if capacity > self.capacity:
             self.storage = [{name: _grown(x, capacity, dim=1) for name, x in side.items()} for side in self.storage]
             vars(self).pop("operand", None)
+
+    def adopt(self, keys: Blocks, values: Blocks) -> None:
+        """Hold these pages, ``[pages, H, *shape]`` per field, in place of what there is, where they lie; growth copies.
+
+        Raises:
+            QJLError: if a field is missing or not what the codecs take.
+        """
+        count = next(iter(keys.values())).shape[0] if keys else 0
+        for codec, side in zip(self.codecs, (keys, values), strict=True):
+            if side.keys() != codec.layout.keys():
+                raise QJLError(f"pages of these codecs have {sorted(codec.layout)}, not {sorted(side)}.")
+            for name, field in codec.layout.items():
+                require_tensor(side[name], (count, self.heads, *field.shape), field.dtype, f"{name} of pages")
+        sides = zip(self.codecs, (keys, values), strict=True)
+        self.storage = [{name: side[name].transpose(0, 1) for name in codec.layout} for codec, side in sides]
+        vars(self).pop("operand", None)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Pages from where they are to others."""

@@ -36,8 +36,8 @@ from qjl.cli.common import (
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
+    from qjl.cache.file import CacheFile
     from qjl.hf import KVCache
-    from qjl.stored import StoredFile
 
 _CacheArgument = Annotated[Path, typer.Argument(help="A file that `qjl cache build` or cache.save() wrote.")]
 
@@ -56,7 +56,8 @@ def build(
 ) -> None:
     """Process a prompt once, and keep its quantized cache in a file."""
     from qjl import generation, hf, texts
-    from qjl.stored import SUFFIX, StoredFile
+    from qjl.cache.file import CacheFile
+    from qjl.container import SUFFIX
 
     text, wanted = texts.read_text(file), asked(preset, bits)
     path = output or file.with_suffix(SUFFIX)
@@ -72,7 +73,7 @@ def build(
         generation.prefill(network, ids, cache, advance)
     seconds = time.perf_counter() - start
     cache.save(path, ids)
-    told = _fields(path, StoredFile(path)) | {"prefill_seconds": seconds}
+    told = _fields(path, CacheFile(path)) | {"prefill_seconds": seconds}
     if json_output:
         print_json(told)
     else:
@@ -81,16 +82,16 @@ def build(
 
 def show(file: _CacheArgument, json_output: JsonOption = False) -> None:
     """Show what is in a prompt cache, after a check of every byte."""
-    from qjl.stored import StoredFile
+    from qjl.cache.file import CacheFile
 
-    stored = StoredFile(file)
+    stored = CacheFile(file)
     stored.verify()
     told = _fields(file, stored)
     if json_output:
         print_json(told)
         return
     table = results_table(str(file), "")
-    for name in ("preset", "model", "dtype", "fingerprint", "statistics", "qjl"):
+    for name in ("preset", "model", "dtype", "fingerprint", "codecs", "qjl"):
         table.add_row(name, str(told[name]))
     table.add_row("rows x tokens", f"{told['rows']} x {told['tokens']:,}")
     for name in ("cache_bytes", "cache_bytes_full", "file_bytes"):
@@ -142,15 +143,15 @@ def use(
 _SIZES = {"cache_bytes": "in memory", "cache_bytes_full": "in bfloat16", "file_bytes": "on disk"}
 
 
-def _fields(path: Path, stored: StoredFile) -> dict[str, Any]:
+def _fields(path: Path, stored: CacheFile) -> dict[str, Any]:
     header = stored.header
     return {
         "file": str(path),
-        "preset": header.preset["name"],
+        "preset": header.configuration["name"],
         "model": header.model,
         "dtype": header.dtype,
         "fingerprint": header.fingerprint,
-        "statistics": header.statistics,
+        "codecs": header.codecs,
         "token_sha256": header.token_sha256,
         "qjl": header.qjl,
         "rows": header.rows,

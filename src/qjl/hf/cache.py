@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qjl import compat, stored, trees
+from qjl import compat
 from qjl.architecture import LayerShape, layer_shapes, rope_is_used, text_config
+from qjl.cache import file as files
+from qjl.cache.file import CacheFile, Header
 from qjl.cache.index import TokenIndex
 from qjl.cache.layer import Layer
 from qjl.cache.paged import PagedCache
@@ -20,13 +22,14 @@ from qjl.codecs import Codecs
 from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.fingerprints import fingerprint
+from qjl.hf import own_layers as own
 from qjl.hf.attention import QuantizedLayer, padding_of
 from qjl.hf.first_prompt import FirstPrompt
 from qjl.hf.promises import WatchedCache, attach
 from qjl.hf.sources import own_codecs, shared_codecs
 from qjl.methods.base import storage_bytes
 from qjl.modes import for_keeps, uncompiled
-from qjl.presets import DEFAULT_PRESET, CacheConfig, from_dict, resolve, to_dict
+from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve, to_dict
 
 
 class KVCache(Copied, WatchedCache):
@@ -209,8 +212,9 @@ class KVCache(Copied, WatchedCache):
 
     # Rows and lengths: what transformers asks of each layer is done once for all that are quantized
 
-    def _others(self) -> list[Any]:
-        return [layer for layer in self.layers if not isinstance(layer, QuantizedLayer)]
+    def _others(self) -> dict[int, Any]:
+        """Transformers' own layers by their numbers."""
+        return {number: one for number, one in enumerate(self.layers) if not isinstance(one, QuantizedLayer)}
 
     @for_keeps
     def crop(self, tokens_to_remove: int) -> None:
@@ -220,7 +224,7 @@ class KVCache(Copied, WatchedCache):
         self.settle()
         for store in self.stores:
             store.crop(tokens_to_remove if tokens_to_remove > 0 else store.index.columns + tokens_to_remove)
-        for layer in self._others():
+        for layer in self._others().values():
             layer.crop(tokens_to_remove)
 
     @for_keeps
@@ -228,7 +232,7 @@ class KVCache(Copied, WatchedCache):
         rows = beam_idx.tolist()
         for store in self.stores:
             store.select(rows)
-        for layer in self._others():
+        for layer in self._others().values():
             layer.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
@@ -237,13 +241,13 @@ class KVCache(Copied, WatchedCache):
         for store in self.stores:
             if store.index.batch:  # an empty one cannot be indexed
                 store.select(torch.arange(store.index.batch)[chosen].reshape(-1).tolist())
-        for layer in self._others():
+        for layer in self._others().values():
             layer.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for store in self.stores:
             store.select([row for row in range(store.index.batch) for _ in range(repeats)])
-        for layer in self._others():
+        for layer in self._others().values():
             layer.batch_repeat_interleave(repeats)
 
     def reset(self) -> None:
@@ -253,7 +257,7 @@ class KVCache(Copied, WatchedCache):
             store.reset()
         for layer in self.quantized_layers:
             layer.knows_padding = not layer.has_text
-        for layer in self._others():
+        for layer in self._others().values():
             layer.reset()
 
     # Files
@@ -288,21 +292,37 @@ class KVCache(Copied, WatchedCache):
         """
         self.settle()
         model = self.model
-        state = [_layer_state(layer) for layer in self.layers]
         ids = None if token_ids is None else self._ids_held(torch.as_tensor(token_ids))
-        header = stored.Header(
+        more = {} if ids is None else {"token_ids": ids}
+        own_layers = {}
+        for number, layer in self._others().items():
+            own_layers[str(number)], arrays = own.described(number, layer)
+            more |= arrays
+        for source in self.sources:
+            more |= source.arrays()
+        caches = self._groups
+        header = Header(
+            configuration=to_dict(self.config),
+            groups=files.groups_of(caches),
+            rows=self.index.batch,
+            tokens=self.get_seq_length(),
+            codecs=self.codecs.digest(core.number for core in self.cores),
+            cache_bytes=self.nbytes,
+            bf16_bytes=self.full_nbytes * torch.bfloat16.itemsize // model.dtype.itemsize,
             model=model.config.model_type,
             fingerprint=fingerprint(model),
             dtype=str(model.dtype).removeprefix("torch."),
-            preset=to_dict(self.config),
-            statistics=trees.digest([core.codecs for core in self.cores]),
-            rows=self.index.batch,
-            tokens=self.get_seq_length(),
-            token_sha256=None if ids is None else stored.sha256_of_tokens(ids),
-            cache_bytes=self.nbytes,
-            bf16_bytes=self.full_nbytes * torch.bfloat16.itemsize // model.dtype.itemsize,
+            token_sha256=None if ids is None else files.sha256_of_tokens(ids),
+            own_layers=own_layers,
         )
-        return stored.write(Path(path), header, state, ids)
+        return files.write(Path(path), header, caches, self.codecs, more)
+
+    @property
+    def _groups(self) -> dict[str, PagedCache]:
+        """The stores by their names in files."""
+        kinds = [kind for kind in (False, True) if any(self._of_kind(kind))]
+        names = (files.CROSS if kind else files.TEXT for kind in kinds)
+        return dict(zip(names, self.stores, strict=True))
 
     @classmethod
     @for_keeps
@@ -319,21 +339,28 @@ class KVCache(Copied, WatchedCache):
             QJLError: if the file is missing, damaged, no prompt cache, of another version, or of another model, dtype
                 or preset than there is.
         """
-        file = stored.StoredFile(Path(path))
+        file = CacheFile(Path(path))
         file.verify()
         _require_same_model(file, model)
-        cache = cls(model, _preset_of(file))
+        cache = cls(model, file.configuration)
+        layers = [core.number for core in cache.cores]
+        if file.header.codecs != cache.codecs.digest(layers):
+            own_codecs = file.codecs(cache.codecs.ropes, cache.codecs.statistics)
+            if any(own_codecs.has_learned(number) for number in layers):
+                cache = cls(model, file.configuration, codecs=own_codecs)
         cache._restore(file, model.device)
         return cache
 
-    def _restore(self, file: stored.StoredFile, device: torch.device) -> None:
-        states = file.state(device)
-        try:
-            for layer, state in zip(self.layers, states, strict=True):
-                _restore_layer(layer, state)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error).rstrip(".")
-            raise QJLError(f"prompt cache {file.path} does not fit the model ({reason}): build it again.") from error
+    def _restore(self, file: CacheFile, device: torch.device) -> None:
+        file.restore(self._groups, device)
+        arrays, header = file.arrays(), file.header
+        with file.fitting():
+            for source, store in zip(self.sources, self.stores, strict=True):
+                source.restore(arrays, store.layers, device)
+            for number, layer in self._others().items():
+                own.restore(number, layer, header.own_layers[str(number)], arrays, device)
+        for layer in self.quantized_layers:
+            layer.knows_padding = layer.knows_padding or bool(layer.store.index.batch)
         ids = file.token_ids
         self.prompt_ids = None if ids is None else ids.to(device, torch.int64)
 
@@ -429,21 +456,7 @@ def _require_cache_argument(model: PreTrainedModel) -> None:
         )
 
 
-def _layer_state(layer: object) -> dict[str, Any]:
-    """Transformers' own layers are their attributes."""
-    return layer.state() if isinstance(layer, QuantizedLayer) else dict(vars(layer))
-
-
-def _restore_layer(layer: object, state: dict[str, Any]) -> None:
-    if isinstance(layer, QuantizedLayer):
-        layer.restore(state)
-    elif vars(layer).keys() <= state.keys():
-        vars(layer).update(state)
-    else:
-        raise QJLError(f"{type(layer).__name__} of this version of transformers holds other things.")
-
-
-def _require_same_model(file: stored.StoredFile, model: PreTrainedModel) -> None:
+def _require_same_model(file: CacheFile, model: PreTrainedModel) -> None:
     header, dtype = file.header, str(model.dtype).removeprefix("torch.")
     if header.fingerprint != fingerprint(model):
         raise QJLError(
@@ -456,14 +469,6 @@ def _require_same_model(file: stored.StoredFile, model: PreTrainedModel) -> None
         )
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise QJLError("a prompt cache is loaded for a model on one device: this one is spread over several.")
-
-
-def _preset_of(file: stored.StoredFile) -> CacheConfig:
-    try:
-        return from_dict(file.header.preset)
-    except QJLError as error:
-        reason = str(error).rstrip(".")
-        raise QJLError(f"prompt cache {file.path} has a preset that is not known here: {reason}.") from error
 
 
 def _full_nbytes(layer: QuantizedLayer) -> int:

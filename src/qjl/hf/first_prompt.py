@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from qjl.cache.paged import PagedCache
 from qjl.codecs import Codecs, Pair
 from qjl.copies import Copied
 from qjl.errors import QJLError
-from qjl.methods.base import require_finite
+from qjl.methods.base import Arrays, require_finite
 from qjl.statistics import MIN_TOKENS, AttentionMoments, LayerStatistics, measure
 
 logger = logging.getLogger("qjl")
@@ -33,6 +34,26 @@ class FirstPrompt(Copied):
     def reset(self) -> None:
         """Forget the queries that were seen."""
         self._moments, self.waits = {}, True
+
+    def arrays(self) -> Arrays:
+        """The queries and outputs that were seen, by name: ``layers.3.seen.count``, ``layers.3.seen.output``."""
+        return {
+            f"layers.{number}.seen.{name}": array
+            for number, moments in self._moments.items()
+            for name, array in moments.arrays().items()
+        }
+
+    def restore(self, arrays: Mapping[str, Tensor], layers: Iterable[int], device: torch.device) -> None:
+        """The inverse of ``arrays``, for these layers.
+
+        Raises:
+            QJLError: if an array is not as it should be.
+        """
+        for number in layers:
+            prefix = f"layers.{number}.seen."
+            seen = {name.removeprefix(prefix): x.to(device) for name, x in arrays.items() if name.startswith(prefix)}
+            if seen:
+                self._moments[number] = AttentionMoments.of(seen)
 
     def can_code(self, cache: PagedCache) -> bool:
         self.waits = not all(self.codecs.is_ready(number) for number in cache.layers)
