@@ -105,9 +105,11 @@ class Layer(Copied):
             self._is_put = reading.is_whole
             return ops.append_attend(query, *fresh, *pools, rows, scoring.scaling, softcap)
         self.put()
-        bias = None if is_plain else reading.bias(scoring.mask)
+        bias, queries = None if is_plain else reading.bias(scoring.mask), query.shape[2]
+        if bias is not None and scoring.mask is not None and queries > 1:
+            bias, queries = _by_row(bias, query), 1
         grouped = query.reshape(query.shape[0], fresh[0].shape[1], -1, query.shape[3])
-        part = ops.attend(grouped, *pools, rows, query.shape[2], scoring.scaling, softcap, bias)
+        part = ops.attend(grouped, *pools, rows, queries, scoring.scaling, softcap, bias)
         return joined(part, query, scoring.sink_logits).transpose(1, 2).contiguous()
 
     def _pool_for(self, query: Tensor, reading: Reading) -> Pool | None:
@@ -280,6 +282,14 @@ class Layer(Copied):
     def codec_tensors(self) -> tuple[Tensor, ...]:
         """Fitted parameters of this layer; some are shared with other layers."""
         return tuple(tensor for codec in self.codecs or () for tensor in codec.tensors)
+
+
+def _by_row(bias: Tensor, query: Tensor) -> Tensor:
+    """``[B, h, Q, t] -> [B, Hq * Q, 1, t]``, as if each query were the last token of a head of its own.
+
+    Then a mask alone says what is seen: it may show tokens that come later.
+    """
+    return bias.expand(-1, query.shape[1], -1, -1).flatten(1, 2)[:, :, None]
 
 
 def _zeros(like: TokenShape, *size: int) -> Tensor:
