@@ -819,3 +819,34 @@ def test_continuous_batching_is_as_it_was():
     del cache
     qjl.enable(model, "b3")
     assert texts() == expected
+
+
+def test_with_a_fixed_length_tensors_keep_their_places(model):
+    """What engines need that capture graphs: a step changes contents alone; its text is that of a cache that grows."""
+    ids = prompt(300)
+    generate(model, ids, cache=qjl.KVCache(model))  # so that codecs are there
+    expected = generate(model, ids, 200, cache=qjl.KVCache(model))
+    cache = qjl.KVCache(model, max_cache_len=600)
+    places = []
+
+    def look(input_ids, scores):
+        core, store = cache.cores[0], cache.stores[0]
+        tensors = [core.exact.keys, core.exact.values, *core.pages.storage[0].values(), *core.pages.storage[1].values()]
+        rows = store._kept._rows
+        if rows is not None:
+            tensors += [rows.table, rows.lengths, rows.slots, rows.counts, rows.origins]
+        places.append(tuple((tensor.data_ptr(), tuple(tensor.shape)) for tensor in tensors))
+        return scores
+
+    assert generate(model, ids, 200, cache=cache, logits_processor=[look]).equal(expected)
+    assert len(set(places[2:])) == 1
+    assert cache.get_max_length() == 600
+
+
+def test_what_does_not_fit_a_fixed_length_is_refused(model, refuses):
+    generate(model, prompt(300), cache=qjl.KVCache(model))
+    cache = qjl.KVCache(model, max_cache_len=320)
+    with refuses("the cache has room for"):
+        generate(model, prompt(300), 200, cache=cache)
+    with refuses("room for 1 rows, not for 2"):
+        generate(model, prompt(300, batch=2), cache=qjl.KVCache(model, max_cache_len=320))

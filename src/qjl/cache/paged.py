@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qjl import ops
 from qjl.attention import Scoring
-from qjl.cache.index import Step, TokenIndex, bool_rows
+from qjl.cache.index import Capacity, Step, TokenIndex, bool_rows
 from qjl.cache.layer import Layer, Tokens
 from qjl.cache.pool import run_of
 from qjl.cache.reading import KeptRows, Reading
@@ -73,10 +73,14 @@ class PagedCache(Copied):
         layers: numbers of the layers, as the codecs know them.
         sinks, recent: exact tokens at the start and at the end of each row.
         source: where codecs come from.
+        capacity: what there is room for, all of it taken at once; None grows as needed. With one a step that reads a
+            token makes no array and no tensor anew, as engines need that capture graphs.
     """
 
-    def __init__(self, layers: Iterable[int], sinks: int, recent: int, source: CodecsOf) -> None:
-        self.index = TokenIndex(sinks, recent)
+    def __init__(
+        self, layers: Iterable[int], sinks: int, recent: int, source: CodecsOf, capacity: Capacity | None = None
+    ) -> None:
+        self.index = TokenIndex(sinks, recent, capacity)
         self.source = source
         self.layers = {number: Layer(self.index, number) for number in layers}
         self._forget()

@@ -199,7 +199,8 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1
+        capacity = self.store.index.capacity
+        return -1 if capacity is None else capacity.tokens
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         raise QJLError("the layers of a quantized cache change together: call the same method of the cache.")
