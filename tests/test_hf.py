@@ -850,3 +850,50 @@ def test_what_does_not_fit_a_fixed_length_is_refused(model, refuses):
         generate(model, prompt(300), 200, cache=cache)
     with refuses("room for 1 rows, not for 2"):
         generate(model, prompt(300, batch=2), cache=qjl.KVCache(model, max_cache_len=320))
+
+
+def _drop_half(module, args, kwargs, output):
+    """What presses do: after a layer has read a prompt, keep some of its tokens."""
+    cache = next(thing for name, thing in kwargs.items() if name in (CACHE, "past_key_values"))
+    layer = cache.layers[module.layer_idx]
+    if kwargs["hidden_states"].shape[1] > 1:
+        keys, values = layer.keys, layer.values
+        layer.keys, layer.values = keys[:, :, ::2], values[:, :, ::2]
+
+
+def test_tokens_can_be_dropped_before_they_are_quantized(model):
+    """Keys and values are settable in a hook of the attention, as with transformers' own layers."""
+    ids, texts = prompt(400), []
+    generate(model, ids, cache=qjl.KVCache(model, "b4"))  # so that codecs are there
+    for cache in (DynamicCache(config=model.config), qjl.KVCache(model, "full"), qjl.KVCache(model, "b4")):
+        hooks = [layer.self_attn.register_forward_hook(_drop_half, with_kwargs=True) for layer in model.model.layers]
+        with torch.no_grad():
+            model(input_ids=ids, **cache_argument(cache))
+        for hook in hooks:
+            hook.remove()
+        assert cache.get_seq_length() == 200
+        position = torch.tensor([[400]])
+        with torch.no_grad():
+            output = model(input_ids=ids[:, :1], position_ids=position, **cache_argument(cache))
+        texts.append(output.logits)
+    assert difference(texts[1], texts[0]) < 1e-5
+    assert difference(texts[2], texts[0]) < 0.2
+    assert cache.packed_tokens == [124]
+
+
+def test_tokens_are_replaced_in_all_layers_or_not_at_all(model, refuses):
+    cache = qjl.KVCache(model, "full")
+
+    def drop_in_the_first(module, args, kwargs, output):
+        layer = cache.layers[0]
+        layer.keys, layer.values = layer.keys[:, :, :10], layer.values[:, :, :10]
+
+    hook = model.model.layers[0].self_attn.register_forward_hook(drop_in_the_first, with_kwargs=True)
+    with refuses("set all alike"), torch.no_grad():
+        model(input_ids=prompt(100), **cache_argument(cache))
+    hook.remove()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(input_ids=prompt(100), **cache_argument(cache))
+    with refuses("into an empty cache"):
+        cache.layers[0].keys = torch.zeros(1, 2, 50, 64)

@@ -62,6 +62,7 @@ class Layer(Copied):
         self.step: Step | None = None  # the last one that it joined
         self.has_missed = False  # whether the cache holds tokens that it was not given
         self.fresh: Tokens | None = None  # of the pass at hand, as long as they are not stored
+        self.replaced: dict[int, Tensor] = {}  # what stands in place of fresh keys (0) and values (1)
         self._is_put = False
         self._jobs: tuple[object, object, list[EncodeJob | None]] | None = None
 
@@ -72,7 +73,7 @@ class Layer(Copied):
         if self.shape is None:
             self.shape = TokenShape.of(keys, values)
             self.exact = ExactTokens(self.shape, self.index.slots.capacity)
-        self.step, self.fresh, self._is_put = step, (keys, values), False
+        self.step, self.fresh, self._is_put, self.replaced = step, (keys, values), False, {}
 
     def require(self, keys: Tensor, values: Tensor) -> None:
         """Raises QJLError if tokens do not fit those that are held, or the cache holds some that this layer missed."""
