@@ -403,7 +403,7 @@ def test_a_prefill_keeps_one_layer_exact_at_most(attention):
 def test_every_byte_is_counted(model):
     cache = qjl.KVCache(model, "b3")
     read(model, prompt(300), cache)
-    packed = [tensor for core in cache.cores for side in core.pages._storage for tensor in side.values()]
+    packed = [tensor for core in cache.cores for side in core.pages.storage for tensor in side.values()]
     windows = [tensor for core in cache.cores for tensor in (core.exact.keys, core.exact.values)]
     codecs = [tensor for core in cache.cores for tensor in core.codec_tensors]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in codecs}
