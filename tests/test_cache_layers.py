@@ -256,7 +256,7 @@ def test_bytes_are_the_declared_bits_and_the_exact_tokens(name, tokens, run_thro
     core = layer.core
     assert core.exact_nbytes == 2 * exact_tokens * 2 * 2 * 64 * 4
     assert core.nbytes == core.exact_nbytes + 2 * blocks * BLOCK * 2 * bits / 8
-    tensors = [core.exact.keys, core.exact.values, *(x for side in core.pages._storage for x in side.values())]
+    tensors = [core.exact.keys, core.exact.values, *(x for side in core.pages.storage for x in side.values())]
     assert core.allocated_nbytes == sum(x.untyped_storage().nbytes() for x in tensors)
     assert core.nbytes <= core.allocated_nbytes < 2 * core.nbytes
 

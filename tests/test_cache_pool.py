@@ -83,7 +83,7 @@ def test_a_page_is_copied(generator):
 def test_filling_a_page_leaves_its_first_tokens(kept, generator):
     pages = _pages()
     tokens = {name: field for name, field in LAYOUT.items() if field.shape[-1] == BLOCK}
-    pages._storage = [{name: x for name, x in side.items() if name in tokens} for side in pages._storage]
+    pages.storage = [{name: x for name, x in side.items() if name in tokens} for side in pages.storage]
     before, after = _blocks(1, generator=generator), _blocks(1, generator=generator)
     pages.write(0, before, [3])
     pages.fill(0, after, [3], [kept])
