@@ -462,8 +462,7 @@ def test_nothing_is_ever_lost_or_leaked_by_beams():
 
 
 def _state(index):
-    state = index.state()
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in state.items()}
+    return {name: array.tolist() for name, array in index.arrays().items()}
 
 
 @pytest.mark.parametrize("is_planned", [False, True])

@@ -47,7 +47,6 @@ _HOMES = {
     "KVCache": "hf",
     "enable": "hf",
     "disable": "hf",
-    "Codecs": "codecs",
     "calibrate": "calibration",
     "choose": "choice",
     "load": "models",
