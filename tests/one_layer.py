@@ -50,12 +50,15 @@ class OneLayer:
         return self.cache.attend(self.core, query, scoring, self.fresh).transpose(1, 2)
 
     def step(self, tokens, columns, **scoring):
-        """A whole pass over some columns of tokens; what attention gave."""
+        """A whole pass over some columns of tokens; what attention gave.
+
+        Queries are observed in place of outputs: then statistics do not depend on how attention rounds.
+        """
         query = tokens.queries[:, :, columns]
         self.append(tokens.keys[:, :, columns], tokens.values[:, :, columns])
         out = self.attend(query, **scoring)
         if self.cache.source.waits:
-            self.cache.source.observe(self.core, self.cache, query, out)
+            self.cache.source.observe(self.core, self.cache, query, query)
         self.settle()
         return out
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qjl.cache.index import HOLE, TokenIndex, bool_rows
+from qjl.cache.index import HOLE, Capacity, TokenIndex, bool_rows
 from qjl.cache.places import Places
 from qjl.errors import QJLError
 from qjl.packed import BLOCK
@@ -482,12 +482,13 @@ def test_a_pass_that_is_rolled_back_never_was(is_planned, cropped):
 
 
 @pytest.mark.parametrize(
-    ("limits", "message"),
-    [({"slots": 100}, "the cache has room for 100 exact tokens and needs"), ({"pages": 2}, "room for 2 pages")],
+    ("packs", "message"),
+    [(False, "the cache has room for 260 exact tokens and needs"), (True, "room for 2 pages")],
     ids=str,
 )
-def test_a_capacity_is_not_exceeded_and_nothing_has_changed_then(limits, message, refuses):
-    index = filled([90], **limits)
+def test_a_capacity_is_not_exceeded_and_nothing_has_changed_then(packs, message, refuses):
+    index = filled([90], capacity=Capacity(1, 128))
+    index.packs = packs
     before, in_use = _state(index), (index.slots.in_use, index.pages.in_use)
     index.begin_columns(200)
     with refuses(message):
@@ -543,3 +544,21 @@ def test_a_place_that_is_released_twice_at_once_is_free_once():
     places.share([0])
     places.release([0, 0])
     assert (places.in_use, places.take(2)) == (0, [0, 1])
+
+
+def test_rows_beyond_the_capacity_are_refused(refuses):
+    with refuses("room for 2 rows, not for 3"):
+        TokenIndex(4, 32, Capacity(2, 100)).add_rows(3)
+    with refuses("at least one row of one token"):
+        Capacity(1, 0)
+
+
+def test_with_a_capacity_no_array_is_made_anew():
+    index = filled([90], capacity=Capacity(1, 1000))
+    arrays = [id(of) for of in (index.table, index.slot_of, index.token_of, index.counts, index.ends, index.origins)]
+    for size in [1] * 100 + [64, 200, 7]:
+        index.begin_columns(size)
+        index.commit()
+    assert [
+        id(of) for of in (index.table, index.slot_of, index.token_of, index.counts, index.ends, index.origins)
+    ] == arrays

@@ -403,7 +403,7 @@ def test_a_prefill_keeps_one_layer_exact_at_most(attention):
 def test_every_byte_is_counted(model):
     cache = qjl.KVCache(model, "b3")
     read(model, prompt(300), cache)
-    packed = [tensor for core in cache.cores for side in core.pages._storage for tensor in side.values()]
+    packed = [tensor for core in cache.cores for side in core.pages.storage for tensor in side.values()]
     windows = [tensor for core in cache.cores for tensor in (core.exact.keys, core.exact.values)]
     codecs = [tensor for core in cache.cores for tensor in core.codec_tensors]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in codecs}
@@ -819,3 +819,81 @@ def test_continuous_batching_is_as_it_was():
     del cache
     qjl.enable(model, "b3")
     assert texts() == expected
+
+
+def test_with_a_fixed_length_tensors_keep_their_places(model):
+    """What engines need that capture graphs: a step changes contents alone; its text is that of a cache that grows."""
+    ids = prompt(300)
+    generate(model, ids, cache=qjl.KVCache(model))  # so that codecs are there
+    expected = generate(model, ids, 200, cache=qjl.KVCache(model))
+    cache = qjl.KVCache(model, max_cache_len=600)
+    places = []
+
+    def look(input_ids, scores):
+        core, store = cache.cores[0], cache.stores[0]
+        tensors = [core.exact.keys, core.exact.values, *core.pages.storage[0].values(), *core.pages.storage[1].values()]
+        rows = store._kept._rows
+        if rows is not None:
+            tensors += [rows.table, rows.lengths, rows.slots, rows.counts, rows.origins]
+        places.append(tuple((tensor.data_ptr(), tuple(tensor.shape)) for tensor in tensors))
+        return scores
+
+    assert generate(model, ids, 200, cache=cache, logits_processor=[look]).equal(expected)
+    assert len(set(places[2:])) == 1
+    assert cache.get_max_length() == 600
+
+
+def test_what_does_not_fit_a_fixed_length_is_refused(model, refuses):
+    generate(model, prompt(300), cache=qjl.KVCache(model))
+    cache = qjl.KVCache(model, max_cache_len=320)
+    with refuses("the cache has room for"):
+        generate(model, prompt(300), 200, cache=cache)
+    with refuses("room for 1 rows, not for 2"):
+        generate(model, prompt(300, batch=2), cache=qjl.KVCache(model, max_cache_len=320))
+
+
+def _drop_half(module, args, kwargs, output):
+    """What presses do: after a layer has read a prompt, keep some of its tokens."""
+    cache = next(thing for name, thing in kwargs.items() if name in (CACHE, "past_key_values"))
+    layer = cache.layers[module.layer_idx]
+    if kwargs["hidden_states"].shape[1] > 1:
+        keys, values = layer.keys, layer.values
+        layer.keys, layer.values = keys[:, :, ::2], values[:, :, ::2]
+
+
+def test_tokens_can_be_dropped_before_they_are_quantized(model):
+    """Keys and values are settable in a hook of the attention, as with transformers' own layers."""
+    ids, texts = prompt(400), []
+    generate(model, ids, cache=qjl.KVCache(model, "b4"))  # so that codecs are there
+    for cache in (DynamicCache(config=model.config), qjl.KVCache(model, "full"), qjl.KVCache(model, "b4")):
+        hooks = [layer.self_attn.register_forward_hook(_drop_half, with_kwargs=True) for layer in model.model.layers]
+        with torch.no_grad():
+            model(input_ids=ids, **cache_argument(cache))
+        for hook in hooks:
+            hook.remove()
+        assert cache.get_seq_length() == 200
+        position = torch.tensor([[400]])
+        with torch.no_grad():
+            output = model(input_ids=ids[:, :1], position_ids=position, **cache_argument(cache))
+        texts.append(output.logits)
+    assert difference(texts[1], texts[0]) < 1e-5
+    assert difference(texts[2], texts[0]) < 0.2
+    assert cache.packed_tokens == [124]
+
+
+def test_tokens_are_replaced_in_all_layers_or_not_at_all(model, refuses):
+    cache = qjl.KVCache(model, "full")
+
+    def drop_in_the_first(module, args, kwargs, output):
+        layer = cache.layers[0]
+        layer.keys, layer.values = layer.keys[:, :, :10], layer.values[:, :, :10]
+
+    hook = model.model.layers[0].self_attn.register_forward_hook(drop_in_the_first, with_kwargs=True)
+    with refuses("set all alike"), torch.no_grad():
+        model(input_ids=prompt(100), **cache_argument(cache))
+    hook.remove()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(input_ids=prompt(100), **cache_argument(cache))
+    with refuses("into an empty cache"):
+        cache.layers[0].keys = torch.zeros(1, 2, 50, 64)

@@ -13,11 +13,12 @@ import torch
 import oracles
 from conftest import Model
 from qjl.attention import Scoring, causal_mask
-from qjl.codecs import TokenShape
+from qjl.cache.paged import Fitted, PagedCache
+from qjl.codecs import Codecs, TokenShape
 from qjl.methods.balanced import Balanced
-from qjl.methods.base import LayerContext
 from qjl.ops.triton import runtime
 from qjl.packed import Field
+from qjl.presets import CacheConfig
 from qjl.vllm import layer
 from qjl.vllm.layer import PagedLayer, page_bytes
 from qjl.vllm.planning import PoolShape
@@ -27,6 +28,7 @@ HEADS, GROUP, HEAD_DIM = 2, 2, 64
 PAGES = 40
 SINKS, RECENT = 4, 32
 MOST_QUERIES = 8
+CPU = torch.device("cpu")
 SCORING = Scoring(0.125)
 FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")}
 every_page = pytest.mark.parametrize("page_tokens", [] if runtime.is_interpreted() else [16, 32, 64])  # minutes
@@ -46,20 +48,17 @@ def step_of(work):
 class Server:
     """One layer, the pages and the plans of some sequences."""
 
-    def __init__(self, page_tokens, dtype=torch.float32):
+    def __init__(self, page_tokens, dtype=torch.float32, sinks=SINKS, codecs=None, device=CPU):
         model = Model(HEADS, HEAD_DIM, GROUP)
-        shape = (HEADS, HEAD_DIM, torch.device("cpu"), dtype, model.statistics())
-        codecs = (
-            Balanced(3).fit(LayerContext("key", *shape, rope=model.rope)),
-            Balanced(2, metric=False).fit(LayerContext("value", *shape)),
-        )
-        pool = PoolShape(page_tokens, SINKS, 12, 4)
-        cpu = torch.device("cpu")
-        self.layer = PagedLayer(codecs, pool, TokenShape(HEADS, HEAD_DIM, HEAD_DIM, cpu, dtype))
-        self.steps = Steps(pool, RECENT, MOST_QUERIES, cpu)
+        config = CacheConfig(Balanced(3), Balanced(2, metric=False), sinks, RECENT)
+        statistics = model.statistics()
+        codecs = codecs or Codecs(config, {0: model.rope}, lambda layer: statistics)
+        pool, shape = PoolShape(page_tokens, sinks, 12, 4), TokenShape(HEADS, HEAD_DIM, HEAD_DIM, device, dtype)
+        self.layer = PagedLayer(codecs.of(0, shape), pool, shape)
+        self.steps = Steps(pool, RECENT, MOST_QUERIES, device)
         token_bytes = self.layer.token_bytes // HEADS
-        self.layer.bind(torch.zeros(PAGES, HEADS, page_tokens, token_bytes, dtype=torch.uint8))
-        self.model, self.page_tokens, self.dtype = model, page_tokens, dtype
+        self.layer.bind(torch.zeros(PAGES, HEADS, page_tokens, token_bytes, dtype=torch.uint8, device=device))
+        self.model, self.page_tokens, self.dtype, self.device = model, page_tokens, dtype, device
         self.free = list(reversed(range(PAGES)))
 
     def sequence(self, length):
@@ -163,6 +162,20 @@ def test_some_tokens_at_once_as_in_speculative_decoding_and_back(page_tokens):
         second.context -= drafts[1] - 1
 
 
+@every_page
+@pytest.mark.parametrize("fresh", [1, 3])
+def test_a_page_that_another_sequence_fills_in_the_same_step(page_tokens, fresh):
+    """Both attend together, and the one that only begins reads what the other writes."""
+    server = Server(page_tokens)
+    first, second = server.sequence(140), server.sequence(140)
+    server.step((first, 128 - fresh))
+    second.context, second.pages = 128, first.pages[: 128 // page_tokens]
+    for name in ("keys", "values"):
+        getattr(second, name)[:128] = getattr(first, name)[:128]
+    _check(server.step((second, fresh), (first, fresh)))
+    _check(server.step((first, 1), (second, 1)))
+
+
 def test_a_prompt_and_its_first_answers():
     server = Server(32)
     one = server.sequence(103)
@@ -214,13 +227,13 @@ def test_torch_s_defaults_do_not_reach_into_plans_and_pools(mode):
     before = [
         (SimpleNamespace(pages=one.pages, context=0), one.context) if one.context else (one, 0) for one, _ in work
     ]
-    codecs, cpu = Server(32).layer.codecs, torch.device("cpu")
+    codecs = Server(32).layer.codecs
 
     def made():
-        steps = Steps(pool, RECENT, MOST_QUERIES, cpu)
+        steps = Steps(pool, RECENT, MOST_QUERIES, CPU)
         steps.next(*step_of(before))
         step = steps.next(*step_of(work))
-        layer = PagedLayer(codecs, pool, TokenShape(HEADS, HEAD_DIM, HEAD_DIM, cpu, torch.float16))
+        layer = PagedLayer(codecs, pool, TokenShape(HEADS, HEAD_DIM, HEAD_DIM, CPU, torch.float16))
         return [*tensors_in(step), layer.exact.keys, layer.exact.values]
 
     usual = made()
@@ -250,3 +263,30 @@ def test_pages_are_the_codes_and_nothing_else():
     layer = Server(64).layer
     key, value = Balanced(3).bits(HEAD_DIM), Balanced(2, metric=False).bits(HEAD_DIM)
     assert layer.token_bytes == HEADS * HEAD_DIM * (key + value) / 8
+
+
+@pytest.mark.skipif(runtime.is_interpreted(), reason="minutes")
+@pytest.mark.parametrize("page_tokens", [16, 32, 64])
+@pytest.mark.parametrize(("sinks", "chunks"), [(0, [230]), (4, [100, 90, *[1] * 40]), (16, [64, 3, 8, 5, 150])])
+def test_pages_hold_the_bytes_of_a_cache_in_transformers(page_tokens, sinks, chunks):
+    """However the prompt came, and of whatever size the pages are."""
+    model = Model(HEADS, HEAD_DIM, GROUP)
+    statistics, tokens = model.statistics(), model.first_tokens(sum(chunks))
+    config = CacheConfig(Balanced(3), Balanced(2, metric=False), sinks, RECENT)
+    codecs = Codecs(config, {0: model.rope}, lambda layer: statistics)
+    cache = PagedCache([0], sinks, RECENT, Fitted(codecs))
+    cache.append(cache.layers[0], tokens.keys, tokens.values)
+    cache.settle()
+    expected = cache.layers[0].pages.taken(cache.index.table[0, : cache.index.blocks[0]])
+
+    server = Server(page_tokens, sinks=sinks, codecs=codecs)
+    one = server.sequence(sum(chunks))
+    one.keys, one.values = (x[0].transpose(0, 1) for x in (tokens.keys, tokens.values))
+    for fresh in chunks:
+        server.step((one, fresh))
+    whole = sum(chunks) // 64 * 64 // page_tokens
+    assert whole * page_tokens // 64 >= len(expected[0]["codes"]) > 1
+    for of_engine, of_cache in zip(server.layer.pages.fields, expected, strict=True):
+        for name, blocks in of_cache.items():
+            found = torch.cat(list(of_engine[name][one.pages[:whole]]), -1).unflatten(-1, (-1, 64)).movedim(-2, 0)
+            assert found[: len(blocks)].equal(blocks), name

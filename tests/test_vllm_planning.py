@@ -208,6 +208,26 @@ def test_the_end_of_a_sequence_is_exact_to_the_page_where_there_are_lines_enough
         assert plan.skip == min(4, plan.packed)
 
 
+@pytest.mark.parametrize("recent", [0, 16, 33])
+@pytest.mark.parametrize("page_tokens", [16, 64])
+def test_rows_with_few_fresh_tokens_have_lines_for_them(page_tokens, recent):
+    """As many sequences as the pool was made for, at once."""
+    lines = PoolShape.of(page_tokens, 4, recent, sequences=9, most_queries=MOST_QUERIES).lines
+    engine = Engine(recent, page_tokens, 4, recent, lines, sink_lines=18, pages=200)
+    sequences = [engine.start([]) for _ in range(9)]
+    for _ in range(40):
+        work = []
+        for sequence in sequences:
+            fresh = engine.names(engine.random.randint(1, MOST_QUERIES + 2))
+            engine.allocate(sequence, fresh, len(fresh))
+            work.append((sequence, fresh, len(fresh)))
+        context = np.array([len(sequence.tokens) for sequence in sequences])
+        plan = engine.step(work)
+        is_short = np.array([len(fresh) <= MOST_QUERIES for _, fresh, _ in work])
+        assert np.array_equal(plan.is_together, is_short & (context > 0))
+    assert not engine.planner.rescues
+
+
 def test_a_full_page_is_encoded_once_however_its_tokens_come():
     for chunk in (1, 5, 16, 40):
         engine = Engine(0, 16, 4, 32, lines=10, sink_lines=1)

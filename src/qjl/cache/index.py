@@ -30,6 +30,23 @@ Integers = np.ndarray
 _SPARE_SLOTS, _SPARE_PAGES = 64, 8  # columns that tables grow by, at least
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """Room for so many rows of so many tokens each."""
+
+    rows: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.tokens < 1:
+            raise QJLError("a cache has room for at least one row of one token: give larger numbers.")
+
+    @property
+    def blocks(self) -> int:
+        """Of a row."""
+        return -(-self.tokens // BLOCK)
+
+
 @dataclass(eq=False)
 class Blocks:
     """Blocks of 64 tokens to be encoded: where their tokens are, their positions, and their pages.
@@ -95,16 +112,22 @@ class TokenIndex:
 
     Args:
         sinks, recent: exact tokens at the start and at the end of each row.
-        slots, pages: how many there are at most; None grows as needed.
+        capacity: what there is room for; None grows as needed. With one no array is ever made anew.
     """
 
-    def __init__(self, sinks: int, recent: int, slots: int | None = None, pages: int | None = None) -> None:
+    def __init__(self, sinks: int, recent: int, capacity: Capacity | None = None) -> None:
         self.sinks, self.recent = sinks, recent
-        self.slots = Places("exact tokens", slots)
-        self.pages = Places("pages", pages)
+        self.capacity = capacity
+        self.slots = Places("exact tokens", None if capacity is None else capacity.rows * self._slots_of_row)
+        self.pages = Places("pages", None if capacity is None else capacity.rows * capacity.blocks)
         self.fills_pages = True  # whether codes of single tokens can be added to a page
         self.packs = True  # whether blocks are decided; not as long as codecs wait for statistics
         self.reset()
+
+    @property
+    def _slots_of_row(self) -> int:
+        """Exact tokens of a row at most, with those of the pass before, where nothing masks them."""
+        return self.sinks + 2 * self.recent + 3 * BLOCK
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -138,6 +161,13 @@ class TokenIndex:
         self.blocks += [0] * count
         self.partial += [{} for _ in range(count)]
         self._set_arrays(np.concatenate([of, np.zeros((count, *of.shape[1:]), of.dtype)]) for of in self._arrays)
+        if self.capacity is not None:
+            if self.batch > self.capacity.rows:
+                raise QJLError(
+                    f"the cache has room for {self.capacity.rows} rows, not for {self.batch}: make it for more."
+                )
+            self._widen_table(self.capacity.blocks)
+            self._widen_exact(self._slots_of_row)
 
     @property
     def _arrays(self) -> tuple[Integers, ...]:
@@ -293,7 +323,8 @@ class TokenIndex:
             begin += len(tokens)
 
     def _widen_exact(self, need: int) -> None:
-        more = need + max(_SPARE_SLOTS, need // 4) - self.slot_of.shape[1]
+        spare = max(_SPARE_SLOTS, need // 4) if self.capacity is None else 0
+        more = need + spare - self.slot_of.shape[1]
         self.slot_of, self.token_of = (np.pad(of, ((0, 0), (0, more))) for of in (self.slot_of, self.token_of))
         self.version += 1
 
@@ -388,7 +419,8 @@ class TokenIndex:
         self.counts[row] = kept
 
     def _widen_table(self, blocks: int) -> None:
-        more = blocks + max(_SPARE_PAGES, blocks // 4) - self.table.shape[1]
+        spare = max(_SPARE_PAGES, blocks // 4) if self.capacity is None else 0
+        more = blocks + spare - self.table.shape[1]
         self.table = np.pad(self.table, ((0, 0), (0, more)), constant_values=HOLE)
         self.version += 1
 

@@ -62,6 +62,7 @@ class Layer(Copied):
         self.step: Step | None = None  # the last one that it joined
         self.has_missed = False  # whether the cache holds tokens that it was not given
         self.fresh: Tokens | None = None  # of the pass at hand, as long as they are not stored
+        self.replaced: dict[int, Tensor] = {}  # what stands in place of fresh keys (0) and values (1)
         self._is_put = False
         self._jobs: tuple[object, object, list[EncodeJob | None]] | None = None
 
@@ -72,7 +73,7 @@ class Layer(Copied):
         if self.shape is None:
             self.shape = TokenShape.of(keys, values)
             self.exact = ExactTokens(self.shape, self.index.slots.capacity)
-        self.step, self.fresh, self._is_put = step, (keys, values), False
+        self.step, self.fresh, self._is_put, self.replaced = step, (keys, values), False, {}
 
     def require(self, keys: Tensor, values: Tensor) -> None:
         """Raises QJLError if tokens do not fit those that are held, or the cache holds some that this layer missed."""
@@ -105,9 +106,11 @@ class Layer(Copied):
             self._is_put = reading.is_whole
             return ops.append_attend(query, *fresh, *pools, rows, scoring.scaling, softcap)
         self.put()
-        bias = None if is_plain else reading.bias(scoring.mask)
+        bias, queries = None if is_plain else reading.bias(scoring.mask), query.shape[2]
+        if bias is not None and scoring.mask is not None and queries > 1:
+            bias, queries = _by_row(bias, query), 1
         grouped = query.reshape(query.shape[0], fresh[0].shape[1], -1, query.shape[3])
-        part = ops.attend(grouped, *pools, rows, query.shape[2], scoring.scaling, softcap, bias)
+        part = ops.attend(grouped, *pools, rows, queries, scoring.scaling, softcap, bias)
         return joined(part, query, scoring.sink_logits).transpose(1, 2).contiguous()
 
     def _pool_for(self, query: Tensor, reading: Reading) -> Pool | None:
@@ -280,6 +283,14 @@ class Layer(Copied):
     def codec_tensors(self) -> tuple[Tensor, ...]:
         """Fitted parameters of this layer; some are shared with other layers."""
         return tuple(tensor for codec in self.codecs or () for tensor in codec.tensors)
+
+
+def _by_row(bias: Tensor, query: Tensor) -> Tensor:
+    """``[B, h, Q, t] -> [B, Hq * Q, 1, t]``, as if each query were the last token of a head of its own.
+
+    Then a mask alone says what is seen: it may show tokens that come later.
+    """
+    return bias.expand(-1, query.shape[1], -1, -1).flatten(1, 2)[:, :, None]
 
 
 def _zeros(like: TokenShape, *size: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qjl import ops
 from qjl.attention import Scoring
-from qjl.cache.index import Step, TokenIndex, bool_rows
+from qjl.cache.index import Capacity, Step, TokenIndex, bool_rows
 from qjl.cache.layer import Layer, Tokens
 from qjl.cache.pool import run_of
 from qjl.cache.reading import KeptRows, Reading
@@ -73,10 +73,14 @@ class PagedCache(Copied):
         layers: numbers of the layers, as the codecs know them.
         sinks, recent: exact tokens at the start and at the end of each row.
         source: where codecs come from.
+        capacity: what there is room for, all of it taken at once; None grows as needed. With one a step that reads a
+            token makes no array and no tensor anew, as engines need that capture graphs.
     """
 
-    def __init__(self, layers: Iterable[int], sinks: int, recent: int, source: CodecsOf) -> None:
-        self.index = TokenIndex(sinks, recent)
+    def __init__(
+        self, layers: Iterable[int], sinks: int, recent: int, source: CodecsOf, capacity: Capacity | None = None
+    ) -> None:
+        self.index = TokenIndex(sinks, recent, capacity)
         self.source = source
         self.layers = {number: Layer(self.index, number) for number in layers}
         self._forget()
@@ -215,6 +219,9 @@ class PagedCache(Copied):
         """Keep or code a layer's fresh tokens, once it has attended, so that they need not be held any longer."""
         if layer.fresh is None:
             return
+        if layer.replaced:
+            layer.fresh = None
+            return
         step = self._plan()
         layer.put()
         if len(step.direct) or len(step.pooled):
@@ -233,6 +240,7 @@ class PagedCache(Copied):
         if self.index.step is None:
             return
         with self._undone_by_errors():
+            self._take_replaced()
             step = self._plan()
             joined = [layer for layer in self.layers.values() if layer.step is step]
             self._require_all(joined)
@@ -245,13 +253,57 @@ class PagedCache(Copied):
         for layer in self.layers.values():
             layer.has_missed = layer.has_missed or layer.step is not step
 
+    def replace(self, layer: Layer, side: int, states: Tensor | None) -> None:
+        """Other keys (0) or values (1) ``[B, H, t, D]`` in place of those that the layer was given in the pass at hand.
+
+        All layers must get as many, keys and values, before the pass ends; they count as tokens 0 to t. So methods that
+        choose among the tokens of a prompt (kvpress) go together with codes.
+
+        Raises:
+            QJLError: if there are tokens from an earlier pass, or the layer's own are stored already, or the shape is
+                another one.
+        """
+        fresh = layer.fresh
+        if fresh is None or self.index.columns:
+            raise QJLError(
+                f"keys and values of {layer.name} can be set in the pass that reads them into an empty cache, before "
+                "the next layer is given its own: set them in a hook of the layer's attention."
+            )
+        batch, heads, tokens, dim = fresh[side].shape
+        if states is None:
+            raise QJLError(f"keys and values of {layer.name} cannot be taken away: reset the cache.")
+        if states.dim() != 4 or (*states.shape[:2], states.shape[3]) != (batch, heads, dim) or states.shape[2] > tokens:
+            raise QJLError(
+                f"{layer.name} was given {list(fresh[side].shape)}, in place of which {list(states.shape)} cannot "
+                "stand: only the number of tokens may be smaller."
+            )
+        layer.replaced[side] = states.detach()
+
+    def _take_replaced(self) -> None:
+        """Begin the pass anew with what was put in place of its tokens."""
+        joined = [layer for layer in self.layers.values() if layer.step is self.index.step]
+        if not any(layer.replaced for layer in joined):
+            return
+        counts = {states.shape[2] for layer in joined for states in layer.replaced.values()}
+        if len(counts) > 1 or any(len(layer.replaced) < 2 for layer in joined):
+            raise QJLError("keys and values were set in some layers, or to other numbers of tokens: set all alike.")
+        self.index.roll_back()
+        self._reading, self._last, self._can_code = None, None, False
+        self.index.padding = [0] * self.index.batch
+        step = self.index.begin_columns(counts.pop())
+        for layer in joined:
+            keys, values = layer.replaced[0], layer.replaced[1]
+            layer.join(step, keys, values)
+
     @contextmanager
     def _undone_by_errors(self) -> Iterator[None]:
+        is_done = False
         try:
             yield
-        except QJLError:
-            self.roll_back()
-            raise
+            is_done = True
+        finally:
+            if not is_done:
+                self.roll_back()
 
     def _require_all(self, joined: Sequence[Layer]) -> None:
         for layer in self.layers.values():

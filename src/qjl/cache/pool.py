@@ -206,9 +206,10 @@ class BoundPages:
             field.movedim(-1, 1)[pages, offsets] = by_token[:, columns].transpose(0, 1)
 
     def decode(self, table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``float32 [B, H, t, D]`` of blocks ``start`` to ``stop`` of rows that begin at position 0.
+        """Keys and values ``float32 [B, H, t, D]`` of blocks of 64, from ``start`` to ``stop``.
 
-        ``table [B, n]`` names their pages."""
+        Rows begin at position 0, and ``table [B, n]`` names their pages.
+        """
         each = BLOCK // self.page_tokens
         chosen = table[:, start * each : stop * each]
         pages = F.pad(chosen, (0, (stop - start) * each - chosen.shape[1])).unflatten(1, (-1, each)).long()

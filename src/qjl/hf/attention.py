@@ -143,11 +143,26 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """All keys, decoded: for inspection, not on the way of generation. None before there are any."""
-        return self.store.dense(self.core, self.core.fresh)[0] if self.is_initialized else None
+        return self._states(0)
+
+    @keys.setter
+    def keys(self, states: Tensor | None) -> None:
+        """In a hook of the layer's attention, as it reads a prompt: of fewer tokens (``PagedCache.replace``)."""
+        self.store.replace(self.core, 0, states)
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.store.dense(self.core, self.core.fresh)[1] if self.is_initialized else None
+        return self._states(1)
+
+    @values.setter
+    def values(self, states: Tensor | None) -> None:
+        self.store.replace(self.core, 1, states)
+
+    def _states(self, side: int) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        replaced = self.core.replaced.get(side)
+        return self.store.dense(self.core, self.core.fresh)[side] if replaced is None else replaced
 
     @property
     def batch_size(self) -> int:
@@ -199,7 +214,8 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1
+        capacity = self.store.index.capacity
+        return -1 if capacity is None else capacity.tokens
 
     def _refuse(self, *args: Any, **kwargs: Any) -> None:
         raise QJLError("the layers of a quantized cache change together: call the same method of the cache.")

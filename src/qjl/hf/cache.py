@@ -15,7 +15,7 @@ from qjl import compat
 from qjl.architecture import LayerShape, layer_shapes, rope_is_used, text_config
 from qjl.cache import file as files
 from qjl.cache.file import CacheFile, Header
-from qjl.cache.index import TokenIndex
+from qjl.cache.index import Capacity, TokenIndex
 from qjl.cache.layer import Layer
 from qjl.cache.paged import PagedCache
 from qjl.codecs import Codecs
@@ -47,6 +47,8 @@ class KVCache(Copied, WatchedCache):
         preset: a preset's name, a JSON file, or a ``CacheConfig``.
         codecs: what tokens are coded with; None for those that all caches of the model share, fitted to what
             ``qjl calibrate`` measured, or to the first prompt.
+        max_cache_len, max_batch_size: tokens of a row, and rows, that room is made for at once; what comes beyond is
+            refused, and tensors keep their places. None grows as needed. Codecs must be there before the first prompt.
 
     Raises:
         QJLError: for an unknown preset, a model whose cache cannot be quantized or whose queries cannot be
@@ -59,6 +61,8 @@ class KVCache(Copied, WatchedCache):
         preset: str | Path | CacheConfig = DEFAULT_PRESET,
         *,
         codecs: Codecs | None = None,
+        max_cache_len: int | None = None,
+        max_batch_size: int = 1,
     ) -> None:
         config = _configuration(model)
         self.config = resolve(preset) if codecs is None else _config_of(codecs, preset)
@@ -69,6 +73,7 @@ class KVCache(Copied, WatchedCache):
         if self.config.pre_rope:
             _require_fixed_rope(config, codecs)
         self.codecs = codecs
+        self._capacity = None if max_cache_len is None else Capacity(max_batch_size, max_cache_len)
         self.sources = [FirstPrompt(codecs, config.model_type) for kind in (False, True) if any(self._of_kind(kind))]
         kinds = (kind for kind in (False, True) if any(self._of_kind(kind)))
         self.stores = [self._store(kind, source) for kind, source in zip(kinds, self.sources, strict=True)]
@@ -96,7 +101,9 @@ class KVCache(Copied, WatchedCache):
         for shape in shapes:
             for quantizer in self.codecs.quantizers(shape.index):
                 quantizer.layout(shape.head_dim)
-        return PagedCache([shape.index for shape in shapes], self.config.sinks, self.config.recent, source)
+        capacity = None if is_cross_attention else self._capacity
+        numbers = [shape.index for shape in shapes]
+        return PagedCache(numbers, self.config.sinks, self.config.recent, source, capacity)
 
     def _require_queries(self, model: PreTrainedModel) -> None:
         if compat.uses_attention_interface(model):

@@ -148,7 +148,7 @@ def _channels_by_energy(context: LayerContext) -> Tensor:
 def _rotated_channels(channels: Tensor, seed: int, context: LayerContext) -> Tensor:
     """A Haar rotation of the ``channels [H, d']`` of each head alone, ``float16 [H, d', D]``."""
     heads, dim = channels.shape
-    columns = channels[:, None].expand(-1, dim, -1)
+    columns = channels.cpu()[:, None].expand(-1, dim, -1)  # where rotations are made
     rotation = haar_rotation(dim, seed).expand(heads, -1, -1)
     rows = rotation.new_zeros(heads, dim, context.head_dim).scatter_(2, columns, rotation)
     return rows.to(context.device, torch.float16)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -63,10 +64,10 @@ class Requests:
     fresh: Integers
     pages: Callable[[Integers, Integers], Integers]
 
-    @property
+    @cached_property
     def starts(self) -> Integers:
         """Where in the batch the tokens of each row begin."""
-        return np.cumsum(self.fresh) - self.fresh
+        return self.fresh.cumsum() - self.fresh
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +127,9 @@ class Plan:
     row is read: tokens ``skip`` to ``packed`` from pages; the first ``skip`` from slots of the pool that follow
     ``sinks``, those from ``packed`` to its context from ``lines [R, n]``, that of the last page first.
 
-    ``is_together [R]``: rows with few fresh tokens, all of which have slots in lines. ``is_apart``: whether no row reads
-    what another one writes in this step, so that these rows may put their tokens when they are read.
+    ``is_together [R]``: rows with few fresh tokens, all of which have slots in lines. ``is_apart``: whether no row
+    reads what another one writes in this step, so that these rows may put their tokens when they attend. ``own``: which
+    of the tokens that are put go to their line.
     """
 
     rescued: Encoding = field(default_factory=Encoding.none)
@@ -135,7 +137,7 @@ class Plan:
     put_slots: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
     filled: Encoding = field(default_factory=Encoding.none)
     direct: Encoding = field(default_factory=Encoding.none)
-    own: Bools = field(default_factory=lambda: np.zeros(0, bool))  # which of what is put is a token in its line
+    own: Bools = field(default_factory=lambda: np.zeros(0, bool))
     skip: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
     packed: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
     sinks: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -217,6 +219,8 @@ class Planner:
             np.concatenate([every, rows, np.repeat(every, places.shape[1])]),
             np.concatenate([np.zeros_like(context), written, places.ravel()]),
         )
+        for of in (self._lines, self._sinks):
+            of.reserve(int(pages.max(initial=0)) + 1)
         first, of_writes, around = np.split(pages, [len(context), len(context) + len(rows)])
         around = around.reshape(places.shape)
         windows = _Windows(places, np.where(is_in_window, around, NONE), np.where(context > 0, first, NONE))
@@ -348,14 +352,17 @@ class _Lines:
         self.pages = np.full(count, NONE, np.int64)
         self.used = np.zeros(count, np.int64)  # the last step that used it
         self.free = list(range(count - 1, -1, -1))
-        self._of = np.full(_FIRST_PAGES, NONE, np.int64)
+        self._of = np.full(_FIRST_PAGES, NONE, np.int64)  # the last one is no page
 
     def of(self, pages: Integers) -> Integers:
         """The line of each page, or NONE."""
-        most = int(pages.max(initial=NONE))
-        if most >= len(self._of):
-            self._of = np.pad(self._of, (0, max(most + 1, 2 * len(self._of)) - len(self._of)), constant_values=NONE)
-        return np.where(pages == NONE, NONE, self._of[pages])
+        return self._of[pages]  # NONE is the last one
+
+    def reserve(self, pages: int) -> None:
+        """Make room for so many pages."""
+        if pages >= len(self._of):
+            more = max(pages + 1 - len(self._of), len(self._of))
+            self._of = np.pad(self._of, (0, more), constant_values=NONE)
 
     def touch(self, pages: Integers, step: int) -> None:
         """The lines of these pages are used in a step."""
@@ -383,7 +390,6 @@ class _Lines:
 
     def take(self, pages: Integers, step: int) -> Integers:
         """A line for each page; NONE for the last ones if there are too few."""
-        self.of(pages)  # so that there is room for them
         lines = np.full(len(pages), NONE, np.int64)
         count = min(len(pages), len(self.free))
         taken = [self.free.pop() for _ in range(count)]
@@ -399,9 +405,10 @@ def _at(values: Integers, lines: Integers) -> Integers:
 
 def ranges(begin: Integers, counts: Integers) -> Integers:
     """``begin[i], begin[i] + 1, ...``: ``counts[i]`` numbers of each, one behind the other."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(begin - ends + counts, counts) + np.arange(total)
+    if (counts == 1).all():
+        return begin
+    ends = counts.cumsum()
+    return (begin - ends + counts).repeat(counts) + np.arange(ends[-1])
 
 
 def _written(context: Integers, total: Integers, size: int) -> tuple[Integers, Integers]:

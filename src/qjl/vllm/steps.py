@@ -98,7 +98,7 @@ class Steps:
         self._device = device
 
     def next(self, totals: Integers, starts: Integers, table: Tensor) -> Step:
-        """A step in which row b has tokens ``starts[b]`` to ``starts[b + 1]`` of the batch, the last of its ``totals[b]``.
+        """A step with tokens ``starts[b]`` to ``starts[b + 1]`` of the batch for row b, the last of its ``totals[b]``.
 
         ``table int32 [R, n]`` of pages lies on the layers' device, and keeps its contents as long as the step.
         """
@@ -144,7 +144,7 @@ class Steps:
 
 
 class _KeptRows:
-    """Exact tokens of each row of the batch, and operands over them; rows that go on as they were get new tokens only."""
+    """Exact tokens of each row of the batch, and operands over them: rows that go on get their new tokens only."""
 
     def __init__(self, shape: PoolShape, device: torch.device) -> None:
         self._shape, self._device = shape, device
