@@ -115,6 +115,35 @@ def tiny(family="llama", dtype=torch.float32, attention=None, seed=0, **settings
     return build(config_of(family, **settings), dtype, attention, seed)
 
 
+def attending_across(image_size=28):
+    """Mllama, whose layer 1 reads an image; its gates are opened, without which an image counts for nothing."""
+    text = config_of("llama", layers=3).to_dict() | {
+        "cross_attention_layers": [1],
+        "model_type": "mllama_text_model",
+    }
+    text |= {"hidden_size": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "vocab_size": 128}
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2}
+    vision |= {
+        "image_size": image_size,
+        "patch_size": 14,
+        "max_num_tiles": 1,
+        "intermediate_size": 32,
+        "vision_output_dim": 64,
+    }
+    config = transformers.MllamaConfig(
+        text_config=text,
+        vision_config=vision | {"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]},
+        image_token_index=7,
+    )
+    torch.manual_seed(0)
+    model = transformers.MllamaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name:
+                parameter.fill_(1)
+    return model
+
+
 def prompt(length=300, batch=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(2, VOCABULARY, (batch, length), generator=generator)

@@ -10,6 +10,7 @@ from models_for_tests import (
     FAMILIES,
     OWN,
     agreement,
+    attending_across,
     build,
     config_of,
     difference,
@@ -270,22 +271,7 @@ def test_dropout_and_gradients_are_the_models_own_with_a_cache_made_before():
 
 
 def test_padding_of_the_text_is_none_of_cross_attentions():
-    """Mllama's gates are opened, without which an image counts for nothing."""
-    text = config_of("llama", layers=3).to_dict() | {"cross_attention_layers": [1], "model_type": "mllama_text_model"}
-    text |= {"hidden_size": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "vocab_size": 128}
-    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2}
-    vision |= {"image_size": 28, "patch_size": 14, "max_num_tiles": 1, "intermediate_size": 32, "vision_output_dim": 64}
-    config = transformers.MllamaConfig(
-        text_config=text,
-        vision_config=vision | {"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]},
-        image_token_index=7,
-    )
-    torch.manual_seed(0)
-    model = transformers.MllamaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gate" in name:
-                parameter.fill_(1)
+    model = attending_across()
     batch = left_padded([prompt(30), prompt(12, seed=1)])
     states = torch.randn(2, 5, 128)
     results = []

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers.cache_utils import StaticLayer
 
 import qjl
-from models_for_tests import config_of, generate, left_padded, packed_bytes, prompt, read, tiny
+from models_for_tests import attending_across, config_of, generate, left_padded, packed_bytes, prompt, read, tiny
 from qjl import container
 from qjl.cache import file as files
 from qjl.cache.file import CACHES, CacheFile
@@ -140,6 +140,41 @@ def test_layers_of_transformers_itself_are_saved_too(family, path):
     ids = torch.cat([prompt(LENGTH), prompt(20, seed=1)], dim=1)
     texts = [generate(model, ids, 20, cache=one) for one in (cache, other)]
     assert texts[0].equal(texts[1])
+    assert_same(cache, other)
+
+
+def test_cross_attention_has_an_index_of_its_own(path):
+    model, states = attending_across(280), torch.randn(1, 401, 128)
+    mask = torch.ones(1, LENGTH, 1, 1, dtype=torch.long)
+    cache = prefilled(model, ids=prompt(LENGTH), cross_attention_states=states, cross_attention_mask=mask)
+    other = loaded(cache, path, model)
+    assert CacheFile(path).header.groups == {"text": [0, 2], "cross": [1]}
+    assert [store.index.lengths for store in other.stores] == [[LENGTH], [401]]
+    assert_same(cache, other)
+    assert cache.stores[1].index.packed_tokens == other.stores[1].index.packed_tokens != [0]
+    more = {"input_ids": prompt(5, seed=1), "cross_attention_mask": mask[:, :5]}
+    with torch.no_grad():
+        logits = [model(**more, **cache_argument(one)).logits for one in (cache, other)]
+    assert logits[0].equal(logits[1])
+
+
+def test_text_alone_leaves_cross_attention_out(path):
+    model = attending_across()
+    other = loaded(prefilled(model, "kivi-2"), path, model)
+    assert CacheFile(path).header.groups == {"text": [0, 2]}
+    assert other.get_seq_length() == LENGTH
+
+
+def test_beams_share_pages_in_the_file_too(path, model):
+    cache = prefilled(model)
+    size = cache.save(path)
+    cache.batch_repeat_interleave(4)
+    assert cache.save(path) < 1.2 * size
+    other = qjl.KVCache.load(path, model)
+    for one in (cache, other):
+        one.reorder_cache(torch.tensor([0, 0, 3, 1]))
+    logits = [read(model, prompt(80, batch=4, seed=1), one, sizes=(80,)) for one in (cache, other)]
+    assert logits[0].equal(logits[1])
     assert_same(cache, other)
 
 
