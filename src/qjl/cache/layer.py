@@ -115,7 +115,7 @@ class Layer(Copied):
 
     def _pool_for(self, query: Tensor, reading: Reading) -> Pool | None:
         """What is scored as it is, if codes are: on a CPU for few rows, where looking up beats decoding."""
-        if self.pages is None or not reading.is_short:
+        if self.pages is None or not reading.is_short or query.dtype == torch.float64:  # which no kernel reads
             return None
         rows = query.shape[1] // self.pages.heads * query.shape[2]
         is_worth_it = rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
