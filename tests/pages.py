@@ -5,14 +5,38 @@ from functools import cache
 
 import torch
 
-from conftest import Model, using_backend
-from qjl.cache import CacheLayer, LayerSource
-from qjl.ops.forms import ExactTokens, PagedTokens
+from conftest import Model, Tokens, using_backend
+from one_layer import OneLayer
+from qjl.methods.base import Codec
+from qjl.ops.forms import ExactTokens, PackedTokens, PagedTokens
 from qjl.packed import BLOCK
 
 NOWHERE = [-1, 2**30]  # what tables say where no row has a token
 SPARE = 3  # pages that nobody uses
 HEADS = 2
+
+
+@dataclass(frozen=True, eq=False)
+class PackedRows:
+    """Blocks ``[B, H, blocks, *shape]`` of keys and values with their codecs; positions ``first [B, blocks]``."""
+
+    keys: dict
+    values: dict
+    key_codec: Codec
+    value_codec: Codec
+    first: torch.Tensor
+
+    @property
+    def blocks(self):
+        return self.first.shape[1]
+
+    @property
+    def as_operand(self):
+        """What the fused step takes; None where keys or values are no nibble codes."""
+        key, value = self.key_codec.form, self.value_codec.form
+        if key is None or value is None or not value.has_shared_code:
+            return None
+        return PackedTokens(self.keys, self.values, key, value, self.first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +54,34 @@ def operands(
 ) -> Operands:
     """Quantized by the reference, so that only the decode step is tested."""
     model = Model(HEADS, head_dim, group)
-    layer = CacheLayer(key, value, source=LayerSource(rope=model.rope))
     made = model.tokens(torch.arange(tokens).expand(batch, -1))
+    layer = OneLayer(key, value, rope=model.rope)
+    held = Tokens(made.keys.to(dtype).to(device), made.values.to(dtype).to(device), made.queries.to(device), made.rope)
     with using_backend("reference"):
-        layer.append(made.keys.to(dtype).to(device), made.values.to(dtype).to(device))
-        if layer.wants_queries:
-            layer.observe(made.queries.to(device), made.queries.to(device))
-        layer.settle()
-    exact, packed = layer.segments()
+        layer.step(held, slice(None))
     rows = made.queries[:, :, -queries:].reshape(batch, HEADS, group * queries, head_dim).contiguous().to(device)
-    return Operands(rows, packed, [ExactTokens(part.keys, part.values, None) for part in exact])
+    return Operands(rows, packed_rows(layer), [exact_tokens(layer)])
+
+
+def packed_rows(layer) -> PackedRows:
+    """All pages of a layer whose rows have equally many; tokens that are exact too are among them."""
+    index, pages = layer.index, layer.core.pages
+    table = torch.from_numpy(index.table[:, : index.blocks[0]]).long()
+    keys, values = (
+        {name: x.unflatten(0, table.shape).transpose(1, 2).contiguous() for name, x in side.items()}
+        for side in pages.taken(table.flatten())
+    )
+    device = next(iter(keys.values())).device
+    first = (torch.arange(table.shape[1], device=device) * BLOCK).repeat(table.shape[0], 1)
+    return PackedRows(keys, values, *pages.codecs, first)
+
+
+def exact_tokens(layer) -> ExactTokens:
+    """Those of a layer whose rows have equally many."""
+    index = layer.index
+    slots = torch.from_numpy(index.slot_of[:, : index.counts[0]]).long()
+    keys, values = layer.core.exact.read(slots.to(layer.core.exact.keys.device))
+    return ExactTokens(keys.contiguous(), values.contiguous(), None)
 
 
 @dataclass(frozen=True, eq=False)

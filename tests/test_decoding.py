@@ -7,9 +7,9 @@ import torch
 
 from conftest import Model, using_backend
 from method_cases import every_quantizer, scores_of
+from one_layer import OneLayer
+from pages import operands
 from qjl import ops
-from qjl.attention import Scoring, attend
-from qjl.cache import CacheLayer, LayerSource
 from qjl.methods.balanced import Balanced
 from qjl.methods.grid import RotatedGridCodec
 from qjl.methods.nibble import NibbleCodec
@@ -23,175 +23,166 @@ TOLERANCE = 1e-4
 IN_HALF_PRECISION = 2e-3  # where that is what a GPU multiplies in
 
 
-def _layer(key, value, tokens, batch=1, heads=2, head_dim=64, group=3, **kwargs):
-    """A layer that holds what ``Model`` makes; the queries of all its tokens."""
+class Asked:
+    """A layer that holds all tokens of ``made`` but the last ones, which it reads in the pass at hand."""
+
+    def __init__(self, key, value, made, queries=1, rope=None, padding=None, origins=None, mask=None):
+        self.layer = OneLayer(key, value, rope=made.rope if rope is None else rope)
+        self.made, self.queries = made, queries
+        with using_backend("reference"):  # so that only the decode step is tested
+            if padding is not None:
+                self.layer.cache.set_padding(padding, origins or [0] * len(padding))
+            if mask is not None:
+                self.layer.cache.mark(mask)
+            self.layer.step(made, slice(0, -queries))
+            self.layer.append(made.keys[:, :, -queries:], made.values[:, :, -queries:])
+
+    def attend(self, scale=1.0, **scoring):
+        return self.layer.attend(scale * self.made.queries[:, :, -self.queries :].float(), **scoring)
+
+
+def _asked(key, value, tokens, batch=1, heads=2, head_dim=64, group=3, **kwargs):
     model = Model(heads=heads, head_dim=head_dim, group=group)
-    layer = CacheLayer(key, value, source=LayerSource(rope=model.rope), **kwargs)
-    made = model.tokens(torch.arange(tokens).expand(batch, -1))
-    return _filled(layer, made), made.queries
+    return Asked(key, value, model.tokens(torch.arange(tokens).expand(batch, -1)), **kwargs)
 
 
-def _filled(layer, made):
-    """Quantized by the reference, so that only the decode step is tested."""
-    with using_backend("reference"):
-        layer.append(made.keys, made.values)
-        if layer.wants_queries:
-            layer.observe(made.queries, made.queries)
-        layer.settle()
-    return layer
-
-
-def _error(layer, query, scoring, monkeypatch):
-    """Largest error of a row relative to its norm, and whether the fused step was taken at all."""
+def _error(asked, monkeypatch, **scoring):
+    """Largest error of a row relative to its norm; the fused step must have been taken."""
     calls = []
-    fused = ops.attend_packed
-    monkeypatch.setattr(ops, "attend_packed", lambda *args: calls.append(1) or fused(*args))
-    out = attend(query, layer, scoring)
+    for name in ("append_attend", "attend"):
+        own = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, own=own: calls.append(1) or own(*args))
+    out = asked.attend(**scoring)
     assert calls
     with using_backend("reference"):
-        expected = attend(query, layer, scoring)
-    assert len(calls) == 1
+        expected = asked.attend(**scoring)
     assert torch.isfinite(out).all()
     return ((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
 
 
 @pytest.fixture
 def error(monkeypatch):
-    return lambda *args: _error(*args, monkeypatch)
+    return lambda asked, **scoring: _error(asked, monkeypatch, **scoring)
 
 
 def _with(role, quantizer, tokens=460, **kwargs):
     key, value = (quantizer, Balanced(2, metric=False)) if role == "key" else (Transform(2), quantizer)
-    return _layer(key, value, tokens, **kwargs)
+    return _asked(key, value, tokens, **kwargs)
 
 
 @every_quantizer
 def test_every_method_with_a_nibble_form(role, quantizer, error):
-    layer, queries = _with(role, quantizer)
-    segment = layer.segments()[1]
-    codec = segment.key_codec if role == "key" else segment.value_codec
+    asked = _with(role, quantizer)
+    codec = asked.layer.core.codecs[role == "value"]
     if codec.form is None or not (role == "key" or codec.form.has_shared_code):
         assert role == "value" or not isinstance(codec, (NibbleCodec, RotatedGridCodec))
         return
-    assert error(layer, queries[:, :, -1:], Scoring(0.125 / 4)) < TOLERANCE
+    assert error(asked, scaling=0.125 / 4) < TOLERANCE
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 256] if runtime.is_interpreted() else [8, 64, 80, 96, 128, 256, 512])
 def test_every_head_dim(head_dim, error):
-    layer, queries = _layer(Transform(3), Balanced(2, "trellis", metric=False), 460, head_dim=head_dim)
-    assert error(layer, queries[:, :, -1:], Scoring(head_dim**-0.5)) < TOLERANCE
+    asked = _asked(Transform(3), Balanced(2, "trellis", metric=False), 460, head_dim=head_dim)
+    assert error(asked, scaling=head_dim**-0.5) < TOLERANCE
 
 
 @pytest.mark.parametrize("group", [1, 7] if runtime.is_interpreted() else [1, 2, 3, 4, 5, 7])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_any_number_of_rows(group, tokens, error):
     """Rows are taken four at a time; several query tokens are causal among themselves."""
-    layer, queries = _layer(Transform(2), Balanced(2, "trellis", metric=False), 460, group=group)
-    assert error(layer, queries[:, :, -tokens:], Scoring(0.125)) < TOLERANCE
+    asked = _asked(Transform(2), Balanced(2, "trellis", metric=False), 460, group=group, queries=tokens)
+    assert error(asked) < TOLERANCE
 
 
 @pytest.mark.parametrize("num_bits", [1, 2, 4])
 @pytest.mark.parametrize("group_size", [16, 32, 64])
 def test_values_in_groups(num_bits, group_size, error):
-    layer, queries = _with("value", TokenUniform(num_bits, group_size))
-    assert error(layer, queries[:, :, -1:], Scoring(0.125)) < TOLERANCE
+    assert error(_with("value", TokenUniform(num_bits, group_size))) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_exact_tokens_of_every_type(dtype, kernels, error):
-    model = Model(group=2)
-    layer = CacheLayer(Transform(2), Balanced(2, metric=False), source=LayerSource(rope=model.rope))
-    made = model.tokens(torch.arange(460)[None])
-    _filled(layer, replace(made, keys=made.keys.to(dtype), values=made.values.to(dtype)))
+    made = Model(group=2).tokens(torch.arange(460)[None])
+    made = replace(made, keys=made.keys.to(dtype), values=made.values.to(dtype))
     tolerance = IN_HALF_PRECISION if kernels == "triton" and dtype != torch.float32 else TOLERANCE
-    assert error(layer, made.queries[:, :, -1:], Scoring(0.125)) < tolerance
+    assert error(Asked(Transform(2), Balanced(2, metric=False), made)) < tolerance
 
 
 def test_soft_caps(error):
-    layer, queries = _layer(Transform(2), Balanced(2, metric=False), 460)
-    assert error(layer, queries[:, :, -1:], Scoring(0.125, softcap=5.0)) < TOLERANCE
+    assert error(_asked(Transform(2), Balanced(2, metric=False), 460), softcap=5.0) < TOLERANCE
 
 
 @pytest.mark.parametrize("heads", [1, 6])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_masks_by_row_head_and_query(heads, kind, error):
-    layer, queries = _layer(Transform(2), Balanced(2, metric=False), 460, batch=2)
+    asked = _asked(Transform(2), Balanced(2, metric=False), 460, batch=2, queries=2)
     generator = torch.Generator().manual_seed(2)
     mask = torch.rand(2, heads, 2, 460, generator=generator)
     mask = mask < 0.6 if kind == "bool" else mask.log()
-    assert error(layer, queries[:, :, -2:], Scoring(0.125, mask)) < TOLERANCE
+    assert error(asked, mask=mask) < TOLERANCE
 
 
 def test_rows_of_different_lengths(error):
-    model = Model(group=2)
-    layer = CacheLayer(Transform(2), Balanced(2, metric=False), source=LayerSource(rope=model.rope))
-    made = model.tokens(torch.arange(460).expand(2, -1))
-    layer.set_padding([0, 150])
-    _filled(layer, made)
+    made = Model(group=2).tokens(torch.arange(460).expand(2, -1))
+    asked = Asked(Transform(2), Balanced(2, metric=False), made, padding=[0, 150])
     mask = torch.ones(2, 1, 1, 460, dtype=torch.bool)
     mask[1, :, :, :150] = False
-    assert error(layer, made.queries[:, :, -1:], Scoring(0.125, mask)) < TOLERANCE
+    assert error(asked) < TOLERANCE
+    assert error(asked, mask=mask) < TOLERANCE
 
 
 def test_a_cropped_block_does_not_count_what_was_cut(error):
-    layer, queries = _layer(Transform(2), Balanced(2, metric=False), 460)
-    layer.crop(300)
-    assert error(layer, queries[:, :, 299:300], Scoring(0.125)) < TOLERANCE
+    asked = _asked(Transform(2), Balanced(2, metric=False), 460)
+    asked.layer.cache.roll_back()
+    asked.layer.cache.crop(300)
+    asked.layer.append(asked.made.keys[:, :, 300:301], asked.made.values[:, :, 300:301])
+    assert error(asked) < TOLERANCE
 
 
 def test_blocks_that_do_not_follow_each_other(error):
-    """A token mask leaves gaps: positions jump from block to block."""
-    model = Model(group=2)
-    layer = CacheLayer(Transform(2), Balanced(2, metric=False), source=LayerSource(rope=model.rope))
+    """A token mask leaves holes: positions jump from block to block."""
     mask = torch.ones(1, 600, dtype=torch.bool)
     mask[:, 100:130] = mask[:, 301:400] = False
-    layer.mark(mask)
-    made = model.tokens(torch.arange(600)[None])
-    _filled(layer, made)
-    assert error(layer, made.queries[:, :, -1:], Scoring(0.125)) < TOLERANCE
+    made = Model(group=2).tokens(torch.arange(600)[None])
+    assert error(Asked(Transform(2), Balanced(2, metric=False), made, mask=mask)) < TOLERANCE
 
 
 def test_one_token_that_takes_all_weight(error):
-    layer, queries = _layer(Transform(3), Balanced(2, "trellis", metric=False), 460)
-    assert error(layer, 20 * queries[:, :, -1:], Scoring(0.125)) < 20 * TOLERANCE
+    assert error(_asked(Transform(3), Balanced(2, "trellis", metric=False), 460), scale=20) < 20 * TOLERANCE
 
 
 def test_far_positions_turn_the_mean_exactly(error):
     """Angles of 100,000 radians lose three digits in float32."""
-    model = Model(group=2)
-    layer = CacheLayer(Transform(2), Balanced(2, metric=False), source=LayerSource(rope=model.rope))
-    made = model.tokens(100_000 + torch.arange(460)[None])
-    layer.set_padding([0], [100_000])
-    _filled(layer, made)
-    assert error(layer, made.queries[:, :, -1:], Scoring(0.125)) < TOLERANCE
+    made = Model(group=2).tokens(100_000 + torch.arange(460)[None])
+    asked = Asked(Transform(2), Balanced(2, metric=False), made, padding=[0], origins=[100_000])
+    assert error(asked) < TOLERANCE
 
 
 def test_the_number_of_threads_changes_nothing(cpu_kernels):
-    layer, queries = _layer(Transform(3), Balanced(2, "trellis", metric=False), 3000, batch=2)
+    asked = _asked(Transform(3), Balanced(2, "trellis", metric=False), 3000, batch=2)
     outputs = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        outputs.append(attend(queries[:, :, -1:], layer, Scoring(0.125)))
+        outputs.append(asked.attend())
     torch.set_num_threads(1)
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
 
 
-def test_memory_of_a_step_does_not_grow_with_the_context(cpu_kernels):
+def test_memory_of_a_step_hardly_grows_with_the_context(cpu_kernels):
     sizes = []
     for tokens in (500, 3000):
-        layer, queries = _layer(Transform(2), Balanced(2, metric=False), tokens, batch=8)
+        asked = _asked(Transform(2), Balanced(2, metric=False), tokens, batch=8)
         decoding.release()
-        attend(queries[:, :, -1:], layer, Scoring(0.125))
+        asked.attend()
         sizes.append(decoding.held_bytes())
-    assert sizes[0] == sizes[1]
+    assert sizes[1] < 1.2 * sizes[0]
 
 
 def test_scores_alone(cpu_kernels):
-    layer, queries = _layer(Transform(3), Balanced(2, metric=False), 460)
-    segment = layer.segments()[1]
-    rows = queries[:, :, -1:].reshape(1, 2, 3, 64).contiguous()
-    scores = decoding.score(rows, segment.as_operand)
+    made = operands(Transform(3), Balanced(2, metric=False))
+    packed, rows = made.packed, made.rows
+    scores = decoding.score(rows, packed.as_operand)
     with using_backend("reference"):
-        expected = scores_of(segment.key_codec, rows, segment.keys, segment.first)
+        expected = scores_of(packed.key_codec, rows, packed.keys, packed.first)
     assert (scores - expected).abs().max() < TOLERANCE * expected.std()
