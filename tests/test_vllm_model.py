@@ -10,6 +10,7 @@ from qjl import statistics
 from qjl.calibration import measure
 from qjl.codecs import TokenShape
 from qjl.hf import statistics_path
+from qjl.hf.sources import shared_codecs
 from qjl.presets import PRESETS, to_dict
 from qjl.vllm import PRESET, chosen_preset
 from qjl.vllm.layer import page_bytes
@@ -99,6 +100,19 @@ def test_statistics_are_those_of_the_model_and_each_rank_takes_its_heads(
     both, second = codecs(path), codecs(path, slice(1, 2))
     for of_both, of_second in zip(both, second, strict=True):
         torch.testing.assert_close(of_second.query_map[0], of_both.query_map[1])
+
+
+def test_a_served_model_codes_as_a_cache_in_transformers(choose, folder, generator):
+    choose("b3")
+    path, model = folder
+    _calibrate(model)
+    tokens = torch.randn(1, 2, 128, HEAD_DIM, generator=generator)
+    first = torch.tensor([[0, 64]])
+    shape = TokenShape(2, HEAD_DIM, HEAD_DIM, CPU, torch.float32)
+    theirs = shared_codecs(model, PRESETS["b3"]).of(1, shape)
+    for ours, other in zip(codecs(path, layer=1), theirs, strict=True):
+        expected = other.quantize(tokens, first)
+        assert all(field.equal(expected[name]) for name, field in ours.quantize(tokens, first).items())
 
 
 def test_pages_have_room_for_the_widest_layer(choose, tmp_path):
