@@ -482,15 +482,18 @@ def test_a_pass_that_is_rolled_back_never_was(is_planned, cropped):
 
 
 @pytest.mark.parametrize(
-    ("packs", "message"),
-    [(False, "the cache has room for 260 exact tokens and needs"), (True, "room for 2 pages")],
+    ("packs", "size", "message"),
+    [
+        (False, 250, "the cache has room for 260 exact tokens and needs"),
+        (True, 1000, "room for 400 tokens of a row and is given 1090"),
+    ],
     ids=str,
 )
-def test_a_capacity_is_not_exceeded_and_nothing_has_changed_then(packs, message, refuses):
-    index = filled([90], capacity=Capacity(1, 128))
+def test_a_capacity_is_not_exceeded_and_nothing_has_changed_then(packs, size, message, refuses):
+    index = filled([90], capacity=Capacity(1, 400))
     index.packs = packs
     before, in_use = _state(index), (index.slots.in_use, index.pages.in_use)
-    index.begin_columns(200)
+    index.begin_columns(size)
     with refuses(message):
         index.plan()
     index.roll_back()

@@ -846,7 +846,7 @@ def test_with_a_fixed_length_tensors_keep_their_places(model):
 def test_what_does_not_fit_a_fixed_length_is_refused(model, refuses):
     generate(model, prompt(300), cache=qjl.KVCache(model))
     cache = qjl.KVCache(model, max_cache_len=320)
-    with refuses("the cache has room for"):
+    with refuses("room for 320 tokens of a row and is given 321"):
         generate(model, prompt(300), 200, cache=cache)
     with refuses("room for 1 rows, not for 2"):
         generate(model, prompt(300, batch=2), cache=qjl.KVCache(model, max_cache_len=320))

@@ -258,11 +258,11 @@ def test_padded_batches_and_plain_prompts_in_threads():
 
 @pytest.mark.model
 @pytest.mark.usefixtures("backend")
-def test_eight_threads_stream_fifty_prompts(monkeypatch):
+def test_eight_threads_stream_sixteen_prompts(monkeypatch):
     """On one enabled model, each thread with a streamer of its own."""
     monkeypatch.delenv("QJL_CACHE")
     model, tokenizer = qjl.load("smollm2")
-    texts = [f"Chapter {index}. The keeper counts the ships of day {index}. " * 9 for index in range(50)]
+    texts = [f"Chapter {index}. The keeper counts the ships of day {index}. " * 9 for index in range(16)]
     inputs = [tokenizer(text, return_tensors="pt") for text in texts]
     qjl.enable(model, "b3")
 
@@ -274,8 +274,8 @@ def test_eight_threads_stream_fifty_prompts(monkeypatch):
     try:
         first = tokenizer(texts[0] * 3, return_tensors="pt").input_ids
         read(model, first, qjl.KVCache(model, "b3"), (first.shape[1],))
-        alone = [write(index) for index in range(50)]
-        together = in_threads(lambda thread: [write(index) for index in range(thread, 50, BARRIER)])
+        alone = [write(index) for index in range(16)]
+        together = in_threads(lambda thread: [write(index) for index in range(thread, 16, BARRIER)])
     finally:
         qjl.disable(model)
     for thread, written in enumerate(together):

@@ -204,7 +204,8 @@ def _fused_part(
 ) -> tuple[Tensor, Tensor]:
     batch, heads = keys.shape[:2]
     folded = query.float().reshape(batch * heads, -1, *query.shape[2:])
-    keys, values = (x.float().flatten(0, 1)[:, None].expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
+    keys, values = (_side_by_side(x.float()).flatten(0, 1)[:, None] for x in (keys, values))
+    keys, values = (x.expand(-1, folded.shape[1], -1, -1) for x in (keys, values))
     if bias is not None and bias.shape[1] > 1:
         bias = bias.expand(batch, -1, -1, -1).reshape(*folded.shape[:2], *bias.shape[2:])
     elif bias is not None and bias.shape[0] > 1:
@@ -215,6 +216,11 @@ def _fused_part(
     if bias is not None:
         lse = lse.masked_fill(bias.amax(-1).isneginf(), -torch.inf)
     return out.reshape(batch, heads, -1, values.shape[3]), lse.reshape(batch, heads, -1)
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """Torch's kernel reads the numbers of a token as if they lay together, wherever they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]], query: Tensor, scoring: Scoring) -> Tensor:

@@ -119,7 +119,7 @@ class Codecs:
 
     def known(self, layer: int) -> Pair | None:
         """Codecs of a layer on some device, if it has any yet."""
-        return next((pair for (number, _), pair in self._fitted.items() if number == layer), None)
+        return next((pair for (number, _), pair in list(self._fitted.items()) if number == layer), None)
 
     def of(self, layer: int, shape: TokenShape) -> Pair | None:
         """Codecs of a layer, fitted now if need be; None as long as their statistics are not there."""

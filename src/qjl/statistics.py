@@ -109,6 +109,12 @@ class AttentionMoments:
         """The sums so far, float32 [H, D, D], and their ``count``, int64 []; nothing before there are any."""
         return {"count": torch.tensor(self.count), **self._sums} if self._sums else {}
 
+    def copy(self) -> AttentionMoments:
+        """As of now."""
+        moments = AttentionMoments()
+        moments._count, moments._sums = self._count, dict(self._sums)
+        return moments
+
     @property
     def count(self) -> int:
         """Queries of each KV head so far."""

@@ -103,6 +103,12 @@ class Step:
         """Batch and tokens of the tensors that layers are given: the rows, or one with all tokens behind each other."""
         return (len(self), self.columns) if self.columns else (1, sum(self.counts))
 
+    def clear(self) -> None:
+        """Forget what was planned."""
+        self.put_tokens, self.put_slots, self.copies, self.taken = [], [], [], []
+        self.pooled, self.direct, self.decided, self.firsts = Blocks(), Blocks(), [], []
+        self.is_planned = False
+
     def __len__(self) -> int:
         return len(self.counts)
 
@@ -133,6 +139,13 @@ class TokenIndex:
         """Forget all rows."""
         self.step: Step | None = None
         self.columns = 0  # of an attention mask, padding included
+        self.marks: np.ndarray | None = None
+        self.slots.reset()
+        self.pages.reset()
+        self.version = 0  # of the arrays: another number, other arrays
+        self._set_no_rows()
+
+    def _set_no_rows(self) -> None:
         self.padding: list[int] = []
         self.lengths: list[int] = []
         self.blocks: list[int] = []  # decided, per row
@@ -143,10 +156,7 @@ class TokenIndex:
         self.ends: Integers = np.zeros(0, np.int32)  # of the table of each row, in tokens
         self.slot_of: Integers = np.zeros((0, 0), np.int32)
         self.token_of: Integers = np.zeros((0, 0), np.int64)
-        self.marks: np.ndarray | None = None
-        self.slots.reset()
-        self.pages.reset()
-        self.version = 0  # of the arrays: another number, other arrays
+        self.version += 1
 
     # Rows
 
@@ -156,16 +166,16 @@ class TokenIndex:
 
     def add_rows(self, count: int) -> None:
         """Empty rows behind those there are."""
+        if self.capacity is not None and self.batch + count > self.capacity.rows:
+            raise QJLError(
+                f"the cache has room for {self.capacity.rows} rows, not for {self.batch + count}: make it for more."
+            )
         self.padding += [0] * count
         self.lengths += [0] * count
         self.blocks += [0] * count
         self.partial += [{} for _ in range(count)]
         self._set_arrays(np.concatenate([of, np.zeros((count, *of.shape[1:]), of.dtype)]) for of in self._arrays)
         if self.capacity is not None:
-            if self.batch > self.capacity.rows:
-                raise QJLError(
-                    f"the cache has room for {self.capacity.rows} rows, not for {self.batch}: make it for more."
-                )
             self._widen_table(self.capacity.blocks)
             self._widen_exact(self._slots_of_row)
 
@@ -262,11 +272,23 @@ class TokenIndex:
         assert step is not None
         if step.is_planned:
             return step
-        self._decide(step)
-        self._place_fresh(step)
-        self._take_pages(step)
+        self._require_room(step)
+        try:
+            self._decide(step)
+            self._place_fresh(step)
+            self._take_pages(step)
+        except QJLError:
+            self._undo(step)
+            raise
         step.is_planned = True
         return step
+
+    def _require_room(self, step: Step) -> None:
+        longest = max((length + count for length, count in zip(self.lengths, step.counts, strict=True)), default=0)
+        if self.capacity is not None and longest > self.capacity.tokens:
+            raise QJLError(
+                f"the cache has room for {self.capacity.tokens} tokens of a row and is given {longest}: make it larger."
+            )
 
     def _decide(self, step: Step) -> None:
         """Which blocks are old enough; True for those that are packed, for now."""
@@ -330,15 +352,11 @@ class TokenIndex:
 
     def _take_pages(self, step: Step) -> None:
         """Pages for the blocks that are packed; rows whose tokens are the same share one."""
-        try:
-            shared: dict[tuple[int, ...], int] = {}
-            for row, decided in enumerate(step.decided):
-                for place, state in enumerate(decided):
-                    if state != HOLE:
-                        decided[place] = self._page_for(step, row, step.firsts[row] + place, shared)
-        except QJLError:
-            self._undo(step)
-            raise
+        shared: dict[tuple[int, ...], int] = {}
+        for row, decided in enumerate(step.decided):
+            for place, state in enumerate(decided):
+                if state != HOLE:
+                    decided[place] = self._page_for(step, row, step.firsts[row] + place, shared)
 
     def _page_for(self, step: Step, row: int, block: int, shared: dict[tuple[int, ...], int]) -> int:
         first, kept = block * BLOCK, self.partial[row].get(block, 0)
@@ -426,19 +444,25 @@ class TokenIndex:
 
     def roll_back(self) -> None:
         """The pass at hand never was."""
-        if self.step is not None:
-            if self.step.is_planned:
-                self._undo(self.step)
+        step = self.step
+        if step is not None:
+            if step.is_planned:
+                self._undo(step)
             self.step = None
+
+    def forget_padding(self) -> None:
+        """What is known of rows that hold no token yet: that all columns so far are padding; without any no row."""
+        if not self.columns:
+            self._set_no_rows()
+        for row, length in enumerate(self.lengths):
+            if not length:
+                self.padding[row], self.origins[row] = self.columns, 0
 
     def _undo(self, step: Step) -> None:
         self.slots.release(step.put_slots)
         self.pages.release(step.taken)
         self.counts[:] = step.before
-
-    def crop_row(self, row: int, length: int) -> None:
-        """Keep the first tokens of a row; of rows that were never given as columns."""
-        self._crop_row(row, length)
+        step.clear()
 
     # Marks
 
@@ -459,17 +483,18 @@ class TokenIndex:
     # Cropping
 
     def crop(self, columns: int) -> None:
-        """Keep the first columns, and touch none of their tokens; marks of later columns are forgotten."""
+        """Keep the first columns, and touch none of their tokens; if any go, marks of later columns are forgotten."""
         if columns >= self.columns:
             return
         self.columns = max(columns, 0)
         for row in range(self.batch):
             self.padding[row] = min(self.padding[row], self.columns)
-            self._crop_row(row, self.columns - self.padding[row])
+            self.crop_row(row, self.columns - self.padding[row])
         if self.marks is not None:
             self.marks = self.marks[:, : self.columns]
 
-    def _crop_row(self, row: int, length: int) -> None:
+    def crop_row(self, row: int, length: int) -> None:
+        """Keep the first tokens of a row; by itself for rows that were never given as columns."""
         if length >= self.lengths[row]:
             return
         self.lengths[row] = length

@@ -173,7 +173,7 @@ class PagedCache(Copied):
 
     def attend(self, layer: Layer, query: Tensor, scoring: Scoring, fresh: Tokens) -> Tensor:
         """Attention of ``query [B, Hq, Q, D]``, that of the fresh tokens: ``[B, Q, Hq, Dv]`` in its dtype."""
-        return layer.attend(query, scoring, self._reading or self.reading(query.device), fresh)
+        return layer.attend(query, scoring, self.reading(query.device), fresh)
 
     # Passes over rows with different numbers of fresh tokens
 
@@ -199,7 +199,7 @@ class PagedCache(Copied):
 
     def _groups(self, device: torch.device) -> list[Reading]:
         """Rows with one fresh token together, those with more each by itself."""
-        if self._readings is None:
+        if self._readings is None or self._readings[0].device != device:
             step = self._plan()
             together = [row for row, count in enumerate(step.counts) if count == 1]
             groups = [together] if together else []
@@ -243,6 +243,8 @@ class PagedCache(Copied):
             self._take_replaced()
             step = self._plan()
             joined = [layer for layer in self.layers.values() if layer.step is step]
+            if not joined:
+                raise QJLError("a pass was begun, and no layer was given any of its tokens: it is undone.")
             self._require_all(joined)
             for layer in joined:
                 self.store(layer)
@@ -264,6 +266,11 @@ class PagedCache(Copied):
                 another one.
         """
         fresh = layer.fresh
+        if self.index.marks is not None or any(self.index.padding) or self.source.codecs.config.pre_rope:
+            raise QJLError(
+                "keys and values cannot be set beside a token mask or padding, nor where keys are coded before RoPE: "
+                "choose another preset, and one prompt at a time."
+            )
         if fresh is None or self.index.columns:
             raise QJLError(
                 f"keys and values of {layer.name} can be set in the pass that reads them into an empty cache, before "
@@ -333,10 +340,15 @@ class PagedCache(Copied):
         """The pass at hand never was."""
         step = self.index.step
         self.index.roll_back()
-        self._reading = self._last = None
+        self._reading, self._last, self._can_code = None, None, False
         for layer in self.layers.values():
             if layer.step is step:
                 layer.step = layer.fresh = None
+
+    def abandon(self) -> None:
+        """The same, with what was learned of its padding before it began."""
+        self.roll_back()
+        self.index.forget_padding()
 
     # Rows and columns
 

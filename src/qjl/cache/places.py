@@ -24,7 +24,8 @@ class Places:
         self.reset()
 
     def reset(self) -> None:
-        """Free all; the capacity stays."""
+        """Free all."""
+        self.capacity = self.limit or 0
         self._owners = np.zeros(max(self.capacity, _FIRST), np.int32)
         self._given_back: list[int] = []
         self._used = 0  # of the places so far, whoever has them now

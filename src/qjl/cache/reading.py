@@ -206,7 +206,13 @@ class KeptRows:
             self._version = index.version
             return kept
         if reading.device.type != "cpu":
-            pairs = ((kept.table, table), (kept.lengths, ends), (kept.slots, slots), (kept.counts, counts))
+            pairs = (
+                (kept.table, table),
+                (kept.lengths, ends),
+                (kept.slots, slots),
+                (kept.counts, counts),
+                (kept.origins, origins),
+            )
             for there, here in pairs:
                 there.copy_(here, non_blocking=True)
         kept.longest, kept.most_exact, kept.has_holes = longest, most_exact, index.has_holes

@@ -39,6 +39,11 @@ class _Handed:
         self.step = layer.store.index.step
         self.length = layer.get_seq_length()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the pass goes on in which it was given."""
+        return self.step is not None and self.layer.store.index.step is self.step
+
     def require_current(self) -> None:
         """Raises QJLError if the layer has other tokens by now, which the handles do not speak of."""
         held = self.layer.get_seq_length()
@@ -51,9 +56,7 @@ class _Handed:
     @functools.cached_property
     def states(self) -> Tokens:
         self.require_current()
-        store = self.layer.store
-        is_fresh = store.index.step is not None and store.index.step is self.step
-        keys, values = store.dense(self.layer.core, self.fresh if is_fresh else None)
+        keys, values = self.layer.store.dense(self.layer.core, self.fresh if self.is_open else None)
         return keys.contiguous(), values.contiguous()
 
 
@@ -161,8 +164,15 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
     def _states(self, side: int) -> Tensor | None:
         if not self.is_initialized:
             return None
-        replaced = self.core.replaced.get(side)
-        return self.store.dense(self.core, self.core.fresh)[side] if replaced is None else replaced
+        if (replaced := self.core.replaced.get(side)) is not None:
+            return replaced
+        step = self.store.index.step
+        if step is not None and self.core.step is step and self.core.fresh is None:
+            raise QJLError(
+                f"keys and values of {self.core.name} can be read until the next layer is given its own, and after the "
+                "pass: read them there."
+            )
+        return self.store.dense(self.core, self.core.fresh)[side].clone()
 
     @property
     def batch_size(self) -> int:
@@ -181,10 +191,12 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
         self, scaling: float, mask: Tensor | None, softcap: float | None, sink_logits: Tensor | None
     ) -> Scoring:
         """The same object as long as nothing is another."""
+        if mask is not None:  # which would be kept as long
+            return Scoring(scaling, mask, softcap, sink_logits)
         kept = self._scoring
-        is_same = kept is not None and kept.mask is mask and kept.sink_logits is sink_logits
+        is_same = kept is not None and kept.sink_logits is sink_logits
         if kept is None or not is_same or kept.scaling != scaling or kept.softcap != softcap:
-            kept = self._scoring = Scoring(scaling, mask, softcap, sink_logits)
+            kept = self._scoring = Scoring(scaling, None, softcap, sink_logits)
         return kept
 
     def attend(self, query: Tensor, scoring: Scoring, handed: _Handed) -> Tensor:
@@ -203,8 +215,8 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
     def observe_mask(self, mask: Tensor, position_ids: Tensor | None) -> None:
         """Left padding from the mask of a forward pass, for a cache that no hook tells it to."""
         index = self.store.index
-        last = mask[:, 0, -1].expand(index.batch, -1)
-        seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        seen = shown.any(2).any(1).expand(index.batch, -1)
         self.store.set_padding(*padding_of(seen, position_ids, index.columns, index))
 
     def get_seq_length(self) -> int:
@@ -289,7 +301,7 @@ def _attention_over_handle(
 ) -> tuple[Tensor, Tensor | None]:
     """On codes where they give all that is asked for, by the model's own function otherwise."""
     layer = key.handed.layer
-    if key.is_key_of(value) and not args and _codes_give_all(own, is_models_own, module, kwargs):
+    if key.handed.is_open and key.is_key_of(value) and not args and _codes_give_all(own, is_models_own, module, kwargs):
         mask = attention_mask
         if mask is not None or query.shape[2] > 1:
             mask = _mask_for_codes(is_models_own, module, query, key, mask, kwargs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qjl import compat
+from qjl import compat, ops
 from qjl.architecture import LayerShape, layer_shapes, rope_is_used, text_config
 from qjl.cache import file as files
 from qjl.cache.file import CacheFile, Header
@@ -82,6 +82,7 @@ class KVCache(Copied, WatchedCache):
             for number, core in store.layers.items():
                 layers[number] = QuantizedLayer(store, core, has_text=not self.shapes[number].is_cross_attention)
         super().__init__(layers=layers)
+        ops.active_backend()  # chosen now, so that a process that is forked knows of it
         self.prompt_ids: Tensor | None = None
         self._model: weakref.ref[PreTrainedModel] | None = None
         if isinstance(model, PreTrainedModel):
@@ -178,12 +179,19 @@ class KVCache(Copied, WatchedCache):
             self.observe_padding(attention_mask, position_ids)
 
     def after_forward(self) -> None:
-        self.settle()
+        try:
+            self.settle()
+        except QJLError:
+            self.abandon()
+            raise
+        for source in self.sources:
+            source.keep()
 
     def abandon(self) -> None:
         """A forward pass has failed: quantized layers are as they were before it."""
-        for store in self.stores:
-            store.roll_back()
+        for source, store in zip(self.sources, self.stores, strict=True):
+            store.abandon()
+            source.abandon()
 
     @for_keeps
     def settle(self) -> None:
@@ -205,8 +213,8 @@ class KVCache(Copied, WatchedCache):
         Raises:
             QJLError: if the mask is of another kind, or for another number of rows.
         """
-        for store in self.stores:
-            store.mark(token_mask)
+        if any(self._of_kind(False)):
+            self.stores[0].mark(token_mask)
 
     def observe_padding(self, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """Learn the left padding before a forward pass with this mask ``[B, T]`` and positions ``[B, Q]``."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from qjl.cache.index import Step
 from qjl.cache.layer import Layer
 from qjl.cache.paged import PagedCache
 from qjl.codecs import Codecs, Pair
@@ -29,6 +30,8 @@ class FirstPrompt(Copied):
         self.codecs = codecs
         self._model_type = model_type
         self._moments: dict[int, AttentionMoments] = {}
+        self._before: dict[int, AttentionMoments] = {}  # the pass at hand, as far as it was observed
+        self._step: Step | None = None
         self.waits = True
 
     def reset(self) -> None:
@@ -55,6 +58,15 @@ class FirstPrompt(Copied):
             if seen:
                 self._moments[number] = AttentionMoments.of(seen)
 
+    def keep(self) -> None:
+        """The pass at hand is over: what was observed of it counts."""
+        self._step = None
+
+    def abandon(self) -> None:
+        """The pass at hand has failed: what was observed of it does not count."""
+        if self._step is not None:
+            self._moments, self._step = self._before, None
+
     def can_code(self, cache: PagedCache) -> bool:
         self.waits = not all(self.codecs.is_ready(number) for number in cache.layers)
         if not self.waits:
@@ -79,6 +91,9 @@ class FirstPrompt(Copied):
         if shape is None or not self.wants_queries(layer) or out.shape[-1] != shape.value_dim:
             return
         index = cache.index
+        if index.step is not self._step:
+            self._step = index.step
+            self._before = {number: moments.copy() for number, moments in self._moments.items()}
         tokens = torch.arange(index.columns, index.columns + query.shape[2], device=query.device)
         tokens = tokens - _column(index.padding, query.device)
         positions = tokens + _column(index.origins.tolist(), query.device)

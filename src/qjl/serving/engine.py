@@ -39,6 +39,7 @@ from qjl.serving.writing import Writer
 logger = logging.getLogger("qjl")
 CHUNK = 512  # tokens of prompts read in one turn, and of one prompt at once
 SLOTS = 16
+MOST_ENDED = 64  # conversations that may go on
 LEAST_SHARED = BLOCK  # tokens, for which taking up a conversation again is worth it
 Reason = Literal["stop", "length"]
 
@@ -87,6 +88,7 @@ class _Row:
         self.read = 0  # of these
         self.sequence: int | None = None
         self.is_open = True
+        self.has_failed = False
         self.last_token_at: float | None = None
 
     @property
@@ -220,14 +222,15 @@ class Engine:
 
     @property
     def is_idle(self) -> bool:
-        return not self._rows and not self._waiting and not self._paused
+        with self._changed:
+            return not self._rows and not self._waiting and not self._paused
 
     def drain(self) -> None:
         """Take no more jobs and refuse those that wait; those being written go on."""
         with self._changed:
             self._is_stopping = True
             while self._waiting:
-                self._waiting.popleft().hear(Stopped())
+                _tell(self._waiting.popleft(), Stopped())
 
     def close(self) -> None:
         """End at once: what is being written fails. Returns when the thread has ended."""
@@ -251,7 +254,7 @@ class Engine:
     def _end(self) -> None:
         self.drain()
         for row in [*self._rows, *self._paused]:
-            row.job.hear(Stopped())
+            _tell(row.job, Stopped())
         with self._changed:
             self._rows, self._is_closed = [], True
             self._paused.clear()
@@ -286,10 +289,12 @@ class Engine:
         sequence, client = row.sequence, row.job.client
         if sequence is None:
             return
-        if client is None or row.is_open:
+        if client is None or row.is_open or row.has_failed:
             self._batch.drop(sequence)
         else:
             self._ended[sequence] = _Ended(client, row.ids[: row.read], sequence)
+            if len(self._ended) > MOST_ENDED:
+                self._batch.drop(self._ended.popitem(last=False)[0])
 
     def _has_room(self, tokens: int) -> bool:
         """For another answer whose prompt has so many tokens; one that is alone always has."""
@@ -320,7 +325,9 @@ class Engine:
         rows = self._rows_of_turn()
         for row in rows:
             if row.sequence is None:
-                self._begin(row)
+                with _failing([row]):
+                    self._begin(row)
+        rows = [row for row in rows if not row.has_failed]
         tokens = {row.sequence: row.next_tokens() for row in rows if row.sequence is not None}
         by_sequence = {row.sequence: row for row in rows}
         with _failing(rows):
@@ -336,7 +343,9 @@ class Engine:
         if found is not None:
             ended, count = found
             row.sequence = self._batch.share(ended.sequence, count)
-            self._ended.move_to_end(ended.sequence)
+            if row.sequence is not None:  # which goes on in its place
+                del self._ended[ended.sequence]
+                self._batch.drop(ended.sequence)
         if row.sequence is None:
             row.sequence = self._batch.add()
         row.read = self._batch.length(row.sequence)
@@ -378,6 +387,14 @@ class Engine:
             self.metrics.paused.inc()
 
 
+def _tell(job: Job, error: Exception) -> None:
+    """Who asked may be gone, which is no matter of others."""
+    try:
+        job.hear(error)
+    except Exception:
+        logger.exception("an error could not be told")
+
+
 def _common(ids: Sequence[int], others: Sequence[int]) -> int:
     """How many tokens two sequences begin with alike."""
     pairs = enumerate(zip(ids, others, strict=False))
@@ -397,8 +414,8 @@ def _failing(rows: list[_Row]) -> Iterator[None]:
     except Exception as error:
         logger.exception("%d answers failed", len(rows))
         for row in rows:
-            row.is_open = False
-            row.job.hear(error)
+            row.is_open, row.has_failed = False, True
+            _tell(row.job, error)
 
 
 def fit_codecs(
