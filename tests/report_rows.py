@@ -93,6 +93,15 @@ def encode(role, tokens, ms):
     return layer("encode", "b3", tokens, ms, role=role, ratio_torch_bf16=None, **cost)
 
 
+OF_CPU = {"machine": "a machine", "versions": VERSIONS, "isa": "avx2"}
+
+
+def overhead(name):
+    times = {"python_us_per_layer_token": 20.0, "kernel_us_per_layer_token": 70.0, "python_us_per_block": 1500.0}
+    turns = {"rows_us_per_layer": 500.0, "server_turn_ms": 18.0, "plan_us": 600.0}
+    return {"case": "overhead", "preset": name, "layers": 30, "tokens": 4096, "repeats": 256} | times | turns | OF_CPU
+
+
 def whole(case, name, tokens, ms, **fields):
     """What benchmarks of whole models share."""
     backend = "cpu" if name.startswith("b") else None
@@ -175,6 +184,7 @@ EVERY_KIND = {
     "decode": [decode("b3", 1024, 1.0), decode("b3", 4096, 2.0)],
     "scan": [scan("signs-128", 128), scan("levels-2", 128)],
     "encode": [encode(role, tokens, tokens / 1e3) for role in ("key", "value") for tokens in (1024, 2048)],
+    "overhead": [overhead("b3"), overhead("b2")],
     "memory": [memory(name, tokens, 5.0) for name in ("b3", "dynamic") for tokens in (256, 512)],
     "throughput": [
         throughput("dynamic", 1),

@@ -154,7 +154,7 @@ def test_a_window_of_attention_stays_transformers_own():
     sliding, full = cache.layers
     assert type(sliding) is transformers.cache_utils.DynamicSlidingWindowLayer
     assert sliding.keys.shape[2] < 128
-    assert full.core.packed_tokens == [256]
+    assert full.store.index.packed_tokens == [252]
     assert cache.is_sliding == [True, False]
 
 

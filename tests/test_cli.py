@@ -328,7 +328,7 @@ def test_demo_of_full_precision_differs_in_nothing(checkpoint, essays):
     assert told["kl"] < 1e-6
     assert told["top1"] == 1
     assert told["text"] == told["text_full"]
-    assert told["compression"] == 0.5
+    assert 0.49 < told["compression"] < 0.5  # the first tokens are held twice
 
 
 # Prompt caches

@@ -134,16 +134,16 @@ def test_a_context_read_in_chunks_reads_codes_itself(packed):
 def test_what_is_read_is_counted_by_token(packed):
     one_bit = packed(ONE_BIT)
     one_bit.loglikelihood(asked((EXAMPLES[:200], "abc")))
-    assert (one_bit.reads.codes, one_bit.reads.tokens) == (3 * 192, 200 + 201 + 202)  # of 199 tokens, 4 are sinks
+    assert (one_bit.reads.codes, one_bit.reads.tokens) == (3 * 188, 200 + 201 + 202)  # of 192 tokens, 4 are sinks
     one_bit = packed(ONE_BIT)
     one_bit.loglikelihood(asked((EXAMPLES[:200], "a" * 63)))
-    assert one_bit.reads.codes == 61 * 192 + 2 * 256  # what is scored is quantized too, once it fills a block
+    assert one_bit.reads.codes == 57 * 188 + 6 * 252  # what is scored is quantized too, once it fills a block
 
 
 def test_what_is_read_while_generating_is_counted_by_row(packed):
     one_bit, settings = packed(ONE_BIT), {"until": ["never"], "max_gen_toks": 3}
     one_bit.generate_until(asked((EXAMPLES[:200], settings), (EXAMPLES[:100], settings), kind="generate_until"))
-    assert one_bit.reads.codes == 2 * 192 + 2 * 64  # the first token comes out of the exact prefill
+    assert one_bit.reads.codes == 2 * 188 + 2 * 60  # the first token comes out of the exact prefill
     assert one_bit.reads.tokens == 200 + 201 + 202 + 100 + 101 + 102
 
 
@@ -393,7 +393,7 @@ def test_the_model_is_known_by_name_in_python(checkpoint, folder):
     made = get_model("qjl").create_from_arg_string(
         f"pretrained={checkpoint},preset=b2,recent=own,chunk=64,data={folder}/text.txt", {"batch_size": "4"}
     )
-    assert (made.batch_size, made._chunk, made._empty.cores[0].recent) == (4, 64, PRESETS["b2"].recent)
+    assert (made.batch_size, made._chunk, made._empty.index.recent) == (4, 64, PRESETS["b2"].recent)
 
 
 @pytest.mark.parametrize(

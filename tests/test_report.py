@@ -92,7 +92,9 @@ def test_every_element_is_closed_and_every_id_is_one(text, page):
 
 def test_it_opens_with_the_frontier_and_has_a_section_of_every_kind(page):
     assert [name for name in page.ids if name in KINDS] == list(KINDS)
-    assert page.tags["svg"] == page.tags["figure"] == page.tags["figcaption"] == len(KINDS) - 1  # families have none
+    assert (
+        page.tags["svg"] == page.tags["figure"] == page.tags["figcaption"] == len(KINDS) - 2
+    )  # families and overheads have none
     assert page.tags["table"] == page.tags["caption"] == len(KINDS) + 2  # the headline, and the sources
     assert page.tags["h1"] == 1
 

@@ -52,7 +52,7 @@ class Learned:
     def arrays(self) -> Arrays:
         """By name: ``key.mean``, ``value.mean``, ``is_undone``."""
         named = {f"{role}.{name}": x for role in ("key", "value") for name, x in getattr(self, role).items()}
-        return named | {"is_undone": torch.tensor(self.is_undone)}
+        return named | {"is_undone": torch.tensor(self.is_undone, dtype=torch.bool)}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor]) -> Learned:

@@ -60,25 +60,28 @@ class Plan:
 class _LayerSize:
     """One layer's cache for one user.
 
-    ``kept`` tokens stay exact, and all of them below ``awaited`` tokens, where statistics are taken. A layer that
-    is not quantized has no ``block_bytes``, and maybe a ``limit`` on its tokens.
+    The last ``recent`` tokens stay exact, and all of them below ``awaited`` tokens, where statistics are taken; the
+    first ``sinks`` are exact and in codes. A layer that is not quantized has no ``block_bytes``, and maybe a ``limit``
+    on its tokens.
     """
 
     token_bytes: int
     block_bytes: int = 0
-    kept: int = 0
+    sinks: int = 0
+    recent: int = 0
     awaited: int = 0
     limit: int | None = None
 
     def at(self, tokens: int) -> int:
         if not self.block_bytes:
             return self.token_bytes * (tokens if self.limit is None else min(tokens, self.limit))
-        blocks = max(0, tokens - self.kept) // BLOCK if tokens >= self.awaited else 0
-        return blocks * self.block_bytes + (tokens - blocks * BLOCK) * self.token_bytes
+        blocks = max(0, tokens - self.recent) // BLOCK if tokens >= self.awaited else 0
+        exact = tokens - blocks * BLOCK + min(self.sinks, blocks * BLOCK)
+        return blocks * self.block_bytes + exact * self.token_bytes
 
     def most_up_to(self, tokens: int) -> int:
         """The largest size on the way: it shrinks each time that a block is quantized."""
-        full_window = tokens - (tokens - self.kept + 1) % BLOCK
+        full_window = tokens - (tokens - self.recent + 1) % BLOCK
         return max(self.at(max(0, n)) for n in (tokens, full_window, min(tokens, self.awaited - 1)))
 
 
@@ -165,7 +168,8 @@ class Planner:
         return _LayerSize(
             self._token_bytes(shape),
             block_bytes=shape.num_key_value_heads * bits // 8,
-            kept=preset.sinks + preset.recent,
+            sinks=preset.sinks,
+            recent=preset.recent,
             awaited=MIN_TOKENS if awaits_statistics else 0,
         )
 

@@ -86,7 +86,8 @@ class Rope:
     def arrays(self) -> dict[str, Tensor]:
         """As a file has it: ``inv_freq`` float32 [F], ``scaling`` float64 [], ``interleaved`` bool []."""
         scaling = torch.tensor(self.scaling, dtype=torch.float64)
-        return {"inv_freq": self.inv_freq, "scaling": scaling, "interleaved": torch.tensor(self.interleaved)}
+        interleaved = torch.tensor(self.interleaved, dtype=torch.bool)
+        return {"inv_freq": self.inv_freq, "scaling": scaling, "interleaved": interleaved}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Tensor]) -> Rope:

@@ -107,7 +107,7 @@ class AttentionMoments:
 
     def arrays(self) -> dict[str, Tensor]:
         """The sums so far, float32 [H, D, D], and their ``count``, int64 []; nothing before there are any."""
-        return {"count": torch.tensor(self.count), **self._sums} if self._sums else {}
+        return {"count": torch.tensor(self.count, dtype=torch.int64), **self._sums} if self._sums else {}
 
     def copy(self) -> AttentionMoments:
         """As of now."""

@@ -258,7 +258,7 @@ def _chosen(x: Tensor, places: Integers) -> Tensor:
     """Those places along the first axis; no copy where they follow each other."""
     numbers = places.tolist()
     run = run_of(numbers) if numbers else slice(0)
-    return x[torch.tensor(numbers, device=x.device)] if run is None else x[run]
+    return x[torch.tensor(numbers, dtype=torch.int64, device=x.device)] if run is None else x[run]
 
 
 def _restore(

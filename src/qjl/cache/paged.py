@@ -212,7 +212,7 @@ class PagedCache(Copied):
                 for rows in groups
             ]
             order = [step.starts[row] + place for rows in groups for row in rows for place in range(step.counts[row])]
-            self._order = torch.tensor(order, device=device).argsort()
+            self._order = torch.tensor(order, dtype=torch.int64, device=device).argsort()
         return self._readings
 
     def store(self, layer: Layer) -> None:
@@ -426,7 +426,7 @@ def _rows_of(x: Tensor, reading: Reading) -> Tensor:
     if reading.batch == 1:
         return x[:, :, starts[0] : starts[0] + reading.queries]
     run = run_of(starts)  # one token each
-    return x[0, :, torch.tensor(starts) if run is None else run].transpose(0, 1)[:, :, None]
+    return x[0, :, torch.tensor(starts, dtype=torch.int64) if run is None else run].transpose(0, 1)[:, :, None]
 
 
 def as_coded(keys: Tensor, values: Tensor, codecs: Codecs, layer: int = 0) -> Tokens:
