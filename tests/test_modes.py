@@ -16,7 +16,7 @@ from qjl.presets import PRESETS
 from qjl.statistics import AttentionMoments, measure
 
 SOURCE = Path(__file__).parent.parent / "src" / "qjl"
-APART = {"bench", "evals", "plots", "report"}  # which measure, and are no library
+APART = {"lab"}  # which measures, and is no library
 FACTORIES = {
     *("zeros", "ones", "empty", "full", "rand", "randn", "normal", "eye", "linspace", "logspace", "tensor"),
     *("scalar_tensor", "empty_strided", "hann_window"),
@@ -112,7 +112,7 @@ def _of_layer(preset, model):
     return run
 
 
-TIES = 2e-3  # of numbers: a token at the edge of two codes falls to either side, even twice in the same mode
+TIES = 5e-3  # of tokens, that lie at the edge of two codes and fall to either side
 
 
 def _assert_same(found, expected):
@@ -122,7 +122,7 @@ def _assert_same(found, expected):
 
 
 def _share_of_others(x, expected):
-    return float((x != expected).float().mean())
+    return float(((x.double() - expected.double()).abs() > 1e-3).float().mean())
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "full"])

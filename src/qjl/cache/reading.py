@@ -96,7 +96,7 @@ class Reading:
             return False
         numbers = torch.arange(columns)
         expected = numbers <= torch.arange(self.begin, columns)[:, None]
-        is_padding = numbers < torch.tensor(self._padding)[:, None]
+        is_padding = numbers < torch.tensor(self._padding, dtype=torch.int64)[:, None]
         return bool(((sees == expected) | is_padding[:, None, None]).all())
 
     def bias(self, mask: Tensor | None) -> Tensor:
@@ -110,7 +110,7 @@ class Reading:
         columns = np.concatenate([self._table_columns, exact], 1)
         valid = np.concatenate([self._table_valid, np.ones(exact.shape, bool)], 1)
         hidden = to_device(torch.from_numpy(~valid), self.device)[:, None, None]
-        nothing = torch.zeros(1, 1, 1, 1, device=self.device)
+        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=self.device)
         if mask is None:
             return nothing.masked_fill(hidden, -torch.inf)
         return Seen(to_device(torch.from_numpy(columns), self.device), None).of(mask).masked_fill(hidden, -torch.inf)
@@ -137,7 +137,9 @@ class Reading:
         pads = [max(0, pad - begin) for pad in self._padding]
         if not any(pads):
             return Seen(begin, None)
-        return Seen(begin, to_device(torch.arange(self.queries) >= torch.tensor(pads)[:, None], self.device))
+        return Seen(
+            begin, to_device(torch.arange(self.queries) >= torch.tensor(pads, dtype=torch.int64)[:, None], self.device)
+        )
 
     @cached_property
     def packed(self) -> tuple[Tensor, Tensor, Seen] | None:
