@@ -102,4 +102,5 @@ def _put_tokens(fresh, fresh_stride, kept, kept_stride, slots, slot_stride, coun
     at = fresh + row * fresh_stride[0] + head * fresh_stride[1] + token.to(tl.int64) * fresh_stride[2]
     numbers = tl.load(at + i * fresh_stride[3], mask=i < dim, other=0.0)
     to = kept + slot * kept_stride[0] + head * kept_stride[1] + i
-    tl.store(to, numbers.to(kept.dtype.element_ty), mask=(i < dim) & (slot >= 0))
+    if slot >= 0:
+        tl.store(to, numbers.to(kept.dtype.element_ty), mask=i < dim)
