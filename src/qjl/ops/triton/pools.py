@@ -57,11 +57,7 @@ def append_attend(
         _put(fresh, kept, rows)
     by_head = query.reshape(batch, heads, query_heads // heads * queries, dim)
     out, _ = attend(by_head, pool, exact, rows, queries, scaling, softcap, None)
-    return (
-        out.view(batch, query_heads, queries, value_dim)
-        .transpose(1, 2)
-        .to(query.dtype, memory_format=torch.contiguous_format)
-    )
+    return out.view(batch, query_heads, queries, value_dim).transpose(1, 2).to(query.dtype).contiguous()
 
 
 def _gathered(exact: ExactPool, rows: Rows, queries: int, bias: Tensor | None) -> ExactTokens:
