@@ -398,6 +398,15 @@ class PagedCache(Copied):
         if self.index.batch:
             self.index.select(rows)
 
+    def shrink(self) -> None:
+        """Give back the room that no token takes; a fixed capacity stays."""
+        self.settle()
+        if self.index.capacity is not None:
+            return
+        slots, pages = self.index.renumber()
+        for layer in self.layers.values():
+            layer.keep(slots.tolist(), pages.tolist())
+
     @property
     def tokens_until_due(self) -> int:
         """How many tokens may come at once with the result of one by one: until a block is coded."""
