@@ -43,7 +43,7 @@ from qjl.serving import engine as engine_module
 from qjl.serving import server, vllm
 from qjl.serving.app import Limits, Service, build
 from qjl.serving.engine import Engine, Job, fit_codecs
-from qjl.serving.metrics import Metrics
+from qjl.serving.metrics import Held, Metrics
 from qjl.serving.protocol import _CHANGE_NOTHING, _ONLY, ChatRequest, CompletionRequest
 from qjl.serving.ragged_batch import RaggedBatch
 from qjl.serving.sampling import Choice, Chooser
@@ -1741,7 +1741,7 @@ def test_the_page_names_every_option_metric_and_status():
     page = (ROOT / "docs/serving.md").read_text()
     options = [name for one in typer.main.get_command(cli.app).commands["serve"].params for name in one.opts]
     names = [name for name in options if name.startswith("--") and name != "--help"]
-    names += re.findall(r"qjl_\w+", Metrics().text(0, 0, 0, 0).decode())
+    names += re.findall(r"qjl_\w+", Metrics().text(Held(0, 0, 0, 0, 0)).decode())
     told = re.sub(r"_(total|bucket|count|sum|created)\b", "", page)
     missing = {re.sub(r"_(total|bucket|count|sum|created)$", "", name) for name in names} - set(
         re.findall(r"--[\w-]+|qjl_\w+", told)
