@@ -15,7 +15,7 @@ from qjl.codecs import Codecs, Pair
 from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, require_finite
-from qjl.statistics import MIN_TOKENS, AttentionMoments, LayerStatistics, measure
+from qjl.statistics import MIN_TOKENS, AttentionMoments, LayerStatistics, layer_statistics
 
 logger = logging.getLogger("qjl")
 
@@ -131,7 +131,7 @@ class FirstPrompt(Copied):
         require_finite(keys * valid[:, None, :, None], f"keys of {layer.name}")
         tokens = columns - _column(index.padding, keys.device)
         needs_queries = self.codecs.needs_queries(layer.number)
-        return measure(
+        return layer_statistics(
             keys,
             values,
             positions=tokens + _column(index.origins.tolist(), keys.device),
