@@ -16,10 +16,10 @@ def codecs_of(config, rope=None, statistics=none, number=0):
 class OneLayer:
     """A ``PagedCache`` of one layer; ``codecs`` are those of another one, or fitted to its first prompt."""
 
-    def __init__(self, key, value, sinks=4, recent=32, codecs=None, rope=None, pre_rope=False, number=0):
+    def __init__(self, key, value, sinks=4, recent=32, codecs=None, rope=None, pre_rope=False, number=0, capacity=None):
         config = CacheConfig(key, value, sinks, recent, pre_rope=pre_rope)
         self.codecs = codecs_of(config, rope, number=number) if codecs is None else codecs
-        self.cache = PagedCache([number], sinks, recent, FirstPrompt(self.codecs, "test"))
+        self.cache = PagedCache([number], sinks, recent, FirstPrompt(self.codecs, "test"), capacity)
         self.core = self.cache.layers[number]
         self.fresh = None
 

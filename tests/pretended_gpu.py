@@ -32,11 +32,16 @@ WAITING = {
 
 @dataclass
 class Watch:
-    """Where the host waited for the device, new bytes there, and the kernels of Triton."""
+    """Where the host waited for the device, new bytes there, and the kernels of Triton.
+
+    ``grids``: of each launch its name, its grid, and what its tensors look like; ``places``: where these lie.
+    """
 
     waits: list[str] = field(default_factory=list)
     nbytes: int = 0
     launches: list[str] = field(default_factory=list)
+    grids: list[tuple] = field(default_factory=list)
+    places: list[list[int]] = field(default_factory=list)
 
 
 _watches = []
@@ -254,21 +259,25 @@ def _catch_launches(patched):
         run = GridExecutor.__call__
 
         def interpret(executor, *args, **kwargs):
-            _note_launch(executor.fn.__name__, args)
+            _note_launch(executor.fn.__name__, args, executor.grid)
             run(executor, *on_host(args), **kwargs)
 
         patched.setattr(GridExecutor, "__call__", interpret)
     else:
         from triton.runtime.jit import JITFunction
 
-        def note(kernel, *args, **kwargs):
-            _note_launch(kernel.__name__, args)
+        def note(kernel, *args, grid, **kwargs):
+            _note_launch(kernel.__name__, args, grid)
 
         patched.setattr(JITFunction, "run", note)
 
 
-def _note_launch(name, args):
-    if not all(isinstance(x, OnGpu) for x in _tensors(args)):
+def _note_launch(name, args, grid):
+    tensors = _tensors(args)
+    if not all(isinstance(x, OnGpu) for x in tensors):
         raise RuntimeError(f"the kernel {name} was given a tensor of the host.")
+    looks = tuple((tuple(x.shape), x.stride(), x.dtype) for x in tensors)
     for watch in _watches:
         watch.launches.append(name)
+        watch.grids.append((name, grid, looks))
+        watch.places.append([x.data_ptr() for x in tensors])

@@ -541,6 +541,50 @@ def test_places_grow_by_a_quarter():
     assert (places.in_use, places.take(2)) == (0, [0, 1])
 
 
+def test_places_grow_no_further_than_is_ample():
+    places = Places("pages")
+    places.ample = 100
+    for _ in range(120):
+        places.take(1)
+        assert places.capacity <= max(100, places.in_use)
+
+
+def test_what_is_held_is_numbered_without_gaps():
+    index = filled([200, 40])
+    index.select([0, 0])
+    index.crop(190)
+    for _ in range(3):
+        index.begin_columns(70)
+        index.commit()
+    index.select([1])
+    index.add_rows(1)
+    slots, pages = index.slots_held(), index.pages_held()
+    exact, coded = index.slot_of[0, : index.counts[0]].copy(), index.table[0, : index.blocks[0]].copy()
+    found = index.renumber()
+    assert [of.tolist() for of in found] == [slots.tolist(), pages.tolist()]
+    assert slots[index.slot_of[0, : index.counts[0]]].tolist() == exact.tolist()
+    assert pages[index.table[0, : index.blocks[0]]].tolist() == coded.tolist()
+    for places, held in ((index.slots, slots), (index.pages, pages)):
+        assert places.in_use == places.capacity == len(held)
+        assert places.take(1) == [len(held)]
+
+
+@pytest.mark.parametrize("sinks", [0, 4, 100])
+def test_what_a_pass_takes_is_known_before(sinks):
+    index, chance = filled([10, 10], sinks=sinks), random.Random(sinks)
+    index.select([0, 0, 0])
+    for number in range(200):
+        counts = [chance.choice([0, 1, 1, 1, 30, 64, 300]) for _ in range(3)]
+        if number % 20 == 19:
+            index.crop_row(1, chance.randrange(index.lengths[1]))
+        slots, pages = index.need(counts)
+        step = index.begin_ragged(counts)
+        index.plan()
+        assert (slots, pages) == (len(step.put_slots), len(step.taken))
+        index.commit()
+        index.select([0, 1, 1] if number == 100 else [0, 1, 2])
+
+
 def test_a_place_that_is_released_twice_at_once_is_free_once():
     places = Places("slots")
     places.take(1)

@@ -10,6 +10,7 @@ from conftest import Model, using_backend
 from models_for_tests import generate, left_padded, prompt, tiny
 from one_layer import OneLayer
 from qjl import calibration
+from qjl.cache.index import Capacity
 from qjl.methods.balanced import Balanced
 from qjl.methods.qjl import QJL
 from qjl.methods.uniform import TokenUniform
@@ -179,6 +180,32 @@ def test_what_a_step_with_triton_allocates_does_not_grow(name, padding, gpu):
             _step(layer, tokens, length + 2, length + 3)
         allocated.append(seen.nbytes)
     assert allocated[0] == allocated[1] > 0
+
+
+@not_interpreted
+@pytest.mark.parametrize("name", FUSED)
+def test_with_a_fixed_length_every_step_is_the_same_work(name, gpu):
+    """What a graph replays: the same kernels on the same grids, over the same tensors of the cache, and no wait."""
+    model = Model(head_dim=64)
+    tokens = _pushed(model.first_tokens(600, batch=2))
+    layer = OneLayer(*FUSED[name].for_layer(0), SINKS, RECENT, rope=model.rope, capacity=Capacity(2, 600))
+    _step(layer, tokens, 0, 330)
+    seen = []
+    for place in range(330, 600):
+        with watched() as watch:
+            layer.append(tokens.keys[:, :, place : place + 1], tokens.values[:, :, place : place + 1])
+            layer.attend(tokens.queries[:, :, place : place + 1])
+        layer.settle()
+        seen.append(watch)
+    first, later = seen[1], seen[2:]  # the first step makes what is made once
+    kept = {x.data_ptr() for side in layer.core.pages.fields for x in side.values()}
+    kept |= {layer.core.exact.keys.data_ptr(), layer.core.exact.values.data_ptr()}
+    assert first.launches
+    for watch in later:
+        assert not watch.waits
+        assert watch.grids == first.grids
+        assert watch.nbytes == first.nbytes
+        assert kept <= {place for places in watch.places for place in places}
 
 
 @not_interpreted

@@ -1,6 +1,7 @@
 """The cache in transformers: every way to generate, what it costs in memory, and what users may do around it."""
 
 import copy
+import dataclasses
 import gc
 import logging
 import pickle
@@ -338,6 +339,54 @@ def measured_in(cache):
     """Statistics of each layer, of tokens that all are exact."""
     (source,), (store,) = cache.sources, cache.stores
     return [source.measure(core, store) for core in cache.cores]
+
+
+def queries_in(cache):
+    """How many were seen of each KV head, and their moments, by layer."""
+    found = [cache.sources[0]._queries.moments(core.number) for core in cache.cores]
+    return [(moments.count, moments.queries(True), moments.outputs()) for moments in found]
+
+
+@pytest.mark.parametrize("kept", [270, 200, 150, 40])
+def test_queries_go_with_the_tokens_that_are_cropped(model, kept):
+    ids = prompt(300, batch=2)
+    cropped, expected = qjl.KVCache(model, KEEP_ALL), qjl.KVCache(model, KEEP_ALL)
+    read(model, ids[:, :270], cropped, sizes=(150, 50, 70))
+    cropped.crop(kept - 270) if kept < 270 else None
+    read(model, ids[:, kept:], cropped, sizes=(300 - kept,))
+    read(model, ids, expected, sizes=(300,))
+    for found, other in zip(queries_in(cropped), queries_in(expected), strict=True):
+        assert found[0] == other[0] == 2 * 300 * 2  # rows, tokens, queries of a KV head
+        torch.testing.assert_close(found[1:], other[1:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_of_queries_goes_as_a_whole(model):
+    """Those of a long prompt are not held one by one."""
+    cache = qjl.KVCache(model, dataclasses.replace(KEEP_ALL, recent=1000))
+    read(model, prompt(620), cache, sizes=(560, 30, 30))
+    assert cache.sources[0]._queries.passes == {0: [], 1: []}
+    cache.crop(-40)
+    assert cache.sources[0]._queries.sums == {}
+    read(model, prompt(10), cache, sizes=(10,))
+    assert [count for count, _, _ in queries_in(cache)] == [20, 20]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, qjl.QJLError])
+def test_queries_of_a_pass_that_cannot_end_do_not_count(model, monkeypatch, error):
+    cache = qjl.KVCache(model, KEEP_ALL)
+    read(model, prompt(100), cache, sizes=(100,))
+    before = queries_in(cache)
+
+    def fail(*arguments):
+        raise error("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.stores[0], "_require_all", fail)
+        with pytest.raises(error, match="out of luck"):
+            read(model, prompt(50), cache, sizes=(50,))
+    assert cache.get_seq_length() == 100
+    assert all(torch.equal(a, b) for a, b in zip(queries_in(cache)[0][1:], before[0][1:], strict=True))
+    assert [count for count, _, _ in queries_in(cache)] == [count for count, _, _ in before]
 
 
 def test_caches_of_one_model_share_codecs(model):

@@ -50,5 +50,13 @@ def test_what_cannot_be_coded_is_told(refuses):
         qjl.quantize(x / 0)
     with refuses("must be a multiple of 8"):
         qjl.quantize(torch.randn(64, 30), "int8")
-    with refuses("are not those of tokens"):
-        qjl.quantize(x, queries=torch.randn(3, 5, 10, 64))
+    for shape in ((3, 5, 10, 64), (10, 32)):
+        with refuses("are not those of tokens"):
+            qjl.quantize(x, queries=torch.randn(shape))
+    for queries in (x[:0], x.long(), x[0]):
+        with refuses("queries are floats [..., Q, D]"):
+            qjl.quantize(x, queries=queries)
+    with refuses("the queries"):
+        qjl.quantize(x, queries=x / 0)
+    with refuses("say nothing of values"):
+        qjl.quantize(x, role="value", queries=x)

@@ -1,5 +1,6 @@
 """The server as its clients see it: the official client, others that misbehave, and Prometheus."""
 
+import asyncio
 import contextlib
 import copy
 import functools
@@ -196,6 +197,22 @@ def test_rows_come_and_go_without_a_trace(model):
         assert batch.nbytes == held
     batch.drop(first)
     assert batch.nbytes == 0
+
+
+def test_rows_read_the_same_when_room_is_given_back(model):
+    batch = RaggedBatch(model, resolve(PRESET))
+    gone, one, two = (batch.add() for _ in range(3))
+    read_on(batch, {gone: prompt(500)[0].tolist(), one: prompt(300, seed=1)[0].tolist(), two: [7]})
+    batch.drop(gone)
+    other = copy.deepcopy(batch)
+    assert batch.is_loose
+    batch.shrink()
+    assert not batch.is_loose
+    assert batch.allocated_nbytes == batch.nbytes == other.nbytes
+    for count in (1, 70, 1):
+        tokens = {name: prompt(count, seed=name)[0].tolist() for name in (one, two)}
+        found, expected = read_on(batch, tokens), read_on(other, tokens)
+        assert all(torch.equal(found[name], expected[name]) for name in tokens)
 
 
 def test_a_shared_beginning_is_held_once_and_goes_its_own_way(model):
@@ -557,7 +574,7 @@ def test_a_budget_of_bytes_is_kept_by_answers_that_wait_their_turn(model, tokeni
     most = []
     with engine_of(model, tokenizer, slots=len(texts), memory=3 * one) as engine:
         turn = engine._turn
-        engine._turn = lambda: (turn(), most.append(engine._batch.nbytes))
+        engine._turn = lambda: (turn(), most.append(engine._batch.allocated_nbytes))
         found = written(engine, tokenizer, texts, tokens=100)
         # those that were paused read their prompts again, partly as codes
         assert sum(one == other for one, other in zip(found, expected, strict=True)) >= len(texts) // 2
@@ -565,16 +582,135 @@ def test_a_budget_of_bytes_is_kept_by_answers_that_wait_their_turn(model, tokeni
     assert max(most) <= 3 * one
 
 
+def squeeze(engine):
+    """Once all answers are being written, there is room for half of what they hold."""
+    turn = engine._turn
+
+    def take():
+        turn()
+        if all(row.is_writing for row in engine._rows):
+            engine.memory = engine._batch.memory = engine._batch.nbytes // 2
+            engine._turn = turn
+
+    engine._turn = take
+
+
 def test_paused_answers_read_their_tokens_again(model, tokenizer):
     texts = [f"My secret is {secret}. " * 20 for secret in SECRETS[:4]]
     with engine_of(model, tokenizer) as engine:
-        expected = written(engine, tokenizer, texts, tokens=150)
-        prompts = [engine._batch.bytes_for(len(tokenizer(text).input_ids)) for text in texts]
-    with engine_of(model, tokenizer, memory=2 * max(prompts)) as engine:
-        found = written(engine, tokenizer, texts, tokens=150)
-        paused = engine.metrics.paused._value.get()
-    assert paused
+        expected = written(engine, tokenizer, texts, tokens=80)
+    with engine_of(model, tokenizer) as engine:
+        squeeze(engine)
+        found = written(engine, tokenizer, texts, tokens=80)
+        assert engine.metrics.paused._value.get() >= 2
+        held = engine.held().result(LONGEST)
+        assert (held.running, held.waiting, held.cache_bytes, held.allocated_bytes) == (0, 0, 0, 0)
     assert [len(text) for text in found] == [len(text) for text in expected]
+
+
+def test_a_paused_answer_that_nobody_waits_for_leaves_nothing(model, tokenizer):
+    heard = []
+    with engine_of(model, tokenizer) as engine:
+        squeeze(engine)
+        jobs = [Job(tokenizer(f"{name} " * 60).input_ids, 400, heard.append, Choice(0)) for name in SECRETS[:4]]
+        with engine._changed:
+            for job in jobs:
+                engine.submit(job)
+        wait_until(lambda: engine._paused)
+        paused = engine._paused[0].job
+        engine.cancel(paused)
+        wait_until(lambda: paused not in [row.job for row in [*engine._paused, *engine._rows]])
+        for job in jobs:
+            engine.cancel(job)
+        wait_until(lambda: engine.is_idle)
+        held = engine.held().result(LONGEST)
+        assert (held.running, held.waiting, held.cache_bytes, held.allocated_bytes) == (0, 0, 0, 0)
+        assert engine._batch._sequences == []
+    assert not any(isinstance(one, Exception) for one in heard)
+
+
+def test_room_is_given_back_when_nobody_asks(model, tokenizer):
+    """What an ended conversation holds stays, and is still read."""
+    text = "My secret is otter. " * 20
+    with engine_of(model, tokenizer) as engine:
+        first = written(engine, tokenizer, [text], client="a")[0]
+        burst = [f"My secret is {secret}. " * 20 for secret in SECRETS]
+        written(engine, tokenizer, burst)
+        wait_until(lambda: engine.held().result(LONGEST).running == 0)
+        held = engine.held().result(LONGEST)
+        assert 0 < held.cache_bytes <= held.allocated_bytes <= 2 * held.cache_bytes
+        found = written(engine, tokenizer, [text + first + " And?"], client="a")
+        assert engine.metrics.shared._value.get() >= len(text)
+    with engine_of(model, tokenizer) as engine:
+        assert written(engine, tokenizer, [text], client="a")[0] == first
+        assert written(engine, tokenizer, [text + first + " And?"], client="a") == found
+
+
+def test_ended_conversations_make_way_only_where_that_helps(model, tokenizer):
+    text = "My secret is otter. " * 20
+    with engine_of(model, tokenizer) as engine:
+        written(engine, tokenizer, [text], client="a")
+        wait_until(lambda: engine.held().result(LONGEST).running == 0)
+        held = engine._batch.nbytes
+        engine.memory = engine._batch.memory = 2 * held
+        assert not engine._fits(2 * held + 1)
+        assert len(engine._ended) == 1
+        assert engine._fits(held)
+        assert len(engine._ended) == 1
+        assert engine._fits(held + 1)
+        assert not engine._ended
+
+
+def test_one_answer_alone_has_all_room_but_no_more_than_it_needs(model, tokenizer):
+    """Ended conversations make way, and pools grow by no quarter."""
+    text = "My secret is otter. " * 20
+    with engine_of(model, tokenizer) as engine:
+        written(engine, tokenizer, [text], client="a")
+        wait_until(lambda: engine.held().result(LONGEST).running == 0)
+        engine.memory = engine._batch.memory = engine._batch.nbytes
+        most, turn = [], engine._turn
+        engine._turn = lambda: (turn(), most.append((engine._batch.allocated_nbytes, engine._batch.nbytes)))
+        written(engine, tokenizer, ["My secret is maple. " * 30], tokens=150)
+        assert not engine._ended
+    token = engine._batch._bytes_of(1, 0)
+    assert all(allocated <= max(engine.memory, held) + 65 * token for allocated, held in most)
+
+
+def test_the_bytes_of_tokens_are_known_before_they_are_read(model):
+    batch = RaggedBatch(model, resolve(PRESET), memory=0)
+    one, two = batch.add(), batch.add()
+    for counts in ({one: 300, two: 5}, {one: 1, two: 130}, *[{one: 1}] * 70, {one: 200, two: 64}):
+        before, most = batch.nbytes, batch.bytes_for_pass(counts)
+        read_on(batch, {name: prompt(count)[0].tolist() for name, count in counts.items()})
+        assert batch.nbytes <= before + most
+        assert batch.nbytes == batch.nbytes_of([one, two]) <= batch.allocated_nbytes <= before + most
+        assert batch.nbytes_of([one]) + batch.nbytes_of([two]) == batch.nbytes
+
+
+def test_what_is_held_is_told_until_the_end_and_after(model, tokenizer, monkeypatch):
+    """Never while a turn is under way."""
+    entered, go_on = threading.Event(), threading.Event()
+    read = RaggedBatch.read
+
+    def wait(*arguments):
+        entered.set()
+        assert go_on.wait(LONGEST)
+        return read(*arguments)
+
+    monkeypatch.setattr(RaggedBatch, "read", wait)
+    engine = Engine(model, tokenizer, resolve(PRESET))
+    engine.submit(Job(tokenizer("Hello").input_ids, 10, lambda piece: None, Choice(0)))
+    assert entered.wait(LONGEST)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    wait_until(lambda: engine._is_closed)
+    asked = engine.held()
+    assert not asked.done()
+    go_on.set()
+    closing.join(LONGEST)
+    for held in (asked.result(LONGEST), engine.held().result(0)):
+        assert held.waiting == 0
+    assert engine.held().result(0).allocated_bytes == 0
 
 
 def test_a_conversation_goes_on_where_it_ended_for_the_same_client_alone(model, tokenizer):
@@ -1255,6 +1391,34 @@ def test_a_client_that_waits_as_told_is_served(model, tokenizer):
         with asking(lambda number: complete(patient, f"{number}", 3), 3) as answers:
             pass
     assert all(answer.usage.completion_tokens == 3 for answer in answers)
+
+
+def test_a_client_that_goes_before_the_first_event_frees_its_row(model, tokenizer):
+    """When the answer's head cannot be sent, though nobody tells that the client has gone."""
+    engine = Engine(model, tokenizer, resolve(PRESET))
+    app = build(Service(engine, tokenizer, Limits("tiny")))
+    body = json.dumps({"model": "tiny", "prompt": "Hello", "max_tokens": 500, "stream": True, "temperature": 0})
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+
+    async def ask():
+        parts = iter([{"type": "http.request", "body": body.encode()}])
+
+        async def receive():
+            return next(parts, None) or await asyncio.Event().wait()
+
+        async def send(message):
+            raise OSError("gone")
+
+        with contextlib.suppress(Exception):
+            await app(scope | {"asgi": {"version": "3.0", "spec_version": "2.4"}}, receive, send)
+        # the job is left before anything else is done for it
+        assert all(row.job.is_cancelled for row in engine._rows)
+
+    asyncio.run(asyncio.wait_for(ask(), LONGEST))
+    wait_until(lambda: engine.is_idle)
+    assert engine.held().result(LONGEST).cache_bytes == 0
+    assert engine.metrics.tokens_written._value.get() < 500
+    engine.close()
 
 
 @pytest.mark.parametrize("streams", [True, False])

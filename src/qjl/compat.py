@@ -159,7 +159,8 @@ def is_sdpa_or_flash(function: _Wrapper) -> bool:
 
 def are_weights_collected() -> bool:
     """Whether the forward pass that runs keeps the weights of its attention, of which some models do not tell it."""
-    return any(name.endswith("attentions") for name in _active_collector.get() or ())
+    collected = _active_collector.get()
+    return bool(collected) and any(name.endswith("attentions") for name in collected)
 
 
 def wants_weights(module: torch.nn.Module) -> bool:

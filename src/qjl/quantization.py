@@ -61,17 +61,22 @@ def quantize(
     >>> error = coded.dequantize() - x
 
     Dimensions before the last two are heads, and rows of a batch before these. Methods that are fitted take their
-    statistics from ``x`` itself. Those that ask for queries take them from ``queries [..., Q, D]``, of as many rows and
-    a multiple of the heads; without any, all directions count alike. Tokens count as before RoPE.
+    statistics from ``x`` itself. Those of keys that ask for queries take them from ``queries [..., Q, D]``, of as many
+    rows and a multiple of the heads; without any, all directions count alike. Tokens count as before RoPE.
 
     Raises:
-        QJLError: for an unknown preset, a dimension that does not pack, or numbers that are not finite.
+        QJLError: for an unknown preset, a dimension that does not pack, numbers that are not finite, or queries that
+            are not those of keys.
     """
-    if x.dim() < 2 or not x.numel() or not x.is_floating_point():
-        raise QJLError(f"tokens to code are floats [..., T, D], not {x.dtype} {list(x.shape)}.")
+    _require_floats(x, "tokens to code are floats [..., T, D]")
     if role not in ("key", "value"):
         raise QJLError(f"role {role!r} is not known: give 'key' or 'value'.")
     require_finite(x, f"the {role}s")
+    if queries is not None:
+        if role == "value":
+            raise QJLError("queries tell which errors of keys count, and say nothing of values: leave them out.")
+        _require_floats(queries, "queries are floats [..., Q, D]")
+        require_finite(queries, "the queries")
     tokens = _by_head(x)
     config = replace(resolve(preset), overrides=())  # which are for some layers of a model
     statistics = _statistics(tokens, None if queries is None else _by_head(queries))
@@ -81,6 +86,11 @@ def quantize(
     padded = F.pad(tokens, (0, 0, 0, -tokens.shape[2] % BLOCK), mode="replicate")
     first = _positions(padded.shape[0], padded.shape[2] // BLOCK, x.device)
     return Quantized(codec.quantize(padded, first), codec, x.shape, x.dtype)
+
+
+def _require_floats(x: Tensor, what: str) -> None:
+    if x.dim() < 2 or not x.numel() or not x.is_floating_point():
+        raise QJLError(f"{what}, not {x.dtype} {list(x.shape)}.")
 
 
 def _by_head(x: Tensor) -> Tensor:
@@ -99,7 +109,8 @@ def _statistics(tokens: Tensor, queries: Tensor | None) -> LayerStatistics:
 
     moments = None
     if queries is not None:
-        if queries.shape[0] != tokens.shape[0] or queries.shape[1] % tokens.shape[1]:
+        are_theirs = queries.shape[0] == tokens.shape[0] and queries.shape[3] == tokens.shape[3]
+        if not are_theirs or queries.shape[1] % tokens.shape[1]:
             raise QJLError(f"queries {list(queries.shape)} are not those of tokens {list(tokens.shape)}.")
         moments, where = AttentionMoments(), positions(queries)
         moments.add(queries, queries, where, torch.ones_like(where, dtype=torch.bool), None, tokens.shape[1])

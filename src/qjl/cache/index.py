@@ -25,7 +25,6 @@ from qjl.errors import QJLError
 from qjl.packed import BLOCK, to_device
 
 HOLE = -1
-ENDLESS = 1 << 62  # as a number of tokens
 Integers = np.ndarray
 _SPARE_SLOTS, _SPARE_PAGES = 64, 8  # columns that tables grow by, at least
 
@@ -293,11 +292,25 @@ class TokenIndex:
     def _decide(self, step: Step) -> None:
         """Which blocks are old enough; True for those that are packed, for now."""
         for row, count in enumerate(step.counts):
-            limit = self.lengths[row] + count - self.recent
-            first = self._next_block(row)
-            last = max(first, limit // BLOCK) if self.packs else first
-            step.firsts.append(first)
-            step.decided.append([0 if self._may_pack(row, block) else HOLE for block in range(first, last)])
+            due = self._due(row, count)
+            step.firsts.append(due.start)
+            step.decided.append([0 if self._may_pack(row, block) else HOLE for block in due])
+
+    def _due(self, row: int, count: int) -> range:
+        """Blocks that are decided in a pass with ``count`` fresh tokens of a row."""
+        first = self._next_block(row)
+        last = (self.lengths[row] + count - self.recent) // BLOCK
+        return range(first, max(first, last) if self.packs else first)
+
+    def need(self, counts: Sequence[int]) -> tuple[int, int]:
+        """Slots and pages that a pass with so many fresh tokens of each row takes at most, until it is over."""
+        slots = pages = 0
+        for row, count in enumerate(counts):
+            packed = [block for block in self._due(row, count) if self._may_pack(row, block)] if count else []
+            direct = [block for block in packed if block * BLOCK >= self.lengths[row]]
+            slots += count - sum(BLOCK - min(max(self.sinks - block * BLOCK, 0), BLOCK) for block in direct)
+            pages += len(packed)
+        return slots, pages
 
     def _next_block(self, row: int) -> int:
         """The first one to be decided: where pages can be filled, one that has some codes is decided again.
@@ -550,6 +563,23 @@ class TokenIndex:
             return 1
         ends = [(self._next_block(row) + 1) * BLOCK + self.recent for row in range(self.batch)]
         return max(1, min(end - length for end, length in zip(ends, self.lengths, strict=True)))
+
+    def in_use_by(self, rows: Sequence[int]) -> tuple[int, int]:
+        """Slots and pages that some rows have."""
+        slots = _once(self.slot_of[row, : self.counts[row]] for row in rows)
+        return len(slots), len(_once(self._pages_of(row) for row in rows))
+
+    def renumber(self) -> tuple[Integers, Integers]:
+        """Number the slots and the pages that are in use without gaps; returns which they were."""
+        assert self.step is None
+        slots, pages = self.slots_held(), self.pages_held()
+        is_exact = np.arange(self.slot_of.shape[1]) < self.counts[:, None]
+        self.slot_of[:] = _renumbered(self.slot_of, is_exact, slots, 0)
+        is_page = np.arange(self.table.shape[1]) < np.array(self.blocks, np.int64)[:, None]
+        self.table[:] = _renumbered(self.table, is_page & (self.table != HOLE), pages, HOLE)
+        self.slots.renumber(slots)
+        self.pages.renumber(pages)
+        return slots, pages
 
     def slots_held(self) -> Integers:
         """Each slot in use once, in the order of rows and their tokens."""

@@ -215,6 +215,13 @@ class Layer(Copied):
         assert self.shape is not None
         return to_device(torch.tensor(numbers, dtype=torch.int64), self.shape.device)
 
+    def keep(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        """Hold only these slots and pages, in this order."""
+        if self.exact is not None and not self.has_missed:
+            self.exact.keep(self._on_device(slots))
+        if self.pages is not None and not self.has_missed:
+            self.pages.keep(self._on_device(pages))
+
     # Files
 
     def hold_exact(self, keys: Tensor, values: Tensor) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,36 +21,45 @@ from qjl.errors import QJLError
 from qjl.ops.forms import EncodeJob
 
 
-class CodecsOf(Protocol):
+class CodecsOf(ABC):
     """Where a cache's codecs come from; ``waits`` as long as it wants to see what layers compute."""
-
-    codecs: Codecs
-
-    waits: bool
-
-    def observe(self, layer: Layer, cache: PagedCache, query: Tensor, out: Tensor) -> None:
-        """Queries ``[B, Hq, Q, D]`` of the fresh tokens, and their outputs in the same order."""
-        ...
-
-    def can_code(self, cache: PagedCache) -> bool:
-        """Whether every layer has codecs, or will have them once it has read the pass at hand."""
-        ...
-
-    def of(self, layer: Layer, cache: PagedCache) -> Pair:
-        """Codecs of a layer that has read the pass at hand."""
-        ...
-
-
-class Fitted:
-    """Codecs that are all there, or can be fitted without looking at tokens."""
 
     waits = False
 
     def __init__(self, codecs: Codecs) -> None:
         self.codecs = codecs
 
+    @abstractmethod
+    def can_code(self, cache: PagedCache) -> bool:
+        """Whether every layer has codecs, or will have them once it has read the pass at hand."""
+
+    @abstractmethod
+    def of(self, layer: Layer, cache: PagedCache) -> Pair:
+        """Codecs of a layer that has read the pass at hand."""
+
     def observe(self, layer: Layer, cache: PagedCache, query: Tensor, out: Tensor) -> None:
-        """Nothing is waited for."""
+        """Queries ``[B, Hq, Q, D]`` of the fresh tokens, and their outputs in the same order."""
+        return
+
+    def keep(self) -> None:
+        """The pass at hand is over: what was observed of it counts."""
+        return
+
+    def undo(self) -> None:
+        """The pass at hand never was: what was observed of it does not count."""
+        return
+
+    def crop(self, columns: int) -> None:
+        """What was observed of later columns does not count."""
+        return
+
+    def reset(self) -> None:
+        """Forget what was observed."""
+        return
+
+
+class Fitted(CodecsOf):
+    """Codecs that are all there, or can be fitted without looking at tokens."""
 
     def can_code(self, cache: PagedCache) -> bool:
         return True
@@ -97,6 +106,7 @@ class PagedCache(Copied):
 
     def reset(self) -> None:
         """Forget all tokens, and the codecs that they were coded with."""
+        self.source.reset()
         self.index.reset()
         for layer in self.layers.values():
             layer.reset()
@@ -251,6 +261,7 @@ class PagedCache(Copied):
             if len(step.pooled):
                 self._encode_pooled(joined)
         self.index.commit()
+        self.source.keep()
         self._reading = self._last = None
         for layer in self.layers.values():
             layer.has_missed = layer.has_missed or layer.step is not step
@@ -340,6 +351,7 @@ class PagedCache(Copied):
         """The pass at hand never was."""
         step = self.index.step
         self.index.roll_back()
+        self.source.undo()
         self._reading, self._last, self._can_code = None, None, False
         for layer in self.layers.values():
             if layer.step is step:
@@ -378,12 +390,22 @@ class PagedCache(Copied):
         """Keep the first columns, and touch none of their tokens; marks of later columns are forgotten."""
         self.settle()
         self.index.crop(columns)
+        self.source.crop(columns)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep, repeat, reorder or drop rows: no token moves. An empty cache has none."""
         self.settle()
         if self.index.batch:
             self.index.select(rows)
+
+    def shrink(self) -> None:
+        """Give back the room that no token takes; a fixed capacity stays."""
+        self.settle()
+        if self.index.capacity is not None:
+            return
+        slots, pages = self.index.renumber()
+        for layer in self.layers.values():
+            layer.keep(slots.tolist(), pages.tolist())
 
     @property
     def tokens_until_due(self) -> int:

@@ -8,18 +8,21 @@ import numpy as np
 
 from qjl.errors import QJLError
 
+ENDLESS = 1 << 62  # as a number of tokens or places
 _FIRST = 16  # places that there are room for, at first
 
 
 class Places:
     """Each place has as many owners as took or share it; without one it is free.
 
-    ``capacity`` is what layers keep room for. It grows by a quarter, unless there is a ``limit``.
+    ``capacity`` is what layers keep room for. It grows by a quarter, but not beyond ``ample`` for that, unless there is
+    a ``limit``.
     """
 
     def __init__(self, what: str, limit: int | None = None) -> None:
         self._what = what
         self.limit = limit
+        self.ample = ENDLESS
         self.capacity = limit or 0
         self.reset()
 
@@ -50,11 +53,22 @@ class Places:
         taken = [self._given_back.pop() for _ in range(again)] + list(range(self._used, last))
         self._used = last
         if last > self.capacity:
-            self.capacity = max(last, self.capacity + self.capacity // 4)
+            self.capacity = max(last, min(self.capacity + self.capacity // 4, self.ample))
         if last > len(self._owners):
             self._owners = np.pad(self._owners, (0, max(last, 2 * len(self._owners)) - len(self._owners)))
         self._owners[taken] = 1
         return taken
+
+    def room_with(self, more: int) -> int:
+        """The least capacity with so many more in use; places stay where they are."""
+        return max(self.capacity, self.in_use + more)
+
+    def renumber(self, held: np.ndarray) -> None:
+        """Let all that are in use have the first numbers, in the order of ``held``; there is room for no more then."""
+        self.capacity = self.limit or len(held)
+        owners = self._owners[held]
+        self._owners = np.pad(owners, (0, max(self.capacity, _FIRST) - len(held)))
+        self._given_back, self._used = [], len(held)
 
     def share(self, places: Iterable[int]) -> None:
         """One more owner for each."""

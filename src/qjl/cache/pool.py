@@ -51,6 +51,11 @@ class ExactTokens:
             self.keys, self.values = (_grown(x, capacity) for x in (self.keys, self.values))
             vars(self).pop("operand", None)
 
+    def keep(self, slots: Tensor) -> None:
+        """Only these, in this order."""
+        self.keys, self.values = (x[slots] for x in (self.keys, self.values))
+        vars(self).pop("operand", None)
+
     def adopt(self, keys: Tensor, values: Tensor) -> None:
         """Hold these in place of what there is, where they lie; growth copies them."""
         self.keys, self.values = keys, values
@@ -122,6 +127,11 @@ class Pages:
         if capacity > self.capacity:
             self.storage = [{name: _grown(x, capacity, dim=1) for name, x in side.items()} for side in self.storage]
             vars(self).pop("operand", None)
+
+    def keep(self, pages: Tensor) -> None:
+        """Only these, in this order."""
+        self.storage = [{name: x[:, pages] for name, x in side.items()} for side in self.storage]
+        vars(self).pop("operand", None)
 
     def adopt(self, keys: Blocks, values: Blocks) -> None:
         """Hold these pages, ``[pages, H, *shape]`` per field, in place of what there is, where they lie; growth copies.

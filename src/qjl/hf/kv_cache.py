@@ -184,14 +184,11 @@ class KVCache(Copied, WatchedCache):
         except QJLError:
             self.abandon()
             raise
-        for source in self.sources:
-            source.keep()
 
     def abandon(self) -> None:
         """A forward pass has failed: quantized layers are as they were before it."""
-        for source, store in zip(self.sources, self.stores, strict=True):
+        for store in self.stores:
             store.abandon()
-            source.abandon()
 
     @for_keeps
     def settle(self) -> None:
@@ -267,8 +264,7 @@ class KVCache(Copied, WatchedCache):
 
     def reset(self) -> None:
         self.prompt_ids = None
-        for source, store in zip(self.sources, self.stores, strict=True):
-            source.reset()
+        for store in self.stores:
             store.reset()
         for layer in self.quantized_layers:
             layer.knows_padding = not layer.has_text
@@ -371,7 +367,7 @@ class KVCache(Copied, WatchedCache):
         arrays, header = file.arrays(), file.header
         with file.fitting():
             for source, store in zip(self.sources, self.stores, strict=True):
-                source.restore(arrays, store.layers, device)
+                source.restore(arrays, store, device)
             for number, layer in self._others().items():
                 own.restore(number, layer, header.own_layers[str(number)], arrays, device)
         for layer in self.quantized_layers:

@@ -85,10 +85,6 @@ class CachedStates(torch.Tensor):
         """``[B, H, T, D]`` in the model's dtype, contiguous as the handle says it is."""
         return self.handed.states[self._part]
 
-    def require_current(self) -> None:
-        """Raises QJLError if the layer has other tokens than when the handle was given out."""
-        self.handed.require_current()
-
     def is_key_of(self, value: object) -> TypeGuard[CachedStates]:
         """Whether these are the keys and those the values that one update handed out."""
         return isinstance(value, CachedStates) and self.handed is value.handed and self._part < value._part
@@ -183,7 +179,7 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
 
     @outside_modes
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        fresh = self.store.append(self.core, key_states.detach(), value_states.detach())
+        fresh = self.store.append(self.core, _detached(key_states), _detached(value_states))
         handed = _Handed(self, fresh)
         return CachedStates(handed, 0), CachedStates(handed, 1)
 
@@ -238,6 +234,10 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
         raise QJLError("a quantized cache is not offloaded: it is small enough to stay on its device.")
 
     prefetch = offload
+
+
+def _detached(x: Tensor) -> Tensor:
+    return x.detach() if x.requires_grad else x
 
 
 def padding_of(real: Tensor, position_ids: Tensor | None, past: int, index: TokenIndex) -> tuple[list[int], list[int]]:
@@ -306,7 +306,6 @@ def _attention_over_handle(
         if mask is not None or query.shape[2] > 1:
             mask = _mask_for_codes(is_models_own, module, query, key, mask, kwargs)
         if mask is not _OF_ANOTHER_KIND:
-            key.handed.require_current()
             return attention_over(module, query, key, value, mask, **kwargs)
     if not layer.knows_padding and _tells_padding(attention_mask):
         layer.observe_mask(attention_mask, kwargs.get("position_ids"))

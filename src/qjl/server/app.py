@@ -213,8 +213,7 @@ async def _respond(
         first = await answer.next()  # until then an error has a status of its own
         if request.stream:
             is_handed_on = True
-            events = _events(answer, first, form, request.sends_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return Events(answer, _events(answer, first, form, request.sends_usage))
         text, piece = first.text, first
         while piece.reason is None:
             piece = await answer.next()
@@ -223,6 +222,20 @@ async def _respond(
     finally:
         if not is_handed_on:
             answer.leave()
+
+
+class Events(StreamingResponse):
+    """Server-sent events of one answer, which is left when nobody hears them any more, even before the first."""
+
+    def __init__(self, answer: Answer, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.leave()
 
 
 async def _events(answer: Answer, piece: Piece, form: Form, sends_usage: bool) -> AsyncIterator[str]:
@@ -241,8 +254,6 @@ async def _events(answer: Answer, piece: Piece, form: Form, sends_usage: bool) -
         yield "data: [DONE]\n\n"
     except Exception as problem:
         yield _event(_told(problem)[1])
-    finally:
-        answer.leave()
 
 
 def _event(data: dict[str, Any]) -> str:
@@ -305,8 +316,7 @@ def build(service: Service) -> ASGIApp:
     @reading("/metrics")
     async def metrics() -> Response:
         held = await asyncio.wrap_future(service.engine.held())
-        text = service.engine.metrics.text(held.running, held.waiting, held.cache_bytes, held.bf16_bytes)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.engine.metrics.text(held), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     _tell_errors(app)
     gate = Gate(app, service)

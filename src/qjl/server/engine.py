@@ -32,7 +32,7 @@ from qjl.hf import KVCache
 from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
 from qjl.server.detokenizer import Writer
-from qjl.server.metrics import Metrics
+from qjl.server.metrics import Held, Metrics
 from qjl.server.ragged_batch import RaggedBatch
 from qjl.server.sampling import Choice, Chooser
 
@@ -139,23 +139,13 @@ class _Ended:
     sequence: int
 
 
-@dataclass(frozen=True)
-class Held:
-    """Requests at hand, and bytes of their caches: as they are, and at 16 bits per number."""
-
-    running: int
-    waiting: int
-    cache_bytes: int
-    bf16_bytes: int
-
-
 class Engine:
     """Answers jobs with one model.
 
     Args:
         config: of the cache.
         slots: answers written at once; other jobs wait.
-        memory: bytes that the cache may take, codecs apart.
+        memory: bytes that the tensors of the cache may take, codecs apart.
 
     Raises:
         QJLError: if the model cannot read several sequences in one pass, its cache cannot be quantized, or codecs wait
@@ -183,8 +173,8 @@ class Engine:
         self._ended: OrderedDict[int, _Ended] = OrderedDict()  # least recently used first
         self._asked: list[Future[Held]] = []
         self._changed = threading.Condition()
-        self._is_stopping = self._is_closed = False
-        self._batch = RaggedBatch(model, config)
+        self._is_stopping = self._is_closed = self._has_ended = False
+        self._batch = RaggedBatch(model, config, self.memory)
         with self._batch.attached():
             pass
         self._thread = threading.Thread(target=self._work, name="qjl-model", daemon=True)
@@ -212,7 +202,7 @@ class Engine:
         with self._changed:
             self._asked.append(future)
             self._changed.notify()
-            if self._is_closed:
+            if self._has_ended:
                 self._answer()
         return future
 
@@ -247,7 +237,10 @@ class Engine:
         try:
             with self._batch.attached():
                 while self._admit():
-                    self._turn()
+                    if self._rows:
+                        self._turn()
+                    else:
+                        self._batch.shrink()
         finally:
             self._end()
 
@@ -256,12 +249,17 @@ class Engine:
         for row in [*self._rows, *self._paused]:
             _tell(row.job, Stopped())
         with self._changed:
-            self._rows, self._is_closed = [], True
+            self._rows, self._has_ended = [], True
             self._paused.clear()
+            self._ended.clear()
+            self._batch.clear()
             self._answer()
 
     def _admit(self) -> bool:
-        """Wait for something to do, and take up paused and waiting jobs as there is room; False when all is over."""
+        """Wait for something to do, and take up paused and waiting jobs as there is room; False when all is over.
+
+        Without rows there is room to be given back.
+        """
         with self._changed:
             while True:
                 self._clear()
@@ -269,6 +267,8 @@ class Engine:
                     self._rows.append(self._paused.popleft())
                 while self._waiting and not self._paused and self._has_room(len(self._waiting[0].ids)):
                     self._rows.append(_Row(self._waiting.popleft(), self._tokenizer))
+                if not self._rows and self._batch.is_loose:
+                    return True
                 self._answer()
                 if self._is_closed:
                     return False
@@ -294,29 +294,35 @@ class Engine:
         else:
             self._ended[sequence] = _Ended(client, row.ids[: row.read], sequence)
             if len(self._ended) > MOST_ENDED:
-                self._batch.drop(self._ended.popitem(last=False)[0])
+                self._forget_oldest()
 
     def _has_room(self, tokens: int) -> bool:
         """For another answer whose prompt has so many tokens; one that is alone always has."""
         if not self._rows:
             return True
-        return len(self._rows) < self.slots and self._fits(self._batch.bytes_for(tokens))
+        unread = [len(row.ids) - row.read for row in self._rows if not row.is_writing]
+        return len(self._rows) < self.slots and self._fits(sum(map(self._batch.bytes_for, [tokens, *unread])))
 
     def _fits(self, more: int) -> bool:
-        """Whether the cache may take so many more bytes, once ended conversations have made way."""
+        """Whether the cache may take so many more bytes, once ended conversations have made way; none does in vain."""
+        if self._batch.nbytes + more <= self.memory:
+            return True
+        running = [row.sequence for row in self._rows if row.sequence is not None]
+        if self._batch.nbytes_of(running) + more > self.memory:
+            return False
         while self._batch.nbytes + more > self.memory:
-            if not self._ended:
-                return False
-            sequence, _ = self._ended.popitem(last=False)
-            self._batch.drop(sequence)
+            self._forget_oldest()
         return True
+
+    def _forget_oldest(self) -> None:
+        self._batch.drop(self._ended.popitem(last=False)[0])
 
     def _answer(self) -> None:
         while self._asked:
             sequences = [row.sequence for row in self._rows if row.sequence is not None]
             full = self._batch.bf16_bytes(sequences)
             waiting = len(self._waiting) + len(self._paused)
-            held = Held(len(self._rows), waiting, self._batch.nbytes, full)
+            held = Held(len(self._rows), waiting, self._batch.nbytes, self._batch.allocated_nbytes, full)
             asked = self._asked.pop()
             if asked.set_running_or_notify_cancel():
                 asked.set_result(held)
@@ -373,10 +379,11 @@ class Engine:
         return writing + reading
 
     def _make_room(self) -> None:
-        """Pause answers that came last until the others can go on; one always can."""
-        while len(self._rows) > 1:
-            more = sum(self._batch.bytes_for(len(row.next_tokens())) for row in self._rows)
-            if self._fits(more):
+        """Pause answers that came last until the others can go on; one always can, though all else makes way."""
+        while not self._fits(self._bytes_of_turn()):
+            if len(self._rows) == 1:
+                while self._ended:
+                    self._forget_oldest()
                 return
             row = max(self._rows, key=lambda one: one.job.arrived)
             self._rows.remove(row)
@@ -385,6 +392,12 @@ class Engine:
             row.sequence, row.read = None, 0
             self._paused.append(row)
             self.metrics.paused.inc()
+
+    def _bytes_of_turn(self) -> int:
+        """At most so many bytes do the next tokens of all rows take."""
+        counts = {row.sequence: len(row.next_tokens()) for row in self._rows if row.sequence is not None}
+        new = [len(row.next_tokens()) for row in self._rows if row.sequence is None]
+        return self._batch.bytes_for_pass(counts) + sum(map(self._batch.bytes_for, new))
 
 
 def _tell(job: Job, error: Exception) -> None:

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Requests at hand, and bytes of their caches: of their tokens, with the room that is free, and at 16 bits per
+    number."""
+
+    running: int
+    waiting: int
+    cache_bytes: int
+    allocated_bytes: int
+    bf16_bytes: int
 
 
 class Metrics:
@@ -36,17 +50,21 @@ class Metrics:
         self._bytes = self._gauge(
             "qjl_cache_bytes", "Of running requests and of conversations that may go on, without codecs."
         )
+        self._allocated = self._gauge(
+            "qjl_cache_allocated_bytes", "The same with the room that is free; --cache-memory bounds them."
+        )
         self._full = self._gauge("qjl_cache_full_bytes", "The tokens of running requests at 16 bits per number.")
         self._ratio = self._gauge("qjl_cache_compression_ratio", "The latter over the former; NaN without requests.")
 
     def _gauge(self, name: str, what: str) -> Gauge:
         return Gauge(name, what, registry=self._registry)
 
-    def text(self, running: int, waiting: int, cache_bytes: int, full_bytes: int) -> bytes:
+    def text(self, held: Held) -> bytes:
         """All of it, with what is at hand now."""
-        self._running.set(running)
-        self._waiting.set(waiting)
-        self._bytes.set(cache_bytes)
-        self._full.set(full_bytes)
-        self._ratio.set(full_bytes / cache_bytes if cache_bytes else float("nan"))
+        self._running.set(held.running)
+        self._waiting.set(held.waiting)
+        self._bytes.set(held.cache_bytes)
+        self._allocated.set(held.allocated_bytes)
+        self._full.set(held.bf16_bytes)
+        self._ratio.set(held.bf16_bytes / held.cache_bytes if held.cache_bytes else float("nan"))
         return generate_latest(self._registry)

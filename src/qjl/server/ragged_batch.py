@@ -11,19 +11,21 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from qjl.architecture import layer_shapes, text_config
+from qjl.architecture import LayerShape, layer_shapes, text_config
 from qjl.attention import Scoring, causal_mask
 from qjl.cache.layer import Layer
 from qjl.cache.paged import Fitted, PagedCache
+from qjl.cache.pool import page_bytes
 from qjl.compat import CACHE, Cache
 from qjl.errors import QJLError
-from qjl.generation import bf16_cache_bytes, cache_bytes
+from qjl.generation import BF16_BYTES, bf16_cache_bytes, cache_bytes
 from qjl.hf import KVCache, attention_over, attention_watched
 from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
@@ -52,14 +54,17 @@ class RaggedBatch(Cache):
     Layers that are quantized lie in one ``PagedCache``, a row for each sequence; others, such as sliding windows, and
     all where the configuration quantizes nothing, are transformers' own, some for each sequence.
 
+    Args:
+        memory: bytes within which the tensors that hold tokens stay as long as these fit; None for no limit.
+
     Raises:
         QJLError: if a layer of the model is no attention, its cache cannot be quantized, or codecs wait for a prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CacheConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: CacheConfig, memory: int | None = None) -> None:
         super().__init__(layers=[])
         _require_attention_layers(model)
-        self.model = model
+        self.model, self.memory = model, memory
         self.store: PagedCache | None = None if config.is_exact else _store(model, config)
         self._sequences: list[int] = []  # in the order of the store's rows
         self._others: dict[int, DynamicCache] = {}
@@ -105,6 +110,12 @@ class RaggedBatch(Cache):
             self.store.select([other for other in range(len(self._sequences)) if other != row])
         del self._sequences[row], self._others[sequence]
 
+    def clear(self) -> None:
+        """Forget all sequences, and give back what they took."""
+        if self.store is not None:
+            self.store.reset()
+        self._sequences, self._others = [], {}
+
     def length(self, sequence: int) -> int:
         """Its tokens."""
         if self.store is not None:
@@ -127,6 +138,7 @@ class RaggedBatch(Cache):
         device = self.model.device
         try:
             if self.store is not None:
+                self._make_room({one: len(given) for one, given in tokens.items()})
                 self.store.begin([len(tokens.get(sequence, ())) for sequence in self._sequences])
             output = self.model(
                 input_ids=ids[None].to(device),
@@ -198,33 +210,116 @@ class RaggedBatch(Cache):
     def nbytes(self) -> int:
         """Bytes of all tokens; what sequences share counts once, and codecs, which all caches share, do not."""
         store = 0 if self.store is None else self.store.nbytes
-        return store + sum(cache_bytes(cache) for cache in self._others.values())
+        return store + self._bytes_of_others(self._sequences)
+
+    def nbytes_of(self, sequences: Sequence[int]) -> int:
+        """The same of some sequences."""
+        rows = [self._sequences.index(one) for one in sequences]
+        slots, pages = (0, 0) if self.store is None else self.store.index.in_use_by(rows)
+        return self._bytes_of(slots, pages) + self._bytes_of_others(sequences)
+
+    def _bytes_of_others(self, sequences: Sequence[int]) -> int:
+        """Of layers that are not quantized."""
+        return sum(cache_bytes(self._others[one]) for one in sequences)
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """The same with the room that is free."""
+        store = 0 if self.store is None else self.store.allocated_nbytes
+        return store + self._bytes_of_others(self._sequences)
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether more than half of the room for slots or for pages is free."""
+        if self.store is None:
+            return False
+        return any(2 * of.in_use < of.capacity for of in (self.store.index.slots, self.store.index.pages))
+
+    def shrink(self) -> None:
+        """Give back the room that is free."""
+        if self.store is not None:
+            self.store.shrink()
 
     def bf16_bytes(self, sequences: Sequence[int]) -> int:
         """Bytes that the tokens of these sequences take at 16 bits per number."""
         dtype = self.model.dtype
         others = sum(bf16_cache_bytes(self._others[one], dtype) for one in sequences)
-        return others + 2 * self._numbers_per_token * sum(map(self.length, sequences))
+        return others + BF16_BYTES * self._numbers_per_token * sum(map(self.length, sequences))
 
     def bytes_for(self, tokens: int) -> int:
-        """At most so many bytes do this many tokens of one sequence take, once they are read."""
-        full = self.model.dtype.itemsize
+        """At most so many bytes do this many tokens of a sequence take that is new, or shares what another has read."""
         if self.store is None:
-            shapes = layer_shapes(self.model.config)
-            return tokens * full * sum(2 * shape.num_key_value_heads * shape.head_dim for shape in shapes)
-        index, layers = self.store.index, list(self.store.layers.values())
-        exact = min(tokens, index.sinks + index.recent + 2 * BLOCK)
-        pages = sum(layer.pages.page_bytes for layer in layers if layer.pages) or 0
-        coded = -(-tokens // BLOCK) * pages if pages else tokens * full * self._numbers_per_token
-        return exact * full * self._numbers_per_token + coded
+            return self._other_bytes(tokens)
+        index = self.store.index
+        slots = min(tokens, index.sinks + index.recent + 2 * BLOCK)
+        return self._bytes_of(slots, -(-tokens // BLOCK) + 1) + self._other_bytes(tokens)
 
-    @property
-    def _numbers_per_token(self) -> int:
-        """Of keys and values in quantized layers."""
+    def bytes_for_pass(self, counts: Mapping[int, int]) -> int:
+        """At most so many bytes do the next tokens of these sequences take, until they are read."""
+        others = sum(map(self._other_bytes, counts.values()))
+        return others if self.store is None else others + self._bytes_of(*self._need(counts))
+
+    def _need(self, counts: Mapping[int, int]) -> tuple[int, int]:
+        assert self.store is not None
+        return self.store.index.need([counts.get(one, 0) for one in self._sequences])
+
+    def _make_room(self, counts: Mapping[int, int]) -> None:
+        """Before a pass: pools grow within the memory, and if they must exceed it, by no more than the pass needs."""
+        if self.memory is None or self.store is None:
+            return
+        index, need = self.store.index, self._need(counts)
+        others = self._bytes_of_others(self._sequences) + sum(map(self._other_bytes, counts.values()))
+        room = self.memory - others
+        if self._bytes_with(need) > room:
+            self.store.shrink()
+        spare = max(room - self._bytes_with(need), 0) // 2
+        index.slots.ample = index.slots.room_with(need[0]) + spare // self._bytes_of(1, 0)
+        index.pages.ample = index.pages.room_with(need[1]) + spare // self._bytes_of(0, 1)
+
+    def _bytes_with(self, need: tuple[int, int]) -> int:
+        """Bytes of the pools once there is room for so many more slots and pages."""
+        assert self.store is not None
+        index = self.store.index
+        return self._bytes_of(index.slots.room_with(need[0]), index.pages.room_with(need[1]))
+
+    def _bytes_of(self, slots: int, pages: int) -> int:
+        return slots * self._numbers_per_token * self.model.dtype.itemsize + pages * self._page_bytes
+
+    def _other_bytes(self, tokens: int) -> int:
+        """At most, of layers that are not quantized."""
+        numbers = sum(_numbers(shape) * min(tokens, shape.window or tokens) for shape in self._own_shapes)
+        return numbers * self.model.dtype.itemsize
+
+    @cached_property
+    def _page_bytes(self) -> int:
+        """Of all quantized layers."""
         if self.store is None:
             return 0
-        shapes = (shape for shape in layer_shapes(self.model.config) if shape.index in self.store.layers)
-        return sum(2 * shape.num_key_value_heads * shape.head_dim for shape in shapes)
+        quantizers = self.store.source.codecs.quantizers
+        return sum(
+            shape.num_key_value_heads * page_bytes([one.layout(shape.head_dim) for one in quantizers(shape.index)])
+            for shape in self._quantized_shapes
+        )
+
+    @cached_property
+    def _numbers_per_token(self) -> int:
+        """Of keys and values in quantized layers."""
+        return sum(map(_numbers, self._quantized_shapes))
+
+    @property
+    def _quantized_shapes(self) -> list[LayerShape]:
+        return [shape for shape in layer_shapes(self.model.config) if self.store and shape.index in self.store.layers]
+
+    @cached_property
+    def _own_shapes(self) -> list[LayerShape]:
+        """Layers that are transformers' own."""
+        quantized = {shape.index for shape in self._quantized_shapes}
+        return [shape for shape in layer_shapes(self.model.config) if shape.index not in quantized]
+
+
+def _numbers(shape: LayerShape) -> int:
+    """Of a token's key and value."""
+    return 2 * shape.num_key_value_heads * shape.head_dim
 
 
 def _store(model: PreTrainedModel, config: CacheConfig) -> PagedCache:
