@@ -20,7 +20,7 @@ from qjl.ops.cpu import library
 from qjl.ops.triton import runtime
 from qjl.packed import BLOCK
 from qjl.rope import Rope
-from qjl.statistics import AttentionMoments, measure
+from qjl.statistics import AttentionMoments, layer_statistics
 
 torch.set_num_threads(1)  # tensors are small here: threads would wait for each other
 settings.register_profile(
@@ -148,7 +148,7 @@ class Model:
         scores = tokens.queries @ tokens.keys.repeat_interleave(self.group, 1).transpose(2, 3)
         out = scores.mul(self.head_dim**-0.5).softmax(-1) @ tokens.values.repeat_interleave(self.group, 1)
         attention.add(tokens.queries, out, positions, valid, self.rope, self.heads)
-        return measure(tokens.keys, tokens.values, positions, valid, attention, self.rope)
+        return layer_statistics(tokens.keys, tokens.values, positions, valid, attention, self.rope)
 
     def _normal(self, *shape):
         return torch.randn(*shape, generator=self._generator)

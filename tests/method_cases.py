@@ -14,10 +14,10 @@ from qjl.methods.balanced import Balanced
 from qjl.methods.base import POSITIONS, RIDGE
 from qjl.methods.calibquant import CalibQuant
 from qjl.methods.identity import Identity
+from qjl.methods.int8_fp8 import Fp8, Int8
 from qjl.methods.kivi import KIVI
 from qjl.methods.kvquant import KVQuant
 from qjl.methods.oscar import OSCAR
-from qjl.methods.plain import Fp8, Int8
 from qjl.methods.polarquant import PolarQuant
 from qjl.methods.qjl import QJL
 from qjl.methods.quarot import QuaRot

@@ -78,7 +78,7 @@ def test_attention_over_codes_is_the_models_own_over_what_they_decode_to(family,
     ids, results = prompt(290), []
     for over_codes in (True, False):
         if not over_codes:
-            monkeypatch.setattr(qjl.hf.attention, "_codes_give_all", lambda *_: False)
+            monkeypatch.setattr(qjl.hf.wrapped_attention, "_codes_give_all", lambda *_: False)
         model = tiny(family)
         attention, cache = model.config._attn_implementation, qjl.KVCache(model, "b3")
         results.append((read(model, ids, cache), packed_bytes(cache)))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import tiny_checkpoint
 from one_layer import exact_of, pages_of
-from qjl import attention, cli, models, ops, texts
+from qjl import attention, cli, corpora, models, ops
 from qjl.cache.paged import Fitted, PagedCache
 from qjl.codecs import Codecs
 from qjl.compat import cache_argument
@@ -26,20 +26,20 @@ from qjl.lab import plots
 from qjl.lab.bench import (
     baselines,
     caches,
+    devices,
     encode,
     endtoend,
     faiss_scans,
     kernels,
     llama,
     peak,
-    places,
     random_models,
     throughput,
     timing,
 )
-from qjl.lab.bench.protocol import Inaccurate, Settings, relative_error, require_accurate, using_backend
-from qjl.lab.bench.synthetic import DISTINCT, Maker, Shape, Subject, fill
-from qjl.lab.plots import steps, style
+from qjl.lab.bench.gate import BenchSettings, Inaccurate, relative_error, require_accurate, using_backend
+from qjl.lab.bench.synthetic import DISTINCT, FilledLayer, Maker, Shape, fill
+from qjl.lab.plots import decode_step, style
 from qjl.lab.rows import typed
 from qjl.ops.cpu import library
 from qjl.presets import PRESETS
@@ -59,7 +59,7 @@ SHAPE = Shape(head_dim=64, kv_heads=2, group=2)
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
     """Caches and reads of a few kilobytes, so that few copies are made."""
-    monkeypatch.setattr(places.OnCPU, "cache_bytes", 1 << 16)
+    monkeypatch.setattr(devices.OnCPU, "cache_bytes", 1 << 16)
     monkeypatch.setattr(baselines, "READ_BYTES", 1 << 20)
 
 
@@ -199,8 +199,8 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_copies_fill_the_caches_twice():
-    place = places.OnCPU(threads=1)
-    assert [places.copies_for(nbytes, place) for nbytes in (1 << 20, 1 << 17, 1 << 16, 50_000)] == [1, 1, 2, 3]
+    place = devices.OnCPU(threads=1)
+    assert [devices.copies_for(nbytes, place) for nbytes in (1 << 20, 1 << 17, 1 << 16, 50_000)] == [1, 1, 2, 3]
 
 
 def test_work_of_another_process_is_timed_by_the_wall():
@@ -325,7 +325,7 @@ def test_baselines_that_do_not_fit_are_left_out_and_named():
 
 def perturbed(backend, error):
     """``Subject.attend`` that is wrong by a relative error on every backend but one."""
-    own = Subject.attend
+    own = FilledLayer.attend
 
     def attend(subject, scoring):
         out = own(subject, scoring)
@@ -337,7 +337,7 @@ def perturbed(backend, error):
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
 def test_what_is_wrong_gets_no_speed(error, monkeypatch):
-    monkeypatch.setattr(Subject, "attend", perturbed("reference", error))
+    monkeypatch.setattr(FilledLayer, "attend", perturbed("reference", error))
     result = run("decode", "-n", "200", *SMALL, "--json")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "off the reference, where 0.0001 is allowed, so no speed is reported." in result.stderr
@@ -442,7 +442,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def essays(monkeypatch):
-    monkeypatch.setattr(texts, "essays", lambda: "The clocks were striking thirteen. " * 20)
+    monkeypatch.setattr(corpora, "essays", lambda: "The clocks were striking thirteen. " * 20)
 
 
 @pytest.mark.usefixtures("essays", "reference")
@@ -556,7 +556,7 @@ def test_encode_tells_how_the_share_of_a_prompt_falls():
 
 
 def test_a_whole_prefill_is_causal_attention_of_all_queries():
-    settings = Settings(Shape(16, 2, 3, batch=2), torch.float32)
+    settings = BenchSettings(Shape(16, 2, 3, batch=2), torch.float32)
     work = encode.whole_prefill(64, settings)
     out = work()
     assert out.shape == (2, 6, 64, 16)
@@ -672,7 +672,7 @@ def rows():
 
 
 def labels(rows):
-    return [style.with_power(curve.name, curve.tokens, curve.ms) for curve in steps._curves(rows)]
+    return [style.with_power(curve.name, curve.tokens, curve.ms) for curve in decode_step._curves(rows)]
 
 
 def test_the_picture_tells_how_time_grows(rows):

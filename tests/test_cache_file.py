@@ -16,8 +16,8 @@ from qjl.cache.paged import Fitted, PagedCache
 from qjl.codecs import Codecs
 from qjl.methods.balanced import Balanced
 from qjl.methods.identity import Identity
+from qjl.methods.int8_fp8 import Int8
 from qjl.methods.kivi import KIVI
-from qjl.methods.plain import Int8
 from qjl.methods.uniform import TokenUniform
 from qjl.presets import CacheConfig
 

@@ -15,8 +15,8 @@ from qjl.codecs import Codecs
 from qjl.errors import QJLError
 from qjl.methods.base import storage_bytes
 from qjl.methods.identity import Identity
+from qjl.methods.int8_fp8 import Int8
 from qjl.methods.kivi import KIVI
-from qjl.methods.plain import Int8
 from qjl.methods.qjl import QJL
 from qjl.methods.uniform import TokenUniform
 from qjl.packed import BLOCK, block_bits

@@ -8,8 +8,8 @@ from transformers import BatchEncoding
 
 import qjl
 from models_for_tests import VOCABULARY, difference, exact, generate, packed_bytes, prompt, read, tiny
-from qjl import ops, wheels
-from qjl.calibration import calibrate, measure
+from qjl import download, ops
+from qjl.calibration import calibrate, model_statistics
 from qjl.fingerprints import fingerprint
 from qjl.hf import statistics_path
 from qjl.statistics import StatisticsFile
@@ -35,7 +35,7 @@ def test_the_file_is_named_by_the_weights_and_lies_in_the_cache_folder(folder):
     model = tiny()
     path = calibrate(model, ByteTokenizer(), TEXT)
     assert path == statistics_path(model) == folder / "statistics" / f"{fingerprint(model)}.safetensors"
-    assert wheels.cache_dir() == folder
+    assert download.cache_dir() == folder
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     layers = [StatisticsFile(path, path.stem).layer(index) for index in range(3)]
     assert layers[2] is None
@@ -101,7 +101,7 @@ def test_calibration_is_worth_as_much_as_the_prompt_itself():
 
 def test_measuring_leaves_nothing_packed_and_counts_every_token():
     model = tiny("gemma2")
-    statistics = measure(model, prompt(300, batch=2))
+    statistics = model_statistics(model, prompt(300, batch=2))
     assert list(statistics) == [1]
     assert statistics[1].count == 2 * 296
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import qjl
 import tiny_checkpoint
-from qjl import cli, generation, models, presets, texts
-from qjl.cli import common, planning
+from qjl import cli, corpora, generation, models, presets
+from qjl.cli import common, plan
 from qjl.compat import cache_argument
 from qjl.conversation import Conversation
 from qjl.lab import demo
@@ -132,7 +132,7 @@ def test_control_c_ends_with_130(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(planning, "_preset_fields", interrupt)
+    monkeypatch.setattr(plan, "_preset_fields", interrupt)
     assert run("presets", "--json").exit_code == 130
 
 
@@ -307,7 +307,7 @@ def test_chat_needs_a_template(checkpoint, tmp_path):
 
 @pytest.fixture
 def essays(monkeypatch):
-    monkeypatch.setattr(texts, "essays", lambda: demo.ESSAY_OPENING + " " + TEXT * 60)
+    monkeypatch.setattr(corpora, "essays", lambda: demo.ESSAY_OPENING + " " + TEXT * 60)
 
 
 def test_demo_compares_two_caches(checkpoint, essays):
@@ -458,13 +458,13 @@ def counted_presets(monkeypatch):
     """Names of the presets that are measured from now on."""
     from qjl.lab.evals import frontier
 
-    measured, measure = [], frontier.measure
+    measured, measure = [], frontier.measure_fidelity
 
     def count(model, tokenizer, presets, *rest):
         measured.extend(preset.name for preset in presets)
         return measure(model, tokenizer, presets, *rest)
 
-    monkeypatch.setattr(frontier, "measure", count)
+    monkeypatch.setattr(frontier, "measure_fidelity", count)
     return measured
 
 

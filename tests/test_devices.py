@@ -303,7 +303,7 @@ def test_rows_are_reordered_after_one_wait(gpu, reference_backend):
 
 @not_interpreted
 def test_statistics_of_a_model_are_those_of_a_cpu(gpu, reference_backend):
-    measured = [calibration.measure(model, inputs["ids"]) for model, inputs in _both(ids=prompt(300, 2))]
+    measured = [calibration.model_statistics(model, inputs["ids"]) for model, inputs in _both(ids=prompt(300, 2))]
     for layer in measured[0]:
         for name, expected in vars(measured[0][layer]).items():
             torch.testing.assert_close(on_host(vars(measured[1][layer])[name]), expected, rtol=1e-3, atol=1e-4)

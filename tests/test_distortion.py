@@ -10,9 +10,9 @@ from qjl.cache.paged import Fitted, PagedCache
 from qjl.codecs import Codecs
 from qjl.compat import CACHE
 from qjl.lab.evals import distortion, perplexity, seeds
-from qjl.lab.evals.distortion import Protocol, expected_error
-from qjl.lab.evals.fidelity import Protocol as Fidelity
-from qjl.lab.evals.subject import Subject
+from qjl.lab.evals.distortion import DistortionProtocol, expected_error
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.evals.fidelity import FidelityProtocol as Fidelity
 from qjl.methods.identity import Identity
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
@@ -21,7 +21,7 @@ from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 FIT = "Call me Ishmael, some years ago, never mind how long precisely. " * 35
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
-SMALL = Protocol(tokens=300, rows=2)
+SMALL = DistortionProtocol(tokens=300, rows=2)
 
 
 def keys_only(key, name="keys only"):
@@ -31,11 +31,11 @@ def keys_only(key, name="keys only"):
 @pytest.fixture(scope="module")
 def subject():
     model = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
-    return Subject("tiny", model, byte_tokenizer(), FIT)
+    return EvalModel("tiny", model, byte_tokenizer(), FIT)
 
 
 def test_a_row_for_every_layer_and_role(subject):
-    rows = list(distortion.measure(subject, ["turboquant-2", "turboquant-4"], TEXT, SMALL))
+    rows = list(distortion.measure_distortion(subject, ["turboquant-2", "turboquant-4"], TEXT, SMALL))
     layers = subject.model.config.num_hidden_layers
     assert [(row["layer"], row["role"]) for row in rows[: 2 * layers]] == [
         (layer, role) for layer in range(layers) for role in ("score", "output")
@@ -49,7 +49,7 @@ def test_a_row_for_every_layer_and_role(subject):
 
 def test_full_precision_errs_nowhere(subject):
     exact = keys_only(Identity())
-    assert all(row["error"] < 1e-5 for row in distortion.measure(subject, [exact], TEXT, SMALL))
+    assert all(row["error"] < 1e-5 for row in distortion.measure_distortion(subject, [exact], TEXT, SMALL))
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_states_are_what_the_model_attends_to(subject):
 def test_runs_that_are_known_are_not_measured_again(subject, tmp_path, monkeypatch):
     path = tmp_path / "answers.jsonl"
     measures = {
-        "distortion": lambda: distortion.measure(subject, ["turboquant-3"], TEXT, SMALL, path),
-        "perplexity": lambda: perplexity.measure(subject, ["turboquant-3"], TEXT, [600, 512], 1, 32, path),
-        "seeds": lambda: seeds.measure(
+        "distortion": lambda: distortion.measure_distortion(subject, ["turboquant-3"], TEXT, SMALL, path),
+        "perplexity": lambda: perplexity.measure_perplexity(subject, ["turboquant-3"], TEXT, [600, 512], 1, 32, path),
+        "seeds": lambda: seeds.measure_seeds(
             subject, ["turboquant-3", "kivi-2"], TEXT, Fidelity(256, 70, 1, 3, 32, False), path
         ),
     }
@@ -116,8 +116,8 @@ def _unexpected(*arguments):
 
 def test_too_little_text_or_window_is_refused(subject, refuses):
     with refuses("fewer than 5000"):
-        list(distortion.measure(subject, ["b3"], TEXT, Protocol(tokens=5000)))
+        list(distortion.measure_distortion(subject, ["b3"], TEXT, DistortionProtocol(tokens=5000)))
     with refuses("no token of 300 is a code"):
-        list(distortion.measure(subject, ["turboquant-2"], TEXT, Protocol(tokens=300, recent=290)))
+        list(distortion.measure_distortion(subject, ["turboquant-2"], TEXT, DistortionProtocol(tokens=300, recent=290)))
     with refuses("rows of more than 128 tokens"):
-        Protocol(tokens=128)
+        DistortionProtocol(tokens=128)

@@ -14,7 +14,7 @@ from qjl.compat import cache_argument
 from qjl.hf import own_codecs
 from qjl.lab import machine
 from qjl.lab.evals import fidelity
-from qjl.lab.evals.fidelity import Protocol
+from qjl.lab.evals.fidelity import FidelityProtocol
 from qjl.lab.evals.frontier import Frontier, parse_bits, within
 from qjl.lab.evals.widths import WIDTHS, every_width
 from qjl.methods.balanced import Balanced
@@ -25,7 +25,7 @@ from qjl.presets import PRESETS, CacheConfig, resolve
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 PREFIX = 300
-SMALL = Protocol(prefix=256, decode=70, chunks=2, seeds=2)
+SMALL = FidelityProtocol(prefix=256, decode=70, chunks=2, seeds=2)
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
 PLAIN = CacheConfig(TokenUniform(4), TokenUniform(4), name="plain")
 MODELS = ("llama", "gemma2", "qwen3-next", "lfm2")
@@ -47,7 +47,7 @@ def cache_of(model, config, statistics=None):
 def test_filled_caches_are_as_prefilled_by_the_model(family, preset):
     model, ids = tiny(family), prompt(PREFIX + 150, batch=2)
     config = dataclasses.replace(PRESETS[preset], recent=32)
-    statistics = calibration.measure(model, ids[:1, :PREFIX])
+    statistics = calibration.model_statistics(model, ids[:1, :PREFIX])
     reference = teacher_forcing.full_log_probabilities(model, ids, PREFIX)
     caches = [cache_of(model, config, statistics) for _ in range(2)]
     teacher_forcing.refill(caches[0], teacher_forcing.prefill(model, ids[:, :PREFIX]))
@@ -76,7 +76,7 @@ def test_a_filled_cache_in_full_precision_loses_nothing(family):
 def test_statistics_measured_once_give_the_codes_of_a_first_prompt():
     model, ids = tiny(), prompt(PREFIX)
     first = cache_of(model, PRESETS["b3"])
-    given = cache_of(model, PRESETS["b3"], calibration.measure(model, ids))
+    given = cache_of(model, PRESETS["b3"], calibration.model_statistics(model, ids))
     for cache in (first, given):
         with torch.no_grad():
             model(input_ids=ids, **cache_argument(cache))
@@ -97,7 +97,7 @@ def test_kl_and_the_rest_are_what_their_names_say(generator, monkeypatch):
 
 
 def test_presets_do_not_touch_each_other(model):
-    measured = fidelity.measure(model, byte_tokenizer(), ["b3", "qjl-paper", PLAIN, "b3"], TEXT, SMALL)
+    measured = fidelity.measure_fidelity(model, byte_tokenizer(), ["b3", "qjl-paper", PLAIN, "b3"], TEXT, SMALL)
     first, *_, last = measured
     assert first == last
     assert first["seeds"] == 2
@@ -106,7 +106,7 @@ def test_presets_do_not_touch_each_other(model):
 def test_only_what_a_seed_can_change_is_measured_for_each(model):
     seeds, advanced = {}, []
     configs = [PLAIN, CacheConfig(QJL(2), TokenUniform(4), name="qjl"), CacheConfig(Balanced(3), TokenUniform(4))]
-    for row in fidelity.measure(model, byte_tokenizer(), configs, TEXT, SMALL, advanced.append):
+    for row in fidelity.measure_fidelity(model, byte_tokenizer(), configs, TEXT, SMALL, advanced.append):
         seeds[row["method_keys"]] = row["seeds"]
         assert row["kl_se"] > 0
     assert seeds == {"uniform": 1, "qjl": 2, "balanced": 2}
@@ -115,13 +115,13 @@ def test_only_what_a_seed_can_change_is_measured_for_each(model):
 
 def test_a_single_chunk_has_no_error_whatever_the_number_of_seeds(model):
     protocol = dataclasses.replace(SMALL, chunks=1)
-    for row in fidelity.measure(model, byte_tokenizer(), [PLAIN, "b3"], TEXT, protocol):
+    for row in fidelity.measure_fidelity(model, byte_tokenizer(), [PLAIN, "b3"], TEXT, protocol):
         assert row["kl_se"] is None
         assert row["kl_of_chunks"] == [pytest.approx(row["kl"])]
 
 
 def test_errors_are_those_over_chunks_of_means_over_seeds(model):
-    trial = fidelity.Trial(model, byte_tokenizer(), TEXT, SMALL)
+    trial = fidelity.Evaluation(model, byte_tokenizer(), TEXT, SMALL)
     config = resolve("b3").with_window(SMALL.recent)
     row = trial.row(config, lambda count: None)
     seeds = [one["kl_of_chunks"] for one in trial.rows_by_seed(config, lambda count: None)]
@@ -132,12 +132,12 @@ def test_errors_are_those_over_chunks_of_means_over_seeds(model):
 
 def test_retrieval_is_left_out_if_not_asked_for(model):
     protocol = dataclasses.replace(SMALL, retrieval=False)
-    (row,) = fidelity.measure(model, byte_tokenizer(), ["b3"], TEXT, protocol)
+    (row,) = fidelity.measure_fidelity(model, byte_tokenizer(), ["b3"], TEXT, protocol)
     assert (row["retrieval"], row["retrieval_full"]) == (None, None)
 
 
 def test_full_precision_retrieves_what_the_model_retrieves(model):
-    (row,) = fidelity.measure(model, byte_tokenizer(), ["full"], TEXT, SMALL)
+    (row,) = fidelity.measure_fidelity(model, byte_tokenizer(), ["full"], TEXT, SMALL)
     assert row["kl"] < 1e-6
     assert row["retrieval"] == row["retrieval_full"]
 

@@ -9,11 +9,12 @@ from typer.testing import CliRunner
 
 import tiny_checkpoint
 from qjl import cli
-from qjl.cli import evaluating, measuring
-from qjl.lab import records
-from qjl.lab.bench import smoke as benchmarks
+from qjl.lab import results
+from qjl.lab.bench import toy_benches as benchmarks
+from qjl.lab.cli import eval as eval_commands
+from qjl.lab.cli import eval_fidelity
 from qjl.lab.evals import harness
-from qjl.lab.evals import smoke as evaluations
+from qjl.lab.evals import toy_evals as evaluations
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
 PROBLEMS = [{"question": f"What is {n} and {n}?", "answer": f"#### {2 * n}"} for n in range(3)]
@@ -71,7 +72,7 @@ def test_every_preset_is_told_and_kept_once(name, run, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_files(name, run, tmp_path, monkeypatch):
     def writes(out, most=None):
         """Exit code and written lines of a run that is killed within line ``most``."""
-        lines, append = [], records.append
+        lines, append = [], results.append
 
         def write(path, row):
             lines.append(row)
@@ -82,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_files(name, run, tmp_path, monkeypatch
             append(path, row)
 
         with monkeypatch.context() as patch:
-            patch.setattr(records, "append", write)
+            patch.setattr(results, "append", write)
             return run(name, "-p", "turboquant-3", "-p", "b2", "--out", str(tmp_path / out)).exit_code, len(lines)
 
     ended, count = writes("whole.jsonl")
@@ -97,7 +98,7 @@ def test_a_killed_run_goes_on_to_the_same_files(name, run, tmp_path, monkeypatch
 
 def _measured(path):
     """What rows tell but for the commands, which name the file."""
-    return [json.dumps(row | {"command": None}) for row in records.read(path)]
+    return [json.dumps(row | {"command": None}) for row in results.read(path)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,7 +114,7 @@ def test_bars_count_what_was_kept(name, run, tmp_path, monkeypatch):
 
         yield advance
 
-    for module in (evaluating, measuring):
+    for module in (eval_commands, eval_fidelity):
         monkeypatch.setattr(module, "progress", progress)
     for _ in range(2):
         assert run(name, "-p", "b2", "--out", str(tmp_path / "rows.jsonl")).exit_code == 0

@@ -26,8 +26,8 @@ from models_for_tests import prompt, tiny
 from qjl import calibration, cli
 from qjl.lab import lm_eval
 from qjl.lab.evals import harness, requests
-from qjl.lab.evals.harness import PackedModel, Protocol
-from qjl.lab.records import Journal
+from qjl.lab.evals.harness import HarnessProtocol, PackedModel
+from qjl.lab.results import Journal
 from qjl.methods.identity import Identity
 from qjl.methods.uniform import TokenUniform
 from qjl.presets import PRESETS, CacheConfig
@@ -59,7 +59,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def statistics(network):
-    return calibration.measure(network, prompt(512))
+    return calibration.model_statistics(network, prompt(512))
 
 
 @pytest.fixture
@@ -176,12 +176,12 @@ def test_a_journal_answers_in_place_of_the_model(packed, tmp_path, monkeypatch):
 def test_a_protocol_counts_from_one(refuses):
     for field in ("limit", "chunk", "batch"):
         with refuses("limit, chunk and batch must be at least 1"):
-            Protocol(**{field: 0})
+            HarnessProtocol(**{field: 0})
 
 
 def test_lengths_are_asked_one_by_one(refuses):
     with refuses("max_seq_lengths must hold one length"):
-        Protocol(metadata={"max_seq_lengths": [1024, 2048]})
+        HarnessProtocol(metadata={"max_seq_lengths": [1024, 2048]})
 
 
 def test_without_the_harness_one_is_told_how_to_get_it(monkeypatch, refuses):
@@ -263,7 +263,7 @@ def test_the_prebuilt_tasks_have_names(prebuilt, refuses):
     with refuses("there is no task 'olmes/answer': the tasks are answers, blanks, words."):
         harness.load_tasks(["olmes/answer"])
     with refuses("olmes/answers/rc_5shot has its examples written out"):
-        harness.load_tasks(["olmes/answers/rc_5shot"], Protocol(shots=2))
+        harness.load_tasks(["olmes/answers/rc_5shot"], HarnessProtocol(shots=2))
 
 
 def test_a_task_of_no_name_is_refused(monkeypatch, refuses):
@@ -461,7 +461,7 @@ def test_a_task_of_ruler_is_asked_at_the_length_that_is_named(here, checkpoint, 
 
 def test_what_is_drawn_is_drawn_alike_again_and_measured_by_the_tokenizer(few_words, monkeypatch):
     monkeypatch.setattr(harness, "_is_hub_there", lambda: False)
-    protocol = Protocol(include=FAMILIES / "ruler", metadata={"max_seq_lengths": [1024]})
+    protocol = HarnessProtocol(include=FAMILIES / "ruler", metadata={"max_seq_lengths": [1024]})
     tokenizer, drawn = byte_tokenizer(), []
     for _ in range(2):
         (task,) = harness.load_tasks(["niah_multikey_2"], protocol, tokenizer).values()
@@ -519,7 +519,7 @@ def test_a_package_that_a_task_misses_is_named(tmp_path, monkeypatch, refuses):
         "try:\n    import unheard_of\nexcept ImportError:\n    raise ImportError('Please install it.')"
     )
     with refuses("task 'needy' needs the package unheard_of: install it with pip."):
-        harness.load_tasks(["needy"], Protocol(include=tmp_path))
+        harness.load_tasks(["needy"], HarnessProtocol(include=tmp_path))
 
 
 def test_a_hub_out_of_reach_is_not_asked_again(monkeypatch):

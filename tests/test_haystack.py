@@ -7,19 +7,19 @@ import torch
 
 from models_for_tests import tiny
 from qjl.lab.evals import haystack
-from qjl.lab.evals.haystack import TASKS, Cell, Protocol, Task
-from qjl.lab.evals.subject import Subject
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.evals.haystack import TASKS, HaystackCell, HaystackProtocol, Task
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 FIT = "Call me Ishmael, some years ago, never mind how long precisely. " * 35
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
-SMALL = Protocol(("needle",), (400,), depths=2)
+SMALL = HaystackProtocol(("needle",), (400,), depths=2)
 
 
 @pytest.fixture(scope="module")
 def subject():
     model = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
-    return Subject("tiny", model, byte_tokenizer(), FIT)
+    return EvalModel("tiny", model, byte_tokenizer(), FIT)
 
 
 def haystack_of(subject, cell):
@@ -29,7 +29,7 @@ def haystack_of(subject, cell):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("depth", [0.1, 0.9])
 def test_everything_hidden_stands_in_order_in_so_many_tokens(subject, task, depth):
-    one = haystack_of(subject, Cell(task, 2000, depth, 0))
+    one = haystack_of(subject, HaystackCell(task, 2000, depth, 0))
     text = subject.tokenizer.decode(one.tokens)
     places = [text.index(needle) for needle in one.task.needles]
     assert places == sorted(places)
@@ -65,7 +65,7 @@ def test_variables_form_a_chain():
 
 
 def test_an_answer_counts_by_its_words(subject):
-    one = haystack_of(subject, Cell("multivalue", 1000, 0.5, 0))
+    one = haystack_of(subject, HaystackCell("multivalue", 1000, 0.5, 0))
     first, second, *_ = one.task.expected
     assert one.share(f"{first}, and {second}.") == 0.5
     assert one.share("none") == 0
@@ -73,7 +73,7 @@ def test_an_answer_counts_by_its_words(subject):
 
 
 def test_every_preset_is_asked_in_every_cell(subject):
-    rows = list(haystack.measure(subject, ["full", "turboquant-3"], TEXT, SMALL))
+    rows = list(haystack.measure_retrieval(subject, ["full", "turboquant-3"], TEXT, SMALL))
     assert [(row["preset"], row["depth"]) for row in rows] == [
         (p, d) for d in (0.25, 0.75) for p in ("full", "turboquant-3")
     ]
@@ -85,8 +85,8 @@ def test_every_preset_is_asked_in_every_cell(subject):
 
 
 def test_the_answer_of_full_precision_is_the_model_s(subject):
-    one = haystack_of(subject, Cell("needle", 400, 0.5, 0))
-    (row,) = haystack.measure(subject, ["full"], TEXT, Protocol(("needle",), (400,), depths=1))
+    one = haystack_of(subject, HaystackCell("needle", 400, 0.5, 0))
+    (row,) = haystack.measure_retrieval(subject, ["full"], TEXT, HaystackProtocol(("needle",), (400,), depths=1))
     ids = subject.model.generate(
         input_ids=_joined(one), max_new_tokens=haystack.ANSWER_TOKENS, do_sample=False, pad_token_id=0
     )
@@ -100,14 +100,14 @@ def _joined(one):
 
 def test_a_killed_run_asks_only_what_is_missing(subject, tmp_path, monkeypatch):
     path = tmp_path / "answers.jsonl"
-    whole = list(haystack.measure(subject, ["turboquant-3"], TEXT, SMALL, path))
+    whole = list(haystack.measure_retrieval(subject, ["turboquant-3"], TEXT, SMALL, path))
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[1][:20])
     asked = []
     monkeypatch.setattr(
         haystack, "refill", lambda cache, exact, refill=haystack.refill: (asked.append(1), refill(cache, exact))
     )
-    assert list(haystack.measure(subject, ["turboquant-3"], TEXT, SMALL, path)) == whole
+    assert list(haystack.measure_retrieval(subject, ["turboquant-3"], TEXT, SMALL, path)) == whole
     assert path.read_text() == "".join(lines)
     assert len(asked) == 1
 
@@ -115,30 +115,34 @@ def test_a_killed_run_asks_only_what_is_missing(subject, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("protocol", "message"),
     [
-        (Protocol(("needle",), (4000,)), "too few for a haystack of 4000"),
-        (Protocol(("tracking",), (300,)), "the needles of tracking do not fit into 300 tokens"),
+        (HaystackProtocol(("needle",), (4000,)), "too few for a haystack of 4000"),
+        (HaystackProtocol(("tracking",), (300,)), "the needles of tracking do not fit into 300 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused(subject, protocol, message, refuses):
     with refuses(message):
-        list(haystack.measure(subject, ["full"], TEXT, protocol))
+        list(haystack.measure_retrieval(subject, ["full"], TEXT, protocol))
 
 
 def test_a_context_longer_than_the_model_s_is_refused(refuses):
     model = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=512)
     with refuses("500 tokens leave no room for an answer in the model's context of 512"):
-        list(haystack.measure(Subject("tiny", model, byte_tokenizer(), FIT), ["full"], TEXT, Protocol(contexts=(500,))))
+        list(
+            haystack.measure_retrieval(
+                EvalModel("tiny", model, byte_tokenizer(), FIT), ["full"], TEXT, HaystackProtocol(contexts=(500,))
+            )
+        )
 
 
 def test_protocols_that_ask_nothing_are_refused(refuses):
     with refuses("there is no task 'hay': choose from needle, passkey"):
-        Protocol(("hay",))
+        HaystackProtocol(("hay",))
     with refuses("at least one depth and seed"):
-        Protocol(depths=0)
+        HaystackProtocol(depths=0)
 
 
 def test_codecs_are_never_fitted_to_the_hay(subject):
-    both = Subject("tiny", subject.model, byte_tokenizer(), TEXT)
+    both = EvalModel("tiny", subject.model, byte_tokenizer(), TEXT)
     everything, fitted = both.tokens(TEXT)[0], 2048
     assert torch.equal(both.unseen(TEXT), everything[fitted:])
     assert torch.equal(both.unseen(FIT), both.tokens(FIT)[0])

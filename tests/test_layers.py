@@ -3,21 +3,22 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "qjl"
 FLOORS = (
+    ("lab",),
     ("__main__",),
     ("cli",),
-    ("lab",),
-    ("choice", "serving"),
+    ("bit_allocation", "server"),
     ("plan", "conversation"),
     ("calibration", "generation", "sensitivity", "teacher_forcing"),
-    ("prompts",),
+    ("prefix_store",),
     ("hf", "vllm"),
-    ("models", "texts", "quantization"),
+    ("models", "corpora", "quantization"),
     ("architecture", "fingerprints", "gguf_metadata"),
     ("cache",),
     ("codecs", "attention"),
@@ -26,25 +27,26 @@ FLOORS = (
     ("statistics", "trellis"),
     ("codebook", "sketch"),
     ("ops", "rope"),
-    ("container", "packed", "wheels", "versions", "modes", "compat", "copies"),
+    ("container", "packed", "download", "versions", "modes", "compat", "copies"),
     ("errors",),
 )
 LAB_FLOORS = (
+    ("cli",),
     ("report", "lm_eval"),
     ("bench", "demo"),
     ("evals", "plots"),
-    ("records", "rows", "machine", "models"),
+    ("results", "rows", "machine", "reuploads"),
 )
 ABOVE_MODELS = {
     "hf",
     "vllm",
-    "prompts",
+    "prefix_store",
     "calibration",
     "generation",
     "sensitivity",
     "teacher_forcing",
-    "choice",
-    "serving",
+    "bit_allocation",
+    "server",
     "conversation",
     "plan",
     "lab",
@@ -52,6 +54,8 @@ ABOVE_MODELS = {
 }
 KNOW_TRANSFORMERS = {"compat", "architecture", "fingerprints", "gguf_metadata", "models"} | ABOVE_MODELS
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+DOOR = SOURCE / "cli" / "__init__.py"
+CONVENTIONAL = {"compat"}
 EXTRAS = ("matplotlib", "jinja2", "gguf", "lm_eval", "accelerate", "wonderwords", "fastapi", "uvicorn", "datasets")
 
 
@@ -109,6 +113,35 @@ def test_every_room_has_a_floor_and_does_not_import_the_whole_house():
     }
 
 
+def test_one_door_leads_to_the_lab():
+    """What is measured needs the library; the library needs no measurement, and names the lab in one place."""
+    outside = [path for path in FILES if SOURCE / "lab" not in path.parents]
+    assert [path for path in outside if "qjl.lab" in path.read_text(encoding="utf-8")] == [DOOR]
+
+
+def _basename(path):
+    return path.parent.name if path.stem == "__init__" else path.stem
+
+
+def test_no_two_modules_have_one_name():
+    """But for commands, called as the user calls them, and backends, which have one file for one thing."""
+    named = [path for path in FILES if not {"cli", "cpu", "triton"} & set(path.relative_to(SOURCE).parts)]
+    counted = Counter(_basename(path) for path in named)
+    assert {name for name, count in counted.items() if count > 1} <= CONVENTIONAL
+
+
+def test_no_two_public_classes_have_one_name():
+    """But for those of a backend, which mirror what they carry out."""
+    named = [path for path in FILES if SOURCE / "ops" not in path.parents]
+    counted = Counter(
+        node.name
+        for path in named
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in counted.items() if count > 1] == []
+
+
 def test_few_rooms_import_transformers():
     know = {_room(path) for path in FILES if "transformers" in {name.split(".")[0] for name in _imports(path)}}
     assert know <= KNOW_TRANSFORMERS
@@ -130,7 +163,7 @@ def _run_without_extras(code):
     "code",
     [
         "import qjl; [getattr(qjl, name) for name in qjl.__all__]",
-        "import qjl.vllm.planning, qjl.calibration, qjl.generation, qjl.conversation, qjl.plan",
+        "import qjl.vllm.block_planner, qjl.calibration, qjl.generation, qjl.conversation, qjl.plan",
         "from qjl import cli; cli.app(['presets'])",
         "from qjl import cli; cli.app(['bench', '--help'])",
     ],

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from qjl import models, wheels
+from qjl import download, models
 from qjl.errors import QJLError
-from qjl.lab import models as reuploads
+from qjl.lab import reuploads as reuploads
 
 BYTES = list(bytes_to_unicode().values())
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "he", "hel"]
@@ -259,7 +259,7 @@ def test_a_cache_that_is_no_folder_says_so(tiny, tmp_path, monkeypatch):
 
 
 def test_too_little_space_says_so(tiny, cache, monkeypatch):
-    monkeypatch.setattr(wheels.shutil, "disk_usage", lambda _: wheels.shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: download.shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(QJLError, match="free some space"):
         models.load(str(tiny))
     assert not list(cache.iterdir())

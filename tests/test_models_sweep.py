@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from qjl import cli
 from qjl.errors import QJLError
-from qjl.lab import records, report
+from qjl.lab import report, results
 from qjl.lab.evals import families, sweep, tiny, ways
-from qjl.lab.evals.sweep import Limits, Subject
+from qjl.lab.evals.sweep import AskedFamily, ProcessLimits
 
 SAMPLE = {  # a family of each kind, and what its verdict tells
     "llama": ("text", "works", None),
@@ -118,9 +118,11 @@ def test_a_model_that_cannot_be_built_is_a_row(monkeypatch):
     assert "no such part" in row["why"]
 
 
-@pytest.mark.parametrize("limits", [Limits(cpu_seconds=1), Limits(nbytes=1 << 20)], ids=["time", "memory"])
+@pytest.mark.parametrize(
+    "limits", [ProcessLimits(cpu_seconds=1), ProcessLimits(nbytes=1 << 20)], ids=["time", "memory"]
+)
 def test_a_process_that_dies_is_a_row(limits):
-    (row,) = sweep.measure([Subject("llama", "text")], "b3", workers=1, limits=limits)
+    (row,) = sweep.measure_families([AskedFamily("llama", "text")], "b3", workers=1, limits=limits)
     assert row["family"] == "llama"
     assert row["verdict"] in ("not built", "traceback")  # before it answered alone, or after
     assert row["why"]
@@ -129,9 +131,9 @@ def test_a_process_that_dies_is_a_row(limits):
 def test_what_is_known_is_not_measured_again(monkeypatch):
     monkeypatch.setattr(sweep, "_in_a_process", lambda subject, *more: families.row("works"))
     asked, moved = sweep.subjects(["llama", "gpt2"]), []
-    first = list(sweep.measure(asked, "b3", workers=2, on_row=moved.append))
+    first = list(sweep.measure_families(asked, "b3", workers=2, on_row=moved.append))
     monkeypatch.delattr(sweep, "_in_a_process")
-    assert list(sweep.measure(asked, "b3", 2, first)) == first
+    assert list(sweep.measure_families(asked, "b3", 2, first)) == first
     assert [row["family"] for row in first] == ["gpt2", "llama"]
     assert moved == [1, 1]
 
@@ -160,12 +162,12 @@ def test_the_command_tells_and_keeps_rows(command, tmp_path):
     first = command("works", *arguments, "--json")
     assert first.exit_code == 0, first.output
     rows = [json.loads(line) for line in first.stdout.splitlines()]
-    assert rows == records.read(out)
+    assert rows == results.read(out)
     assert {"family", "verdict", "preset", "max_error_full", "kl", "why", "versions"} <= rows[0].keys()
     again = command("wrong", *arguments)
     assert again.exit_code == 0
     assert "2 works" in again.stdout
-    assert records.read(out) == rows
+    assert results.read(out) == rows
 
 
 @pytest.mark.parametrize("verdict", ["wrong", "traceback"])
@@ -186,7 +188,7 @@ def test_what_the_command_refuses(arguments, sentence, command):
 
 def test_the_report_takes_no_offence_at_such_rows(command, tmp_path):
     command("works", "-f", "llama", "--out", str(tmp_path / "models.jsonl"))
-    (row,) = records.read(tmp_path / "models.jsonl")
+    (row,) = results.read(tmp_path / "models.jsonl")
     assert report.counts([report.run("models.jsonl", [row])]) == ({"models": 1}, {})
 
 

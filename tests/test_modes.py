@@ -13,7 +13,7 @@ from qjl.methods.base import LayerContext
 from qjl.ops.forms import ExactTokens, PackedTokens
 from qjl.packed import BLOCK
 from qjl.presets import PRESETS
-from qjl.statistics import AttentionMoments, measure
+from qjl.statistics import AttentionMoments, layer_statistics
 
 SOURCE = Path(__file__).parent.parent / "src" / "qjl"
 APART = {"lab"}  # which measures, and is no library
@@ -147,7 +147,7 @@ def test_statistics_are_the_same_in_every_mode(model_of):
     def measured():
         attention = AttentionMoments()
         attention.add(tokens.queries, tokens.queries, positions, valid, model.rope, HEADS)
-        statistics = measure(tokens.keys, tokens.values, positions, valid, attention, model.rope)
+        statistics = layer_statistics(tokens.keys, tokens.values, positions, valid, attention, model.rope)
         return {name: x for name, x in vars(statistics).items() if isinstance(x, torch.Tensor)}
 
     expected = measured()

@@ -7,23 +7,23 @@ import pytest
 from transformers import GenerationConfig
 
 from models_for_tests import tiny
-from qjl.lab.evals import problems, writing
-from qjl.lab.evals.problems import Problem, Protocol, final_answer, is_same
-from qjl.lab.evals.subject import Subject
-from qjl.lab.evals.writing import write
+from qjl.lab.evals import greedy, problems
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.evals.greedy import write
+from qjl.lab.evals.problems import Problem, ProblemsProtocol, final_answer, is_same
 from qjl.presets import PRESETS
 from tiny_checkpoint import CONTEXT, byte_tokenizer
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 35
 ASKED = [Problem(f"What is {n} times seven, if {'really ' * n}nothing else is known?", str(7 * n)) for n in range(1, 6)]
-QUICK = Protocol(max_new_tokens=80, batch=2, recent=0)
+QUICK = ProblemsProtocol(max_new_tokens=80, batch=2, recent=0)
 
 
 @pytest.fixture(scope="module")
 def subject():
     model = tiny(vocab_size=len(byte_tokenizer()), max_position_embeddings=CONTEXT)
     model.generation_config = GenerationConfig(eos_token_id=1)
-    return Subject("tiny", model, byte_tokenizer(), TEXT)
+    return EvalModel("tiny", model, byte_tokenizer(), TEXT)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,8 @@ def test_files_of_problems(tmp_path, refuses):
 
 def test_a_batch_writes_what_each_would_alone(subject):
     together, alone = (
-        list(problems.measure(subject, ["full"], "sevens", ASKED, Protocol(40, batch))) for batch in (5, 1)
+        list(problems.measure_problems(subject, ["full"], "sevens", ASKED, ProblemsProtocol(40, batch)))
+        for batch in (5, 1)
     )
     for field in ("right", "tokens", "unfinished", "n", "accuracy"):
         assert together[0][field] == alone[0][field]
@@ -124,7 +125,7 @@ def test_a_batch_writes_what_each_would_alone(subject):
 
 @pytest.mark.parametrize("preset", ["turboquant-3", "b2"])
 def test_what_is_written_is_read_from_codes(subject, preset):
-    full, coded = problems.measure(subject, ["full", preset], "sevens", ASKED, QUICK)
+    full, coded = problems.measure_problems(subject, ["full", preset], "sevens", ASKED, QUICK)
     assert full["read_as_codes"] is None
     assert 0.4 < coded["read_as_codes"] < 1
     assert coded["bits"] < 4
@@ -136,13 +137,13 @@ def test_the_model_s_own_words_count(subject, monkeypatch):
     monkeypatch.setattr(
         problems, "_solve", lambda *a: [{"text": "so 7", "tokens": 80, "read_as_codes": 0.5}] * len(a[2])
     )
-    (row,) = problems.measure(subject, ["b2"], "sevens", ASKED, QUICK)
+    (row,) = problems.measure_problems(subject, ["b2"], "sevens", ASKED, QUICK)
     assert (row["right"], row["accuracy"], row["tokens"], row["unfinished"]) == ("10000", 0.2, 80, 1)
     assert row["accuracy_se"] == pytest.approx((0.2 * 0.8 / 5) ** 0.5)
 
 
 def test_a_killed_run_goes_on(subject, tmp_path, monkeypatch):
-    whole = list(problems.measure(subject, ["turboquant-3"], "sevens", ASKED, QUICK, tmp_path / "whole.jsonl"))
+    whole = list(problems.measure_problems(subject, ["turboquant-3"], "sevens", ASKED, QUICK, tmp_path / "whole.jsonl"))
     solve, calls = problems._solve, []
 
     def dies(*arguments):
@@ -153,10 +154,12 @@ def test_a_killed_run_goes_on(subject, tmp_path, monkeypatch):
 
     monkeypatch.setattr(problems, "_solve", dies)
     with pytest.raises(KeyboardInterrupt):
-        list(problems.measure(subject, ["turboquant-3"], "sevens", ASKED, QUICK, tmp_path / "killed.jsonl"))
+        list(problems.measure_problems(subject, ["turboquant-3"], "sevens", ASKED, QUICK, tmp_path / "killed.jsonl"))
     with (tmp_path / "killed.jsonl").open("a") as file:
         file.write('{"run": "half a li')
-    resumed = list(problems.measure(subject, ["turboquant-3"], "sevens", ASKED, QUICK, tmp_path / "killed.jsonl"))
+    resumed = list(
+        problems.measure_problems(subject, ["turboquant-3"], "sevens", ASKED, QUICK, tmp_path / "killed.jsonl")
+    )
     assert resumed == whole
     assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(calls) == 4  # one done, one killed, two after it
@@ -167,7 +170,7 @@ def test_rows_that_end_leave_the_batch_and_the_others_do_not_notice(subject, mon
     prompts, widths, config = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3, 3], [11, 12, 13]], [], PRESETS[preset].with_window(0)
     alone = [write(subject.model, subject.cache(config), [prompt], 60)[0] for prompt in prompts]
     ends = {1, alone[0][20], alone[1][30]}
-    monkeypatch.setattr(writing, "end_tokens", lambda model: ends)
+    monkeypatch.setattr(greedy, "end_tokens", lambda model: ends)
     cache = subject.cache(config)
     together = write(subject.model, cache, prompts, 60, lambda: widths.append(cache.index.batch))
     assert together == [list(itertools.takewhile(lambda token: token not in ends, row)) for row in alone]
@@ -178,4 +181,4 @@ def test_a_model_without_a_chat_is_refused(subject, refuses):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = None
     with refuses("problems are asked in a chat, and this model has no chat template"):
-        next(problems.measure(Subject("tiny", subject.model, tokenizer, TEXT), ["b3"], "sevens", ASKED))
+        next(problems.measure_problems(EvalModel("tiny", subject.model, tokenizer, TEXT), ["b3"], "sevens", ASKED))

@@ -8,7 +8,7 @@ import oracles
 from method_cases import bit_stream, every_head_dim, float64, of_type, scores_of, token_major
 from qjl.codebook import uniform_code
 from qjl.methods.base import LayerContext
-from qjl.methods.bits import repack
+from qjl.methods.bitpacking import repack
 from qjl.methods.grid import block_hadamard, block_size
 from qjl.methods.quarot import QuaRot
 from qjl.presets import PRESETS

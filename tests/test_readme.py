@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from qjl import cli, models, presets, texts, wheels
+from qjl import cli, corpora, download, models, presets
 from qjl.lab import report
 from qjl.lab.report import parts
 
@@ -40,9 +40,9 @@ def shell_lines(program):
 def cache_folder(tmp_path, monkeypatch):
     """A cache folder with the user's models and texts, and none of its statistics."""
     models.fetch(progress=False)
-    texts.essays()
+    corpora.essays()
     for name in ("models", "texts"):
-        (tmp_path / name).symlink_to(wheels.cache_dir() / name)
+        (tmp_path / name).symlink_to(download.cache_dir() / name)
     monkeypatch.setenv("QJL_CACHE", str(tmp_path))
 
 

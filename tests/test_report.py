@@ -13,7 +13,7 @@ import report_rows as rows_of
 from colours import contrast
 from qjl import cli, presets
 from qjl.errors import QJLError
-from qjl.lab import records, report, rows
+from qjl.lab import report, results, rows
 from qjl.lab.plots.answers import by_metric
 from qjl.lab.plots.style import INK, OURS, TONES
 from qjl.lab.report import numbers
@@ -367,8 +367,8 @@ def test_settings_of_a_preset_give_it_again():
 def folder(tmp_path):
     for name in ("seeds", "decode"):
         for row in EVERY_KIND[name]:
-            records.append(tmp_path / f"{name}.jsonl", row)
-    records.append(tmp_path / "seeds.answers.jsonl", {"run": "a", "request": "b", "answer": []})
+            results.append(tmp_path / f"{name}.jsonl", row)
+    results.append(tmp_path / "seeds.answers.jsonl", {"run": "a", "request": "b", "answer": []})
     return tmp_path
 
 

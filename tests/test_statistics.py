@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import oracles
 from qjl import statistics
 from qjl.rope import Rope
-from qjl.statistics import QUANTILES, AttentionMoments, LayerStatistics, StatisticsFile, measure
+from qjl.statistics import QUANTILES, AttentionMoments, LayerStatistics, StatisticsFile, layer_statistics
 
 TENSORS = (
     "key_mean",
@@ -28,7 +28,7 @@ def _measure(tokens, rope, valid=None, positions=None):
     batch, _, length, _ = tokens.keys.shape
     positions = torch.arange(length).expand(batch, -1) if positions is None else positions
     valid = torch.ones(batch, length, dtype=torch.bool) if valid is None else valid
-    return measure(tokens.keys, tokens.values, positions, valid, None, rope)
+    return layer_statistics(tokens.keys, tokens.values, positions, valid, None, rope)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_layer_that_has_no_rope_is_found_by_itself(generator):
     keys = torch.randn(1, 2, 400, 32, generator=generator) + 3 * torch.randn(1, 2, 1, 32, generator=generator)
     positions, valid = torch.arange(400)[None], torch.ones(1, 400, dtype=torch.bool)
     rope = Rope(10000.0 ** (-torch.arange(0, 32, 2) / 32))
-    measured = measure(keys, keys, positions, valid, None, rope)
+    measured = layer_statistics(keys, keys, positions, valid, None, rope)
     assert not measured.is_rotary
     torch.testing.assert_close(measured.key_mean, keys[0].mean(1), atol=1e-5, rtol=1e-4)
 
@@ -157,7 +157,7 @@ def test_without_rope_queries_before_it_are_the_queries(attended):
 def test_quantiles_of_many_tokens_come_from_evenly_spread_ones(generator):
     keys = torch.randn(1, 1, 10000, 8, generator=generator)
     positions, valid = torch.arange(10000)[None], torch.ones(1, 10000, dtype=torch.bool)
-    measured = measure(keys, keys, positions, valid, None, None)
+    measured = layer_statistics(keys, keys, positions, valid, None, None)
     expected = np.quantile(keys[0, 0, ::3].numpy(), (np.arange(QUANTILES) + 0.5) / QUANTILES, axis=0, method="hazen").T
     np.testing.assert_allclose(measured.key_quantiles[0], expected, atol=1e-3)
 

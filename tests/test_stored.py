@@ -341,7 +341,9 @@ def test_the_files_of_version_0_1(path, model, refuses):
 
 def test_settings_that_this_version_does_not_know(path, model, refuses, monkeypatch):
     cache = prefilled(model)
-    monkeypatch.setattr("qjl.hf.cache.to_dict", lambda config: {"key": {"method": "magic"}, "value": {"method": "qjl"}})
+    monkeypatch.setattr(
+        "qjl.hf.kv_cache.to_dict", lambda config: {"key": {"method": "magic"}, "value": {"method": "qjl"}}
+    )
     cache.save(path)
     with refuses("has a preset that is not known here: preset 'custom' needs a method for keys and values"):
         qjl.KVCache.load(path, model)

@@ -332,11 +332,11 @@ def test_greedy_water_filling_is_optimal(bits):
 @pytest.fixture(scope="module")
 def real_pairs():
     """Keys and queries of one layer of the embedded model, as they meet in attention: ``[heads, T, 64]`` each."""
-    from qjl import models, texts
+    from qjl import corpora, models
     from qjl.architecture import find_rope
 
     model, tokenizer = models.load("smollm2")
-    inputs = tokenizer(texts.essays()[:6000], return_tensors="pt").input_ids[:, :600]
+    inputs = tokenizer(corpora.essays()[:6000], return_tensors="pt").input_ids[:, :600]
     layer = model.model.layers[12].self_attn
     caught = {}
     hooks = [

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from conftest import using_backend
 from qjl import cli
-from qjl.lab.bench import baselines, caches, places, throughput, timing
+from qjl.lab.bench import baselines, caches, devices, throughput, timing
 from qjl.ops.triton import runtime
 
 SMALL = ("--head-dim", "64", "--kv-heads", "1", "--group", "2", "--repeats", "1")
@@ -38,7 +38,7 @@ def rows_of(*arguments):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_benches_reach_their_end(name, monkeypatch):
     monkeypatch.setattr(baselines, "READ_BYTES", 1 << 20)
-    monkeypatch.setattr(places.OnCPU, "cache_bytes", 1 << 10)
+    monkeypatch.setattr(devices.OnCPU, "cache_bytes", 1 << 10)
     monkeypatch.setattr(caches, "FITTED", 130)
     with using_backend("triton"):
         rows = rows_of(*COMMANDS[name])
@@ -56,14 +56,14 @@ def test_benches_reach_their_end(name, monkeypatch):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_benches_on_a_gpu_that_is_pretended(name, monkeypatch):
     monkeypatch.setattr(caches, "FITTED", 130)
-    monkeypatch.setattr(places, "COPIED_BYTES", 1 << 20)
+    monkeypatch.setattr(devices, "COPIED_BYTES", 1 << 20)
     for what in ("max_memory_allocated", "memory_allocated", "reset_peak_memory_stats", "synchronize"):
         monkeypatch.setattr(torch.cuda, what, lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
     fakes = {"ready": lambda place, work: work, "stopwatch": lambda place, work: timing.wall_ms(work), "cache_bytes": 1}
     for what, fake in fakes.items():
-        monkeypatch.setattr(places.OnGPU, what, fake)
-    monkeypatch.setattr(places, "multiply", lambda size, *where: baselines.multiply(size // 64, *where))
+        monkeypatch.setattr(devices.OnGPU, what, fake)
+    monkeypatch.setattr(devices, "multiply", lambda size, *where: baselines.multiply(size // 64, *where))
     monkeypatch.setattr(throughput, "search", lambda fits: (fits(1), fits(2)))
     with pretended_gpu(monkeypatch):
         rows = rows_of(*COMMANDS[name], "--device", "cuda")
@@ -84,14 +84,14 @@ def test_benches_on_a_gpu(name):
 @on_gpu
 def test_a_graph_does_what_it_was_captured_from():
     numbers = torch.arange(8.0, device="cuda")
-    work = places.Captured(lambda: numbers * 2)
+    work = devices.Captured(lambda: numbers * 2)
     numbers.fill_(3)
     assert work().tolist() == [6.0] * 8
 
 
 @on_gpu
 def test_the_time_of_a_gpu_is_not_that_of_its_launches():
-    place = places.OnGPU(torch.device("cuda"))
+    place = devices.OnGPU(torch.device("cuda"))
     matrix = torch.randn(4096, 4096, device="cuda")
     place.stopwatch(lambda: matrix @ matrix)
     assert place.stopwatch(lambda: [matrix @ matrix for _ in range(20)]) > 1

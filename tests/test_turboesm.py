@@ -9,7 +9,7 @@ import torch
 import oracles
 from method_cases import every_head_dim, float64, of_type
 from qjl.methods.base import POSITIONS, LayerContext
-from qjl.methods.bits import unpack_channels
+from qjl.methods.bitpacking import unpack_channels
 from qjl.methods.kmeans import lloyd
 from qjl.methods.turboesm import TurboESM
 from qjl.presets import PRESETS

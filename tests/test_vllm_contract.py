@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from qjl import vllm
-from qjl.serving import vllm as serving
+from qjl.server import vllm_launch
 from qjl.vllm import PRESET, compat
 from qjl.vllm.compat import CHECKED, ENGINE, SERVER, SERVING
 from released import FOLDER, Release, is_marked, parameters
@@ -23,8 +23,8 @@ PLUGIN = ROOT / "src" / "qjl" / "vllm"
 COMPAT = PLUGIN / "compat.py"
 USERS = [
     *sorted(PLUGIN.glob("*.py")),
-    ROOT / "src/qjl/lab/bench/vllm.py",
-    ROOT / "src/qjl/serving/vllm.py",
+    ROOT / "src/qjl/lab/bench/vllm_engines.py",
+    ROOT / "src/qjl/server/vllm_launch.py",
     ROOT / "tests/serve_vllm.py",
 ]
 EVERYTHING = [path for room in ("src", "tests", "scripts") for path in sorted((ROOT / room).rglob("*.py"))]
@@ -332,7 +332,7 @@ def test_fields_and_what_init_sets_are_members():
 
     assert compat._has(Made, "impl")
     assert not compat._has(Made, "paged")
-    assert compat._has(compat.Pages, "tokens")
+    assert compat._has(compat.PageShape, "tokens")
 
 
 class Theirs:
@@ -385,17 +385,17 @@ def test_the_backend_is_put_where_vllm_looks(pretended):
     ("allowed", "is_allowed"), [(None, True), ("qjl", True), ("lora,qjl", True), ("", False), ("lora", False)]
 )
 def test_a_vllm_that_would_not_load_the_plugin_is_refused(allowed, is_allowed, monkeypatch, refuses):
-    monkeypatch.setattr(serving, "is_installed", lambda: True)
-    monkeypatch.setattr(serving, "has_plugin", lambda: True)
+    monkeypatch.setattr(vllm_launch, "is_installed", lambda: True)
+    monkeypatch.setattr(vllm_launch, "has_plugin", lambda: True)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if allowed is not None:
         monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    assert serving.is_ready() is is_allowed
+    assert vllm_launch.is_ready() is is_allowed
     if is_allowed:
-        serving.require_ready()
+        vllm_launch.require_ready()
         return
     with refuses("VLLM_PLUGINS keeps vLLM from this package's plugin: add qjl to it, or unset it."):
-        serving.require_ready()
+        vllm_launch.require_ready()
 
 
 def test_the_plugin_s_name_is_that_of_its_entry_point():

@@ -19,9 +19,9 @@ from qjl.methods.balanced import Balanced
 from qjl.ops.triton import runtime
 from qjl.packed import Field
 from qjl.presets import CacheConfig
-from qjl.vllm import layer
-from qjl.vllm.layer import PagedLayer, page_bytes
-from qjl.vllm.planning import PoolShape
+from qjl.vllm import paged_layer
+from qjl.vllm.block_planner import PoolShape
+from qjl.vllm.paged_layer import PagedLayer, page_bytes
 from qjl.vllm.steps import Steps
 
 HEADS, GROUP, HEAD_DIM = 2, 2, 64
@@ -137,7 +137,7 @@ def test_prompts_chunks_and_single_tokens_of_several_sequences(page_tokens):
 
 @every_page
 def test_what_was_before_a_chunk_for_kernels_of_others(page_tokens, monkeypatch):
-    monkeypatch.setattr(layer, "TILE_BLOCKS", 2)
+    monkeypatch.setattr(paged_layer, "TILE_BLOCKS", 2)
     server = Server(page_tokens)
     one = server.sequence(400)
     server.step((one, 340))
@@ -245,7 +245,7 @@ def test_torch_s_defaults_do_not_reach_into_plans_and_pools(mode):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("path", sorted(Path(layer.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(Path(paged_layer.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
 def test_the_plugin_makes_no_tensor_of_torch_s_default_kind(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     made = [call for call in calls if ast.unparse(call.func) in FACTORIES]

@@ -7,14 +7,14 @@ import torch
 
 from models_for_tests import prompt, tiny
 from qjl import statistics
-from qjl.calibration import measure
+from qjl.calibration import model_statistics
 from qjl.codecs import TokenShape
 from qjl.hf import statistics_path
 from qjl.hf.sources import shared_codecs
 from qjl.presets import PRESETS, to_dict
 from qjl.vllm import PRESET, chosen_preset
-from qjl.vllm.layer import page_bytes
-from qjl.vllm.model import STATISTICS, ServedModel, bytes_per_token, chosen_config
+from qjl.vllm.paged_layer import page_bytes
+from qjl.vllm.served_model import STATISTICS, ServedModel, bytes_per_token, chosen_config
 
 HEAD_DIM = 32
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def codecs(folder, heads=slice(0, 2), layer=0):
 def _calibrate(model, path=None):
     path = path or statistics_path(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    measured = measure(model, prompt(300))
+    measured = model_statistics(model, prompt(300))
     statistics.save(path, measured, path.stem)
     return measured
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from qjl.errors import QJLError
 
 if TYPE_CHECKING:
+    from qjl.bit_allocation import choose
     from qjl.calibration import calibrate
-    from qjl.choice import choose
     from qjl.codecs import Codecs
     from qjl.hf import KVCache, disable, enable
     from qjl.models import load
+    from qjl.prefix_store import PromptCaches
     from qjl.presets import DEFAULT_PRESET, PRESETS, CacheConfig
-    from qjl.prompts import PromptCaches
     from qjl.quantization import Quantized, quantize
     from qjl.sketch import Sketch
 
@@ -48,13 +48,13 @@ _HOMES = {
     "enable": "hf",
     "disable": "hf",
     "calibrate": "calibration",
-    "choose": "choice",
+    "choose": "bit_allocation",
     "load": "models",
     "CacheConfig": "presets",
     "Codecs": "codecs",
     "DEFAULT_PRESET": "presets",
     "PRESETS": "presets",
-    "PromptCaches": "prompts",
+    "PromptCaches": "prefix_store",
     "Quantized": "quantization",
     "quantize": "quantization",
     "Sketch": "sketch",

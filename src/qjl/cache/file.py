@@ -29,7 +29,7 @@ from qjl.cache.layer import Layer
 from qjl.cache.paged import Fitted, PagedCache
 from qjl.cache.pool import run_of
 from qjl.codecs import Codecs
-from qjl.container import ArrayFile, Kind
+from qjl.container import ArrayFile, FileKind
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays
 from qjl.packed import require_tensor
@@ -38,7 +38,7 @@ from qjl.rope import Rope
 from qjl.statistics import StatisticsOf, none
 from qjl.versions import installed_version
 
-CACHES = Kind("qjl-cache", 2, "prompt cache", "build it again with `qjl cache build`", before=("qjl-prompt-cache",))
+CACHES = FileKind("qjl-cache", 2, "prompt cache", "build it again with `qjl cache build`", before=("qjl-prompt-cache",))
 TEXT, CROSS = "text", "cross"
 _SIDES = ("keys", "values")
 _MISFITS = (QJLError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)

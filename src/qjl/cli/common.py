@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
@@ -27,15 +26,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qjl.generation import Generation
-    from qjl.lab.report.parts import Table as Found
     from qjl.presets import CacheConfig
 
 EXAMPLES = "Example: [cyan]{}[/cyan]"
 DEFAULT_PRESET = "b3"  # as in qjl.presets, which takes seconds to import
 EMBEDDED = "smollm2"  # as in qjl.models
 EXTRAS = {"matplotlib": "lab", "jinja2": "lab", "accelerate": "lab", "lm_eval": "lab", "wonderwords": "lab"}
-
-_MARKS = {"": "{}", "ours": "[bold]{}[/bold]", "best": "[bold]{}[/bold]", "near": "≈ {}"}
 
 _words: ContextVar[tuple[str, ...]] = ContextVar("words of the command line")
 
@@ -62,7 +58,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothin
 DataOption = Annotated[
     Path | None, typer.Option("--data", help="A UTF-8 text file; Paul Graham's essays if not given.")
 ]
-RecentOption = Annotated[str, typer.Option(help="Exact tokens at the end; own keeps each preset's.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
 SeedOption = Annotated[int, typer.Option(help="Of the random choice of tokens.")]
@@ -100,19 +95,6 @@ def sentence(error: QJLError) -> str:
     return f"Error: {message}."
 
 
-def parse_recent(recent: str) -> int | None:
-    """Tokens of ``--recent``; None for each preset's own.
-
-    Raises:
-        QJLError: if it is neither.
-    """
-    if recent == "own":
-        return None
-    if not recent.isdecimal():
-        raise QJLError(f"recent {recent!r} is no number of tokens: give one, or own for that of each preset.")
-    return int(recent)
-
-
 def require_writable(path: Path) -> None:
     """Before minutes of work, not after; leaves no empty file behind.
 
@@ -140,14 +122,7 @@ def load(
     from qjl import models
 
     is_shown = notes.is_terminal and not json_output
-    return models.load(place(name, progress=is_shown), device=device, dtype=dtype, progress=is_shown)
-
-
-def place(name: str, *, progress: bool = True) -> str:
-    """What the library loads for ``name``: the lab knows models that it does not."""
-    from qjl.lab import models
-
-    return models.place(name, progress=progress)
+    return models.load(name, device=device, dtype=dtype, progress=is_shown)
 
 
 def resolved(presets: Iterable[str] | None, default: Iterable[str] = (DEFAULT_PRESET,)) -> list[CacheConfig]:
@@ -180,7 +155,7 @@ def configuration(
     asked: CacheConfig | float, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> CacheConfig:
     """What was asked for; where that is bits, a choice for this model, explained on stderr."""
-    from qjl.choice import choose
+    from qjl.bit_allocation import choose
     from qjl.presets import CacheConfig
 
     if isinstance(asked, CacheConfig):
@@ -189,61 +164,6 @@ def configuration(
         config = choose(model, tokenizer, asked, on_stage=show)
     notes.print(f"{config.name}: {config.summary}", style="dim", markup=False, soft_wrap=True)
     return config
-
-
-class Rows:
-    """What a command measured: told as soon as it is known, kept once however often a run goes on."""
-
-    def __init__(self, output: Path | None, json_output: bool) -> None:
-        from qjl.lab import records
-
-        self.output, self._json = output, json_output
-        self.kept = [] if output is None else records.resume(output)
-        self.rows: list[Any] = []
-
-    def add(self, fields: dict[str, Any]) -> None:
-        from qjl.lab import records, rows
-
-        row = {"command": command()} | fields
-        self.rows.append(rows.typed(row))
-        if self._json:
-            print_json(row)
-        if self.output is not None and not any(_is_same(row, kept) for kept in self.kept):
-            records.append(self.output, row)
-
-    def show(self) -> None:
-        """The report's tables of them."""
-        from qjl.lab.report.kinds import sections
-
-        if not self._json:
-            for section in sections(self.rows):
-                for part in section.parts:
-                    for table in part.tables:
-                        out.print(_printed(table))
-
-
-def command() -> str:
-    """The command line that is running."""
-    return shlex.join(["qjl", *_words.get()])
-
-
-def _is_same(row: dict[str, Any], kept: dict[str, Any]) -> bool:
-    return row | {"command": None} == kept | {"command": None}
-
-
-def _printed(found: Found) -> Table:
-    table = results_table(found.columns[0], *found.columns[1:])
-    table.columns[0].no_wrap = True
-    for column in table.columns[1 : found.words]:
-        column.justify = "left"
-    for line in found.lines:
-        table.add_row(*(f"{_MARKS[cell.mark].format(escape(cell.text))}{_note(cell.note)}" for cell in line))
-    table.caption = found.caption
-    return table
-
-
-def _note(note: str) -> str:
-    return f"\n[dim]{escape(note)}[/dim]" if note else ""
 
 
 @contextmanager
@@ -276,9 +196,9 @@ def results_table(name: str, *numbers: str) -> Table:
 
 def read_data(data: Path | None) -> str:
     """The text of a file, or else the essays."""
-    from qjl import texts
+    from qjl import corpora
 
-    return texts.essays() if data is None else texts.read_text(data)
+    return corpora.essays() if data is None else corpora.read_text(data)
 
 
 def megabytes(nbytes: int) -> str:
@@ -288,6 +208,11 @@ def megabytes(nbytes: int) -> str:
 
 def times(ratio: float) -> str:
     return f"{ratio:.1f}x"
+
+
+def command() -> str:
+    """The command line that is running."""
+    return shlex.join(["qjl", *_words.get()])
 
 
 def generation_fields(

@@ -6,10 +6,10 @@
 - ``cache``: ``KVCache``. ``model``: ``enable`` and ``disable``.
 """
 
-from qjl.hf.attention import CachedStates, QuantizedLayer, attention_over, attention_watched
-from qjl.hf.cache import KVCache
-from qjl.hf.model import disable, enable
+from qjl.hf.generate_hook import disable, enable
+from qjl.hf.kv_cache import KVCache
 from qjl.hf.sources import forget_statistics, own_codecs, ropes_of, statistics_path
+from qjl.hf.wrapped_attention import CachedStates, QuantizedLayer, attention_over, attention_watched
 
 __all__ = [
     "CachedStates",

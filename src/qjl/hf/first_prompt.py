@@ -17,7 +17,7 @@ from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, require_finite
 from qjl.rope import Rope
-from qjl.statistics import MIN_TOKENS, AttentionMoments, LayerStatistics, measure
+from qjl.statistics import MIN_TOKENS, AttentionMoments, LayerStatistics, layer_statistics
 
 logger = logging.getLogger("qjl")
 MOST_HELD = 2 * MIN_TOKENS  # columns whose queries are held; those of more are summed
@@ -216,7 +216,7 @@ class FirstPrompt(CodecsOf, Copied):
         require_finite(keys * valid[:, None, :, None], f"keys of {layer.name}")
         tokens = columns - _column(index.padding, keys.device)
         needs_queries = self.codecs.needs_queries(layer.number)
-        return measure(
+        return layer_statistics(
             keys,
             values,
             positions=tokens + _column(index.origins.tolist(), keys.device),

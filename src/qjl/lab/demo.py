@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl import texts
+from qjl import corpora
 from qjl.compat import cache_argument
 from qjl.conversation import MARK, chat_tokens
 from qjl.errors import QJLError
@@ -93,7 +93,7 @@ class Comparison:
 
 def essay_prompt(tokenizer: PreTrainedTokenizerBase, tokens: int, question: str = QUESTION) -> Prompt:
     """A prompt of about ``tokens`` tokens: the beginning of an essay, and a question about it."""
-    text = texts.essays()
+    text = corpora.essays()
     start = text.index(ESSAY_OPENING)
     wanted = tokens + CHECKED_TOKENS + 1
     essay = tokenizer(text[start : start + wanted * _CHARACTERS_PER_TOKEN], verbose=False).input_ids

@@ -14,11 +14,11 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
-from qjl import models, texts
+from qjl import corpora, models
 from qjl.errors import QJLError
+from qjl.lab.evals.eval_model import EvalModel
 from qjl.lab.evals.harness import PackedModel
-from qjl.lab.evals.subject import Subject
-from qjl.lab.models import place
+from qjl.lab.reuploads import place
 from qjl.presets import resolve
 
 
@@ -60,9 +60,9 @@ class QuantizedLM(PackedModel):
         if recent != "own" and not str(recent).isdecimal():
             raise QJLError(f"recent {recent!r} is no number of tokens: give one, or own for that of the preset.")
         config = resolve(preset).with_seed(seed).with_window(None if recent == "own" else int(recent))
-        text = texts.essays() if data is None else texts.read_text(data)
+        text = corpora.essays() if data is None else corpora.read_text(data)
         network, tokenizer = models.load(place(pretrained), device=_device(device), dtype=dtype)
-        cache = Subject(pretrained, network, tokenizer, text).cache(config)
+        cache = EvalModel(pretrained, network, tokenizer, text).cache(config)
         super().__init__(network, tokenizer, cache, chunk=chunk, batch=int(batch_size))
 
 

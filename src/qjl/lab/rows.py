@@ -226,7 +226,7 @@ class Problems(OfPreset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Harness(OfPreset):
+class HarnessMetric(OfPreset):
     """A metric of a task of lm-evaluation-harness, over ``n`` questions.
 
     ``value_se`` is the harness's standard error; ``filter`` its name for how answers are read; ``asked`` how the task
@@ -496,7 +496,7 @@ class Serving(Row):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine(Row):
+class EngineTurn(Row):
     """A turn of vLLM with ``requests`` sequences of ``context`` tokens; ``cached_tokens`` fit into 1 GiB of pages.
 
     Seconds are of a decode step and of all prompts, by the clock and of the processor.
@@ -551,8 +551,8 @@ class ModelFamily(Row):
 KINDS: Mapping[str, type[Row]] = {
     kind.case: kind
     for kind in (
-        *(Fidelity, Distortion, Perplexity, Seed, Haystack, Problems, Harness),
-        *(Decode, Scan, Encode, Overhead, Memory, Throughput, Generate, Serving, Engine, ModelFamily),
+        *(Fidelity, Distortion, Perplexity, Seed, Haystack, Problems, HarnessMetric),
+        *(Decode, Scan, Encode, Overhead, Memory, Throughput, Generate, Serving, EngineTurn, ModelFamily),
     )
 }
 

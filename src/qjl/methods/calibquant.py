@@ -9,7 +9,7 @@ import torch
 
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, LayerContext, Quantizer
-from qjl.methods.channels import ChannelCodec, channel_layout
+from qjl.methods.per_channel import ChannelCodec, channel_layout
 from qjl.packed import BLOCK, Layout
 
 

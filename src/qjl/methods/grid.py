@@ -17,7 +17,7 @@ from torch import Tensor
 from qjl import ops
 from qjl.codebook import uniform_code
 from qjl.methods.base import Codec, require_packable
-from qjl.methods.bits import pack_tokens, token_minor, uniform_grid
+from qjl.methods.bitpacking import pack_tokens, token_minor, uniform_grid
 from qjl.methods.nibble import TILE_TOKENS
 from qjl.ops.forms import NibbleForm
 from qjl.ops.recipe import GridRecipe

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, Unrotated, require_packable
-from qjl.methods.bits import as_half, channel_field, pack_channels, unpack_channels
+from qjl.methods.bitpacking import as_half, channel_field, pack_channels, unpack_channels
 from qjl.methods.kmeans import lloyd, midpoints
 from qjl.methods.nibble import TILE_TOKENS
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens

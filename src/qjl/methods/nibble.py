@@ -17,7 +17,7 @@ from torch import Tensor
 from qjl import ops
 from qjl.codebook import NibbleCode
 from qjl.methods.base import Arrays, Codec, LayerContext, block_positions
-from qjl.methods.bits import as_half
+from qjl.methods.bitpacking import as_half
 from qjl.ops import forms
 from qjl.ops.recipe import Recipe, Turn
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens

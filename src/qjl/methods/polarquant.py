@@ -17,9 +17,9 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, LayerContext, Quantizer, require_packable
-from qjl.methods.bits import as_half, channel_field, pack_channels, token_major, token_minor, unpack_channels
+from qjl.methods.bitpacking import as_half, channel_field, pack_channels, token_major, token_minor, unpack_channels
 from qjl.methods.kmeans import lloyd, midpoints
-from qjl.methods.turned import TurnedCodec
+from qjl.methods.rotated import TurnedCodec
 from qjl.packed import BLOCK, Blocks, Field, Layout
 from qjl.sketch import haar_rotation
 

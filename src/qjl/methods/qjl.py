@@ -18,7 +18,7 @@ from qjl import ops
 from qjl.codebook import NIBBLE, sign_code
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
-from qjl.methods.bits import as_half, unpack_tokens
+from qjl.methods.bitpacking import as_half, unpack_tokens
 from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout
 from qjl.ops.recipe import DenseMap, Map, Recipe, SketchMap
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens

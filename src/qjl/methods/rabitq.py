@@ -16,7 +16,7 @@ from torch import Tensor
 from qjl.codebook import NIBBLE, NibbleCode, uniform_code
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, LayerContext, Quantizer, require_packable
-from qjl.methods.bits import repack, top_code
+from qjl.methods.bitpacking import repack, top_code
 from qjl.methods.nibble import HalfScale, Mean, NibbleCodec, nibble_layout, unbiased_scale
 from qjl.packed import Layout
 from qjl.sketch import haar_rotation

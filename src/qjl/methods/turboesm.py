@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qjl.codebook import lloyd_max
 from qjl.methods.base import Arrays, LayerContext, Quantizer, require_packable
-from qjl.methods.bits import channel_field, pack_channels, unpack_channels
+from qjl.methods.bitpacking import channel_field, pack_channels, unpack_channels
 from qjl.methods.kmeans import lloyd, midpoints
-from qjl.methods.turned import TurnedCodec
+from qjl.methods.rotated import TurnedCodec
 from qjl.packed import Blocks, Layout
 from qjl.statistics import QUANTILES
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from qjl.codebook import NIBBLE, uniform_code
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
-from qjl.methods.bits import pack_tokens, token_major, token_minor, top_code, uniform_grid, unpack_tokens
+from qjl.methods.bitpacking import pack_tokens, token_major, token_minor, top_code, uniform_grid, unpack_tokens
 from qjl.ops.forms import NibbleForm
 from qjl.packed import BLOCK, Blocks, Field, Layout
 

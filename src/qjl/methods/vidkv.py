@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
-from qjl.methods.bits import as_half, pack_tokens, repack, top_code, unpack_tokens
-from qjl.methods.channels import channel_grid, require_group_size
+from qjl.methods.bitpacking import as_half, pack_tokens, repack, top_code, unpack_tokens
+from qjl.methods.per_channel import channel_grid, require_group_size
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 
 WIDE_BITS = 2

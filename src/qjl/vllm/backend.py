@@ -16,6 +16,7 @@ from qjl.errors import QJLError
 from qjl.methods.nibble import EXPAND_FROM_ROWS
 from qjl.packed import BLOCK
 from qjl.vllm import compat
+from qjl.vllm.block_planner import PoolShape
 from qjl.vllm.compat import (
     ATTENTION,
     AttentionBackend,
@@ -23,17 +24,16 @@ from qjl.vllm.compat import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
+    EngineSettings,
     KVCacheLayout,
-    Pages,
-    Settings,
+    PageShape,
     extract_layer_index,
     overriding,
 )
-from qjl.vllm.layer import PagedLayer
-from qjl.vllm.model import ServedModel, bytes_per_token, chosen_config
-from qjl.vllm.planning import PoolShape
-from qjl.vllm.prompts import PromptKernel, Prompts
-from qjl.vllm.steps import Step, Steps
+from qjl.vllm.paged_layer import PagedLayer
+from qjl.vllm.prefill import PromptKernel, Prompts
+from qjl.vllm.served_model import ServedModel, bytes_per_token, chosen_config
+from qjl.vllm.steps import LayerStep, Steps
 
 logger = logging.getLogger("vllm.qjl")
 
@@ -79,7 +79,7 @@ class QuantizedBackend(AttentionBackend):
 class StepMetadata(AttentionMetadata):
     """What all layers do in a step; ``prompts`` where vLLM's kernel takes them."""
 
-    step: Step
+    step: LayerStep
     prompts: Prompts | None
 
 
@@ -181,13 +181,15 @@ class QuantizedAttention(AttentionImpl[StepMetadata]):
         return output
 
 
-def _prompt_kernel(settings: Settings, pages: Pages, device: torch.device) -> PromptKernel | None:
+def _prompt_kernel(settings: EngineSettings, pages: PageShape, device: torch.device) -> PromptKernel | None:
     if not PromptKernel.serves(pages.head_dim, device):
         return None
     return PromptKernel(settings.heads, pages.heads, pages.head_dim, settings.dtype)
 
 
-def _paged_layer(settings: Settings, name: str, pages: Pages, shape: PoolShape, device: torch.device) -> PagedLayer:
+def _paged_layer(
+    settings: EngineSettings, name: str, pages: PageShape, shape: PoolShape, device: torch.device
+) -> PagedLayer:
     heads = slice(settings.first_head, settings.first_head + pages.heads)
     tokens = TokenShape(pages.heads, pages.head_dim, pages.head_dim, device, settings.dtype)
     model = _served_model(settings.model, settings.revision)
@@ -199,7 +201,7 @@ def _served_model(name: str, revision: str | None) -> ServedModel:
     return ServedModel(name, revision)
 
 
-def _require_served(settings: Settings) -> None:
+def _require_served(settings: EngineSettings) -> None:
     if settings.is_split:
         raise QJLError("quantized pages serve neither micro-batches nor context parallelism: switch them off.")
     if settings.sees_ahead:

@@ -307,7 +307,7 @@ def _not_taken(ours: inspect.Signature, theirs: inspect.Signature) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EngineSettings:
     """Of an engine: ``heads`` of queries and the KV heads from ``first_head`` on are those of this rank."""
 
     model: str
@@ -321,12 +321,12 @@ class Settings:
     sees_ahead: bool
 
 
-def settings(config: Any) -> Settings:
+def settings(config: Any) -> EngineSettings:
     """Of a ``VllmConfig``."""
     model, parallel, drafts = config.model_config, config.parallel_config, config.speculative_config
     ranks = (parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
     rank = __getattr__("get_tensor_model_parallel_rank")()
-    return Settings(
+    return EngineSettings(
         model=model.model,
         revision=model.revision,
         dtype=model.dtype,
@@ -345,7 +345,7 @@ def attention_of(config: Any, layer: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Pages:
+class PageShape:
     """Of one layer: ``tokens`` of ``heads`` KV heads in each."""
 
     tokens: int
@@ -353,9 +353,9 @@ class Pages:
     head_dim: int
 
 
-def pages(spec: Any) -> Pages:
+def pages(spec: Any) -> PageShape:
     """Of a layer's ``FullAttentionSpec``."""
-    return Pages(spec.block_size, spec.num_kv_heads, spec.head_size)
+    return PageShape(spec.block_size, spec.num_kv_heads, spec.head_size)
 
 
 def packed(spec: Any, bytes_per_token: Callable[[int], int]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qjl.ops.forms import Rows
 from qjl.packed import to_device
-from qjl.vllm.planning import Bools, Encoding, Integers, Plan, Planner, PoolShape, Requests
+from qjl.vllm.block_planner import BlockPlan, BlockPlanner, Bools, Encoding, Integers, PoolShape, Requests
 
 _SPARE = 16  # rows that there is room for, at least
 
@@ -67,7 +67,7 @@ class Alone:
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class LayerStep:
     """What layers do in a step; ``put_tokens`` are those that attention does not put to slots itself.
 
     ``is_apart``: sequences that attend together put their tokens themselves, before ``filled`` is encoded.
@@ -93,11 +93,11 @@ class Steps:
     """
 
     def __init__(self, shape: PoolShape, recent: int, most_queries: int, device: torch.device) -> None:
-        self.planner = Planner(shape, recent, most_queries)
+        self.planner = BlockPlanner(shape, recent, most_queries)
         self._kept = _KeptRows(shape, device)
         self._device = device
 
-    def next(self, totals: Integers, starts: Integers, table: Tensor) -> Step:
+    def next(self, totals: Integers, starts: Integers, table: Tensor) -> LayerStep:
         """A step with tokens ``starts[b]`` to ``starts[b + 1]`` of the batch for row b, the last of its ``totals[b]``.
 
         ``table int32 [R, n]`` of pages lies on the layers' device, and keeps its contents as long as the step.
@@ -111,7 +111,7 @@ class Steps:
         is_explicit = ~is_put if plan.is_apart else np.ones_like(is_put)
         device = self._device
         rescued, filled, direct = (Targets.of(of, device) for of in (plan.rescued, plan.filled, plan.direct))
-        return Step(
+        return LayerStep(
             rescued,
             on(device, plan.put_tokens[is_explicit]),
             on(device, plan.put_slots[is_explicit]),
@@ -122,7 +122,7 @@ class Steps:
             plan.is_apart,
         )
 
-    def _together(self, plan: Plan, requests: Requests, table: Tensor) -> Iterator[Together]:
+    def _together(self, plan: BlockPlan, requests: Requests, table: Tensor) -> Iterator[Together]:
         rows = plan.is_together.nonzero()[0]
         fresh, starts = requests.fresh[rows], requests.starts[rows]
         for queries in np.unique(fresh).tolist():
@@ -134,7 +134,7 @@ class Steps:
                 tokens = on(self._device, (begin[:, None] + np.arange(queries)).ravel())
             yield Together(tokens, queries, self._kept.operand(group, table))
 
-    def _alone(self, plan: Plan, requests: Requests, table: Tensor) -> Iterator[Alone]:
+    def _alone(self, plan: BlockPlan, requests: Requests, table: Tensor) -> Iterator[Alone]:
         size, starts = self.planner.shape.page_tokens, requests.starts
         for row in (~plan.is_together & (requests.fresh > 0)).nonzero()[0].tolist():
             begin, count, context = int(starts[row]), int(requests.fresh[row]), int(requests.context[row])
@@ -154,7 +154,7 @@ class _KeptRows:
         self._slots = np.zeros((0, 0), np.int32)
         self._operands: dict[tuple[int, int], _Operand] = {}
 
-    def update(self, plan: Plan, requests: Requests, row_of: Integers, is_put: Bools) -> None:
+    def update(self, plan: BlockPlan, requests: Requests, row_of: Integers, is_put: Bools) -> None:
         """To what rows that attend together read in a step; ``is_put``: which of the tokens that are put are theirs."""
         context, fresh = requests.context, requests.fresh
         count = len(context)
@@ -186,7 +186,7 @@ class _KeptRows:
         self._numbers, self._slots = np.zeros((3, rows), np.int32), np.zeros((rows, width), np.int32)
         self._operands.clear()
 
-    def _describe(self, rows: Integers, plan: Plan, context: Integers) -> None:
+    def _describe(self, rows: Integers, plan: BlockPlan, context: Integers) -> None:
         """Slots of the contexts of some rows."""
         size, lines = self._shape.page_tokens, plan.lines[rows]
         place = np.arange(self._slots.shape[1])

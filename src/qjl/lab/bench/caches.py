@@ -19,11 +19,11 @@ from qjl.errors import QJLError
 from qjl.hf import KVCache
 from qjl.lab import machine
 from qjl.lab.bench import decode
-from qjl.lab.bench.places import Place, place_of
-from qjl.lab.bench.protocol import Settings, require_accurate
+from qjl.lab.bench.devices import Place, place_of
+from qjl.lab.bench.gate import BenchSettings, require_accurate
 from qjl.lab.bench.synthetic import Shape, fill
 from qjl.lab.bench.timing import Spread, wall_ms
-from qjl.lab.records import Row
+from qjl.lab.results import Row
 from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
 
@@ -194,7 +194,7 @@ def gate(model: PreTrainedModel, preset: CacheConfig, tokens: int, threads: int)
     heads = text_config(model.config).num_attention_heads
     layer = next(layer for layer in layer_shapes(model.config) if layer.is_quantized)
     shape = Shape(layer.head_dim, layer.num_key_value_heads, heads // layer.num_key_value_heads)
-    settings = Settings(shape, model.dtype, model.device, threads)
+    settings = BenchSettings(shape, model.dtype, model.device, threads)
     subject = fill(preset, max(least, min(tokens, MOST_GATED)), shape, model.dtype, model.device)
     error = decode.max_error(subject, Scoring(shape.scaling), threads)
     require_accurate(error, f"{preset.name} at head_dim {layer.head_dim}", settings.backend, settings.most_error)

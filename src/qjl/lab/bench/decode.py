@@ -15,12 +15,12 @@ import torch
 from qjl.attention import Scoring
 from qjl.cache.paged import PagedCache
 from qjl.lab.bench.baselines import BASELINES, Baseline
-from qjl.lab.bench.places import Place, copies_for
-from qjl.lab.bench.protocol import (
+from qjl.lab.bench.devices import Place, copies_for
+from qjl.lab.bench.gate import (
     LIMIT,
     OURS,
     REFERENCE,
-    Settings,
+    BenchSettings,
     compared,
     conditions,
     head,
@@ -29,16 +29,18 @@ from qjl.lab.bench.protocol import (
     require_accurate,
     using_backend,
 )
-from qjl.lab.bench.synthetic import Shape, Subject, fill
+from qjl.lab.bench.synthetic import FilledLayer, Shape, fill
 from qjl.lab.bench.timing import Timings, Work, interleave, use_threads
-from qjl.lab.records import Row
+from qjl.lab.results import Row
 from qjl.presets import CacheConfig
 
 PEAK, EAGER = "matmul", "eager"
 SWEEP = tuple(2**power for power in range(10, 20))
 
 
-def measure(config: CacheConfig, tokens: int, settings: Settings, on_round: Callable[[], None] = lambda: None) -> Row:
+def time_decoding(
+    config: CacheConfig, tokens: int, settings: BenchSettings, on_round: Callable[[], None] = lambda: None
+) -> Row:
     """Time one step over ``tokens`` tokens.
 
     Raises:
@@ -73,7 +75,7 @@ def measure(config: CacheConfig, tokens: int, settings: Settings, on_round: Call
     )
 
 
-def max_error(subject: Subject, scoring: Scoring, threads: int) -> float:
+def max_error(subject: FilledLayer, scoring: Scoring, threads: int) -> float:
     """Of the backend in use against the reference on the same bytes, before the output is rounded to their dtype."""
     in_full = replace(subject, query=subject.query.float())
     with use_threads(threads), torch.no_grad():
@@ -83,7 +85,7 @@ def max_error(subject: Subject, scoring: Scoring, threads: int) -> float:
     return relative_error(out, expected)
 
 
-def affordable(names: Sequence[str], tokens: int, settings: Settings) -> list[str]:
+def affordable(names: Sequence[str], tokens: int, settings: BenchSettings) -> list[str]:
     """The baselines that run on the device and fit into memory together."""
     found, room = [], settings.memory
     for name in names:
@@ -99,7 +101,7 @@ def baseline_bytes(tokens: int, shape: Shape, dtype: torch.dtype) -> int:
     return 2 * shape.batch * shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
 
 
-def works_of(baseline: Baseline, tokens: int, settings: Settings) -> list[Work]:
+def works_of(baseline: Baseline, tokens: int, settings: BenchSettings) -> list[Work]:
     """A baseline on as many copies of keys and values as it takes to find none of them in a cache."""
     shape, place = settings.shape, settings.place
     query = _normal(shape.group, shape, baseline.dtype, place)

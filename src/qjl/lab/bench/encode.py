@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qjl.lab.bench.baselines import BF16, FLASH, FP16, FP32
-from qjl.lab.bench.places import copies_for
-from qjl.lab.bench.protocol import (
+from qjl.lab.bench.devices import copies_for
+from qjl.lab.bench.gate import (
     LIMIT,
     OURS,
     REFERENCE,
-    Settings,
+    BenchSettings,
     conditions,
     head,
     of_the_limit,
@@ -28,7 +28,7 @@ from qjl.lab.bench.protocol import (
 )
 from qjl.lab.bench.synthetic import DISTINCT, Maker, fill
 from qjl.lab.bench.timing import Work, interleave, use_threads
-from qjl.lab.records import Row
+from qjl.lab.results import Row
 from qjl.methods.base import Codec
 from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
@@ -40,8 +40,8 @@ SAMPLED_QUERIES = 64
 SAMPLED = {BF16: torch.bfloat16, FP32: torch.float32}
 
 
-def measure(
-    config: CacheConfig, role: str, tokens: int, settings: Settings, on_round: Callable[[], None] = lambda: None
+def time_encoding(
+    config: CacheConfig, role: str, tokens: int, settings: BenchSettings, on_round: Callable[[], None] = lambda: None
 ) -> Row:
     """Time the encoding of ``tokens`` keys or values of a layer.
 
@@ -92,7 +92,7 @@ def encoding_error(codec: Codec, x: Tensor, first: Tensor, threads: int) -> floa
     return abs(ours - reference) / reference
 
 
-def whole_prefill(tokens: int, settings: Settings) -> Work:
+def whole_prefill(tokens: int, settings: BenchSettings) -> Work:
     """torch's causal attention of all queries over all tokens."""
     shape = settings.shape
     heads = (shape.kv_heads * shape.group, shape.kv_heads, shape.kv_heads)
@@ -101,7 +101,7 @@ def whole_prefill(tokens: int, settings: Settings) -> Work:
     return partial(F.scaled_dot_product_attention, query, keys, values, is_causal=True, enable_gqa=True)
 
 
-def _some_queries(tokens: int, settings: Settings) -> dict[str, Work]:
+def _some_queries(tokens: int, settings: BenchSettings) -> dict[str, Work]:
     """torch's attention of some queries of one KV head over all tokens."""
     group, head_dim = settings.shape.group, settings.shape.head_dim
     query = torch.randn(1, 1, group * SAMPLED_QUERIES, head_dim)
@@ -112,7 +112,7 @@ def _some_queries(tokens: int, settings: Settings) -> dict[str, Work]:
     }
 
 
-def _tokens(role: str, count: int, settings: Settings) -> Tensor:
+def _tokens(role: str, count: int, settings: BenchSettings) -> Tensor:
     maker = Maker(settings.shape)
     x = maker.keys(torch.arange(count)[None]) if role == "key" else maker.values(count)
     return x.to(settings.device, settings.dtype).repeat(settings.shape.batch, 1, 1, 1)
@@ -131,7 +131,7 @@ def _whole_blocks(tokens: int) -> int:
     return max(1, tokens // BLOCK) * BLOCK
 
 
-def _codec(config: CacheConfig, role: str, settings: Settings) -> Codec:
+def _codec(config: CacheConfig, role: str, settings: BenchSettings) -> Codec:
     least = config.recent + BLOCK + 1
     subject = fill(config, least, settings.shape, settings.dtype, settings.device)
     assert subject.layer.codecs is not None

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from qjl import models, ops, texts
+from qjl import corpora, models, ops
 from qjl.architecture import layer_shapes
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.hf import KVCache
 from qjl.lab import machine
 from qjl.lab.bench import caches, llama
-from qjl.lab.bench.protocol import REFERENCE, relative_error, require_accurate, using_backend
+from qjl.lab.bench.gate import REFERENCE, relative_error, require_accurate, using_backend
 from qjl.lab.bench.timing import Timings, Work, interleave, use_threads, wall_ms
-from qjl.lab.models import fetch_gguf, place
-from qjl.lab.records import Row
+from qjl.lab.results import Row
+from qjl.lab.reuploads import fetch_gguf, place
 from qjl.presets import CacheConfig
 from qjl.teacher_forcing import prefill
 
@@ -197,7 +197,7 @@ def _states(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 
 def _ids(tokenizer: PreTrainedTokenizerBase, count: int) -> Tensor:
     """The first tokens of the essays."""
-    ids = tokenizer(texts.essays(), return_tensors="pt").input_ids
+    ids = tokenizer(corpora.essays(), return_tensors="pt").input_ids
     if ids.shape[1] < count:
         raise QJLError(f"the essays have {ids.shape[1]} tokens, fewer than {count}: give a shorter context.")
     return ids[:, :count]

@@ -16,13 +16,13 @@ from qjl import ops
 from qjl.codecs import Pair
 from qjl.lab.bench import baselines, faiss_scans
 from qjl.lab.bench.baselines import SignRows, popcount_scan
+from qjl.lab.bench.devices import copies_for
 from qjl.lab.bench.encode import NOT_COMPARED
-from qjl.lab.bench.places import copies_for
-from qjl.lab.bench.protocol import (
+from qjl.lab.bench.gate import (
     LIMIT,
     OURS,
     REFERENCE,
-    Settings,
+    BenchSettings,
     compared,
     conditions,
     head,
@@ -31,9 +31,9 @@ from qjl.lab.bench.protocol import (
     require_accurate,
     using_backend,
 )
-from qjl.lab.bench.synthetic import Subject, fill
+from qjl.lab.bench.synthetic import FilledLayer, fill
 from qjl.lab.bench.timing import Work, interleave, use_threads
-from qjl.lab.records import Row
+from qjl.lab.results import Row
 from qjl.methods.base import Quantizer
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
@@ -61,7 +61,7 @@ def scanned(m: Sequence[int], bits: Sequence[int], head_dim: int) -> dict[str, Q
 
 
 def scan(
-    name: str, quantizer: Quantizer, tokens: int, settings: Settings, on_round: Callable[[], None] = lambda: None
+    name: str, quantizer: Quantizer, tokens: int, settings: BenchSettings, on_round: Callable[[], None] = lambda: None
 ) -> Row:
     """Time the scores of all packed keys.
 
@@ -105,7 +105,7 @@ class PackedKeys:
     first: Tensor
 
     @classmethod
-    def of(cls, subject: Subject) -> PackedKeys:
+    def of(cls, subject: FilledLayer) -> PackedKeys:
         pages, index = subject.layer.pages, subject.cache.index
         assert pages is not None
         blocks = index.blocks[0]
@@ -145,7 +145,7 @@ def _copied(segment: PackedKeys) -> PackedKeys:
     return replace(segment, keys={name: field.clone() for name, field in segment.keys.items()})
 
 
-def _other_scans(name: str, m: int, tokens: int, settings: Settings) -> list[Work]:
+def _other_scans(name: str, m: int, tokens: int, settings: BenchSettings) -> list[Work]:
     shape = settings.shape
     copies = copies_for(shape.kv_heads * tokens * m // 8, settings.place)
     if name != POPCOUNT:

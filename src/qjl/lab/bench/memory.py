@@ -17,7 +17,7 @@ from qjl.compat import cache_argument
 from qjl.lab.bench.caches import DYNAMIC, Make, Rig, nbytes, ratio
 from qjl.lab.bench.peak import Peak
 from qjl.lab.bench.timing import Timings, use_threads
-from qjl.lab.records import Row
+from qjl.lab.results import Row
 
 CONTEXTS = tuple(2**power for power in range(10, 18))
 
@@ -33,7 +33,7 @@ class _Run:
     cache: int
 
 
-def measure(
+def weigh_caches(
     rig: Rig, context: int, steps: int, repeats: int, on_round: Callable[[], None] = lambda: None
 ) -> Iterator[Row]:
     """A row per cache."""

@@ -24,10 +24,10 @@ from qjl.attention import Scoring
 from qjl.cache.paged import Fitted, PagedCache
 from qjl.hf import KVCache
 from qjl.lab import machine
-from qjl.lab.bench.planning import plan_us
-from qjl.lab.bench.protocol import REFERENCE, relative_error, require_accurate, using_backend
+from qjl.lab.bench.gate import REFERENCE, relative_error, require_accurate, using_backend
+from qjl.lab.bench.planner_time import plan_us
 from qjl.lab.bench.timing import use_threads
-from qjl.lab.records import Row
+from qjl.lab.results import Row
 from qjl.ops.cpu import library
 from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
@@ -46,7 +46,7 @@ class _Spent:
     kernel: float
 
 
-def measure(
+def time_overhead(
     config: CacheConfig, layers: int = LAYERS, repeats: int = 4 * BLOCK, on_part: Callable[[], None] = lambda: None
 ) -> Row:
     """All of it, on one thread; ``on_part`` is called four times.

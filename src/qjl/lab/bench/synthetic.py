@@ -21,7 +21,7 @@ from qjl.methods.base import Codec
 from qjl.packed import BLOCK, Blocks
 from qjl.presets import CacheConfig
 from qjl.rope import Rope
-from qjl.statistics import AttentionMoments, LayerStatistics, measure
+from qjl.statistics import AttentionMoments, LayerStatistics, layer_statistics
 
 CPU = torch.device("cpu")
 DISTINCT = 2048
@@ -74,7 +74,7 @@ class Maker:
         out = (scores.mul(self.shape.scaling).softmax(-1) @ values[:, :, None]).flatten(1, 2)
         valid, attention = torch.ones(1, MEASURED, dtype=torch.bool), AttentionMoments()
         attention.add(queries, out, positions, valid, self.rope, self.shape.kv_heads)
-        return measure(keys, values, positions, valid, attention, self.rope)
+        return layer_statistics(keys, values, positions, valid, attention, self.rope)
 
     def _normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._generator)
@@ -86,7 +86,7 @@ class Maker:
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class FilledLayer:
     """A filled layer in the pass that reads its last token, and that token's queries ``[B, H * group, 1, D]``."""
 
     cache: PagedCache
@@ -103,13 +103,13 @@ class Subject:
         assert fresh is not None
         return self.cache.attend(self.layer, self.query, scoring, fresh)
 
-    def copies(self, count: int) -> list[Subject]:
+    def copies(self, count: int) -> list[FilledLayer]:
         """Layers with bytes of their own; the codecs are shared."""
-        return [self, *(Subject(copy.deepcopy(self.cache), self.query) for _ in range(count - 1))]
+        return [self, *(FilledLayer(copy.deepcopy(self.cache), self.query) for _ in range(count - 1))]
 
 
 @torch.no_grad()
-def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype, device: torch.device = CPU) -> Subject:
+def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype, device: torch.device = CPU) -> FilledLayer:
     """A layer that holds ``tokens`` tokens, the same in each row of the batch, each row with bytes of its own.
 
     Raises:
@@ -134,7 +134,7 @@ def fill(config: CacheConfig, tokens: int, shape: Shape, dtype: torch.dtype, dev
     last = torch.tensor([[tokens - 1]])
     query, *fresh = (x.to(device, dtype) for x in (maker.queries(last), maker.keys(last), maker.values(1)))
     cache.append(layer, *(x.repeat(shape.batch, 1, 1, 1) for x in fresh))
-    return Subject(cache, query.repeat(shape.batch, 1, 1, 1))
+    return FilledLayer(cache, query.repeat(shape.batch, 1, 1, 1))
 
 
 def _codecs(config: CacheConfig, maker: Maker, dtype: torch.dtype, device: torch.device) -> tuple[Codecs, Pair]:

@@ -16,14 +16,14 @@ from qjl.errors import QJLError
 from qjl.lab.bench.caches import DYNAMIC, Rig, nbytes, refill
 from qjl.lab.bench.peak import Peak
 from qjl.lab.bench.timing import use_threads
-from qjl.lab.records import Row
+from qjl.lab.results import Row
 from qjl.teacher_forcing import prefill
 
 PRECISION = 20
 States = list[tuple[Tensor, Tensor]]
 
 
-def measure(
+def find_throughput(
     rig: Rig, context: int, memory: int, steps: int, on_batch: Callable[[str], None] = lambda what: None
 ) -> Iterator[Row]:
     """A row per cache and batch, the largest batch of a cache last and marked; transformers' own cache first.

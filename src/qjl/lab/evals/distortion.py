@@ -28,8 +28,8 @@ from qjl.codebook import scalar_distortion
 from qjl.errors import QJLError
 from qjl.fingerprints import digest
 from qjl.hf import KVCache, attention_watched
-from qjl.lab.evals.subject import Subject
-from qjl.lab.records import Journal, Row
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.results import Journal, Row
 from qjl.methods.base import Quantizer
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
@@ -39,7 +39,7 @@ QUERIES = 64  # that ask, the last of each row
 
 
 @dataclass(frozen=True)
-class Protocol:
+class DistortionProtocol:
     """How much text: ``rows`` of ``tokens``; ``recent`` is the exact window of every preset, None its own."""
 
     tokens: int = 1024
@@ -61,11 +61,11 @@ class States:
     scaling: float
 
 
-def measure(
-    subject: Subject,
+def measure_distortion(
+    subject: EvalModel,
     presets: Iterable[str | Path | CacheConfig],
     text: str,
-    protocol: Protocol = Protocol(),
+    protocol: DistortionProtocol = DistortionProtocol(),
     answers: Path | None = None,
     on_preset: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Row]:
@@ -176,7 +176,7 @@ def expected_error(quantizer: Quantizer, head_dim: int, cosine: float) -> float 
     return None
 
 
-def _rows(subject: Subject, text: str, protocol: Protocol) -> Tensor:
+def _rows(subject: EvalModel, text: str, protocol: DistortionProtocol) -> Tensor:
     """Stretches spread evenly over the text, ``int64 [rows, tokens]``."""
     tokens = subject.unseen(text)
     if len(tokens) < protocol.tokens:

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from qjl.errors import QJLError
 from qjl.hf import KVCache, disable, enable
 from qjl.lab.evals import tiny, ways
-from qjl.lab.evals.ways import Answer, Pen, Way
-from qjl.lab.records import Row
+from qjl.lab.evals.ways import Pen, Way, Written
+from qjl.lab.results import Row
 
 VERDICTS = ("wrong", "traceback", "refused", "works", "not built")  # of several the first counts
 FULL = "full"
@@ -46,7 +46,7 @@ def check(family: str, task: str, preset: str, on_built: Callable[[], None] = la
         model = tiny.build(family, task)
     except Exception as error:  # whatever a model's own code raises is its row
         return row("not built", told(error))
-    return Trial(model, preset).row(on_built)
+    return WaysTrial(model, preset).row(on_built)
 
 
 def row(verdict: str, why: str | None = None, **numbers: float | None) -> Row:
@@ -60,12 +60,12 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {text} ({'/'.join(place.filename.split('/')[-2:])}:{place.lineno})"
 
 
-class Trial:
+class WaysTrial:
     """A model that is asked in every way, with its own cache first."""
 
     def __init__(self, model: PreTrainedModel, preset: str) -> None:
         self._model, self._preset = model, preset
-        self._own: dict[str, Answer] = {}
+        self._own: dict[str, Written] = {}
         self._kl_other: float | None = None
 
     def row(self, on_built: Callable[[], None]) -> Row:
@@ -98,7 +98,7 @@ class Trial:
         is_deaf = self._kl_other < LEAST_CONTEXT
         return f"another prompt changes only {self._kl_other:.1e} nats" if is_deaf else None
 
-    def _answered_alone(self, way: Way) -> Answer | None:
+    def _answered_alone(self, way: Way) -> Written | None:
         """None where the model's own cache does not know this way, or has no right answer since padding is read."""
         try:
             answer = way.ask(self._model)
@@ -113,14 +113,14 @@ class Trial:
         found = []
         for way in self._ways(ways.plain, ways.padded, ways.in_parts, ways.beams):
             answer = self._asked(way, FULL)
-            found.append(self._compared(way, answer) if isinstance(answer, Answer) else answer)
+            found.append(self._compared(way, answer) if isinstance(answer, Written) else answer)
         return _with_lesser_refusals(found)
 
     def _with_codes(self) -> list[Finding]:
         found = []
         for way in self._ways(ways.plain, ways.padded, ways.in_parts):
             answer = self._asked(way, self._preset)
-            found.append(self._judged(way, answer) if isinstance(answer, Answer) else answer)
+            found.append(self._judged(way, answer) if isinstance(answer, Written) else answer)
         return _with_lesser_refusals([*found, self._enabled()])
 
     def _ways(self, *made: Callable[[], Way]) -> list[Way]:
@@ -136,11 +136,11 @@ class Trial:
             return Finding("traceback", f"{preset}: {told(error)}")
         return None
 
-    def _asked(self, way: Way, preset: str) -> Answer | Finding:
+    def _asked(self, way: Way, preset: str) -> Written | Finding:
         failure = self._made(preset)
         return failure or self._answered(way, KVCache(self._model, preset), preset)
 
-    def _answered(self, way: Way, cache: KVCache | None, name: str) -> Answer | Finding:
+    def _answered(self, way: Way, cache: KVCache | None, name: str) -> Written | Finding:
         pen = Pen(None if way.beams > 1 else self._own[way.name].tokens)
         try:
             return way.ask(self._model, cache, pen)
@@ -150,7 +150,7 @@ class Trial:
         except Exception as error:  # the kind of fault that is looked for
             return Finding("traceback", f"{name}, {way.name}: {told(error)}")
 
-    def _compared(self, way: Way, answer: Answer) -> Finding:
+    def _compared(self, way: Way, answer: Written) -> Finding:
         own = self._own[way.name]
         if way.beams > 1:
             is_same = answer.tokens.equal(own.tokens)
@@ -160,7 +160,7 @@ class Trial:
             return Finding("wrong", f"full is off by {error:.1e} of the logits in {way.name}", error)
         return Finding("works", error=error)
 
-    def _judged(self, way: Way, answer: Answer) -> Finding:
+    def _judged(self, way: Way, answer: Written) -> Finding:
         """With codes in place of numbers there must be a loss, and a small one."""
         kl = answer.kl(self._own[way.name])
         used = [store.index for store in answer.cache.stores if store.index.columns]

@@ -38,7 +38,7 @@ from qjl.teacher_forcing import (
 
 
 @dataclass(frozen=True)
-class Protocol:
+class FidelityProtocol:
     """How fidelity is measured: tokens, ``chunks`` of text, ``seeds``, and whether to ask for codes too.
 
     ``recent`` is the exact window of every preset, None its own.
@@ -61,12 +61,12 @@ class Protocol:
         return self.seeds * self.decode
 
 
-def measure(
+def measure_fidelity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     presets: Iterable[str | Path | CacheConfig],
     text: str,
-    protocol: Protocol = Protocol(),
+    protocol: FidelityProtocol = FidelityProtocol(),
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Iterator[dict[str, Any]]:
     """One JSON-ready object per preset, as soon as it is measured.
@@ -79,7 +79,7 @@ def measure(
         QJLError: if the text is too short, or the chunk does not fit the model's context.
     """
     configs = [resolve(preset).with_window(protocol.recent) for preset in presets]
-    trial = Trial(model, tokenizer, text, protocol)
+    trial = Evaluation(model, tokenizer, text, protocol)
     for config in configs:
         yield trial.row(config, on_tokens)
 
@@ -94,11 +94,11 @@ class _Run:
     bits_with_window: float
 
 
-class Trial:
+class Evaluation:
     """A model on a text, in full precision: all that does not depend on the preset, worked out once."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, protocol: Protocol
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, protocol: FidelityProtocol
     ) -> None:
         self.model, self.protocol = model, protocol
         self.chunks = _chunks(model, tokenizer, text, protocol)
@@ -150,7 +150,7 @@ class Trial:
         """
         if seed not in self._statistics:
             prompt = self.chunks[seed % len(self.chunks), : self.protocol.prefix]
-            self._statistics[seed] = calibration.measure(self.model, prompt[None])
+            self._statistics[seed] = calibration.model_statistics(self.model, prompt[None])
         return self._statistics[seed]
 
     def _retrieved(self, cache: KVCache, task: int) -> float:
@@ -158,7 +158,7 @@ class Trial:
         return retrieved(self.model, cache, self.tasks[task])
 
 
-def _summary(config: CacheConfig, protocol: Protocol, runs: list[_Run]) -> dict[str, Any]:
+def _summary(config: CacheConfig, protocol: FidelityProtocol, runs: list[_Run]) -> dict[str, Any]:
     agreements = [run.agreement for run in runs]
     kl = _of_chunks([agreement.kl for agreement in agreements])
     worse = _of_chunks([agreement.nll - agreement.nll_full for agreement in agreements])
@@ -196,7 +196,9 @@ def _summary(config: CacheConfig, protocol: Protocol, runs: list[_Run]) -> dict[
     }
 
 
-def _chunks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, protocol: Protocol) -> Tensor:
+def _chunks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, protocol: FidelityProtocol
+) -> Tensor:
     """Stretches of text spread evenly over it: ``int64 [chunks, prefix + decode + 1]``."""
     length = protocol.prefix + protocol.decode + 1
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

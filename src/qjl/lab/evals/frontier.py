@@ -17,8 +17,8 @@ from qjl.errors import QJLError
 from qjl.fingerprints import digest, fingerprint_or_none
 from qjl.hf import KVCache
 from qjl.lab import machine
-from qjl.lab.evals.fidelity import Protocol, measure
-from qjl.lab.records import Row
+from qjl.lab.evals.fidelity import FidelityProtocol, measure_fidelity
+from qjl.lab.results import Row
 from qjl.presets import CacheConfig, resolve
 
 
@@ -72,7 +72,7 @@ class Frontier:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     text: str
-    protocol: Protocol
+    protocol: FidelityProtocol
 
     @functools.cached_property
     def _weights(self) -> str | None:
@@ -102,7 +102,7 @@ class Frontier:
         """A row per preset: one of those ``kept``, or else measured, and told as soon as it is."""
         found = [self.known(preset, kept) for preset in presets]
         missing = [preset for preset, row in zip(presets, found, strict=True) if row is None]
-        measured = measure(self.model, self.tokenizer, missing, self.text, self.protocol, on_tokens)
+        measured = measure_fidelity(self.model, self.tokenizer, missing, self.text, self.protocol, on_tokens)
         here = {"versions": machine.versions(), "machine": machine.describe()}
         for preset, row in zip(presets, found, strict=True):
             if row is not None:

@@ -40,9 +40,9 @@ from qjl.errors import QJLError
 from qjl.fingerprints import digest
 from qjl.hf import KVCache
 from qjl.lab.evals import requests
-from qjl.lab.evals.reads import Reads, Watch
-from qjl.lab.evals.subject import Subject
-from qjl.lab.records import Journal, Row
+from qjl.lab.evals.coverage import Reads, Watch
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.results import Journal, Row
 from qjl.presets import CacheConfig, resolve
 from qjl.teacher_forcing import decode, feed, log_probabilities, prefill, refill
 
@@ -70,7 +70,7 @@ _Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class HarnessProtocol:
     """What is asked, and how it is answered.
 
     - ``shots``: examples in front of each question; None is what the task says.
@@ -294,7 +294,9 @@ def _packed_tokens(cache: KVCache) -> int:
 
 
 def load_tasks(
-    names: Iterable[str], protocol: Protocol = Protocol(), tokenizer: PreTrainedTokenizerBase | None = None
+    names: Iterable[str],
+    protocol: HarnessProtocol = HarnessProtocol(),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Task]:
     """Tasks by name: prebuilt ones (``olmes/...``), those of a folder with YAML files, YAML files, lm-eval's own.
 
@@ -312,7 +314,7 @@ def load_tasks(
 
 
 @contextlib.contextmanager
-def _metadata(protocol: Protocol, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[dict[str, Any]]:
+def _metadata(protocol: HarnessProtocol, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[dict[str, Any]]:
     """The harness takes a tokenizer by its place."""
     with TemporaryDirectory() as folder:
         if tokenizer is not None:
@@ -402,8 +404,8 @@ def _reason(error: Exception) -> str:
 class Harness:
     """A model, and how it answers; in ``answers``, a JSON lines file, every answer is kept, and found again."""
 
-    subject: Subject
-    protocol: Protocol = Protocol()
+    subject: EvalModel
+    protocol: HarnessProtocol = HarnessProtocol()
     answers: Path | None = None
 
     def measure(
@@ -459,7 +461,7 @@ class Harness:
         }
 
 
-def _evaluate(model: PackedModel, task: Task, protocol: Protocol) -> dict[str, Any]:
+def _evaluate(model: PackedModel, task: Task, protocol: HarnessProtocol) -> dict[str, Any]:
     for one in task["tasks"].values():
         _set_shots(one, protocol.shots)
     with contextlib.redirect_stdout(io.StringIO()):  # the harness tells there what it bootstraps

@@ -28,10 +28,10 @@ from qjl.errors import QJLError
 from qjl.fingerprints import digest
 from qjl.generation import context_length
 from qjl.hf import KVCache
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.evals.greedy import continue_greedily
 from qjl.lab.evals.retrieval import WORDS
-from qjl.lab.evals.subject import Subject
-from qjl.lab.evals.writing import continue_greedily
-from qjl.lab.records import Journal, Row
+from qjl.lab.results import Journal, Row
 from qjl.presets import CacheConfig, resolve
 from qjl.teacher_forcing import prefill, refill
 
@@ -95,7 +95,7 @@ TASKS: dict[str, Callable[[random.Random], Task]] = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class HaystackCell:
     """One haystack: its task, its length in tokens, how deep (0 to 1) its needles begin, and the seed of its words."""
 
     task: str
@@ -105,7 +105,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class HaystackProtocol:
     """What is asked. ``depths``: so many, evenly from start to end; ``recent``: exact window, None a preset's own."""
 
     tasks: tuple[str, ...] = ("needle",)
@@ -122,11 +122,11 @@ class Protocol:
             raise QJLError("a haystack needs tasks, contexts, and at least one depth and seed.")
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[HaystackCell]:
         """The shortest haystacks first."""
         depths = [(2 * index + 1) / (2 * self.depths) for index in range(self.depths)]
         return [
-            Cell(task, context, depth, seed)
+            HaystackCell(task, context, depth, seed)
             for context in sorted(self.contexts)
             for task in self.tasks
             for depth in depths
@@ -134,11 +134,11 @@ class Protocol:
         ]
 
 
-def measure(
-    subject: Subject,
+def measure_retrieval(
+    subject: EvalModel,
     presets: Iterable[str | Path | CacheConfig],
     text: str,
-    protocol: Protocol = Protocol(),
+    protocol: HaystackProtocol = HaystackProtocol(),
     answers: Path | None = None,
     on_cell: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Row]:
@@ -169,7 +169,7 @@ def measure(
 class _Filler:
     """Real text, and noise, as tokens."""
 
-    def __init__(self, subject: Subject, text: str, longest: int) -> None:
+    def __init__(self, subject: EvalModel, text: str, longest: int) -> None:
         self.name = digest(text)
         self.tokens = {False: subject.unseen(text).tolist(), True: _repeated(subject, longest)}
         if len(self.tokens[False]) < longest:
@@ -184,7 +184,7 @@ class _Filler:
             )
 
 
-def _repeated(subject: Subject, longest: int) -> list[int]:
+def _repeated(subject: EvalModel, longest: int) -> list[int]:
     once = subject.tokens(f" {NOISE}")[0].tolist()
     return (once * (longest // len(once) + 1))[:longest]
 
@@ -192,7 +192,7 @@ def _repeated(subject: Subject, longest: int) -> list[int]:
 class _Haystack:
     """A cell's tokens; they go through the model once, whatever the number of presets."""
 
-    def __init__(self, subject: Subject, filler: _Filler, cell: Cell) -> None:
+    def __init__(self, subject: EvalModel, filler: _Filler, cell: HaystackCell) -> None:
         self.subject = subject
         self.task = TASKS[cell.task](random.Random(f"{cell}"))
         self.question = subject.tokens(self.task.question)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from qjl.fingerprints import digest
 from qjl.lab import machine
-from qjl.lab.evals.fidelity import Protocol, Trial
-from qjl.lab.evals.subject import Subject
-from qjl.lab.records import Journal, Row
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.evals.fidelity import Evaluation, FidelityProtocol
+from qjl.lab.results import Journal, Row
 from qjl.presets import CacheConfig, resolve
 
 
-def measure(
-    subject: Subject,
+def measure_perplexity(
+    subject: EvalModel,
     presets: Iterable[str | Path | CacheConfig],
     text: str,
     contexts: Sequence[int],
@@ -33,8 +33,10 @@ def measure(
     """
     configs = [resolve(preset).with_window(recent) for preset in presets]
     for context in sorted(contexts):
-        protocol = Protocol(context // 2, context - context // 2, chunks, seeds=1, recent=recent, retrieval=False)
-        trial = functools.cache(functools.partial(Trial, subject.model, subject.tokenizer, text, protocol))
+        protocol = FidelityProtocol(
+            context // 2, context - context // 2, chunks, seeds=1, recent=recent, retrieval=False
+        )
+        trial = functools.cache(functools.partial(Evaluation, subject.model, subject.tokenizer, text, protocol))
         for config in configs:
             run = subject.identity(config) | {"case": "perplexity", "text": digest(text), "context": context}
             asked = {"chunks": chunks, "recent": recent}

@@ -21,10 +21,10 @@ from transformers import DynamicCache
 from qjl.conversation import chat_tokens
 from qjl.errors import QJLError
 from qjl.hf import KVCache
-from qjl.lab.evals.reads import Reads
-from qjl.lab.evals.subject import Subject
-from qjl.lab.evals.writing import write
-from qjl.lab.records import Journal, Row
+from qjl.lab.evals.coverage import Reads
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.evals.greedy import write
+from qjl.lab.results import Journal, Row
 from qjl.presets import CacheConfig, resolve
 
 ASK = "{}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
@@ -131,7 +131,7 @@ def _plain(answer: str) -> str:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ProblemsProtocol:
     """How problems are asked; ``recent`` is the exact window of every preset, None its own."""
 
     max_new_tokens: int = 384
@@ -144,12 +144,12 @@ class Protocol:
             raise QJLError("max_new_tokens and batch must be at least 1.")
 
 
-def measure(
-    subject: Subject,
+def measure_problems(
+    subject: EvalModel,
     presets: Iterable[str | Path | CacheConfig],
     task: str,
     problems: list[Problem],
-    protocol: Protocol = Protocol(),
+    protocol: ProblemsProtocol = ProblemsProtocol(),
     answers: Path | None = None,
     on_problems: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Row]:
@@ -179,7 +179,7 @@ def measure(
         yield identity | {"task": task} | _summary(problems, found, protocol.max_new_tokens) | fact
 
 
-def _solve(subject: Subject, config: CacheConfig, prompts: list[list[int]], protocol: Protocol) -> list[Row]:
+def _solve(subject: EvalModel, config: CacheConfig, prompts: list[list[int]], protocol: ProblemsProtocol) -> list[Row]:
     """What the model writes, for each prompt of a batch."""
     model, reads = subject.model, Reads()
     cache = DynamicCache(config=model.config) if config.is_exact else subject.cache(config)

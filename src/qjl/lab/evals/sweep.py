@@ -19,11 +19,11 @@ import torch
 from qjl.errors import QJLError
 from qjl.lab import machine
 from qjl.lab.evals import families, tiny
-from qjl.lab.records import Row
+from qjl.lab.results import Row
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProcessLimits:
     """Of one family's process: seconds of the processor, bytes, and seconds of the clock, which end a hang."""
 
     cpu_seconds: int = 120
@@ -32,7 +32,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Subject:
+class AskedFamily:
     """A family as a task has it; some have a model for each of two."""
 
     family: str
@@ -50,28 +50,28 @@ class Subject:
         }
 
 
-def subjects(names: Sequence[str] = ()) -> list[Subject]:
+def subjects(names: Sequence[str] = ()) -> list[AskedFamily]:
     """All, or those of some families; a model that is of two tasks comes once.
 
     Raises:
         QJLError: if transformers has no such family.
     """
-    models: dict[tuple[str, str], Subject] = {}
+    models: dict[tuple[str, str], AskedFamily] = {}
     for task in tiny.TASKS:
         for family in tiny.families(task):
-            models.setdefault((family, tiny.class_of(family, task)), Subject(family, task))
+            models.setdefault((family, tiny.class_of(family, task)), AskedFamily(family, task))
     if unknown := sorted(set(names) - {family for family, _ in models}):
         raise QJLError(f"transformers has no family {', '.join(unknown)}: give a model_type, such as llama.")
     return [one for one in models.values() if not names or one.family in names]
 
 
-def measure(
-    asked: Sequence[Subject],
+def measure_families(
+    asked: Sequence[AskedFamily],
     preset: str,
     workers: int,
     known: Sequence[Row] = (),
     on_row: Callable[[int], None] = lambda count: None,
-    limits: Limits = Limits(),
+    limits: ProcessLimits = ProcessLimits(),
 ) -> Iterator[Row]:
     """A row per family, in their order; those that are ``known`` are not measured again.
 
@@ -80,7 +80,7 @@ def measure(
     """
     machine.instruction_set()
 
-    def work(subject: Subject) -> Row:
+    def work(subject: AskedFamily) -> Row:
         identity = subject.identity(preset)
         found = next((row for row in known if row.items() >= identity.items()), None)
         row = found or identity | _in_a_process(subject, preset, limits)
@@ -94,7 +94,7 @@ def measure(
             pool.shutdown(cancel_futures=True)
 
 
-def _in_a_process(subject: Subject, preset: str, limits: Limits) -> Row:
+def _in_a_process(subject: AskedFamily, preset: str, limits: ProcessLimits) -> Row:
     """The last row that it sends."""
     receiver, sender = _context().Pipe(duplex=False)
     process = _context().Process(target=_work, args=(sender, subject, preset, limits), daemon=True)
@@ -120,7 +120,7 @@ def _context() -> Any:
     return context
 
 
-def _work(place: Connection, subject: Subject, preset: str, limits: Limits) -> None:
+def _work(place: Connection, subject: AskedFamily, preset: str, limits: ProcessLimits) -> None:
     """Sends what is true if this process ends without another word, as often as that changes."""
     if sys.platform != "win32":
         import resource

@@ -23,19 +23,19 @@ SILENT = [*range(tiny.WORDS.start), *range(tiny.WORDS.stop, tiny.VOCABULARY)]
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class Written:
     """Logits ``[B, T, V]`` before each token ``[B, T]`` that was written, and the cache behind them."""
 
     logits: Tensor
     tokens: Tensor
     cache: Any
 
-    def error(self, own: Answer) -> float:
+    def error(self, own: Written) -> float:
         """The largest of all tokens, of the norm of the model's own logits."""
         away = (self.logits - own.logits).norm(dim=-1) / own.logits.norm(dim=-1)
         return float(away.nan_to_num(torch.inf).max())
 
-    def kl(self, own: Answer) -> float:
+    def kl(self, own: Written) -> float:
         """KL(own || this) in nats, on average over the tokens of this."""
         ours, theirs = (log_probabilities(one.logits[:, : self.tokens.shape[1]]) for one in (self, own))
         return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
@@ -66,13 +66,13 @@ class Way:
     beams: int = 1
     answer: int = SHORT_ANSWER
 
-    def ask(self, model: PreTrainedModel, cache: Any = None, pen: Pen | None = None) -> Answer:
+    def ask(self, model: PreTrainedModel, cache: Any = None, pen: Pen | None = None) -> Written:
         """With this cache, or with the model's own."""
         for cut in self.cuts:
             cache = self._generate(model, cut, cache, Pen(), 1).past_key_values
         stop = self.ids.shape[1]
         found = self._generate(model, stop, cache, pen or Pen(), self.answer)
-        return Answer(torch.stack(found.logits, dim=1).float(), found.sequences[:, stop:], found.past_key_values)
+        return Written(torch.stack(found.logits, dim=1).float(), found.sequences[:, stop:], found.past_key_values)
 
     @property
     def has_padding(self) -> bool:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from qjl.lab.plots.style import DPI, GRID, INK, OURS, STYLE, TONES, Look, content, context_name, make_frame, require
-from qjl.lab.rows import Harness, Haystack, OfPreset, Problems
+from qjl.lab.rows import HarnessMetric, Haystack, OfPreset, Problems
 
 FULL = "full"
 _ACROSS = 4  # haystacks beside each other
@@ -46,7 +46,7 @@ def problems(rows: Sequence[Problems], suffix: str = ".svg") -> bytes:
         return content(figure, suffix)
 
 
-def tasks(rows: Sequence[Harness], suffix: str = ".svg") -> bytes:
+def tasks(rows: Sequence[HarnessMetric], suffix: str = ".svg") -> bytes:
     """Rows of `qjl eval harness`: a panel per task, metric and filter, in it each preset's value.
 
     Raises:
@@ -68,17 +68,17 @@ def tasks(rows: Sequence[Harness], suffix: str = ".svg") -> bytes:
         return content(figure, suffix)
 
 
-def by_metric(rows: Sequence[Harness]) -> dict[tuple[str, str], list[Harness]]:
+def by_metric(rows: Sequence[HarnessMetric]) -> dict[tuple[str, str], list[HarnessMetric]]:
     """Rows by their task and the name of their metric, which tells the filter where there are several."""
     filters = Counter((task, metric) for task, metric, _ in {_measured(row) for row in rows})
-    found: dict[tuple[str, str], list[Harness]] = {}
+    found: dict[tuple[str, str], list[HarnessMetric]] = {}
     for row in rows:
         task, metric, chosen = _measured(row)
         found.setdefault((task, metric if filters[task, metric] == 1 else f"{metric}, {chosen}"), []).append(row)
     return found
 
 
-def _measured(row: Harness) -> tuple[str, str, str | None]:
+def _measured(row: HarnessMetric) -> tuple[str, str, str | None]:
     return row.task, row.metric, row.filter
 
 

@@ -23,7 +23,7 @@ from qjl.lab.plots.style import (
     name_below,
     require,
 )
-from qjl.lab.rows import Engine, Generate, Memory, OfModel, Serving, Throughput
+from qjl.lab.rows import EngineTurn, Generate, Memory, OfModel, Serving, Throughput
 
 _Kind = TypeVar("_Kind", bound=OfModel)
 
@@ -108,7 +108,7 @@ def serving(rows: Sequence[Serving], suffix: str = ".svg") -> bytes:
         return content(figure, suffix)
 
 
-def engines(rows: Sequence[Engine], suffix: str = ".svg") -> bytes:
+def engines(rows: Sequence[EngineTurn], suffix: str = ".svg") -> bytes:
     """Rows of `qjl bench vllm`: time of a decode step and of prompts against context, medians and ranges of turns.
 
     Raises:
@@ -125,17 +125,17 @@ def engines(rows: Sequence[Engine], suffix: str = ".svg") -> bytes:
         return content(figure, suffix)
 
 
-def _title(row: OfModel | Serving | Engine) -> str:
+def _title(row: OfModel | Serving | EngineTurn) -> str:
     how = f", {row.threads} thread(s)" if row.device == "cpu" else ""
     return f"{row.model} in {row.dtype}{how}, {row.machine}"
 
 
-def _looks(rows: Sequence[OfModel | Engine]) -> dict[str, Look]:
+def _looks(rows: Sequence[OfModel | EngineTurn]) -> dict[str, Look]:
     """A tone and a marker per cache, ours first."""
     return looks(sorted({row.preset for row in rows}, key=lambda name: _is_peer(rows, name)))
 
 
-def _is_peer(rows: Sequence[OfModel | Engine], name: str) -> tuple[bool, str]:
+def _is_peer(rows: Sequence[OfModel | EngineTurn], name: str) -> tuple[bool, str]:
     return all(row.backend is None for row in rows if row.preset == name), name
 
 
@@ -147,7 +147,7 @@ def _draw(axes: Axes, rows: Sequence[_Kind], what: str, number: Callable[[_Kind]
     mark_contexts(axes, (row.tokens for row in rows))
 
 
-def _draw_turns(axes: Axes, rows: Sequence[Engine], what: str, number: Callable[[Engine], float]) -> None:
+def _draw_turns(axes: Axes, rows: Sequence[EngineTurn], what: str, number: Callable[[EngineTurn], float]) -> None:
     for name, look in _looks(rows).items():
         lengths = sorted({row.context for row in rows if row.preset == name})
         turns = [[number(row) for row in rows if (row.preset, row.context) == (name, n)] for n in lengths]

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from qjl.errors import QJLError
 from qjl.fingerprints import digest as digest_of
-from qjl.lab import records
+from qjl.lab import results
 from qjl.lab.report.kinds import KINDS, sections
 from qjl.lab.rows import Row, kind_of, typed
 
@@ -59,10 +59,10 @@ def _files(path: Path) -> dict[Path, str]:
 
 
 def _run(name: str, file: Path) -> Run:
-    return run(name, records.read(file))
+    return run(name, results.read(file))
 
 
-def run(name: str, content: list[records.Row]) -> Run:
+def run(name: str, content: list[results.Row]) -> Run:
     """Of rows as JSON tells them.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from qjl.lab.plots.answers import FULL
 from qjl.lab.report.parts import Cell
-from qjl.lab.rows import Fidelity, Harness, OfPreset, Problems, Row
+from qjl.lab.rows import Fidelity, HarnessMetric, OfPreset, Problems, Row
 
 WIDTH = 96  # of a command's lines
 Kind = TypeVar("Kind", bound=Row)
@@ -52,7 +52,7 @@ def _word(value: Any) -> str:
 
 def facts(rows: Sequence[Row], *fields: str) -> dict[str, str]:
     """What was measured, how, with what and where; ``fields`` are those of the rows that tell of the protocol."""
-    protocols = [row.protocol for row in rows if isinstance(row, (Fidelity, Problems, Harness))]
+    protocols = [row.protocol for row in rows if isinstance(row, (Fidelity, Problems, HarnessMetric))]
     names = list(dict.fromkeys(name for protocol in protocols for name in protocol))
     told = {name: distinct(protocol.get(name) for protocol in protocols) for name in names} | {
         name: _of(rows, name) for name in (*fields, "fitted_to") if name not in names

@@ -14,7 +14,7 @@ from qjl.lab.rows import Row
 
 
 @dataclass(frozen=True)
-class Kind:
+class RowKind:
     """Rows of one evaluation or benchmark; ``part`` makes a part of a page from such as may be compared."""
 
     type: type[Row]
@@ -27,112 +27,112 @@ class Kind:
         return Section(self.type.case, self.title, self.text, tuple(map(self.part, parts)))
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, RowKind] = {
     kind.type.case: kind
     for kind in (
-        Kind(
+        RowKind(
             lab.Fidelity,
             "The frontier: quality against size",
             "How far the next token's distribution is from that of full precision, with all tokens outside the exact "
             "window read from packed codes, teacher-forced on real text.",
             quality.frontier,
         ),
-        Kind(
+        RowKind(
             lab.Distortion,
             "Distortion of scores and outputs",
             "What quantization does to the scores and to the outputs of each layer's attention, on real keys, beside "
             "what theory says.",
             quality.distortion,
         ),
-        Kind(
+        RowKind(
             lab.Perplexity,
             "Perplexity against context",
             "Half of each context is prefilled and quantized, the other half decoded over the codes.",
             quality.perplexity,
         ),
-        Kind(
+        RowKind(
             lab.Seed,
             "Seeds: how much is luck",
             "The same measurement with other random projections, and with other prompts for the statistics.",
             quality.seeds,
         ),
-        Kind(
+        RowKind(
             lab.Haystack,
             "Retrieval: needles in haystacks",
             "Something is hidden in a long text, which is quantized; the question is asked and answered over codes. "
             "Answers count by exact match.",
             quality.haystack,
         ),
-        Kind(
+        RowKind(
             lab.Problems,
             "Problems with a final answer",
             "Problems worked out step by step over the codes of the question and of all that was written, the final "
             "answer compared.",
             quality.problems,
         ),
-        Kind(
-            lab.Harness,
+        RowKind(
+            lab.HarnessMetric,
             "Tasks of lm-evaluation-harness",
             "Log-likelihoods and answers taken over the packed codes of each context.",
             quality.harness,
         ),
-        Kind(
+        RowKind(
             lab.Decode,
             "Decoding: one token's attention",
             "One token's attention over a packed layer with cold caches, everything included, beside attention in full "
             "precision. No speed is reported of what is not right.",
             speed.decode,
         ),
-        Kind(
+        RowKind(
             lab.Scan,
             "Scanning packed keys",
             "Scores of a group of queries with all keys, tables and scales included, and nothing else of attention.",
             speed.scan,
         ),
-        Kind(
+        RowKind(
             lab.Encode,
             "Encoding a prompt",
             "A prompt's keys and values to packed codes, beside the attention of the prefill that they come from.",
             speed.encode,
         ),
-        Kind(
+        RowKind(
             lab.Overhead,
             "Around the kernels",
             "What Python costs beside the kernels: per layer and token, per block that is coded, per turn of a server.",
             speed.overhead,
         ),
-        Kind(
+        RowKind(
             lab.Memory,
             "Whole models: time and memory against context",
             "Every cache reads the same prompt and decodes the same number of tokens after it.",
             speed.memory,
         ),
-        Kind(
+        RowKind(
             lab.Throughput,
             "Throughput: as many sequences as fit",
             "All sequences hold the same tokens; batches grow until weights, caches and all else exceed the memory.",
             speed.throughput,
         ),
-        Kind(
+        RowKind(
             lab.Generate,
             "Whole models: a token's time beside other engines",
             "Decoding with a whole model after a prompt, beside transformers' own caches and llama.cpp.",
             speed.generate,
         ),
-        Kind(
+        RowKind(
             lab.Serving,
             "A server under load",
             "qjl serve, asked by many clients at once: each conversation has a secret of its own that is asked for, "
             "and that no other may hear.",
             speed.serving,
         ),
-        Kind(
-            lab.Engine,
+        RowKind(
+            lab.EngineTurn,
             "vLLM: pages of codes beside its own",
             "vLLM with the plugin and without: all sequences hold the same context and decode together.",
             speed.vllm,
         ),
-        Kind(
+        RowKind(
             lab.ModelFamily,
             "Families of models",
             "A tiny random model of each family that transformers has: whether it says the same on our caches as on "

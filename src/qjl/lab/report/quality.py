@@ -32,7 +32,7 @@ from qjl.lab.report.parts import Cell, Figure, Part, Table
 from qjl.lab.rows import (
     Distortion,
     Fidelity,
-    Harness,
+    HarnessMetric,
     Haystack,
     ModelFamily,
     OfPreset,
@@ -355,7 +355,7 @@ def _difference(one: dict[Any, float], full: dict[Any, float]) -> str:
     return signed(with_error(*mean_and_error(found))) if found else NOTHING
 
 
-def harness(rows: Sequence[Harness]) -> Part:
+def harness(rows: Sequence[HarnessMetric]) -> Part:
     rows = latest(rows, "preset", "task", "metric", "filter")
     panels = by_metric(rows)
     presets = [of[0] for of in sorted(groups(rows, "preset"), key=lambda of: (of[0].preset != FULL, of[0].bits))]
@@ -378,7 +378,7 @@ def harness(rows: Sequence[Harness]) -> Part:
     )
 
 
-def _values(panel: Sequence[Harness], presets: Sequence[Harness]) -> list[Cell]:
+def _values(panel: Sequence[HarnessMetric], presets: Sequence[HarnessMetric]) -> list[Cell]:
     """A column of one task's metric."""
     of = {row.preset: row for row in panel}
     found = [of.get(row.preset) for row in presets]

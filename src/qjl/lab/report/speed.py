@@ -14,7 +14,7 @@ from qjl.lab.report.parts import Cell, Figure, Mark, Part, Table
 from qjl.lab.rows import (
     Decode,
     Encode,
-    Engine,
+    EngineTurn,
     Generate,
     Memory,
     OfLayer,
@@ -288,7 +288,7 @@ def _memory_of_server(row: Serving) -> tuple[Cell, ...]:
     return Cell(first, note=f"then {second}"), smaller
 
 
-def vllm(rows: Sequence[Engine]) -> Part:
+def vllm(rows: Sequence[EngineTurn]) -> Part:
     table = Table(
         "Engines took turns, each in a process of its own. Medians of all turns; x: how many times as long stock vLLM "
         "takes, the median of the turns and the range below it. Tokens: what fits into 1 GiB of pages.",
@@ -307,9 +307,9 @@ def vllm(rows: Sequence[Engine]) -> Part:
     return Part(title, (figure,), (table,), facts(rows, *PAGES), commands(rows))
 
 
-def _turns(rows: Sequence[Engine], stock: Sequence[Engine]) -> tuple[Cell, ...]:
+def _turns(rows: Sequence[EngineTurn], stock: Sequence[EngineTurn]) -> tuple[Cell, ...]:
     """Of one cache at one context."""
-    times: tuple[Callable[[Engine], float], ...] = (
+    times: tuple[Callable[[EngineTurn], float], ...] = (
         lambda row: 1e3 * row.step_seconds,
         lambda row: 1e3 * row.step_cpu_seconds,
         lambda row: row.prefill_seconds,
@@ -322,7 +322,9 @@ def _turns(rows: Sequence[Engine], stock: Sequence[Engine]) -> tuple[Cell, ...]:
     return *first, *cells, Cell(f"{tokens:,}"), more
 
 
-def _in_turns(rows: Sequence[Engine], stock: Sequence[Engine], time: Callable[[Engine], float]) -> tuple[Cell, Cell]:
+def _in_turns(
+    rows: Sequence[EngineTurn], stock: Sequence[EngineTurn], time: Callable[[EngineTurn], float]
+) -> tuple[Cell, Cell]:
     """The median, and how many times as long the engine took whose turn was the same."""
     ratios = [time(other) / time(row) for row, other in zip(rows, stock, strict=False)]
     own = Cell(number(median(map(time, rows))))
@@ -352,7 +354,7 @@ def _ratio(row: Timed, name: str) -> Cell:
     return Cell(number(ratio), note=f"{number(spread[0])} to {number(spread[1])}")
 
 
-def _cache(row: OfModel | Serving | Engine) -> Cell:
+def _cache(row: OfModel | Serving | EngineTurn) -> Cell:
     return Cell(row.preset, "" if row.backend is None else "ours")
 
 
@@ -370,7 +372,7 @@ def _shape(row: OfLayer) -> str:
     return f"{batch}{row.kv_heads} x {row.group} heads of {row.head_dim}{threads}"
 
 
-def _whole(rows: Sequence[OfModel | Serving | Engine]) -> str:
+def _whole(rows: Sequence[OfModel | Serving | EngineTurn]) -> str:
     row = rows[0]
     dtype = f" in {row.dtype}" if row.dtype else ""
     where = f"{row.threads} thread(s)" if row.device == "cpu" else row.device

@@ -1,0 +1,282 @@
+"""Commands that time kernels: bench decode, bench encode, bench kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qjl.cli.common import (
+    DEFAULT_PRESET,
+    DeviceOption,
+    JsonOption,
+    notes,
+    progress,
+    require_writable,
+    resolved,
+    sentence,
+)
+from qjl.errors import QJLError
+from qjl.lab.cli.shared import FoundRows
+
+if TYPE_CHECKING:
+    from qjl.lab.bench.gate import BenchSettings
+    from qjl.lab.bench.synthetic import Shape
+    from qjl.lab.rows import Timed
+
+LONG = 32768  # tokens: what a step costs at any length hardly counts there
+PresetsOption = Annotated[
+    list[str] | None,
+    typer.Option("--preset", "-p", show_default=DEFAULT_PRESET, help="May be given several times."),
+]
+_HeadDim = Annotated[int, typer.Option(min=8, help="Numbers per key.")]
+_KVHeads = Annotated[int, typer.Option(min=1, help="Key-value heads of the layer.")]
+_Group = Annotated[int, typer.Option(min=1, help="Query heads that share a key-value head.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=1, help="One is timed by its CPU time; several, and whole models, by the clock on the wall.")
+]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Rounds, each of which times everything once.")]
+_Batch = Annotated[int, typer.Option(min=1, help="Sequences of the same length.")]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        show_default="float32, on a GPU bfloat16", help="Of queries and exact tokens: float32, bfloat16 or float16."
+    ),
+]
+OutputOption = Annotated[Path | None, typer.Option("--out", help="Append JSON lines to this file.")]
+PlotOption = Annotated[
+    Path | None, typer.Option(help="Draw time against context, and a roofline: a .svg or .png file.")
+]
+
+
+def decode(
+    preset: PresetsOption = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", show_default="32768", min=1)] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="1k to 512k tokens, and how the time grows.")] = False,
+    head_dim: _HeadDim = 128,
+    kv_heads: _KVHeads = 8,
+    group: _Group = 4,
+    batch: _Batch = 1,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 1,
+    repeats: RepeatsOption = 15,
+    dtype: _Dtype = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            show_default="the strongest of the device", help="torch_bf16, torch_fp32, fp16_avx2, flash_bf16, flex_bf16."
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(show_default="3G, on a GPU 48G", help="Of the baselines; those that do not fit are left out."),
+    ] = None,
+    output: OutputOption = None,
+    plot: PlotOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time one token's attention over a packed layer, beside full precision. First it must be right.
+
+    On a GPU, kernels are timed as a CUDA graph that is replayed. Exits with 1, and no speed, where the backend in use
+    and the reference differ. With --json, one object per case and line.
+    """
+    from qjl.lab.bench.decode import SWEEP, time_decoding
+    from qjl.lab.bench.synthetic import Shape
+    from qjl.plan import parse_memory
+
+    shape = Shape(head_dim, kv_heads, group, batch)
+    room = parse_memory(memory or ("48G" if device.startswith("cuda") else "3G"))
+    settings = _settings(shape, device, dtype, threads, repeats, room, _known(against))
+    configs = resolved(preset)
+    if sweep and tokens:
+        raise QJLError("--sweep and --tokens were both given: give one of them.")
+    lengths = SWEEP if sweep else tokens or [32768]
+    require_places(output, plot)
+    found = FoundRows(output, json_output)
+    with passing(), rounds(len(configs) * len(lengths), repeats, json_output) as on_round:
+        for config in configs:
+            for length in lengths:
+                found.add(time_decoding(config, length, settings, on_round))
+    tell_missing(found.rows)
+    found.show()
+    if len(lengths) > 1:
+        _tell_growth(found.rows)
+    if plot is not None:
+        _draw(found.rows, plot)
+
+
+def encode(
+    preset: PresetsOption = None,
+    tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", show_default="1k to 128k", min=64)] = None,
+    head_dim: _HeadDim = 128,
+    kv_heads: _KVHeads = 8,
+    group: _Group = 4,
+    batch: _Batch = 1,
+    device: DeviceOption = "cpu",
+    threads: ThreadsOption = 1,
+    repeats: RepeatsOption = 5,
+    dtype: _Dtype = None,
+    output: OutputOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time the encoding of a prompt's keys and values, beside the attention of its prefill.
+
+    Exits with 1, and no speed, where codes are worse than the reference's. With --json, one object per case and line.
+    """
+    from qjl.lab.bench.encode import PROMPTS, ROLES, time_encoding
+    from qjl.lab.bench.synthetic import Shape
+
+    settings = _settings(Shape(head_dim, kv_heads, group, batch), device, dtype, threads, repeats)
+    configs, lengths, found = resolved(preset), tokens or PROMPTS, FoundRows(output, json_output)
+    require_places(output, None)
+    with passing(), rounds(len(configs) * len(ROLES) * len(lengths), repeats, json_output) as on_round:
+        for config in configs:
+            for length in lengths:
+                for role in ROLES:
+                    found.add(time_encoding(config, role, length, settings, on_round))
+    found.show()
+
+
+def kernels(
+    preset: PresetsOption = None,
+    signs: Annotated[list[int] | None, typer.Option("--signs", show_default="128, 256, 512")] = None,
+    bits: Annotated[list[int] | None, typer.Option("--bits", show_default="1, 2, 3, 4", min=1, max=4)] = None,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=64)] = 32768,
+    head_dim: _HeadDim = 128,
+    kv_heads: _KVHeads = 8,
+    group: _Group = 4,
+    threads: ThreadsOption = 1,
+    repeats: RepeatsOption = 15,
+    dtype: _Dtype = None,
+    output: OutputOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time the CPU's scan of packed keys, for sketches of so many signs and codes of so many bits, and encoding.
+
+    Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
+    line.
+    """
+    from qjl.lab.bench.encode import ROLES
+    from qjl.lab.bench.encode import time_encoding as measure_encoding
+    from qjl.lab.bench.kernels import scan, scanned
+    from qjl.lab.bench.synthetic import Shape
+
+    settings = _settings(Shape(head_dim, kv_heads, group), "cpu", dtype, threads, repeats)
+    configs = resolved(preset)
+    codes = scanned(signs or [128, 256, 512], bits or [1, 2, 3, 4], head_dim)
+    require_places(output, None)
+    found = FoundRows(output, json_output)
+    cases = len(codes) + len(ROLES) * len(configs)
+    with passing(), rounds(cases, repeats, json_output) as on_round:
+        for name, quantizer in codes.items():
+            found.add(scan(name, quantizer, tokens, settings, on_round))
+        for config in configs:
+            for role in ROLES:
+                found.add(measure_encoding(config, role, tokens, settings, on_round))
+    tell_missing([row for row in found.rows if row.case == "scan"])
+    found.show()
+
+
+def overhead(
+    preset: PresetsOption = None,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model.")] = 30,
+    repeats: Annotated[int, typer.Option(min=64, help="Tokens that are timed.")] = 256,
+    output: OutputOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Time what Python costs around the kernels: per layer and token, per block, per turn of a server, per vLLM step.
+
+    Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per preset.
+    """
+    from qjl.lab.bench.overhead import time_overhead
+
+    configs = resolved(preset)
+    require_places(output, None)
+    found = FoundRows(output, json_output)
+    with passing(), rounds(len(configs), 4, json_output) as on_round:
+        for config in configs:
+            found.add(time_overhead(config, layers, repeats, on_round))
+    found.show()
+
+
+def _settings(
+    shape: Shape,
+    device: str,
+    dtype: str | None,
+    threads: int,
+    repeats: int,
+    memory: int = 0,
+    against: Sequence[str] = (),
+) -> BenchSettings:
+    from qjl.lab.bench.gate import BenchSettings
+    from qjl.models import as_device, as_dtype
+
+    place = as_device(device)
+    numbers = as_dtype(dtype or ("bfloat16" if place.type == "cuda" else "float32"))
+    return BenchSettings(shape, numbers, place, threads, repeats, memory, tuple(against))
+
+
+def _known(baselines: list[str] | None) -> list[str]:
+    from qjl.lab.bench.baselines import BASELINES
+
+    for name in baselines or []:
+        if name not in BASELINES:
+            raise QJLError(f"{name!r} is no baseline: choose from {', '.join(BASELINES)}.")
+    return baselines or []
+
+
+def require_places(output: Path | None, plot: Path | None) -> None:
+    from qjl.lab import plots
+
+    if plot is not None:
+        plots.require_format(plot)
+    for path in filter(None, (output, plot)):
+        require_writable(path)
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Ends with exit code 1 where the correctness gate does not open."""
+    from qjl.lab.bench.gate import Inaccurate
+
+    try:
+        yield
+    except Inaccurate as error:
+        notes.print(sentence(error), markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def rounds(cases: int, repeats: int, quiet: bool) -> Iterator[Callable[[], None]]:
+    with progress("Timing", cases * (repeats + 1), quiet) as advance:
+        yield lambda: advance(1)
+
+
+def tell_missing(rows: Iterable[Timed]) -> None:
+    """What was not compared with, and where."""
+    for row in rows:
+        missing = [name for name, ms in row.others_ms.items() if ms is None]
+        if missing:
+            notes.print(f"Not compared at {row.preset}, {row.tokens} tokens: {', '.join(missing)}.", soft_wrap=True)
+
+
+def _tell_growth(rows: Sequence[Timed]) -> None:
+    from qjl.lab.bench.timing import exponent
+
+    for preset in dict.fromkeys(row.preset for row in rows):
+        chosen = [row for row in rows if row.preset == preset]
+        for part in (chosen, [row for row in chosen if row.tokens >= LONG]):
+            sizes, times = [row.tokens for row in part], [row.ms for row in part]
+            if len(set(sizes)) > 1:
+                growth = f"n^{exponent(sizes, times):.2f} from {min(sizes)} to {max(sizes)} tokens"
+                notes.print(f"{preset}: time grows as {growth}.", soft_wrap=True)
+
+
+def _draw(rows: list[Any], plot: Path) -> None:
+    from qjl.lab import plots
+
+    plot.write_bytes(plots.benchmark(rows, plot.suffix))
+    notes.print(f"The picture is in {plot}.", soft_wrap=True)

@@ -1,0 +1,158 @@
+"""Commands that compare presets on a text: eval fidelity, eval frontier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qjl.cli.common import (
+    EMBEDDED,
+    BitsOption,
+    DataOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    asked,
+    configuration,
+    notes,
+    progress,
+    read_data,
+    require_writable,
+    resolved,
+)
+from qjl.errors import QJLError
+from qjl.lab.cli.shared import FoundRows, RecentOption, load, parse_recent, place
+
+if TYPE_CHECKING:
+    from qjl.lab.evals.frontier import Frontier
+    from qjl.presets import CacheConfig
+
+_PresetsOption = Annotated[
+    list[str] | None, typer.Option("--preset", "-p", help="May be given several times; all if not given.")
+]
+_PrefixOption = Annotated[int, typer.Option(help="Tokens that are prefilled.")]
+_DecodeOption = Annotated[int, typer.Option(help="Tokens decoded over the packed codes.")]
+_ChunksOption = Annotated[int, typer.Option(help="Stretches of the text.")]
+_SeedsOption = Annotated[int, typer.Option(help="Of projections, statistics and the retrieval task.")]
+_RetrievalOption = Annotated[bool, typer.Option(help="Whether codes hidden in the text are asked for too.")]
+_Output = Annotated[
+    Path | None, typer.Option("--out", help="Append JSON lines to this file; what is there is not measured again.")
+]
+
+
+def fidelity(
+    model: ModelOption = EMBEDDED,
+    preset: _PresetsOption = None,
+    bits: BitsOption = None,
+    data: DataOption = None,
+    prefix: _PrefixOption = 512,
+    decode: _DecodeOption = 512,
+    chunks: _ChunksOption = 4,
+    seeds: _SeedsOption = 3,
+    recent: Annotated[int, typer.Option(min=0, help="Exact tokens at the end.")] = 32,
+    retrieval: _RetrievalOption = True,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    output: _Output = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Compare presets with full precision, by teacher-forced decoding over the packed codes.
+
+    With --json, one object per preset and line.
+    """
+    from qjl.lab.evals.fidelity import FidelityProtocol
+    from qjl.lab.evals.frontier import Frontier
+    from qjl.presets import PRESETS
+
+    protocol = FidelityProtocol(prefix, decode, chunks, seeds, recent, retrieval)
+    if bits is None:
+        wanted: list[CacheConfig | float] = [*resolved(preset, PRESETS)]
+    else:
+        wanted = [asked(preset[0] if preset else None, bits)]
+    text = read_data(data)
+    if output is not None:
+        require_writable(output)
+    found = FoundRows(output, json_output)
+    network, tokenizer = load(model, device, dtype, json_output=json_output)
+    configs = [configuration(one, network, tokenizer) for one in wanted]
+    _measure(Frontier(model, network, tokenizer, text, protocol), configs, found, json_output)
+    found.show()
+
+
+def frontier(
+    model: ModelOption = EMBEDDED,
+    bits: Annotated[str, typer.Option(help="Range of true bits per number, keys and values averaged.")] = "1..8",
+    preset: _PresetsOption = None,
+    widths: Annotated[
+        bool, typer.Option("--widths", help="Each method at 1, 1.5, 2, 2.5, 3, 4, 5 and 8 bits, in place of presets.")
+    ] = False,
+    data: DataOption = None,
+    prefix: _PrefixOption = 512,
+    decode: _DecodeOption = 512,
+    chunks: _ChunksOption = 4,
+    seeds: _SeedsOption = 3,
+    recent: RecentOption = "32",
+    retrieval: _RetrievalOption = True,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+    output: _Output = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw KL against true bits: a .svg or .png file.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Measure every preset (or every method at every width) in a range of true bits, and show the best at their size.
+
+    With --json, one object per preset and line.
+    """
+    from qjl import models
+    from qjl.lab.evals.fidelity import FidelityProtocol
+    from qjl.lab.evals.frontier import Frontier, parse_bits, within
+    from qjl.lab.evals.widths import every_width
+    from qjl.presets import PRESETS
+
+    protocol = FidelityProtocol(prefix, decode, chunks, seeds, parse_recent(recent), retrieval)
+    interval, text = parse_bits(bits), read_data(data)
+    _require_drawable(plot)
+    for path in filter(None, (output, plot)):
+        require_writable(path)
+    if widths and preset:
+        raise QJLError("--widths chooses the presets: leave --preset out.")
+    chosen = every_width() if widths else resolved(preset, PRESETS)
+    bars = not json_output
+    shape = models.load_config(place(model, progress=bars), progress=bars)
+    presets = within(shape, chosen, interval, _tell_refusal)
+    found = FoundRows(output, json_output)
+    network, tokenizer = load(model, device, dtype, json_output=json_output)
+    _measure(Frontier(model, network, tokenizer, text, protocol), presets, found, json_output)
+    found.show()
+    if plot is not None:
+        _draw(found.rows, plot)
+
+
+def _measure(trial: Frontier, presets: list[CacheConfig], found: FoundRows, json_output: bool) -> None:
+    known = sum(trial.known(preset, found.kept) is not None for preset in presets)
+    if known:
+        notes.print(f"{known} of {len(presets)} presets are in {found.output} already.")
+    with progress("Decoding", len(presets) * trial.protocol.tokens, quiet=json_output) as advance:
+        for row in trial.measure(presets, advance, found.kept):
+            found.add(row)
+
+
+def _require_drawable(plot: Path | None) -> None:
+    if plot is not None:
+        from qjl.lab import plots
+
+        plots.require_format(plot)
+
+
+def _draw(rows: list[Any], plot: Path) -> None:
+    from qjl.lab import plots
+
+    plot.write_bytes(plots.frontier(rows, plot.suffix))
+    notes.print(f"The picture is in {plot}.", soft_wrap=True)
+
+
+def _tell_refusal(name: str, error: QJLError) -> None:
+    notes.print(f"Left out: {name}, for {error}", markup=False, soft_wrap=True)
