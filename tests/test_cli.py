@@ -481,7 +481,7 @@ def test_calibrate_tells_where_its_file_is(checkpoint, text_file, cache_folder):
 @pytest.mark.model
 def test_demo_on_the_embedded_model(monkeypatch):
     monkeypatch.delenv("QJL_CACHE")
-    result = succeed("demo", "--prompt-tokens", "512", "--max-new-tokens", "8", "--json")
+    result = succeed("demo", "--prompt-tokens", "512", "--max-new-tokens", "8", "--dtype", "bfloat16", "--json")
     (told,) = lines_of_json(result)
     assert told["model"] == "smollm2"
     assert told["compression"] > 2

@@ -298,7 +298,7 @@ def test_rows_are_reordered_after_one_wait(gpu, reference_backend):
     chosen = torch.tensor([1, 1], device=GPU)
     with watched() as seen:
         cache.reorder_cache(chosen)
-    assert seen.waits == ["cache.reorder_cache: tolist"]
+    assert seen.waits == ["kv_cache.reorder_cache: tolist"]
 
 
 @not_interpreted

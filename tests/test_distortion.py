@@ -99,7 +99,7 @@ def test_runs_that_are_known_are_not_measured_again(subject, tmp_path, monkeypat
     first = {name: list(measure()) for name, measure in measures.items()}
     content = path.read_bytes()
     for module in (perplexity, seeds):
-        monkeypatch.setattr(module, "Trial", _unexpected)
+        monkeypatch.setattr(module, "Evaluation", _unexpected)
     monkeypatch.setattr(distortion, "states", _unexpected)
     assert {name: list(measure()) for name, measure in measures.items()} == first
     assert path.read_bytes() == content
