@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr uint64_t MEANING = 2;  // raised where a function or a field means something else, and no size tells so
+constexpr uint64_t MEANING = 3;  // raised where a function or a field means something else, and no size tells so
 
 constexpr uint64_t PRIME = 0x100000001b3;  // FNV-1a
 
@@ -46,17 +46,16 @@ constexpr uint64_t ABI =
     QJL_STRUCT(QjlPack, codes, nibbles) +
     QJL_STRUCT(QjlScan, codes, tables, scores, rows) +
     QJL_STRUCT(QjlExpand, codes, entries, expanded, head_stride, width) +
-    QJL_STRUCT(QjlTokens, data, type, dim, batch_stride, head_stride, token_stride, slots, slot_count) +
-    QJL_STRUCT(QjlMean, vector, cos, sin, pairs, interleaved) +
+    QJL_STRUCT(QjlTokens, data, type, dim, head_stride, slot_stride, slot_count) +
+    QJL_STRUCT(QjlMean, vector, pairs, interleaved) +
     QJL_STRUCT(QjlMap, rows, matrix, is_half, head_stride, flips, order, size) +
     QJL_STRUCT(QjlPart, kind, dim, nibbles, kinds, bit_coordinate, bit_index, tree, levels, patterns, kind_stride,
                place_stride, own, next, width, gram, block, sweeps) +
-    QJL_STRUCT(QjlEncode, codes, tokens, mean, map, parts, part_count, gains, gain_count, weights, units, norm_factor,
-               scales, scale_stride, room, room_bytes) +
-    QJL_STRUCT(QjlEncodeGrid, codes, tokens, size, groups, bits, clip, steps, middles, step_stride, middle_stride, room,
-               room_bytes) +
-    QJL_STRUCT(QjlJob, encode, grid, cos, sin) +
-    QJL_STRUCT(QjlEncodePages, jobs, job_count, slots, pages, blocks, not_finite, room, room_bytes) +
+    QJL_STRUCT(QjlRecipe, codes, tokens, mean, map, parts, part_count, gains, gain_count, weights, units, norm_factor,
+               scales, scale_stride) +
+    QJL_STRUCT(QjlGridRecipe, codes, tokens, size, groups, bits, clip, steps, middles, step_stride, middle_stride) +
+    QJL_STRUCT(QjlJob, recipe, grid, cos, sin) +
+    QJL_STRUCT(QjlEncode, jobs, job_count, slots, pages, blocks, not_finite, room, room_bytes) +
     QJL_STRUCT(QjlSide, codes, scale, middle, unit, map, mean, codes_stride, scale_stride, middle_stride, map_stride,
                map_is_half, nibbles, groups, code_dim, head_dim, code_stride, coordinates, entries, slots, pairs,
                pair_count) +

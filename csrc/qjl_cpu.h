@@ -61,24 +61,21 @@ QJL_EXPORT int64_t qjl_unpack(const QjlPack* operation, int64_t threads);
 QJL_EXPORT int64_t qjl_scan(const QjlScan* operation, int64_t threads);
 QJL_EXPORT int64_t qjl_expand(const QjlExpand* operation, int64_t threads);
 
-// Encoding (encode.inl, grid.inl): encode and encode_grid as src/qjl/ops/__init__.py tells them
+// Encoding (encode.inl, grid.inl): blocks of 64 tokens of a pool to pages of another, for many layers at once
 
 enum QjlType { QJL_FLOAT32, QJL_BFLOAT16, QJL_FLOAT16 };
 
-struct QjlTokens {  // [batch, heads, blocks * 64, dim], the last dimension contiguous
+struct QjlTokens {  // [slots, heads, dim], the last dimension contiguous
     const void* data;
     int64_t type;  // QjlType
     int64_t dim;
-    int64_t batch_stride, head_stride, token_stride;
-    const int32_t* slots;  // [blocks * 64]: where tokens lie along token_stride, for all heads; null: one after the other
-    int64_t slot_count;    // that there are
+    int64_t head_stride, slot_stride, slot_count;
 };
 
 struct QjlMean {
-    const float* vector;      // [heads, dim], or null
-    const float *cos, *sin;   // [batch, pairs, blocks * 64], how each pair of coordinates turns; null without pairs
-    int64_t pairs;
-    int64_t interleaved;      // whether a pair is (2f, 2f + 1) and not (f, f + pairs)
+    const float* vector;  // [heads, dim], or null
+    int64_t pairs;        // of coordinates that turn, as the job tells
+    int64_t interleaved;  // whether a pair is (2f, 2f + 1) and not (f, f + pairs)
 };
 
 struct QjlMap {  // a matrix per head, or a randomised Hadamard sketch: order(H flips x) for each copy of the tokens
@@ -105,8 +102,8 @@ struct QjlPart {   // encodes `dim` coordinates in `nibbles` nibbles
     int64_t block, sweeps;                        // of rows that are orthogonal; over the blocks, at most
 };
 
-struct QjlEncode {
-    QjlCodes codes;
+struct QjlRecipe {
+    QjlCodes codes;  // of the pool: a page for each block
     QjlTokens tokens;
     QjlMean mean;
     QjlMap map;
@@ -117,33 +114,27 @@ struct QjlEncode {
     const float* weights;  // [heads, rows of the map], or null where all count alike
     const float* units;    // [heads] of exact scales as uint8 logarithms; null for float16 norms times norm_factor
     float norm_factor;
-    void* scales;          // [batch, heads, blocks, 64], the last contiguous
-    int64_t scale_stride[3];
-    float* room;  // on a boundary of 64 bytes
-    int64_t room_bytes;
+    void* scales;          // [heads, pages, 64], the last contiguous
+    int64_t scale_stride[2];
 };
 
-struct QjlEncodeGrid {
-    QjlCodes codes;
+struct QjlGridRecipe {
+    QjlCodes codes;  // of the pool: a page for each block
     QjlTokens tokens;
     int64_t size;  // of the orthonormal Hadamard matrices along the diagonal
     int64_t groups, bits;
     float clip;
-    uint16_t *steps, *middles;  // float16 [batch, heads, blocks, groups, 64], the last two contiguous
-    int64_t step_stride[3], middle_stride[3];
-    float* room;  // as above
-    int64_t room_bytes;
+    uint16_t *steps, *middles;  // float16 [heads, pages, groups, 64], the last two contiguous
+    int64_t step_stride[2], middle_stride[2];
 };
 
-// Blocks of tokens of a pool to pages of another, for many layers at once.
-
-struct QjlJob {              // one of both, of batch 1: codes and constants are those of the pool, by page for block
-    const QjlEncode* encode;
-    const QjlEncodeGrid* grid;
-    const float *cos, *sin;  // [pairs, blocks * 64], as in QjlMean; null without pairs
+struct QjlJob {
+    const QjlRecipe* recipe;      // this
+    const QjlGridRecipe* grid;    // or that
+    const float *cos, *sin;  // [pairs, blocks * 64], how each pair of coordinates of the mean turns; null without pairs
 };
 
-struct QjlEncodePages {
+struct QjlEncode {
     const QjlJob* jobs;
     int64_t job_count;
     const int32_t *slots, *pages;  // [blocks * 64] and [blocks]
@@ -153,9 +144,7 @@ struct QjlEncodePages {
     int64_t room_bytes;
 };
 
-QJL_EXPORT int64_t qjl_encode_pages(QjlEncodePages* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_encode(const QjlEncode* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_encode(QjlEncode* operation, int64_t threads);
 
 // The fused decode step (step.inl)
 

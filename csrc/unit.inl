@@ -5,8 +5,6 @@
 
 #include "encode.inl"
 
-#include "encode/grid.inl"
-
 constexpr Kernels table_named(const char* name) {
     return {
         .name = name,
@@ -18,11 +16,7 @@ constexpr Kernels table_named(const char* name) {
         .step_ask = step::ask_item,
         .step_packed = step::packed_item,
         .step_finish = step::finish_item,
-        .encode_room = encode::encode_room,
-        .encode_grid_room = encode::encode_grid_room,
+        .encode_room = encode::room_floats,
         .encode = encode::encode,
-        .encode_grid = encode::encode_grid,
-        .encode_pages = encode::encode_pages,
-        .encode_grid_pages = encode::encode_grid_pages,
     };
 }

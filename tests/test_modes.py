@@ -97,7 +97,7 @@ def _of_layer(preset, model):
         for role, quantizer, x in (("key", preset.key, tokens.keys), ("value", preset.value, tokens.values)):
             context = LayerContext(role, HEADS, DIM, torch.device("cpu"), torch.float32, statistics, model.rope)
             codec = quantizer.fit(context)
-            blocks = codec.quantize(x, first)
+            blocks = codec.encode_tokens(x, first)
             given |= {f"{role} {name}": field for name, field in blocks.items()}
             given[f"{role} decoded"] = codec.dequantize(blocks, first)
             forms.append((blocks, codec.form))

@@ -133,7 +133,7 @@ def test_codecs_that_all_fit_and_encode(backend, preset):
     def encode(codecs):
         given = []
         for role, x in (("key", tokens.keys), ("value", tokens.values)):
-            blocks = codecs[role].quantize(x, first)
+            blocks = codecs[role].encode_tokens(x, first)
             given += [*blocks.values(), codecs[role].dequantize(blocks, first)]
         return given
 

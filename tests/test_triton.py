@@ -8,7 +8,6 @@ import torch
 from pages import Extent, error, expected, operands, paged
 from qjl import ops
 from qjl.methods.balanced import Balanced
-from qjl.methods.grid import RotatedGridCodec
 from qjl.methods.qjl import QJL
 from qjl.methods.quarot import QuaRot
 from qjl.methods.transform import Transform
@@ -117,13 +116,13 @@ ENCODERS = {
 def test_the_encoders_compile(name, capability, fitted, monkeypatch):
     quantizer, dtype = ENCODERS[name]
     codec = fitted("key", quantizer, 64).codec
-    tokens = torch.zeros(1, 2, 64, 64, dtype=dtype)
+    fields = {
+        name: torch.zeros(1, 2, *field.shape, dtype=field.dtype) for name, field in quantizer.layout(64, dtype).items()
+    }
+    job = codec.job(torch.zeros(64, 2, 64, dtype=dtype), fields, "keys")
     with recorded(monkeypatch) as launches:
-        if isinstance(codec, RotatedGridCodec):
-            triton_ops.encode_grid(tokens, codec.recipe)
-        else:
-            turn = codec.mean.turn(torch.arange(64)[None]) if codec.mean else None
-            triton_ops.encode(tokens, codec.recipe, turn)
+        triton_ops.encode([job], torch.arange(64), torch.zeros(1).long(), torch.zeros(1).long())
+    assert launches
     _compile(launches, capability)
 
 

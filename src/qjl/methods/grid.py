@@ -18,7 +18,6 @@ from qjl import ops
 from qjl.codebook import uniform_code
 from qjl.methods.base import Codec, require_packable
 from qjl.methods.bitpacking import pack_tokens, token_minor, uniform_grid
-from qjl.methods.nibble import TILE_TOKENS
 from qjl.ops.forms import NibbleForm
 from qjl.ops.recipe import GridRecipe
 from qjl.packed import BLOCK, Blocks, Field, Layout
@@ -89,12 +88,6 @@ class RotatedGridCodec(Codec):
         )
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
-        parts = [self._quantize_tile(tile) for tile in x.split(TILE_TOKENS, 2)]
-        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
-
-    def _quantize_tile(self, x: Tensor) -> Blocks:
-        if self.recipe is not None and ops.offers("encode_grid", x):
-            return dict(zip(("codes", "step", "middle"), ops.encode_grid(x, self.recipe), strict=True))
         y = (x.float() @ self.rotation).unflatten(3, (self.groups, -1))  # [B, H, T, G, D / G]
         low, high = self.bounds(y)
         codes, step, middle = uniform_grid(y, low, high, self.num_bits)

@@ -19,12 +19,11 @@ from qjl.codebook import NibbleCode
 from qjl.methods.base import Arrays, Codec, LayerContext, block_positions
 from qjl.methods.bitpacking import as_half
 from qjl.ops import forms
-from qjl.ops.recipe import Recipe, Turn
+from qjl.ops.recipe import Recipe
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 from qjl.rope import Rope
 
 EXPAND_FROM_ROWS = 32  # with this many query rows per KV head, decoding a tile beats looking up tables
-TILE_TOKENS = 64 * BLOCK  # encoded at once, so that a long prompt takes little room
 STEPS_PER_OCTAVE = 12
 ZERO_CODE = 0
 UNIT_CODE = 128
@@ -107,13 +106,6 @@ class Mean:
             return mean
         return self.rope.rotate_exactly(mean.expand(positions.shape[0], -1, positions.shape[1], -1), positions)
 
-    def turn(self, positions: Tensor) -> Turn | None:
-        """What takes mu to ``R_n mu``."""
-        if self.rope is None:
-            return None
-        angles = self.rope.exact_angles(positions).transpose(1, 2)
-        return Turn(angles.cos() * self.rope.scaling, angles.sin() * self.rope.scaling, self.rope.interleaved)
-
     def turned(self) -> forms.Turn | None:
         """How the fused decode step turns mu."""
         if self.rope is None:
@@ -171,17 +163,6 @@ class NibbleCodec(Codec):
         """Nibbles ``uint8 [B, H, T, N]`` and scales ``float [B, H, T]`` of centred tokens."""
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
-        parts = [
-            self._quantize_tile(*tile)
-            for tile in zip(x.split(TILE_TOKENS, 2), first.split(TILE_TOKENS // BLOCK, 1), strict=True)
-        ]
-        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
-
-    def _quantize_tile(self, x: Tensor, first: Tensor) -> Blocks:
-        if self.recipe is not None and ops.offers("encode", x):
-            turn = self.mean.turn(block_positions(first)) if self.mean else None
-            codes, scale = ops.encode(x, self.recipe, turn)
-            return {"codes": codes, "scale": scale}
         residual = x.float() - self.mean.at(block_positions(first)) if self.mean else x.float()
         nibbles, scale = self.encode(residual)
         return {

@@ -126,7 +126,7 @@ class Cascade(Codec):
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
         rest, blocks = x.float(), Blocks()
         for prefix, part in self.parts.items():
-            coded = part.quantize(rest, first)
+            coded = part.encode_tokens(rest, first)
             rest = rest - part.dequantize(coded, first)
             blocks |= {prefix + name: tensor for name, tensor in coded.items()}
         return blocks

@@ -20,9 +20,9 @@ token, w coordinates per nibble, 64 tokens per block.
 - ``append_attend(query, keys, values, pool, exact, rows, scaling, softcap)``: ``[B, Hq, Q, D]``, ``[B, H, Q, D]`` and
   ``[B, H, Q, Dv]`` to ``[B, Q, Hq, Dv]`` of the query's type: keys and values go to the last Q slots of each row, which
   ``counts`` counts already (not to places before the first, nor to slots of -1), then queries attend.
-- ``encode_pages(jobs, slots, first, pages)``: blocks of 64 exact tokens, ``slots int32 [n * 64]``, to pages
-  ``int32 [n]`` of a pool, for each ``EncodeJob``: the bytes are those of its codec; ``first int64 [n]`` are RoPE
-  positions.
+- ``encode(jobs, slots, first, pages)``: blocks of 64 exact tokens, ``slots int32 [n * 64]``, to pages ``int32 [n]`` of
+  a pool, for each ``EncodeJob``: the codes are those of its codec; ``first int64 [n]`` are the RoPE positions of the
+  blocks' first tokens. Numbers that are not finite count as 0.
 - ``attend_packed(query, packed, bias, exact, queries, scaling, softcap)``: ``[B, H, R, D]`` of any float type,
   ``PackedTokens`` and what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
   ``(out [B, H, R, D], log-sum-exp [B, H, R])``: values weighted by the softmax of
@@ -30,10 +30,6 @@ token, w coordinates per nibble, 64 tokens per block.
 - ``attend_paged(query, packed, bias, exact, queries, scaling, softcap)``: the same over ``PagedTokens``, of which row b
   has tokens ``skip[b] <= t < lengths[b]``; ``bias float32 [B, 1 or Hq, queries, t]`` reaches to the longest row's end.
   A row without any token gives 0 and -inf.
-- ``encode(tokens, recipe, turn)``: ``[B, H, T, D]`` of any float type to packed codes and scales, ``uint8`` or
-  ``float16 [B, H, T / 64, 64]``, in one pass; ``recipe`` tells all that is done (``qjl.ops.recipe``).
-- ``encode_grid(tokens, recipe)``: the same onto uniform grids: codes, and steps and middles
-  ``float16 [B, H, T / 64, groups, 64]``.
 
 ``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs. A backend may lack
 an op that others make up: ``offers`` tells. ``reference`` lacks ``attend_packed`` and the encoders, which
@@ -61,7 +57,6 @@ from qjl.modes import in_own_precision
 from qjl.ops import checks, cpu, reference
 from qjl.ops.cpu import library
 from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, PackedTokens, PagedTokens, Pool, Rows
-from qjl.ops.recipe import GridRecipe, Recipe, Turn
 from qjl.ops.triton import runtime
 
 AUTOMATIC = "auto"
@@ -193,29 +188,21 @@ def expand(entries: Tensor, codes: Tensor) -> Tensor:
 
 
 @in_own_precision
-def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of tokens, T a multiple of 64; for backends that ``offers`` says have it."""
-    checks.require_encodable(tokens, recipe, turn)
-    return _backend(tokens).encode(tokens, recipe, turn)
-
-
-@in_own_precision
-def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, steps and middles of tokens on uniform grids; for backends that ``offers`` says have it."""
-    checks.require_gridded(tokens, recipe)
-    return _backend(tokens).encode_grid(tokens, recipe)
-
-
-@in_own_precision
-def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
+def encode(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor, are_trusted: bool = False) -> None:
     """Blocks of exact tokens to pages, the keys and values of all layers at once.
 
+    ``are_trusted``: tokens are not asked whether they are finite, so that nothing waits for a device.
+
     Raises:
-        QJLError: if a token is not finite; what the pages hold then means nothing.
+        QJLError: if a token is not finite.
     """
     checks.require_pages(jobs, slots, first, pages)
-    if jobs and len(pages):
-        _backend(jobs[0].tokens).encode_pages(jobs, slots, first, pages)
+    if not jobs or not len(pages):
+        return
+    are_finite = _backend(slots).encode(jobs, slots, first, pages)
+    if not are_trusted and not are_finite.all():
+        what = jobs[are_finite.tolist().index(False)].what
+        raise QJLError(f"{what} contain NaN or Inf: check the model's weights, its dtype and the prompt.")
 
 
 @in_own_precision

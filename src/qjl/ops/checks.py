@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, NibbleForm, PackedTokens, PagedTokens, Pool, Rows, once
-from qjl.ops.recipe import GridRecipe, Recipe, Turn
+from qjl.ops.recipe import GridRecipe, Recipe
 from qjl.packed import BLOCK, Blocks, require_tensor
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,33 +65,9 @@ def require_entries(entries: Tensor, codes: Tensor) -> None:
 # Encoding
 
 
-def require_encodable(tokens: Tensor, recipe: Recipe, turn: Turn | None) -> None:
-    """``[B, H, T, D]`` of any float type, as the recipe takes them."""
-    require_tokens(tokens)
-    batch, heads, length, dim = tokens.shape
-    require(recipe.takes(heads, dim), f"the recipe is not for {heads} heads of dimension {dim}")
-    if turn is not None:
-        require(2 * turn.cos.shape[1] <= dim, f"a mean of dimension {dim} cannot turn in {turn.cos.shape[1]} pairs")
-        for angles in (turn.cos, turn.sin):
-            require_shape(angles, (batch, turn.cos.shape[1], length), "angles of the mean")
-            require(angles.dtype == torch.float32, "angles of the mean should be float32")
-
-
-def require_gridded(tokens: Tensor, recipe: GridRecipe) -> None:
-    """``[B, H, T, D]`` of any float type that groups and Hadamard matrices divide."""
-    require_tokens(tokens)
-    _require_grid(recipe, tokens.shape[3])
-
-
 def _require_grid(recipe: GridRecipe, dim: int) -> None:
     divides = recipe.groups > 0 and dim % recipe.groups == 0 and dim % recipe.size == 0
     require(divides and dim * recipe.num_bits % 8 == 0, f"the grids do not divide head_dim {dim} into whole bytes")
-
-
-def require_tokens(tokens: Tensor) -> None:
-    """Whole blocks of floats."""
-    fits = tokens.dim() == 4 and tokens.shape[2] % BLOCK == 0 and tokens.is_floating_point()
-    require(fits, "tokens to encode should be floats [B, H, T, D], T a multiple of 64")
 
 
 def require_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
@@ -106,9 +82,17 @@ def require_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages
 
 def _require_job(job: EncodeJob) -> bool:
     """True, so that it is known."""
-    tokens, recipe, codes = job.tokens, job.recipe, job.fields["codes"]
+    tokens, recipe = job.tokens, job.recipe
+    require(tokens.dim() == 3 and tokens.is_floating_point(), f"{job.what} should be floats [slots, H, D]")
+    if recipe is None:
+        return True
     heads, dim = tokens.shape[1:]
-    require(tokens.dtype in READABLE and tokens.stride(2) == 1, f"{job.what} should be floats that lie side by side")
+    codes = job.fields["codes"]
+    fits = tokens.dtype in READABLE and tokens.stride(2) == 1
+    require(fits, f"{job.what} should be float32, bfloat16 or float16 that lie side by side")
+    if job.rope is not None:
+        pairs = job.rope.inv_freq.shape[0]
+        require(2 * pairs <= dim, f"a mean of dimension {dim} cannot turn in {pairs} pairs")
     constants: dict[str, tuple[tuple[int, ...], torch.dtype]]
     if isinstance(recipe, Recipe):
         require(recipe.takes(heads, dim), f"the recipe is not for {heads} heads of dimension {dim}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qjl.errors import QJLError
 from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, NibbleForm, PagedTokens, Pool, Rows, Turn
 from qjl.packed import BLOCK, Blocks
+
+TILE_BLOCKS = 64  # encoded at once
 
 
 def pack(nibbles: Tensor) -> Tensor:
@@ -106,18 +107,25 @@ def append_attend(
     return out.view(batch, query_heads, queries, value_dim).transpose(1, 2).contiguous().to(query.dtype)
 
 
-def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
-    """One job after the other; tokens that are not finite show at the end, so that a device is waited for once."""
+def encode(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> Tensor:
+    """Whether all tokens of each job are finite, ``bool [jobs]``."""
+    return torch.stack([encode_by(job.quantize, job, slots, first, pages) for job in jobs])
+
+
+def encode_by(
+    quantize: Callable[[Tensor, Tensor], Blocks], job: EncodeJob, slots: Tensor, first: Tensor, pages: Tensor
+) -> Tensor:
+    """One job, some blocks at once, so that a long prompt takes little room: ``bool []``."""
     finite = []
-    for job in jobs:
-        tokens = job.tokens[slots.long()].transpose(0, 1)[None]
+    for of_slots, of_first, of_pages in zip(
+        slots.long().split(TILE_BLOCKS * BLOCK), first.split(TILE_BLOCKS), pages.long().split(TILE_BLOCKS), strict=True
+    ):
+        tokens = job.tokens[of_slots].transpose(0, 1)[None]
         is_finite = tokens.isfinite()
         finite.append(is_finite.all())
-        for name, field in job.quantize(tokens.where(is_finite, 0), first[None]).items():
-            job.fields[name][pages.long()] = field[0].transpose(0, 1)
-    if finite and not torch.stack(finite).all():
-        name = next(job.what for job, is_finite in zip(jobs, finite, strict=True) if not is_finite)
-        raise QJLError(f"{name} contain NaN or Inf: check the model's weights, its dtype and the prompt.")
+        for name, field in quantize(tokens.where(is_finite, 0), of_first[None]).items():
+            job.fields[name][of_pages] = field[0].transpose(0, 1)
+    return torch.stack(finite).all()
 
 
 def _packed_tokens(pool: Pool, rows: Rows, row: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from qjl.ops.cpu.codes import expand, pack, scan, unpack
 from qjl.ops.cpu.decoding import append_attend, attend, attend_packed, attend_paged
-from qjl.ops.cpu.encoding import encode, encode_grid, encode_pages
+from qjl.ops.cpu.encoding import encode
 
 __all__ = [
     "append_attend",
@@ -10,8 +10,6 @@ __all__ = [
     "attend_packed",
     "attend_paged",
     "encode",
-    "encode_grid",
-    "encode_pages",
     "expand",
     "pack",
     "scan",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
-MEANING = 2  # raised where a function or a field means something else, and no size tells so
+MEANING = 3  # raised where a function or a field means something else, and no size tells so
 
 
 class Limits(Structure):
@@ -59,17 +59,12 @@ class Expand(Structure):
 class Tokens(Structure):
     _fields_ = (
         ("data", c_void_p),
-        *((name, c_int64) for name in ("type", "dim", "batch_stride", "head_stride", "token_stride")),
-        ("slots", c_void_p),
-        ("slot_count", c_int64),
+        *((name, c_int64) for name in ("type", "dim", "head_stride", "slot_stride", "slot_count")),
     )
 
 
 class Mean(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("vector", "cos", "sin")),
-        *((name, c_int64) for name in ("pairs", "interleaved")),
-    )
+    _fields_ = (("vector", c_void_p), *((name, c_int64) for name in ("pairs", "interleaved")))
 
 
 class Map(Structure):
@@ -95,7 +90,7 @@ class Part(Structure):
     )
 
 
-class Encode(Structure):
+class Recipe(Structure):
     _fields_ = (
         ("codes", Codes),
         ("tokens", Tokens),
@@ -108,30 +103,26 @@ class Encode(Structure):
         *((name, c_void_p) for name in ("weights", "units")),
         ("norm_factor", c_float),
         ("scales", c_void_p),
-        ("scale_stride", c_int64 * 3),
-        ("room", c_void_p),
-        ("room_bytes", c_int64),
+        ("scale_stride", c_int64 * 2),
     )
 
 
-class EncodeGrid(Structure):
+class GridRecipe(Structure):
     _fields_ = (
         ("codes", Codes),
         ("tokens", Tokens),
         *((name, c_int64) for name in ("size", "groups", "bits")),
         ("clip", c_float),
         *((name, c_void_p) for name in ("steps", "middles")),
-        *((name, c_int64 * 3) for name in ("step_stride", "middle_stride")),
-        ("room", c_void_p),
-        ("room_bytes", c_int64),
+        *((name, c_int64 * 2) for name in ("step_stride", "middle_stride")),
     )
 
 
 class Job(Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("encode", "grid", "cos", "sin"))
+    _fields_ = tuple((name, c_void_p) for name in ("recipe", "grid", "cos", "sin"))
 
 
-class EncodePages(Structure):
+class Encode(Structure):
     _fields_ = (
         ("jobs", POINTER(Job)),
         ("job_count", c_int64),
@@ -266,7 +257,7 @@ class Read(Structure):
 
 ALL: tuple[type[Structure], ...] = (
     *(Limits, Codes, Pack, Scan, Expand),
-    *(Tokens, Mean, Map, Part, Encode, EncodeGrid, Job, EncodePages),
+    *(Tokens, Mean, Map, Part, Recipe, GridRecipe, Job, Encode),
     *(Pair, Side, Segment, Fresh, Rows, Turn, Step),
     *(FlashDecode, PopcountScan, Read),
 )

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qjl.ops import reference
 from qjl.ops.triton import codes, decoding, encoding, pools
 
 
@@ -17,9 +16,9 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, which may be another than that of the first tensor."""
 
     @wraps(op)
-    def run(tensor: Tensor, *args: Any) -> Any:
-        with torch.cuda.device_of(tensor):
-            return op(tensor, *args)
+    def run(*args: Any) -> Any:
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            return op(*args)
 
     return run
 
@@ -29,9 +28,7 @@ unpack = _on_its_device(codes.unpack)
 scan = _on_its_device(codes.scan)
 expand = _on_its_device(codes.expand)
 encode = _on_its_device(encoding.encode)
-encode_grid = _on_its_device(encoding.encode_grid)
 attend = _on_its_device(pools.attend)
 append_attend = _on_its_device(pools.append_attend)
-encode_pages = reference.encode_pages  # whose codecs use the encoders here
 attend_packed = _on_its_device(decoding.attend_packed)
 attend_paged = _on_its_device(decoding.attend_paged)
