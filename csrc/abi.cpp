@@ -43,9 +43,8 @@ constexpr uint64_t ABI =
     hashed("meaning", MEANING, sizeof(void*)) +
     QJL_STRUCT(QjlLimits, dim, exact, threads) +
     QJL_STRUCT(QjlCodes, data, batch, heads, blocks, bytes, batch_stride, head_stride, block_stride) +
-    QJL_STRUCT(QjlPack, codes, nibbles) +
-    QJL_STRUCT(QjlScan, codes, tables, scores, rows) +
-    QJL_STRUCT(QjlExpand, codes, entries, expanded, head_stride, width) +
+    QJL_STRUCT(QjlDecode, codes, scales, middles, scale_stride, middle_stride, units, dim, groups, coordinates, entries,
+               slots, code_stride, map, map_stride, mean, turns, cos, sin, pairs, out, head_dim, room, room_bytes) +
     QJL_STRUCT(QjlTokens, data, type, dim, head_stride, slot_stride, slot_count) +
     QJL_STRUCT(QjlMean, vector, pairs, interleaved) +
     QJL_STRUCT(QjlMap, rows, matrix, is_half, head_stride, flips, order, size) +

@@ -82,21 +82,11 @@ void over_blocks(const QjlCodes& codes, int64_t threads, const Function& functio
     parallel_for((blocks + size - 1) / size, threads, OverBlocks<Function>::run_part, &work);
 }
 
-template <class Operation>
-void over_blocks(const Operation& operation, void (*kernel)(const Operation&, Range), int64_t threads) {
-    over_blocks(operation.codes, threads, [&](Range range, int) { kernel(operation, range); });
-}
-
-template <class Operation, class Work>
-int64_t run(const Operation& operation, const Work& work) {
-    if (const int64_t refused = refusal(operation)) return refused;
-    work();
-    return 0;
-}
-
-// Encoding: every worker has room of its own
+// Every worker has room of its own
 
 int64_t workers(int64_t threads) { return std::clamp<int64_t>(threads, 1, MAX_THREADS); }
+
+// Encoding
 
 constexpr int64_t BLOCKS_AT_ONCE = 8;  // of one head, which share what a worker makes of its map
 
@@ -212,22 +202,6 @@ int qjl_select(const char* name) {
     return 1;
 }
 
-int64_t qjl_pack(const QjlPack* operation, int64_t threads) {
-    return run(*operation, [&] { over_blocks(*operation, kernels().pack, threads); });
-}
-
-int64_t qjl_unpack(const QjlPack* operation, int64_t threads) {
-    return run(*operation, [&] { over_blocks(*operation, kernels().unpack, threads); });
-}
-
-int64_t qjl_scan(const QjlScan* operation, int64_t threads) {
-    return run(*operation, [&] { over_blocks(*operation, kernels().scan, threads); });
-}
-
-int64_t qjl_expand(const QjlExpand* operation, int64_t threads) {
-    return run(*operation, [&] { over_blocks(*operation, kernels().expand, threads); });
-}
-
 int64_t qjl_encode(QjlEncode* operation, int64_t threads) {
     if (const int64_t refused = refusal(*operation)) return refused;
     Encoding encoding(*operation);
@@ -236,6 +210,17 @@ int64_t qjl_encode(QjlEncode* operation, int64_t threads) {
     parallel_for(int64_t(encoding.items.size()), threads, Encoding::run_item, &encoding);
     const int64_t first = encoding.not_finite;
     operation->not_finite = first < operation->job_count ? first : -1;
+    return 0;
+}
+
+int64_t qjl_decode(const QjlDecode* operation, int64_t threads) {
+    if (const int64_t refused = refusal(*operation)) return refused;
+    const Kernels& table = kernels();
+    const int64_t room = table.decode_room(*operation), needed = workers(threads) * room * int64_t(sizeof(float));
+    if (operation->room_bytes < needed) return needed;
+    over_blocks(operation->codes, threads, [&](Range range, int worker) {
+        table.decode(*operation, range, operation->room + worker * room);
+    });
     return 0;
 }
 

@@ -29,37 +29,13 @@ struct QjlLimits {
 
 QJL_EXPORT void qjl_limits(QjlLimits* limits);
 
-// Packed codes (codes.inl): pack, unpack, scan, expand as src/qjl/ops/__init__.py tells them
+// Packed codes
 
 struct QjlCodes {  // uint8 [batch, heads, blocks, bytes, 64], the last two contiguous
     uint8_t* data;
     int64_t batch, heads, blocks, bytes;
     int64_t batch_stride, head_stride, block_stride;
 };
-
-struct QjlPack {
-    QjlCodes codes;
-    uint8_t* nibbles;  // [batch, heads, blocks * 64, bytes * 2]
-};
-
-struct QjlScan {
-    QjlCodes codes;
-    const float* tables;  // [batch, heads, rows, bytes * 2, 16]
-    float* scores;        // [batch, heads, rows, blocks * 64]
-    int64_t rows;
-};
-
-struct QjlExpand {
-    QjlCodes codes;
-    const float* entries;  // [heads, bytes * 2, 16, width], heads `head_stride` apart
-    float* expanded;       // [batch, heads, blocks * 64, bytes * 2 * width]
-    int64_t head_stride, width;
-};
-
-QJL_EXPORT int64_t qjl_pack(const QjlPack* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_unpack(const QjlPack* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_scan(const QjlScan* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_expand(const QjlExpand* operation, int64_t threads);
 
 // Encoding (encode.inl, grid.inl): blocks of 64 tokens of a pool to pages of another, for many layers at once
 
@@ -145,6 +121,32 @@ struct QjlEncode {
 };
 
 QJL_EXPORT int64_t qjl_encode(QjlEncode* operation, int64_t threads);
+
+// Decoding (decode.inl): mean + map^T (scale * code + middle), a code the sum of what its nibbles add to each coordinate
+
+struct QjlDecode {
+    QjlCodes codes;
+    const void* scales;   // [groups][64] in each block: uint8 logarithms where there are units, else float16
+    const void* middles;  // likewise float16, or null
+    int64_t scale_stride[3], middle_stride[3];  // over batch, head and block
+    const float* units;                         // [heads], or null
+    int64_t dim, groups;          // coordinates, cut into groups that have one code
+    const int16_t* coordinates;   // [heads or 1][nibbles of a group][slots]
+    const float* entries;         // [heads or 1][nibbles of a group][slots][16]
+    int64_t slots, code_stride;   // heads share a code: 0, each has its own: 1
+    const float* map;             // [heads or 1][head_dim][dim], heads `map_stride` apart; null for the identity
+    int64_t map_stride;
+    const float* mean;       // [heads][head_dim], or null
+    const int32_t* turns;    // [2][pairs]: first and second coordinate of each pair of the mean that turns
+    const float *cos, *sin;  // [batch][pairs][blocks * 64]
+    int64_t pairs;
+    float* out;  // [batch][heads][blocks * 64][head_dim]
+    int64_t head_dim;
+    float* room;  // on a boundary of 64 bytes
+    int64_t room_bytes;
+};
+
+QJL_EXPORT int64_t qjl_decode(const QjlDecode* operation, int64_t threads);
 
 // The fused decode step (step.inl)
 

@@ -240,16 +240,6 @@ Rules of_blocks(const QjlStep& step) {
 
 }  // namespace
 
-int64_t refusal(const QjlPack& operation) { return of_codes(operation.codes); }
-
-int64_t refusal(const QjlScan& operation) {
-    return of_codes(operation.codes).require(SIZES, [&] { return operation.rows >= 0; });
-}
-
-int64_t refusal(const QjlExpand& operation) {
-    return of_codes(operation.codes).require(SIZES, [&] { return operation.width >= 0; });
-}
-
 int64_t refusal(const QjlEncode& operation) {
     Rules rules;
     rules.require(SIZES, [&] { return none_negative(operation.job_count, operation.blocks); }).require(ROOM, [&] {
@@ -257,6 +247,19 @@ int64_t refusal(const QjlEncode& operation) {
     });
     for (int64_t i = 0; !rules && i < operation.job_count; ++i) rules.then(of_job(operation, operation.jobs[i]));
     return rules;
+}
+
+int64_t refusal(const QjlDecode& operation) {
+    const int64_t dim = operation.dim, groups = operation.groups;
+    return of_codes(operation.codes)
+        .require(SIZES, [&] { return none_negative(operation.slots, operation.pairs); })
+        .require(GROUPS, [&] { return groups > 0 && dim % groups == 0 && operation.codes.bytes % groups == 0; })
+        .require(DIMS, [&] { return is_dim(dim / groups) && operation.head_dim > 0; })
+        .require(MAPS, [&] { return operation.map || operation.head_dim == dim; })
+        .require(TURNS, [&] {
+            return !operation.pairs || (operation.mean && 2 * operation.pairs <= operation.head_dim);
+        })
+        .require(ROOM, [&] { return is_aligned(operation.room); });
 }
 
 int64_t refusal(const QjlStep& step) {

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from conftest import Model
-from method_cases import every_head_dim, of_type
-from qjl import ops
-from qjl.codebook import SignCode, joined_code, refined_sign_code, scalar_code, sign_code
+from method_cases import every_head_dim, of_type, sums_of_entries
+from qjl.codebook import NIBBLE, SignCode, joined_code, refined_sign_code, scalar_code, sign_code
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import LayerContext
+from qjl.methods.bitpacking import unpack_tokens
 from qjl.methods.grid import Extremes, RotatedGridCodec, block_hadamard, block_size, grid_layout
 from qjl.methods.mapped import MappedCodec
 from qjl.methods.nibble import LogScale, Mean
@@ -40,9 +40,7 @@ def _firsts(x, start=4):
 
 def _coded(codec, x, first, blocks):
     """Tokens of unit rms in the metric of the code and what their codes stand for, float64 ``[B, H, T, D']``."""
-    code = codec.code
-    entries = code.entries.expand(x.shape[1], -1, -1, -1)
-    decoded = code.scatter(ops.expand(entries, blocks["codes"])).double()
+    decoded = sums_of_entries(codec.code, unpack_tokens(blocks["codes"], NIBBLE)).double()
     positions = (first[..., None] + torch.arange(BLOCK)).flatten(1)
     residual = x.float() - (codec.mean.at(positions) if codec.mean else 0)
     z = residual.double() @ getattr(codec, "key_map", codec.query_map).double().transpose(1, 2)
@@ -196,7 +194,7 @@ def test_signs_of_a_product_near_zero(generator):
     x += (side - x @ row[:, None]) * row
     codec = SignCodec(sketch, sketch.matrix, 2)
     found = codec.encode_tokens(x, _firsts(x))
-    bits = ops.unpack(found["codes"])[..., 17 // 4] >> 17 % 4 & 1
+    bits = unpack_tokens(found["codes"], 1)[..., 17]
     assert torch.equal(bits.bool(), side.squeeze(-1) > 0)
     _check(codec, x, _firsts(x))
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from guarded import PAGE, Guarded
 from qjl import ops
 from qjl.codebook import refined_sign_code, scalar_code
-from qjl.ops import reference
 from qjl.ops.forms import EncodeJob
 from qjl.ops.recipe import DenseMap, GridRecipe, Recipe
 from qjl.packed import BLOCK
@@ -24,50 +23,8 @@ pytest_plugins = "guarded"
 pytestmark = pytest.mark.usefixtures("compiled")
 
 CPU = torch.device("cpu")
-batches = st.integers(0, 3)
 heads = st.integers(1, 3)
-blocks = st.integers(0, 5)
-rows = st.integers(1, 9)
-nibbles = st.one_of(st.integers(1, 20), st.integers(1, 256), st.just(512)).map(lambda half: 2 * half)
-widths = st.integers(1, 9)
 seeds = st.integers(0, 2**32)
-
-
-def _nibbles(*shape, seed):
-    batch, heads, blocks, count = shape
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 16, (batch, heads, 64 * blocks, count), dtype=torch.uint8, generator=generator)
-
-
-@given(batches, heads, blocks, nibbles, seeds)
-def test_pack_and_unpack(guarded, batch, heads, blocks, count, seed):
-    plain = guarded(_nibbles(batch, heads, blocks, count, seed=seed))
-    codes = ops.pack(plain)
-    assert torch.equal(codes, reference.pack(plain))
-    assert torch.equal(ops.unpack(codes), plain)
-
-
-@given(batches, heads, blocks, nibbles, rows, seeds)
-def test_scan(guarded, batch, heads, blocks, count, rows, seed):
-    codes = guarded(reference.pack(_nibbles(batch, heads, blocks, count, seed=seed)))
-    tables = guarded(torch.randn(batch, heads, rows, count, 16, generator=torch.Generator().manual_seed(seed)))
-    expected = reference.scan(tables, codes)
-    largest = float(expected.abs().max()) if expected.numel() else 0
-    torch.testing.assert_close(ops.scan(tables, codes), expected, rtol=0, atol=1e-5 * largest)
-
-
-@given(batches, heads, blocks, nibbles, widths, seeds)
-def test_expand(guarded, batch, heads, blocks, count, width, seed):
-    codes = guarded(reference.pack(_nibbles(batch, heads, blocks, count, seed=seed)))
-    entries = guarded(torch.randn(heads, count, 16, width, generator=torch.Generator().manual_seed(seed)))
-    assert torch.equal(ops.expand(entries, codes), reference.expand(entries, codes))
-
-
-@given(heads, blocks, nibbles, seeds)
-def test_a_tile_at_the_end_of_its_storage(guarded, heads, blocks, count, seed):
-    storage = guarded(reference.pack(_nibbles(2, heads, blocks + 2, count, seed=seed)))
-    tile = storage[1:, :, 2:]
-    assert torch.equal(ops.unpack(tile), reference.unpack(tile))
 
 
 # Encoders: what they leave in their own arrays, whatever lies beside them

@@ -98,20 +98,19 @@ def test_a_form_that_adds_to_coordinates_beside_it(made, refuses, place):
         _attend(made, packed=replace(whole, value_form=form, derived=Derived()))
 
 
-def test_codes_and_tables_of_other_shapes(backend, refuses):
-    nibbles = torch.zeros(1, 2, BLOCK, 8, dtype=torch.uint8)
-    codes = ops.pack(nibbles)
-    for wrong in (nibbles[:, :, :60], nibbles[..., :7], nibbles.int(), nibbles[0]):
-        with refuses("nibbles should be"):
-            ops.pack(wrong)
-    with refuses("codes should be"):
-        ops.unpack(codes[..., :32])
-    for shape in ((1, 2, 3, 6, 16), (1, 1, 3, 8, 16), (1, 2, 3, 8, 15)):
-        with refuses("tables of scores should be"):
-            ops.scan(torch.zeros(shape), codes)
-    for shape in ((1, 8, 16, 2), (2, 6, 16, 2), (2, 8, 16)):
-        with refuses("entries of codes should be"):
-            ops.expand(torch.zeros(shape), codes)
+def test_blocks_that_decode_does_not_take(backend, made, refuses):
+    whole = made.packed
+    form, first = whole.key_codec.form, whole.first
+    codes, short = whole.keys["codes"], {name: field[..., :32].contiguous() for name, field in whole.keys.items()}
+    for keys, positions, what in (
+        (whole.keys, first[:, 1:], "positions of blocks to decode should be"),
+        (whole.keys, first.int(), "positions of blocks to decode should be"),
+        (whole.keys | {"codes": codes[0]}, first, "codes of packed tokens should be [B, H, n, bytes, 64]"),
+        (whole.keys | {"codes": codes[:, :, :, 2:]}, first, "codes of packed tokens should be"),
+        (short, first, "codes of packed tokens should be"),
+    ):
+        with refuses(what):
+            ops.decode(keys, form, positions)
 
 
 def _job(recipe, shape=(BLOCK, 2, 8), rope=None, dtype=torch.float32):
@@ -229,6 +228,10 @@ def _grid(**changes):
     return _of_job(grid=_changed(grid, changes))
 
 
+def _decode(**changes):
+    return _changed(structs.Decode(codes=_codes(), dim=8, groups=1, head_dim=8), changes)
+
+
 REFUSED = {
     "groups": ("qjl_step", _step(values__groups=3)),
     "no groups": ("qjl_step", _step(keys__groups=0)),
@@ -258,9 +261,11 @@ REFUSED = {
     "grid groups": ("qjl_encode", _grid(groups=5)),
     "grid size": ("qjl_encode", _grid(size=12)),
     "grid bytes": ("qjl_encode", _grid(codes=_codes(15))),
-    "blocks": ("qjl_pack", structs.Pack(codes=structs.Codes(blocks=-1))),
-    "rows": ("qjl_scan", structs.Scan(rows=-1)),
-    "width": ("qjl_expand", structs.Expand(width=-1)),
+    "blocks": ("qjl_decode", _decode(codes__blocks=-1)),
+    "groups that cut a byte": ("qjl_decode", _decode(groups=3)),
+    "no map back": ("qjl_decode", _decode(head_dim=32)),
+    "slots of a code": ("qjl_decode", _decode(slots=-1)),
+    "a turn without a mean": ("qjl_decode", _decode(pairs=1)),
     "head_dim": ("qjl_flash_decode", structs.FlashDecode(heads=1, group=1, tokens=4, head_dim=12)),
     "m": ("qjl_popcount_scan", structs.PopcountScan(heads=1, group=1, tokens=4, m=4096)),
     "count": ("qjl_read", structs.Read(count=-1)),
@@ -275,7 +280,7 @@ def test_the_library_refuses_by_a_code_and_python_by_words(case, refuses):
         library.call(function, operation)
 
 
-IN_ROOM = {"qjl_step": [_step], "qjl_encode": [_recipe, _grid]}
+IN_ROOM = {"qjl_step": [_step], "qjl_encode": [_recipe, _grid], "qjl_decode": [_decode]}
 
 
 @pytest.mark.parametrize(("function", "make"), [(name, make) for name, makers in IN_ROOM.items() for make in makers])

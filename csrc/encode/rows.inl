@@ -135,6 +135,22 @@ inline float widened(uint16_t half) {
 
 // Tokens to rows
 
+template <int N, class Vector>
+void transpose(Vector (&rows)[N]) {
+    using Lanes = typename Count<N>::Up;
+#pragma GCC unroll 8
+    for (int stage = 1; stage < N; stage *= 2) {
+        Vector turned[N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N / 2; ++i) {
+            turned[2 * i] = in_turn<0>(rows[i], rows[i + N / 2], Lanes());
+            turned[2 * i + 1] = in_turn<N / 2>(rows[i], rows[i + N / 2], Lanes());
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) rows[i] = turned[i];
+    }
+}
+
 // The first `count` numbers, and zeros.
 template <class Stored>
 inline Wide first_widened(const Stored* from, int64_t count) {
@@ -171,7 +187,7 @@ inline void load_rows(From from, int64_t dim, float* rows) {
             Wide square[WIDTH];
             for (int lane = 0; lane < WIDTH; ++lane)
                 square[lane] = first_widened(from(t + lane) + i, count);
-            codes::transpose(square);
+            transpose(square);
             for (int lane = 0; lane < count; ++lane) store(rows + (i + lane) * BLOCK + t, square[lane]);
         }
     }
@@ -184,7 +200,7 @@ inline void store_tokens(const float* rows, int64_t stride, int64_t dim, float* 
             const int64_t count = dim - i < WIDTH ? dim - i : WIDTH;
             Wide square[WIDTH] = {};
             for (int lane = 0; lane < count; ++lane) square[lane] = wide(rows + (i + lane) * BLOCK + t);
-            codes::transpose(square);
+            transpose(square);
             for (int lane = 0; lane < WIDTH; ++lane)
                 store_first(tokens + (t + lane) * stride + i, square[lane], count);
         }

@@ -22,7 +22,7 @@ from qjl.modes import for_keeps, in_own_precision
 from qjl.ops.checks import READABLE
 from qjl.ops.forms import EncodeJob, NibbleForm
 from qjl.ops.recipe import GridRecipe, Recipe
-from qjl.packed import BLOCK, Blocks, Layout, block_bits
+from qjl.packed import BLOCK, Blocks, Layout, block_bits, block_positions
 from qjl.rope import Rope
 from qjl.statistics import LayerStatistics
 
@@ -165,7 +165,7 @@ class Codec(ABC):
 
     Shapes: ``x [B, H, T, D]`` with T a multiple of 64; ``first [B, T / 64]`` is the RoPE position of the first
     token of each block. Every estimator is linear in the query: it is ``<q, k_hat>`` of the decoded token, and
-    backends take it from the codes where they have a ``form``.
+    backends take it from the codes where they have a ``form``. A codec with one need not say how it decodes.
     """
 
     layout: Layout
@@ -184,9 +184,11 @@ class Codec(ABC):
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
         """Encode whole blocks: the definition, in torch."""
 
-    @abstractmethod
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
-        """Decode to ``float32 [B, H, T, D]``."""
+        """Decode to ``float32 [B, H, T, D]``, by default as the ``form`` says."""
+        if self.form is None:
+            raise QJLError(f"{type(self).__name__} has no form: define how it decodes (dequantize).")
+        return ops.decode(blocks, self.form, first)
 
     @property
     def form(self) -> NibbleForm | None:
@@ -272,11 +274,6 @@ def regularised(moment: Tensor, count: int) -> Tensor:
     level = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     ridge = max(RIDGE, 0.05 * dim / max(count, 1))
     return torch.where(level > 0, moment + ridge * level * identity, identity)
-
-
-def block_positions(first: Tensor) -> Tensor:
-    """Position of every token from that of each block's first: ``[B, blocks] -> [B, blocks * 64]``."""
-    return (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)
 
 
 def tokens_to_encode(x: Tensor) -> Tensor:

@@ -14,13 +14,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qjl import ops
-from qjl.codebook import NibbleCode
-from qjl.methods.base import Arrays, Codec, LayerContext, block_positions
-from qjl.methods.bitpacking import as_half
+from qjl.codebook import NIBBLE, NibbleCode
+from qjl.methods.base import Arrays, Codec, LayerContext
+from qjl.methods.bitpacking import as_half, pack_tokens
 from qjl.ops import forms
 from qjl.ops.recipe import Recipe
-from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
+from qjl.packed import BLOCK, Blocks, Field, Layout, block_positions, blocks_of_tokens
 from qjl.rope import Rope
 
 EXPAND_FROM_ROWS = 32  # with this many query rows per KV head, decoding a tile beats looking up tables
@@ -166,26 +165,14 @@ class NibbleCodec(Codec):
         residual = x.float() - self.mean.at(block_positions(first)) if self.mean else x.float()
         nibbles, scale = self.encode(residual)
         return {
-            "codes": ops.pack(nibbles),
+            "codes": pack_tokens(nibbles, NIBBLE),
             "scale": blocks_of_tokens(self.scale.encode(scale)[..., None]).squeeze(-1),
         }
-
-    def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
-        decoded = self.code.scatter(self._expand(blocks)) @ self.query_map.float()
-        decoded = decoded * self._scales(blocks)[..., None]
-        return decoded + self.mean.at(block_positions(first)) if self.mean else decoded
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         mean = (self.mean.vector,) if self.mean else ()
         return (self.query_map, *self.code.tensors, *self.scale.tensors, *mean)
-
-    def _expand(self, blocks: Blocks) -> Tensor:
-        entries = self.code.entries.expand(self.query_map.shape[0], -1, -1, -1)
-        return ops.expand(entries, blocks["codes"])
-
-    def _scales(self, blocks: Blocks) -> Tensor:
-        return self.scale.decode(blocks["scale"].flatten(2))
 
 
 def nibble_layout(nibbles: int, scale: Field) -> Layout:

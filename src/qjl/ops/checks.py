@@ -32,36 +32,6 @@ def require_shape(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
         raise QJLError(f"{what} should be {list(shape)}, not {list(tensor.shape)}.")
 
 
-# Codes
-
-
-def require_nibbles(nibbles: Tensor) -> None:
-    """``uint8 [B, H, T, N]``, T a multiple of 64 and N even."""
-    fits = nibbles.dim() == 4 and nibbles.shape[2] % BLOCK == 0 and nibbles.shape[3] % 2 == 0
-    require(fits and nibbles.dtype == torch.uint8, "nibbles should be uint8 [B, H, T, N], T in blocks of 64 and N even")
-
-
-def require_codes(codes: Tensor) -> None:
-    """``uint8 [B, H, blocks, bytes, 64]``."""
-    fits = codes.dim() == 5 and codes.shape[4] == BLOCK and codes.dtype == torch.uint8
-    require(fits, "codes should be uint8 [B, H, blocks, bytes, 64]")
-
-
-def require_tables(tables: Tensor, codes: Tensor) -> None:
-    """``[B, H, R, N, 16]`` for these codes."""
-    require_codes(codes)
-    batch, heads, _, count, _ = codes.shape
-    rows = tables.shape[2] if tables.dim() == 5 else 0
-    require_shape(tables, (batch, heads, rows, 2 * count, 16), "tables of scores")
-
-
-def require_entries(entries: Tensor, codes: Tensor) -> None:
-    """``[H, N, 16, w]`` for these codes."""
-    require_codes(codes)
-    width = entries.shape[3] if entries.dim() == 4 else 0
-    require_shape(entries, (codes.shape[1], 2 * codes.shape[3], 16, width), "entries of codes")
-
-
 # Encoding
 
 
@@ -108,6 +78,19 @@ def _require_job(job: EncodeJob) -> bool:
     for field in job.fields.values():
         require(not field.numel() or field[0, 0].is_contiguous(), f"a page of {job.what} should lie together in memory")
     return True
+
+
+# Decoding
+
+
+def require_decodable(blocks: Blocks, form: NibbleForm, first: Tensor) -> None:
+    """Blocks ``[B, H, n, *shape]`` of this form, and a position for each."""
+    codes = blocks["codes"]
+    require(codes.dim() == 5, "codes of packed tokens should be [B, H, n, bytes, 64]")
+    batch, heads, count = codes.shape[:3]
+    require_tensor(first, (batch, count), torch.int64, "positions of blocks to decode")
+    _require_blocks(form, blocks, (batch, heads, count), BLOCK)
+    once(form, f"head_dim of {heads}", partial(_head_dim, heads))
 
 
 # The fused decode step

@@ -1,6 +1,6 @@
 """Ops in C++ (``csrc/``), compiled when qjl is installed and called on raw pointers."""
 
-from qjl.ops.cpu.codes import expand, pack, scan, unpack
+from qjl.ops.cpu.codes import decode
 from qjl.ops.cpu.decoding import append_attend, attend, attend_packed, attend_paged
 from qjl.ops.cpu.encoding import encode
 
@@ -9,9 +9,6 @@ __all__ = [
     "attend",
     "attend_packed",
     "attend_paged",
+    "decode",
     "encode",
-    "expand",
-    "pack",
-    "scan",
-    "unpack",
 ]

@@ -10,7 +10,6 @@ from ctypes import POINTER, Structure, c_float, c_int8, c_int32, c_int64, c_void
 from struct import Struct
 
 import torch
-from torch import Tensor
 
 CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
 MEANING = 3  # raised where a function or a field means something else, and no size tells so
@@ -27,29 +26,6 @@ class Codes(Structure):
         ("data", c_void_p),
         *((name, c_int64) for name in ("batch", "heads", "blocks", "bytes")),
         *((name, c_int64) for name in ("batch_stride", "head_stride", "block_stride")),
-    )
-
-    @classmethod
-    def of(cls, codes: Tensor) -> Codes:
-        """Those of a tensor whose blocks are contiguous (``with_whole_blocks``)."""
-        return cls(codes.data_ptr(), *codes.shape[:4], *codes.stride()[:3])
-
-
-class Pack(Structure):
-    _fields_ = (("codes", Codes), ("nibbles", c_void_p))
-
-
-class Scan(Structure):
-    _fields_ = (("codes", Codes), ("tables", c_void_p), ("scores", c_void_p), ("rows", c_int64))
-
-
-class Expand(Structure):
-    _fields_ = (
-        ("codes", Codes),
-        ("entries", c_void_p),
-        ("expanded", c_void_p),
-        ("head_stride", c_int64),
-        ("width", c_int64),
     )
 
 
@@ -128,6 +104,26 @@ class Encode(Structure):
         ("job_count", c_int64),
         *((name, c_void_p) for name in ("slots", "pages")),
         *((name, c_int64) for name in ("blocks", "not_finite")),
+        ("room", c_void_p),
+        ("room_bytes", c_int64),
+    )
+
+
+class Decode(Structure):
+    _fields_ = (
+        ("codes", Codes),
+        *((name, c_void_p) for name in ("scales", "middles")),
+        *((name, c_int64 * 3) for name in ("scale_stride", "middle_stride")),
+        ("units", c_void_p),
+        *((name, c_int64) for name in ("dim", "groups")),
+        *((name, c_void_p) for name in ("coordinates", "entries")),
+        *((name, c_int64) for name in ("slots", "code_stride")),
+        ("map", c_void_p),
+        ("map_stride", c_int64),
+        *((name, c_void_p) for name in ("mean", "turns", "cos", "sin")),
+        ("pairs", c_int64),
+        ("out", c_void_p),
+        ("head_dim", c_int64),
         ("room", c_void_p),
         ("room_bytes", c_int64),
     )
@@ -256,7 +252,7 @@ class Read(Structure):
 
 
 ALL: tuple[type[Structure], ...] = (
-    *(Limits, Codes, Pack, Scan, Expand),
+    *(Limits, Codes, Decode),
     *(Tokens, Mean, Map, Part, Recipe, GridRecipe, Job, Encode),
     *(Pair, Side, Segment, Fresh, Rows, Turn, Step),
     *(FlashDecode, PopcountScan, Read),

@@ -13,7 +13,6 @@ from qjl.ops import reference
 from qjl.ops.forms import EncodeJob, Rotation
 from qjl.ops.recipe import GridRecipe, LevelsPart, Map, Part, Recipe, SignsPart, SketchMap, TrellisPart
 from qjl.ops.triton import coding
-from qjl.ops.triton.codes import Rows
 from qjl.packed import BLOCK, Blocks
 
 NIBBLE = 4
@@ -41,7 +40,7 @@ def _encoded(recipe: Recipe, rope: Rotation | None, tokens: Tensor, first: Tenso
     mapped = tokens.new_empty((*sites, rows, BLOCK), dtype=torch.float32)
     norms = None if recipe.units is not None else tokens.new_empty((*sites, BLOCK), dtype=torch.float32)
     coding.transform[(*grid, triton.cdiv(rows, coding.CHUNK.value))](
-        Rows.of(tokens), _mean(recipe.mean, rope, first), _map(recipe.map), mapped, norms, heads, rows, dim
+        coding.Rows.of(tokens), _mean(recipe.mean, rope, first), _map(recipe.map), mapped, norms, heads, rows, dim
     )
     sizes = coding.Sizes(*(torch.empty_like(mapped[:, :, :, 0]) for _ in range(3)))
     coding.sizes[grid](mapped, recipe.weights, sizes, heads, rows)
@@ -62,7 +61,7 @@ def _on_grids(recipe: GridRecipe, tokens: Tensor, first: Tensor) -> Blocks:
     steps, middles = (tokens.new_empty((*sites, recipe.groups, BLOCK), dtype=torch.float16) for _ in range(2))
     room = max(LEAST, triton.next_power_of_2(width))
     coding.grids[(sites[2], batch * heads, recipe.groups)](
-        Rows.of(tokens), numbers, steps, middles, heads, dim, recipe.size, recipe.size**-0.5, recipe.clip, width,
+        coding.Rows.of(tokens), numbers, steps, middles, heads, dim, recipe.size, recipe.size**-0.5, recipe.clip, width,
         WIDTH=room, TOP=2**recipe.num_bits - 1, num_warps=8 if room > 64 else 4,
     )  # fmt: skip
     codes = tokens.new_empty((*sites, dim * recipe.num_bits // 8, BLOCK), dtype=torch.uint8)

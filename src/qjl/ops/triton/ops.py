@@ -23,10 +23,7 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-pack = _on_its_device(codes.pack)
-unpack = _on_its_device(codes.unpack)
-scan = _on_its_device(codes.scan)
-expand = _on_its_device(codes.expand)
+decode = _on_its_device(codes.decode)
 encode = _on_its_device(encoding.encode)
 attend = _on_its_device(pools.attend)
 append_attend = _on_its_device(pools.append_attend)
