@@ -3,15 +3,18 @@
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from method_cases import without_statistics
+import oracles
+from method_cases import float64, without_statistics
 from qjl import ops
 from qjl.methods.qjl import QJL
 from qjl.methods.quarot import QuaRot
+from qjl.ops.forms import NibbleForm
 from qjl.ops.triton import runtime
 from qjl.packed import BLOCK
 from random_forms import Maker, decoded, mean_at, sides
@@ -36,6 +39,19 @@ def test_decode_is_what_the_form_says(guarded, side, size, heads_share, has_turn
     assert found.dtype == torch.float32
     assert found.shape == expected.shape == (batch, heads, count * BLOCK, side.head_dim)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3 * max(1.0, _largest(expected)))
+
+
+def test_every_logarithm_decodes_to_its_scale():
+    """Code 0 to zero."""
+    codes, logarithms = torch.zeros(1, 2, 4, 1, BLOCK, dtype=torch.uint8), torch.arange(256, dtype=torch.uint8)
+    places, halves = torch.zeros(1, 2, 1, dtype=torch.int16), torch.full((1, 2, 16, 1), 0.5).half()
+    unit = torch.tensor([0.3, 7.0])
+    form = NibbleForm(None, places, halves, code_dim=1, scale="scale", unit=unit)  # every code is 1
+    scale = logarithms.view(4, BLOCK).expand(1, 2, -1, -1).contiguous()
+    found = ops.decode({"codes": codes, "scale": scale}, form, torch.zeros(1, 4, dtype=torch.int64))
+    for head in range(2):
+        expected = oracles.LogScale.decode(float64(logarithms), float64(unit[head]))
+        np.testing.assert_allclose(found[0, head, :, 0], expected, rtol=1e-5)
 
 
 def _largest(x):

@@ -46,11 +46,6 @@ class LogScale:
         codes = (octaves * STEPS_PER_OCTAVE + UNIT_CODE).round().clamp(ZERO_CODE + 1, 255)
         return torch.where(scale > 0, codes, ZERO_CODE).to(torch.uint8)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """``uint8 [B, H, T] -> float32``."""
-        octaves = (codes.float() - UNIT_CODE) / STEPS_PER_OCTAVE
-        return torch.where(codes == ZERO_CODE, 0.0, octaves.exp2()) * self.unit[None, :, None]
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.unit,)
@@ -64,9 +59,6 @@ class HalfScale:
 
     def encode(self, scale: Tensor) -> Tensor:
         return as_half(scale)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return codes.float()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
