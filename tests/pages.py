@@ -61,8 +61,8 @@ def packed_rows(layer) -> PackedRows:
     index, pages = layer.index, layer.core.pages
     table = torch.from_numpy(index.table[:, : index.blocks[0]]).long()
     keys, values = (
-        {name: x.unflatten(0, table.shape).transpose(1, 2).contiguous() for name, x in side.items()}
-        for side in pages.taken(table.flatten())
+        {name: x[table.flatten()].unflatten(0, table.shape).transpose(1, 2).contiguous() for name, x in side.items()}
+        for side in pages.fields
     )
     device = next(iter(keys.values())).device
     first = (torch.arange(table.shape[1], device=device) * BLOCK).repeat(table.shape[0], 1)
