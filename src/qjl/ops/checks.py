@@ -238,7 +238,7 @@ def _sizes(pool: Pool) -> _Sizes:
     return _Sizes(outer[1], key_dim, value_dim)
 
 
-def _require_fields(form: NibbleForm, blocks: Blocks, outer: tuple[int, int], tokens: int) -> None:
+def _require_fields(form: NibbleForm, blocks: Blocks, outer: tuple[int, ...], tokens: int) -> None:
     constants = (form.groups, tokens)
     fields = {"codes": ((form.entries.shape[1] * form.groups // 2, tokens), torch.uint8)}
     fields[form.scale] = (constants, torch.float16 if form.unit is None else torch.uint8)

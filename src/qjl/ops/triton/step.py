@@ -100,9 +100,9 @@ class Rows(NamedTuple):
 class Exact(NamedTuple):
     """Tokens ``[slots, H, D]``; strides in elements, of slot and head."""
 
-    keys: Tensor
+    key: Tensor
     key_stride: tuple[int, ...]
-    values: Tensor
+    value: Tensor  # not values, which Triton's tuples have
     value_stride: tuple[int, ...]
 
 
@@ -428,8 +428,8 @@ def exact_part(
     dim, value = tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
     at = query.data + _by_query(query, row, head, query_row, rows, queries)[:, None] + dim[None, :] * query.stride[3]
     q = tl.load(at, mask=is_row[:, None] & (dim < key_dim)[None, :], other=0.0).to(tl.float32)
-    keys = exact.keys + head * exact.key_stride[1]
-    values = exact.values + head * exact.value_stride[1]
+    keys = exact.key + head * exact.key_stride[1]
+    values = exact.value + head * exact.value_stride[1]
     count = tl.load(of_rows.counts + row)
     end = count - (queries - 1 - query_row % queries)
     start, stop = _share(0, count, parts.splits, TILE)
