@@ -18,13 +18,6 @@ Notation: B batch, H key-value heads, R query rows per key-value head (group x q
 - ``decode(blocks, form, first)``: packed blocks, ``[B, H, n, *shape]`` per field, to tokens
   ``float32 [B, H, n * 64, D]`` as a ``NibbleForm`` tells; ``first int64 [B, n]`` are the RoPE positions of the blocks'
   first tokens.
-- ``attend_packed(query, packed, bias, exact, queries, scaling, softcap)``: ``[B, H, R, D]`` of any float type,
-  ``PackedTokens`` and what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
-  ``(out [B, H, R, D], log-sum-exp [B, H, R])``: values weighted by the softmax of
-  ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
-- ``attend_paged(query, packed, bias, exact, queries, scaling, softcap)``: the same over ``PagedTokens``, of which row b
-  has tokens ``skip[b] <= t < lengths[b]``; ``bias float32 [B, 1 or Hq, queries, t]`` reaches to the longest row's end.
-  A row without any token gives 0 and -inf.
 
 ``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs.
 ``QJL_BACKEND=reference|cpu|triton|auto`` chooses. Automatically
@@ -49,7 +42,7 @@ from qjl.errors import QJLError
 from qjl.modes import in_own_precision
 from qjl.ops import checks, cpu, reference
 from qjl.ops.cpu import library
-from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, NibbleForm, PackedTokens, PagedTokens, Pool, Rows
+from qjl.ops.forms import EncodeJob, ExactPool, NibbleForm, Pool, Rows
 from qjl.ops.triton import runtime
 from qjl.packed import Blocks
 
@@ -203,33 +196,3 @@ def append_attend(
     """Fresh tokens to their slots, then attention of their queries."""
     checks.require_append(query, keys, values, pool, exact, rows)
     return _backend(query).append_attend(query, keys, values, pool, exact, rows, scaling, softcap)
-
-
-@in_own_precision
-def attend_packed(
-    query: Tensor,
-    packed: PackedTokens,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
-    scaling: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention over packed and exact tokens in one step."""
-    query, bias, exact = checks.step_operands(query, packed, bias, exact, queries)
-    return _backend(query).attend_packed(query, packed, bias, exact, queries, scaling, softcap)
-
-
-@in_own_precision
-def attend_paged(
-    query: Tensor,
-    packed: PagedTokens,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
-    scaling: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention over pages of a pool and exact tokens in one step."""
-    query, bias, exact = checks.step_operands(query, packed, bias, exact, queries)
-    return _backend(query).attend_paged(query, packed, bias, exact, queries, scaling, softcap)

@@ -1,14 +1,12 @@
 """Ops in C++ (``csrc/``), compiled when qjl is installed and called on raw pointers."""
 
 from qjl.ops.cpu.codes import decode
-from qjl.ops.cpu.decoding import append_attend, attend, attend_packed, attend_paged
+from qjl.ops.cpu.decoding import append_attend, attend
 from qjl.ops.cpu.encoding import encode
 
 __all__ = [
     "append_attend",
     "attend",
-    "attend_packed",
-    "attend_paged",
     "decode",
     "encode",
 ]

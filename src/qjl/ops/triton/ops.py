@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qjl.ops.triton import codes, decoding, encoding, pools
+from qjl.ops.triton import codes, decoding, encoding
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,7 +25,5 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 decode = _on_its_device(codes.decode)
 encode = _on_its_device(encoding.encode)
-attend = _on_its_device(pools.attend)
-append_attend = _on_its_device(pools.append_attend)
-attend_packed = _on_its_device(decoding.attend_packed)
-attend_paged = _on_its_device(decoding.attend_paged)
+attend = _on_its_device(decoding.attend)
+append_attend = _on_its_device(decoding.append_attend)
