@@ -38,10 +38,10 @@ def serving(
     require_places(output, None)
     names = preset or [DEFAULT_PRESET]
     resolved(names)  # an unknown one is told before the first is asked for an hour
-    found = FoundRows(output, json_output)
+    source, found = place(model), FoundRows(output, json_output)
     for name in names:
         with progress(f"Asking {name}", requests, json_output) as advance:
-            row = ask_server(model, name, load, text, lambda: advance(1))
+            row = ask_server(model, source, name, load, text, lambda: advance(1))
         found.add(row)
     found.show()
     if not all(row.went_well for row in found.rows):
