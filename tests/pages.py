@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from conftest import Model, Tokens, using_backend
-from one_layer import OneLayer
+from one_layer import OneLayer, taken
 from qjl.methods.base import Codec
 from qjl.ops.forms import ExactTokens, PackedTokens, PagedTokens
 from qjl.packed import BLOCK
@@ -69,7 +69,7 @@ def packed_rows(layer) -> PackedRows:
     table = torch.from_numpy(index.table[:, : index.blocks[0]]).long()
     keys, values = (
         {name: x.unflatten(0, table.shape).transpose(1, 2).contiguous() for name, x in side.items()}
-        for side in pages.taken(table.flatten())
+        for side in taken(pages, table.flatten())
     )
     device = next(iter(keys.values())).device
     first = (torch.arange(table.shape[1], device=device) * BLOCK).repeat(table.shape[0], 1)

@@ -272,7 +272,7 @@ class Layer(Copied):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tokens held, exact and packed; codecs are apart (``codec_tensors``)."""
+        """Bytes of all tokens held, exact and packed; codecs are apart."""
         packed = 0 if self.pages is None else self.index.pages.in_use * self.pages.page_bytes
         return self.exact_nbytes + packed
 
@@ -285,11 +285,6 @@ class Layer(Copied):
     def allocated_nbytes(self) -> int:
         """Bytes allocated, room for growth included."""
         return sum(of.nbytes for of in (self.exact, self.pages) if of is not None)
-
-    @property
-    def codec_tensors(self) -> tuple[Tensor, ...]:
-        """Fitted parameters of this layer; some are shared with other layers."""
-        return tuple(tensor for codec in self.codecs or () for tensor in codec.tensors)
 
 
 def _by_row(bias: Tensor, query: Tensor) -> Tensor:

@@ -178,11 +178,6 @@ class Pages:
         )
         return self.codecs[0].dequantize(keys, first), self.codecs[1].dequantize(values, first)
 
-    def taken(self, pages: Sequence[int] | Tensor) -> list[Blocks]:
-        """Copies of some pages, ``[n, H, *shape]`` per field, of keys and of values."""
-        index = to_device(torch.as_tensor(pages, dtype=torch.int64), self._device)
-        return [{name: field[index].contiguous() for name, field in fields.items()} for fields in self.fields]
-
 
 class BoundPages:
     """Packed keys and values of one layer in pages of P = 16, 32 or 64 tokens that an engine owns.

@@ -137,7 +137,7 @@ class KVCache(Copied, WatchedCache):
     @property
     def tokens_until_due(self) -> int:
         """How many tokens may be read at once with the result of one by one: until some are quantized."""
-        return min(store.tokens_until_due for store in self.stores)
+        return min(store.index.tokens_until_due for store in self.stores)
 
     @property
     def needs_statistics(self) -> bool:
