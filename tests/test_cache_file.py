@@ -62,7 +62,7 @@ def assert_same(one, other):
         assert all(map(torch.equal, one.dense(first), other.dense(second)))
         assert (first.pages is None) == (second.pages is None)
         if first.pages is not None:
-            held = [taken(layer.pages, layer.index.pages_held()) for layer in (first, second)]
+            held = [taken(layer.pages, layer.index.held()[1]) for layer in (first, second)]
             for side, again in zip(*held, strict=True):
                 assert list(side) == list(again)
                 assert all(side[field].equal(again[field]) for field in side)

@@ -131,6 +131,11 @@ def _grows(parameters: dict[str, Any]) -> bool:
     return kind == "dynamic" or (kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor"))
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model was made for; None where its configuration does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def drops_cache_at(decoder: PreTrainedConfig) -> int | None:
     """The length of a text beyond which its model reads it anew, with other frequencies (LongRoPE); None: never."""
     return getattr(decoder, "original_max_position_embeddings", None)

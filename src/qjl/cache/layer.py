@@ -265,7 +265,7 @@ class Layer(Copied):
         assert self.shape is not None
         columns = self.index.columns + (0 if fresh is None else fresh[0].shape[2])
         size = (self.index.batch, self.shape.heads, columns)
-        out = _zeros(self.shape, *size, self.shape.key_dim), _zeros(self.shape, *size, self.shape.value_dim)
+        out = self.shape.zeros(*size, self.shape.key_dim), self.shape.zeros(*size, self.shape.value_dim)
         for segment in exact:
             _place(out, segment)
         return out
@@ -293,10 +293,6 @@ def _by_row(bias: Tensor, query: Tensor) -> Tensor:
     Then a mask alone says what is seen: it may show tokens that come later.
     """
     return bias.expand(-1, query.shape[1], -1, -1).flatten(1, 2)[:, :, None]
-
-
-def _zeros(like: TokenShape, *size: int) -> Tensor:
-    return torch.zeros(size, dtype=like.dtype, device=like.device)
 
 
 def _by_token(x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class ExactTokens:
 
     def __init__(self, shape: TokenShape, capacity: int) -> None:
         # zeros: a block that has some codes already is encoded with whatever stands beside its tokens
-        self.keys = _zeros((capacity, shape.heads, shape.key_dim), shape)
-        self.values = _zeros((capacity, shape.heads, shape.value_dim), shape)
+        self.keys = shape.zeros(capacity, shape.heads, shape.key_dim)
+        self.values = shape.zeros(capacity, shape.heads, shape.value_dim)
 
     @cached_property
     def operand(self) -> ExactPool:
@@ -252,10 +252,6 @@ def run_of(numbers: Sequence[int]) -> slice | None:
 def page_bytes(layouts: Sequence[Layout]) -> int:
     """Bytes of a block of 64 tokens of one head."""
     return sum(field.nbytes for layout in layouts for field in layout.values())
-
-
-def _zeros(size: tuple[int, ...], shape: TokenShape) -> Tensor:
-    return torch.zeros(size, dtype=shape.dtype, device=shape.device)
 
 
 def _grown(x: Tensor, capacity: int, dim: int = 0) -> Tensor:

@@ -28,8 +28,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from qjl.architecture import context_length
 from qjl.errors import QJLError
-from qjl.generation import context_length
 from qjl.server.engine import Engine, Job, Piece, Stopped
 from qjl.server.openai_api import ChatForm, ChatRequest, CompletionForm, CompletionRequest, Form, error, usage
 
@@ -81,7 +81,7 @@ class Service:
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
         self.engine, self.tokenizer, self.limits = engine, tokenizer, limits
-        known = context_length(engine.model)
+        known = context_length(engine.model.config)
         self.context = min((size for size in (known, limits.context) if size is not None), default=None)
         self.started = int(time.time())
         self._tokenizing = ThreadPoolExecutor(1, "qjl-tokenizer")  # a tokenizer cannot be used by two threads at once

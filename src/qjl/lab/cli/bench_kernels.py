@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qjl.cli.common import (
-    DeviceOption,
-    JsonOption,
-    notes,
-    resolved,
-)
+from qjl.cli.common import DeviceOption, JsonOption, notes, resolved
 from qjl.errors import QJLError
 from qjl.lab.cli.shared import (
     FoundRows,
