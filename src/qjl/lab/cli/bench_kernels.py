@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qjl.cli.common import DeviceOption, JsonOption, notes, resolved
+from qjl.cli.common import DeviceOption, JsonOption, notes
 from qjl.errors import QJLError
 from qjl.lab.cli.shared import (
     FoundRows,
@@ -17,6 +17,7 @@ from qjl.lab.cli.shared import (
     RepeatsOption,
     ThreadsOption,
     passing,
+    resolved,
     rounds,
 )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qjl.cli.common import EMBEDDED, DeviceOption, JsonOption, ModelOption, notes, resolved, waiting
+from qjl.cli.common import EMBEDDED, DeviceOption, JsonOption, ModelOption, notes, waiting
 from qjl.lab.cli.shared import (
     FoundRows,
     ModelDtypeOption,
@@ -18,6 +18,7 @@ from qjl.lab.cli.shared import (
     ThreadsOption,
     load,
     passing,
+    resolved,
     rounds,
 )
 

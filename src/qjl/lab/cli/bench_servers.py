@@ -6,9 +6,18 @@ from typing import Annotated
 
 import typer
 
-from qjl.cli.common import DEFAULT_PRESET, EMBEDDED, DataOption, JsonOption, ModelOption, progress, read_data, resolved
+from qjl.cli.common import DEFAULT_PRESET, EMBEDDED, DataOption, JsonOption, ModelOption, progress, read_data
 from qjl.cli.serve import measure_for_vllm, source_for_vllm
-from qjl.lab.cli.shared import FoundRows, ModelDtypeOption, OutputOption, PresetsOption, ThreadsOption, passing, place
+from qjl.lab.cli.shared import (
+    FoundRows,
+    ModelDtypeOption,
+    OutputOption,
+    PresetsOption,
+    ThreadsOption,
+    passing,
+    place,
+    resolved,
+)
 
 
 def serving(

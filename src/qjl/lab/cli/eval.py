@@ -23,7 +23,6 @@ from qjl.cli.common import (
     print_json,
     progress,
     read_data,
-    resolved,
     results_table,
     waiting,
 )
@@ -40,6 +39,7 @@ from qjl.lab.cli.shared import (
     ResumedOption,
     load,
     parse_recent,
+    resolved,
 )
 
 if TYPE_CHECKING:

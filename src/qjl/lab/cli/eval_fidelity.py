@@ -20,7 +20,6 @@ from qjl.cli.common import (
     notes,
     progress,
     read_data,
-    resolved,
 )
 from qjl.errors import QJLError
 from qjl.lab.cli.shared import (
@@ -32,6 +31,7 @@ from qjl.lab.cli.shared import (
     load,
     parse_recent,
     place,
+    resolved,
 )
 
 if TYPE_CHECKING:

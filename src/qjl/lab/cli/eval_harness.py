@@ -21,10 +21,9 @@ from qjl.cli.common import (
     notes,
     progress,
     read_data,
-    resolved,
 )
 from qjl.errors import QJLError
-from qjl.lab.cli.shared import FoundRows, ProjectionSeed, RecentOption, load, parse_recent, place
+from qjl.lab.cli.shared import FoundRows, ProjectionSeed, RecentOption, load, parse_recent, place, resolved
 
 _QUIET = {
     "TQDM_DISABLE": "1",  # bars are our own, and for a terminal only

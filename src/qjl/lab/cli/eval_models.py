@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from qjl.cli.common import DEFAULT_PRESET, JsonOption, PresetOption, progress, resolved
+from qjl.cli.common import DEFAULT_PRESET, JsonOption, PresetOption, progress
 from qjl.errors import QJLError
-from qjl.lab.cli.shared import FoundRows, ResumedOption
+from qjl.lab.cli.shared import FoundRows, ResumedOption, resolved
 
 
 def models(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qjl.lab.report.parts import Table as Found
+    from qjl.presets import CacheConfig
 
 _MARKS = {"": "{}", "ours": "[bold]{}[/bold]", "best": "[bold]{}[/bold]", "near": "≈ {}"}
 
@@ -70,6 +71,17 @@ def load(
     """As that of all commands, for the models that the lab knows too."""
     is_shown = notes.is_terminal and not json_output
     return common.load(place(name, progress=is_shown), device, dtype, json_output=json_output)
+
+
+def resolved(presets: Iterable[str] | None, default: Iterable[str] = (DEFAULT_PRESET,)) -> list[CacheConfig]:
+    """The configurations that were asked for, before any model is loaded for them.
+
+    Raises:
+        QJLError: for an unknown preset.
+    """
+    from qjl.presets import resolve
+
+    return [resolve(name) for name in presets or default]
 
 
 def parse_recent(recent: str) -> int | None:
