@@ -62,6 +62,13 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.pages)
 
+    def add(self, sources: Iterable[int], first: int, page: int, kept: int) -> None:
+        """One more block."""
+        self.sources += sources
+        self.first.append(first)
+        self.pages.append(page)
+        self.kept.append(kept)
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Sources int32 ``[n * 64]``, first positions int64 ``[n]`` and pages int32 ``[n]`` as tensors."""
         dtypes = ((self.sources, torch.int32), (self.first, torch.int64), (self.pages, torch.int32))
@@ -369,7 +376,7 @@ class TokenIndex:
         if first >= self.lengths[row] and not kept:
             page = self._new_page(step)
             start = step.starts[row] + first - self.lengths[row]
-            self._add(step.direct, range(start, start + BLOCK), position, page, 0)
+            step.direct.add(range(start, start + BLOCK), position, page, 0)
             return page
         slots = self._slots_of_block(row, first, kept)
         key = (*slots, position, kept, int(self.table[row, block]) if kept else HOLE)
@@ -377,19 +384,15 @@ class TokenIndex:
             self.pages.share([shared[key]])
             step.taken.append(shared[key])
             return shared[key]
-        shared[key] = page = self._page_to_fill(step, row, block) if kept else self._new_page(step)
-        self._add(step.pooled, slots, position, page, kept)
+        shared[key] = page = self._new_page(step)
+        if kept:  # others keep the page with these codes, and a pass that fails leaves it as it was
+            step.copies.append((int(self.table[row, block]), page))
+        step.pooled.add(slots, position, page, kept)
         return page
 
     def _new_page(self, step: Step) -> int:
         page = self.pages.take(1)[0]
         step.taken.append(page)
-        return page
-
-    def _page_to_fill(self, step: Step, row: int, block: int) -> int:
-        """A page of its own with the same codes: others keep theirs, and a pass that fails leaves it as it was."""
-        page = self._new_page(step)
-        step.copies.append((int(self.table[row, block]), page))
         return page
 
     def _slots_of_block(self, row: int, first: int, kept: int) -> list[int]:
@@ -399,13 +402,6 @@ class TokenIndex:
         slots = self.slot_of[row, inside].tolist()
         assert len(slots) == BLOCK - kept
         return [slots[0]] * kept + slots
-
-    @staticmethod
-    def _add(to: Blocks, sources: Iterable[int], position: int, page: int, kept: int) -> None:
-        to.sources += sources
-        to.first.append(position)
-        to.pages.append(page)
-        to.kept.append(kept)
 
     def commit(self) -> None:
         """The pass is over: its tokens are held, and what its blocks no longer need is free."""
