@@ -94,6 +94,7 @@ class Step:
     counts: list[int]
     columns: int  # that the pass adds, padding included; 0 for rows that have none
     before: list[int]  # exact tokens of each row, before the pass
+    left_out: int = 0  # columns that the model read and that are not kept
     is_planned: bool = False
     put_tokens: list[int] = field(default_factory=list)
     put_slots: list[int] = field(default_factory=list)
@@ -145,6 +146,7 @@ class TokenIndex:
         """Forget all rows."""
         self.step: Step | None = None
         self.columns = 0  # of an attention mask, padding included
+        self.left_out = 0  # that the model has read besides: which ones, is not known
         self.marks: np.ndarray | None = None
         self.slots.reset()
         self.pages.reset()
@@ -410,6 +412,7 @@ class TokenIndex:
         self.plan()
         self.step = None
         self.columns += step.columns
+        self.left_out += step.left_out
         for row, count in enumerate(step.counts):
             self.lengths[row] += count
             if not self.lengths[row]:
@@ -488,6 +491,7 @@ class TokenIndex:
         if columns >= self.columns:
             return
         self.columns = max(columns, 0)
+        self.left_out = self.left_out if self.columns else 0
         for row in range(self.batch):
             self.padding[row] = min(self.padding[row], self.columns)
             self.crop_row(row, self.columns - self.padding[row])
@@ -581,14 +585,17 @@ class TokenIndex:
         - ``slots`` int32 and ``tokens`` int64 [B, most exact tokens]: where exact tokens are, and which they are; 0
           beyond ``counts``.
         - ``marks`` bool [B, T]: which columns may be packed; only if there was a mask.
+        - ``left_out`` int64 []: columns that were read besides and are not held; only if there are any.
         """
         exact, blocks = max(self.counts.tolist(), default=0), max(self.blocks, default=0)
         slots, pages = self.held()
         is_exact = np.arange(exact) < self.counts[:, None]
         is_page = (np.arange(blocks) < np.array(self.blocks)[:, None]) & (self.table[:, :blocks] != HOLE)
         partial = [(row, block, count) for row, of in enumerate(self.partial) for block, count in sorted(of.items())]
-        marks = {} if self.marks is None else {"marks": self.marks}
-        return marks | {
+        held = {} if self.marks is None else {"marks": self.marks}
+        if self.left_out:
+            held["left_out"] = np.array(self.left_out, np.int64)
+        return held | {
             "columns": np.array(self.columns, np.int64),
             "lengths": np.array(self.lengths, np.int64),
             "padding": np.array(self.padding, np.int64),
@@ -613,7 +620,7 @@ class TokenIndex:
             [int(number) for number in of] for of in (rows.padding, rows.lengths, rows.blocks)
         )
         self.partial = [dict(of) for of in rows.partial]
-        self.marks = rows.marks
+        self.marks, self.left_out = rows.marks, int(rows.left_out)
         self._set_arrays(
             (
                 rows.origins,
@@ -666,6 +673,7 @@ class _Rows:
         self.slots = self._array("slots", np.int32, batch, -1)
         self.tokens = self._array("tokens", np.int64, *self.slots.shape)
         self.marks = self._array("marks", np.bool_, batch, -1) if "marks" in arrays else None
+        self.left_out = self._array("left_out", np.int64) if "left_out" in arrays else 0
         self.partial: list[dict[int, int]] = [{} for _ in range(batch)]
         for row, block, count in self._array("partial", np.int64, -1, 3).tolist():
             if not 0 <= row < batch:

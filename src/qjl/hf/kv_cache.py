@@ -173,6 +173,14 @@ class KVCache(Copied, WatchedCache):
             keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
             yield keys, values, compat.window_of(layer)
 
+    def before_generate(self) -> None:
+        self.settle()
+        if self.index.left_out:
+            raise QJLError(
+                "a hook chose which tokens of the prompt the cache holds, so generate cannot tell which of its ids "
+                "are new: call the model itself with the new ones and their position_ids."
+            )
+
     @for_keeps
     def before_forward(self, tokens: int | None, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """End the pass before, and learn the padding of one that reads a prompt."""
@@ -372,6 +380,8 @@ class KVCache(Copied, WatchedCache):
     def _ids_held(self, token_ids: Tensor) -> Tensor:
         """Those that the cache holds, ``int32 [B, T]``."""
         ids, rows, tokens = token_ids.detach(), self.index.batch, self.get_seq_length()
+        if self.index.left_out:
+            raise QJLError("a hook chose which tokens of the prompt the cache holds: save it without token_ids.")
         ids = ids[None] if ids.dim() == 1 else ids
         if ids.dim() != 2 or ids.shape[0] != rows or ids.shape[1] < tokens:
             raise QJLError(f"the cache holds {rows} x {tokens} tokens, and token_ids are {list(token_ids.shape)}.")

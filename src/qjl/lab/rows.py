@@ -227,10 +227,11 @@ class Problems(OfPreset):
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessMetric(OfPreset):
-    """A metric of a task of lm-evaluation-harness, over ``n`` questions.
+    """A metric of a task of lm-evaluation-harness, over ``n`` questions with ``shots`` examples in front of each.
 
-    ``value_se`` is the harness's standard error; ``filter`` its name for how answers are read; ``asked`` how the task
-    was asked for, ``questions`` a digest of all that was asked.
+    ``value_se`` is the harness's standard error, None if there is none; ``filter`` its name for how answers are read;
+    ``asked`` how the task was asked for, ``questions`` a digest of all that was asked, by which another run can be
+    known to have asked the same; ``read_as_codes`` the share of codes among all tokens that were attended to.
     """
 
     case: ClassVar[str] = "harness"
