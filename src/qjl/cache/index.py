@@ -545,10 +545,6 @@ class TokenIndex:
         return any(block < blocks - 1 for blocks, of in zip(self.blocks, self.partial, strict=True) for block in of)
 
     @property
-    def has_holes(self) -> bool:
-        return self.marks is not None and any((self.table[row, :n] == HOLE).any() for row, n in enumerate(self.blocks))
-
-    @property
     def tokens_until_due(self) -> int:
         """How many tokens may come at once with the result of one by one: until a block is decided."""
         if not self.batch or not self.packs:
