@@ -118,7 +118,7 @@ def paged(made, page, extent, generator, has_exact=True) -> Step:
     counts = torch.full_like(extent.lengths, slots.shape[1])
     origins = made.packed.first[source, 0]
     longest = max(extent.lengths.tolist(), default=0)
-    rows = Rows(table, extent.lengths, extent.skip, origins, slots, counts, longest, slots.shape[1])
+    rows = Rows(table, extent.lengths, extent.skip, origins, slots, counts, longest)
     return Step(made.queries[source].contiguous(), pool, exact, rows)
 
 

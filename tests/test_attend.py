@@ -273,7 +273,7 @@ def test_neither_threads_nor_other_rows_change_a_row(cpu_kernels, monkeypatch, g
 def _row(step, row):
     names = ("table", "lengths", "skip", "origins", "slots", "counts")
     of_row = [getattr(step.rows, name)[row : row + 1] for name in names]
-    rows = Rows(*of_row, longest=int(step.rows.lengths[row]), most_exact=step.rows.most_exact)
+    rows = Rows(*of_row, longest=int(step.rows.lengths[row]))
     return replace(step, query=step.query[row : row + 1], rows=rows)
 
 

@@ -143,9 +143,10 @@ def require_holds(store, naive):
             place: token.number for place, token in enumerate(tokens) if not token.is_coded or place < naive.sinks
         }
         assert packed_tokens[row] == len(codes) - sum(place < naive.sinks for place in codes)
-        assert index.ends[row] == max(codes, default=-1) + 1 or index.has_holes
-    assert (index.slots.in_use, index.pages.in_use) == (len(index.slots_held()), len(index.pages_held()))
-    for places, held in ((index.slots, index.slots_held()), (index.pages, index.pages_held())):
+        has_holes = (index.table[row, : index.blocks[row]] == HOLE).any()
+        assert index.ends[row] == max(codes, default=-1) + 1 or has_holes
+    for places, held in zip((index.slots, index.pages), index.held(), strict=True):
+        assert places.in_use == len(held)
         assert set(held.tolist()).isdisjoint(places._given_back)
 
 
@@ -319,7 +320,6 @@ def test_only_blocks_that_are_marked_whole_are_packed(spans, packed):
     index.begin_columns(300)
     index.commit()
     assert [block for block in range(index.blocks[0]) if index.table[0, block] != HOLE] == packed
-    assert index.has_holes == (len(packed) < 4)
     assert set(range(300)) - set(index.token_of[0, : index.counts[0]].tolist()) == {
         token for block in packed for token in range(block * BLOCK, block * BLOCK + BLOCK) if token >= 4
     }
@@ -453,7 +453,7 @@ def test_nothing_is_ever_lost_or_leaked_by_beams():
         index.begin_columns(1)
         index.commit()
         index.select([chance.randrange(3) for _ in range(3)])
-    assert index.slots.in_use == len(index.slots_held()) <= 3 * (4 + 32 + BLOCK)
+    assert index.slots.in_use == len(index.held()[0]) <= 3 * (4 + 32 + BLOCK)
     assert index.slots.capacity < 6 * (4 + 32 + BLOCK)
     assert index.pages.capacity <= 1.25 * index.pages.in_use + 8
 
@@ -558,7 +558,7 @@ def test_what_is_held_is_numbered_without_gaps():
         index.commit()
     index.select([1])
     index.add_rows(1)
-    slots, pages = index.slots_held(), index.pages_held()
+    slots, pages = index.held()
     exact, coded = index.slot_of[0, : index.counts[0]].copy(), index.table[0, : index.blocks[0]].copy()
     found = index.renumber()
     assert [of.tolist() for of in found] == [slots.tolist(), pages.tolist()]

@@ -110,8 +110,6 @@ def made_from(case, guarded):
         guarded(slots),
         guarded(counts.int()),
         longest=int(lengths.max()) if case.batch else 0,
-        most_exact=int(counts.max()) if case.batch else 0,
-        has_holes=case.has_holes,
     )
     used_pages, used_slots = _used(rows, case, count, slot_count)
     pool = Pool(

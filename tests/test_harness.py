@@ -4,6 +4,8 @@ import dataclasses
 import gzip
 import importlib
 import json
+import os
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -16,7 +18,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import get_model
-from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import __file__ as lm_eval_tasks
 from typer.testing import CliRunner
@@ -24,9 +25,11 @@ from typer.testing import CliRunner
 import tiny_checkpoint
 from models_for_tests import prompt, tiny
 from qjl import calibration, cli
+from qjl.errors import QJLError, reason
 from qjl.lab import lm_eval
 from qjl.lab.evals import harness, requests
-from qjl.lab.evals.harness import HarnessProtocol, PackedModel
+from qjl.lab.evals.harness import HarnessProtocol
+from qjl.lab.evals.packed_lm import PackedModel
 from qjl.lab.results import Journal
 from qjl.methods.identity import Identity
 from qjl.methods.uniform import TokenUniform
@@ -251,7 +254,7 @@ def prebuilt(tmp_path, monkeypatch):
 )
 def test_prebuilt_requests_are_tasks_of_the_harness(prebuilt, name, expected):
     (task,) = harness.load_tasks([f"olmes/{name}"]).values()
-    rows = list(harness._results(evaluate(Oracle(), task, bootstrap_iters=10, log_samples=False)))
+    rows = list(harness._results(harness._evaluate(Oracle(), task, HarnessProtocol())))
     assert {row["metric"]: row["value"] for row in rows} == expected
     assert {row["task"] for row in rows} == {f"olmes/{name}"}
 
@@ -266,10 +269,10 @@ def test_the_prebuilt_tasks_have_names(prebuilt, refuses):
         harness.load_tasks(["olmes/answers/rc_5shot"], HarnessProtocol(shots=2))
 
 
-def test_a_task_of_no_name_is_refused(monkeypatch, refuses):
+def test_a_task_of_no_name_is_refused(monkeypatch):
     empty = harness.TaskManager(include_defaults=False)
-    monkeypatch.setattr(harness, "_manager", lambda *arguments: empty)
-    with refuses("there is no task 'colors': take a name of lm-eval"):
+    monkeypatch.setattr(harness, "TaskManager", lambda *arguments, **named: empty)
+    with pytest.raises(QJLError, match=r"^there is no task 'colors': take a name of lm-eval"):
         harness.load_tasks(["colors"])
 
 
@@ -352,6 +355,18 @@ def test_a_result_without_codes_is_told(folder, checkpoint):
     assert "colours says nothing of full: no token was read as a code" in result.stderr
 
 
+def test_a_group_has_a_row_for_itself_and_for_each_of_its_tasks(folder, checkpoint):
+    inner = "{group: inner, task: [colours], aggregate_metric_list: [{metric: acc}]}"
+    (folder / "inner.yaml").write_text(inner)
+    (folder / "outer.yaml").write_text(inner.replace("inner", "outer").replace("colours", "inner"))
+    result = run(folder, checkpoint, "--task", "outer", "--limit", "2")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    of_group = [row for row in rows if row["preset"] == "full" and row["asked"]["task"] == "outer"]
+    assert {row["task"] for row in of_group} == {"outer", "inner", "colours"}
+    assert len({row["value"] for row in of_group}) == len({row["questions"] for row in rows}) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -374,18 +389,19 @@ def test_mistakes_are_told_in_a_sentence(folder, checkpoint, arguments, message)
 # The harness's own command line
 
 
-def lm_eval_says(folder, checkpoint, arguments="", command=("--tasks", "colours")):
+def words(folder, checkpoint, arguments):
     told = f"pretrained={checkpoint},data={folder}/text.txt{arguments}"
-    words = ["lm_eval", "--model", "qjl", "--model_args", told, *command, "--include_path", str(folder)]
-    with mock.patch.object(sys, "argv", words):
-        lm_eval.main()
+    return ["--model", "qjl", "--model_args", told, "--tasks", "colours", "--include_path", str(folder)]
 
 
-def test_the_harness_s_own_command_takes_our_model(folder, checkpoint, capsys):
+def test_the_harness_s_own_command_takes_our_model(folder, checkpoint):
     """The numbers are those of `qjl eval harness`."""
     value = json.loads(run(folder, checkpoint).stdout.splitlines()[1])["value"]
-    lm_eval_says(folder, checkpoint, ",preset=b2", ("--tasks", "colours", "--batch_size", "4"))
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "colours" in line and "acc" in line]
+    command = [sys.executable, "-m", "qjl.lab.lm_eval", *words(folder, checkpoint, ",preset=b2"), "--batch_size", "4"]
+    there = os.environ | {"HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=there, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "colours" in line and "acc" in line]
     assert float(line.split("|")[7]) == pytest.approx(value, abs=1e-4)
 
 
@@ -396,16 +412,14 @@ def test_the_model_is_known_by_name_in_python(checkpoint, folder):
     assert (made.batch_size, made._chunk, made._empty.index.recent) == (4, 64, PRESETS["b2"].recent)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (",preset=b17", "unknown preset 'b17'"),
-        (",recent=x", "recent 'x' is no number of tokens"),
-    ],
-)
-def test_its_mistakes_are_told_in_a_sentence(folder, checkpoint, arguments, message):
-    with pytest.raises(SystemExit, match=f"^Error: .*{message}"):
-        lm_eval_says(folder, checkpoint, arguments)
+def test_its_mistakes_are_told_in_a_sentence(folder, checkpoint, refuses):
+    with refuses("recent 'x' is no number of tokens"):
+        get_model("qjl").create_from_arg_string(f"pretrained={checkpoint},recent=x", {})
+    with (
+        mock.patch.object(sys, "argv", ["lm_eval", *words(folder, checkpoint, ",preset=b17")]),
+        pytest.raises(SystemExit, match=r"^Error: unknown preset 'b17'"),
+    ):
+        lm_eval.main()
 
 
 # lm-eval's own tasks, without a hub
@@ -464,8 +478,8 @@ def test_what_is_drawn_is_drawn_alike_again_and_measured_by_the_tokenizer(few_wo
     protocol = HarnessProtocol(include=FAMILIES / "ruler", metadata={"max_seq_lengths": [1024]})
     tokenizer, drawn = byte_tokenizer(), []
     for _ in range(2):
-        (task,) = harness.load_tasks(["niah_multikey_2"], protocol, tokenizer).values()
-        drawn.append(task["tasks"]["niah_multikey_2"].dataset["test"]["input"])
+        (task,) = harness.load_tasks(["niah_multikey_2"], protocol, tokenizer)["niah_multikey_2"]
+        drawn.append(task.dataset["test"]["input"])
     assert drawn[0] == drawn[1]
     assert 500 < len(drawn[0][0]) <= 1024 - 128  # bytes, which are tokens, and room for an answer
 
@@ -531,11 +545,11 @@ def test_a_hub_out_of_reach_is_not_asked_again(monkeypatch):
 
 
 def test_a_reason_is_the_first_line_in_words():
-    assert (
-        harness._reason(LookupError("\n*****\n  Resource 'words' not found.\n  Please fetch it.\n"))
-        == "Resource 'words' not found"
-    )
-    assert harness._reason(OSError()) == "OSError"
+    lines = "\n*****\n  Resource 'words' not found.\n  Please fetch it.\n"
+    assert reason(LookupError(lines)) == "Resource 'words' not found"
+    assert reason(OSError()) == "OSError"
     error = OSError("Max retries exceeded")
     error.request = SimpleNamespace(url="https://example.org/a.json")
-    assert harness._reason(error) == "https://example.org/a.json cannot be reached"
+    assert reason(error) == "https://example.org/a.json cannot be reached"
+    error.response = SimpleNamespace(status_code=401)
+    assert reason(error) == "Max retries exceeded"

@@ -1,5 +1,6 @@
 """The cache in transformers: every way to generate, what it costs in memory, and what users may do around it."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -28,6 +29,7 @@ from models_for_tests import (
     read,
     tiny,
 )
+from one_layer import codec_tensors
 from qjl.cache.layer import Layer
 from qjl.cache.paged import PagedCache
 from qjl.compat import CACHE, CROP_TAKES_LENGTHS, cache_argument
@@ -397,7 +399,7 @@ def test_caches_of_one_model_share_codecs(model):
     ]
     for cache in caches:
         read(model, prompt(270), cache, sizes=(270,))
-    maps = [cache.cores[0].codec_tensors[0].data_ptr() for cache in caches]
+    maps = [codec_tensors(cache.cores[0])[0].data_ptr() for cache in caches]
     assert maps[0] == maps[1] != maps[2]
 
 
@@ -454,7 +456,7 @@ def test_every_byte_is_counted(model):
     read(model, prompt(300), cache)
     packed = [tensor for core in cache.cores for side in core.pages.storage for tensor in side.values()]
     windows = [tensor for core in cache.cores for tensor in (core.exact.keys, core.exact.values)]
-    codecs = [tensor for core in cache.cores for tensor in core.codec_tensors]
+    codecs = [tensor for core in cache.cores for tensor in codec_tensors(core)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in codecs}
     assert cache.codec_nbytes == sum(storage.nbytes() for storage in storages.values()) > 0
     held = sum(tensor.untyped_storage().nbytes() for tensor in packed + windows)
@@ -901,48 +903,145 @@ def test_what_does_not_fit_a_fixed_length_is_refused(model, refuses):
         generate(model, prompt(300, batch=2), cache=qjl.KVCache(model, max_cache_len=320))
 
 
-def _drop_half(module, args, kwargs, output):
-    """What presses do: after a layer has read a prompt, keep some of its tokens."""
-    cache = next(thing for name, thing in kwargs.items() if name in (CACHE, "past_key_values"))
-    layer = cache.layers[module.layer_idx]
-    if kwargs["hidden_states"].shape[1] > 1:
-        keys, values = layer.keys, layer.values
-        layer.keys, layer.values = keys[:, :, ::2], values[:, :, ::2]
+# Presses (kvpress), which keep some tokens of a prompt
 
 
-def test_tokens_can_be_dropped_before_they_are_quantized(model):
-    """Keys and values are settable in a hook of the attention, as with transformers' own layers."""
-    ids, texts = prompt(400), []
-    generate(model, ids, cache=qjl.KVCache(model, "b4"))  # so that codecs are there
-    for cache in (DynamicCache(config=model.config), qjl.KVCache(model, "full"), qjl.KVCache(model, "b4")):
-        hooks = [layer.self_attn.register_forward_hook(_drop_half, with_kwargs=True) for layer in model.model.layers]
-        with torch.no_grad():
-            model(input_ids=ids, **cache_argument(cache))
-        for hook in hooks:
-            hook.remove()
-        assert cache.get_seq_length() == 200
-        position = torch.tensor([[400]])
-        with torch.no_grad():
-            output = model(input_ids=ids[:, :1], position_ids=position, **cache_argument(cache))
-        texts.append(output.logits)
-    assert difference(texts[1], texts[0]) < 1e-5
-    assert difference(texts[2], texts[0]) < 0.2
-    assert cache.packed_tokens == [124]
+@contextlib.contextmanager
+def press(model, keep):
+    """After a layer has read a prompt, its heads keep the tokens ``keep(number, keys)``, ``int64 [B, H, t]``."""
+
+    def hook(module, args, kwargs, output):
+        cache = next(thing for name, thing in kwargs.items() if name in (CACHE, "past_key_values"))
+        number, layer = module.layer_idx, cache.layers[module.layer_idx]
+        if kwargs["hidden_states"].shape[1] > 1:
+            keys, values = layer.keys, layer.values
+            kept = keep(number, keys)[..., None].expand(-1, -1, -1, keys.shape[3])
+            layer.keys, layer.values = keys.gather(2, kept), values.gather(2, kept)
+            assert cache.get_seq_length(number) == layer.keys.shape[2] == kept.shape[2]
+
+    hooks = [layer.self_attn.register_forward_hook(hook, with_kwargs=True) for layer in model.model.layers]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
 
 
-def test_tokens_are_replaced_in_all_layers_or_not_at_all(model, refuses):
-    cache = qjl.KVCache(model, "full")
+def small_keys(number, keys, share=0.5):
+    """Those of the smallest norm, which each head chooses for itself, in the order of their norms."""
+    return keys.norm(dim=-1).topk(int(share * keys.shape[2]), largest=False).indices
 
-    def drop_in_the_first(module, args, kwargs, output):
-        layer = cache.layers[0]
-        layer.keys, layer.values = layer.keys[:, :, :10], layer.values[:, :, :10]
 
-    hook = model.model.layers[0].self_attn.register_forward_hook(drop_in_the_first, with_kwargs=True)
-    with refuses("set all alike"), torch.no_grad():
-        model(input_ids=prompt(100), **cache_argument(cache))
-    hook.remove()
-    assert cache.get_seq_length() == 0
+def asked_behind(model, cache, keep, tokens, of_inner_model):
+    """Logits of a question and an answer behind a prompt, of which a press kept some tokens."""
+    reader = model.model if of_inner_model else model  # which no cache is told of
+    with torch.no_grad(), press(model, keep):
+        reader(input_ids=prompt(tokens), **cache_argument(cache))
+    kept = cache.get_seq_length()
+    ids, steps = prompt(100, seed=3), []
     with torch.no_grad():
-        model(input_ids=prompt(100), **cache_argument(cache))
-    with refuses("into an empty cache"):
-        cache.layers[0].keys = torch.zeros(1, 2, 50, 64)
+        for first, stop in [(0, 9), *((n, n + 1) for n in range(9, 100))]:
+            positions = torch.arange(tokens + first, tokens + stop)[None]
+            steps.append(model(input_ids=ids[:, first:stop], position_ids=positions, **cache_argument(cache)).logits)
+    assert cache.get_seq_length() == kept + 100
+    return torch.cat(steps, dim=1)
+
+
+def every_token(number, keys):
+    return torch.arange(keys.shape[2]).expand(keys.shape[:3])
+
+
+@pytest.mark.parametrize("of_inner_model", [False, True])
+def test_what_a_press_keeps_is_what_is_attended_to(of_inner_model):
+    """Also where codecs are fitted to what it keeps of the first prompt."""
+    model = tiny()
+    expected, whole = (
+        asked_behind(model, DynamicCache(config=model.config), keep, 600, of_inner_model)
+        for keep in (small_keys, every_token)
+    )
+    assert difference(whole, expected) > 0.15
+    for config, packed, most in (("full", 316, 1e-5), (KEEP_ALL, 0, 1e-5), ("b4", 316, 0.05)):
+        cache = qjl.KVCache(model, config)
+        logits = asked_behind(model, cache, small_keys, 600, of_inner_model)
+        assert cache.packed_tokens == [packed]
+        assert difference(logits, expected) < most
+
+
+def test_generate_goes_on_from_what_a_press_keeps(model, refuses):
+    cache = qjl.KVCache(model, "full")
+    with press(model, small_keys):
+        expected = generate(model, prompt(400), 20, cache=DynamicCache(config=model.config))
+        assert generate(model, prompt(400), 20, cache=cache).equal(expected)
+    assert not generate(model, prompt(400), 20).equal(expected)
+    assert cache.get_seq_length() == 219
+    with refuses("generate cannot tell which of its ids are new"):
+        generate(model, prompt(500), cache=cache)
+    cache.reset()
+    generate(model, prompt(400), cache=cache)
+
+
+def test_a_file_does_not_take_what_a_press_kept_for_the_start_of_the_prompt(model, tmp_path, refuses):
+    cache, path, ids = qjl.KVCache(model, "b3"), tmp_path / "pressed.qjl", prompt(400)
+    with torch.no_grad(), press(model, small_keys):
+        model(input_ids=ids, **cache_argument(cache))
+    cache.save(path)
+    loaded = qjl.KVCache.load(path, model)
+    for one in (cache, loaded):
+        with refuses("save it without token_ids"):
+            one.save(path, ids)
+        one.crop(-200)
+        read(model, ids, one, sizes=(400,))
+        one.save(path, ids)
+
+
+UNEVEN = {
+    "some layers": lambda cache, number: number == 0 and shorten(cache, 0, 10),
+    "other numbers": lambda cache, number: shorten(cache, number, 10 + number),
+    "keys alone": lambda cache, number: setattr(cache.layers[number], "keys", cache.layers[number].keys[:, :, :10]),
+}
+
+
+def shorten(cache, number, tokens):
+    layer = cache.layers[number]
+    layer.keys, layer.values = layer.keys[:, :, :tokens], layer.values[:, :, :tokens]
+
+
+def read_with(model, cache, change, **inputs):
+    """One pass in which ``change(cache, number)`` is called behind each attention."""
+
+    def hook(module, args, output):
+        change(cache, module.layer_idx)
+
+    hooks = [layer.self_attn.register_forward_hook(hook) for layer in model.model.layers]
+    try:
+        with torch.no_grad():
+            model(**inputs, **cache_argument(cache))
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@pytest.mark.parametrize("uneven", UNEVEN)
+def test_tokens_are_replaced_in_all_layers_or_not_at_all(model, uneven, refuses):
+    cache = qjl.KVCache(model, "full")
+    with refuses("set all alike"):
+        read_with(model, cache, UNEVEN[uneven], input_ids=prompt(100))
+    assert [cache.get_seq_length(), *(layer.keys.shape[2] for layer in cache.layers)] == [0, 0, 0]
+    expected = exact(model, prompt(100), sizes=(100,))
+    assert difference(read(model, prompt(100), cache, sizes=(100,)), expected) < 1e-5
+
+
+def test_a_press_that_comes_too_late_or_beside_padding_is_refused(model, refuses):
+    cache = qjl.KVCache(model, "full")
+    read(model, prompt(100), cache, sizes=(100,))
+    with refuses("into an empty cache"):  # a chunk of a prompt, for example
+        read_with(model, cache, lambda cache, number: shorten(cache, number, 10), input_ids=prompt(100))
+    with refuses("drop last tokens by the cache's crop"):
+        shorten(cache, 0, 10)
+    padded = left_padded([prompt(100), prompt(90)])
+    with refuses("cannot be set beside a token mask or padding"):
+        read_with(model, qjl.KVCache(model, "full"), lambda cache, number: shorten(cache, number, 10), **padded)
+    with refuses("nor where keys are coded before RoPE"):
+        read_with(
+            model, qjl.KVCache(model, "b3-pre"), lambda cache, number: shorten(cache, number, 10), input_ids=prompt(9)
+        )

@@ -123,7 +123,7 @@ def _all_tokens():
     """One row with all of them, packed and exact."""
     pages, slots = (torch.arange(count, dtype=torch.int32)[None] for count in (TOKENS // BLOCK, TOKENS))
     none, origin = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-    return Rows(pages, none + TOKENS, none, origin, slots, none + TOKENS, longest=TOKENS, most_exact=TOKENS)
+    return Rows(pages, none + TOKENS, none, origin, slots, none + TOKENS, longest=TOKENS)
 
 
 TIES = 5e-3  # of tokens, that lie at the edge of two codes and fall to either side

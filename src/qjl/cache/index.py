@@ -62,6 +62,13 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.pages)
 
+    def add(self, sources: Iterable[int], first: int, page: int, kept: int) -> None:
+        """One more block."""
+        self.sources += sources
+        self.first.append(first)
+        self.pages.append(page)
+        self.kept.append(kept)
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Sources int32 ``[n * 64]``, first positions int64 ``[n]`` and pages int32 ``[n]`` as tensors."""
         dtypes = ((self.sources, torch.int32), (self.first, torch.int64), (self.pages, torch.int32))
@@ -87,6 +94,7 @@ class Step:
     counts: list[int]
     columns: int  # that the pass adds, padding included; 0 for rows that have none
     before: list[int]  # exact tokens of each row, before the pass
+    left_out: int = 0  # columns that the model read and that are not kept
     is_planned: bool = False
     put_tokens: list[int] = field(default_factory=list)
     put_slots: list[int] = field(default_factory=list)
@@ -138,6 +146,7 @@ class TokenIndex:
         """Forget all rows."""
         self.step: Step | None = None
         self.columns = 0  # of an attention mask, padding included
+        self.left_out = 0  # that the model has read besides: which ones, is not known
         self.marks: np.ndarray | None = None
         self.slots.reset()
         self.pages.reset()
@@ -192,7 +201,8 @@ class TokenIndex:
             self.slots.share(self.slot_of[row, : self.counts[row]])
             self.pages.share(self._pages_of(row))
         for row in range(self.batch):
-            self._free(row)
+            self.slots.release(self.slot_of[row, : self.counts[row]])
+            self.pages.release(self._pages_of(row))
         chosen = np.asarray(rows, np.int64)
         self.padding, self.lengths, self.blocks = (
             [of[row] for row in rows] for of in (self.padding, self.lengths, self.blocks)
@@ -205,10 +215,6 @@ class TokenIndex:
             self._set_arrays(of[chosen] for of in self._arrays)
         if self.marks is not None:
             self.marks = self.marks[chosen]
-
-    def _free(self, row: int) -> None:
-        self.slots.release(self.slot_of[row, : self.counts[row]])
-        self.pages.release(self._pages_of(row))
 
     def _pages_of(self, row: int) -> Integers:
         pages = self.table[row, : self.blocks[row]]
@@ -236,14 +242,9 @@ class TokenIndex:
 
     def _fresh(self, columns: int) -> tuple[list[int], list[int]]:
         """Where the fresh tokens of each row start, and how many there are."""
-        counts = [columns - pad for pad in self._fresh_padding(columns)]
-        return [row * columns + columns - count for row, count in enumerate(counts)], counts
-
-    def _fresh_padding(self, columns: int) -> list[int]:
-        return [
-            0 if length else min(max(pad - self.columns, 0), columns)
-            for pad, length in zip(self.padding, self.lengths, strict=True)
-        ]
+        rows = zip(self.padding, self.lengths, strict=True)
+        counts = [columns if held else columns - min(max(pad - self.columns, 0), columns) for pad, held in rows]
+        return [(row + 1) * columns - count for row, count in enumerate(counts)], counts
 
     def set_padding(self, padding: Sequence[int], origins: Sequence[int]) -> None:
         """Left padding of rows in columns, and the RoPE position of their first token.
@@ -377,7 +378,7 @@ class TokenIndex:
         if first >= self.lengths[row] and not kept:
             page = self._new_page(step)
             start = step.starts[row] + first - self.lengths[row]
-            self._add(step.direct, range(start, start + BLOCK), position, page, 0)
+            step.direct.add(range(start, start + BLOCK), position, page, 0)
             return page
         slots = self._slots_of_block(row, first, kept)
         key = (*slots, position, kept, int(self.table[row, block]) if kept else HOLE)
@@ -385,19 +386,15 @@ class TokenIndex:
             self.pages.share([shared[key]])
             step.taken.append(shared[key])
             return shared[key]
-        shared[key] = page = self._page_to_fill(step, row, block) if kept else self._new_page(step)
-        self._add(step.pooled, slots, position, page, kept)
+        shared[key] = page = self._new_page(step)
+        if kept:  # others keep the page with these codes, and a pass that fails leaves it as it was
+            step.copies.append((int(self.table[row, block]), page))
+        step.pooled.add(slots, position, page, kept)
         return page
 
     def _new_page(self, step: Step) -> int:
         page = self.pages.take(1)[0]
         step.taken.append(page)
-        return page
-
-    def _page_to_fill(self, step: Step, row: int, block: int) -> int:
-        """A page of its own with the same codes: others keep theirs, and a pass that fails leaves it as it was."""
-        page = self._new_page(step)
-        step.copies.append((int(self.table[row, block]), page))
         return page
 
     def _slots_of_block(self, row: int, first: int, kept: int) -> list[int]:
@@ -408,13 +405,6 @@ class TokenIndex:
         assert len(slots) == BLOCK - kept
         return [slots[0]] * kept + slots
 
-    @staticmethod
-    def _add(to: Blocks, sources: Iterable[int], position: int, page: int, kept: int) -> None:
-        to.sources += sources
-        to.first.append(position)
-        to.pages.append(page)
-        to.kept.append(kept)
-
     def commit(self) -> None:
         """The pass is over: its tokens are held, and what its blocks no longer need is free."""
         step = self.step
@@ -422,6 +412,7 @@ class TokenIndex:
         self.plan()
         self.step = None
         self.columns += step.columns
+        self.left_out += step.left_out
         for row, count in enumerate(step.counts):
             self.lengths[row] += count
             if not self.lengths[row]:
@@ -500,6 +491,7 @@ class TokenIndex:
         if columns >= self.columns:
             return
         self.columns = max(columns, 0)
+        self.left_out = self.left_out if self.columns else 0
         for row in range(self.batch):
             self.padding[row] = min(self.padding[row], self.columns)
             self.crop_row(row, self.columns - self.padding[row])
@@ -553,10 +545,6 @@ class TokenIndex:
         return any(block < blocks - 1 for blocks, of in zip(self.blocks, self.partial, strict=True) for block in of)
 
     @property
-    def has_holes(self) -> bool:
-        return self.marks is not None and any((self.table[row, :n] == HOLE).any() for row, n in enumerate(self.blocks))
-
-    @property
     def tokens_until_due(self) -> int:
         """How many tokens may come at once with the result of one by one: until a block is decided."""
         if not self.batch or not self.packs:
@@ -564,15 +552,15 @@ class TokenIndex:
         ends = [(self._next_block(row) + 1) * BLOCK + self.recent for row in range(self.batch)]
         return max(1, min(end - length for end, length in zip(ends, self.lengths, strict=True)))
 
-    def in_use_by(self, rows: Sequence[int]) -> tuple[int, int]:
-        """Slots and pages that some rows have."""
-        slots = _once(self.slot_of[row, : self.counts[row]] for row in rows)
-        return len(slots), len(_once(self._pages_of(row) for row in rows))
+    def held(self, rows: Sequence[int] | None = None) -> tuple[Integers, Integers]:
+        """Slots and pages in use, by some rows or by all: each once, in the order of rows and their tokens."""
+        some = range(self.batch) if rows is None else rows
+        return _once(self.slot_of[row, : self.counts[row]] for row in some), _once(map(self._pages_of, some))
 
     def renumber(self) -> tuple[Integers, Integers]:
         """Number the slots and the pages that are in use without gaps; returns which they were."""
         assert self.step is None
-        slots, pages = self.slots_held(), self.pages_held()
+        slots, pages = self.held()
         is_exact = np.arange(self.slot_of.shape[1]) < self.counts[:, None]
         self.slot_of[:] = _renumbered(self.slot_of, is_exact, slots, 0)
         is_page = np.arange(self.table.shape[1]) < np.array(self.blocks, np.int64)[:, None]
@@ -581,18 +569,10 @@ class TokenIndex:
         self.pages.renumber(pages)
         return slots, pages
 
-    def slots_held(self) -> Integers:
-        """Each slot in use once, in the order of rows and their tokens."""
-        return _once(self.slot_of[row, : self.counts[row]] for row in range(self.batch))
-
-    def pages_held(self) -> Integers:
-        """Each page in use once, in the order of rows and their tokens."""
-        return _once(self._pages_of(row) for row in range(self.batch))
-
     # Files
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All rows by name; slots and pages have the numbers of their places in ``slots_held`` and ``pages_held``.
+        """All rows by name; slots and pages have the numbers of their places in ``held``.
 
         - ``columns`` int64 []. ``lengths``, ``padding``, ``origins``, ``blocks``, ``counts`` int64 [B]: of each row its
           tokens, left padding, RoPE position of token 0, blocks in its table, and exact tokens.
@@ -601,22 +581,26 @@ class TokenIndex:
         - ``slots`` int32 and ``tokens`` int64 [B, most exact tokens]: where exact tokens are, and which they are; 0
           beyond ``counts``.
         - ``marks`` bool [B, T]: which columns may be packed; only if there was a mask.
+        - ``left_out`` int64 []: columns that were read besides and are not held; only if there are any.
         """
         exact, blocks = max(self.counts.tolist(), default=0), max(self.blocks, default=0)
+        slots, pages = self.held()
         is_exact = np.arange(exact) < self.counts[:, None]
         is_page = (np.arange(blocks) < np.array(self.blocks)[:, None]) & (self.table[:, :blocks] != HOLE)
         partial = [(row, block, count) for row, of in enumerate(self.partial) for block, count in sorted(of.items())]
-        marks = {} if self.marks is None else {"marks": self.marks}
-        return marks | {
+        held = {} if self.marks is None else {"marks": self.marks}
+        if self.left_out:
+            held["left_out"] = np.array(self.left_out, np.int64)
+        return held | {
             "columns": np.array(self.columns, np.int64),
             "lengths": np.array(self.lengths, np.int64),
             "padding": np.array(self.padding, np.int64),
             "origins": self.origins.copy(),
             "blocks": np.array(self.blocks, np.int64),
             "counts": self.counts.astype(np.int64),
-            "table": _renumbered(self.table[:, :blocks], is_page, self.pages_held(), HOLE),
+            "table": _renumbered(self.table[:, :blocks], is_page, pages, HOLE),
             "partial": np.array(partial, np.int64).reshape(-1, 3),
-            "slots": _renumbered(self.slot_of[:, :exact], is_exact, self.slots_held(), 0),
+            "slots": _renumbered(self.slot_of[:, :exact], is_exact, slots, 0),
             "tokens": np.where(is_exact, self.token_of[:, :exact], 0),
         }
 
@@ -632,7 +616,7 @@ class TokenIndex:
             [int(number) for number in of] for of in (rows.padding, rows.lengths, rows.blocks)
         )
         self.partial = [dict(of) for of in rows.partial]
-        self.marks = rows.marks
+        self.marks, self.left_out = rows.marks, int(rows.left_out)
         self._set_arrays(
             (
                 rows.origins,
@@ -685,6 +669,7 @@ class _Rows:
         self.slots = self._array("slots", np.int32, batch, -1)
         self.tokens = self._array("tokens", np.int64, *self.slots.shape)
         self.marks = self._array("marks", np.bool_, batch, -1) if "marks" in arrays else None
+        self.left_out = self._array("left_out", np.int64) if "left_out" in arrays else 0
         self.partial: list[dict[int, int]] = [{} for _ in range(batch)]
         for row, block, count in self._array("partial", np.int64, -1, 3).tolist():
             if not 0 <= row < batch:

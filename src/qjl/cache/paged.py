@@ -270,7 +270,7 @@ class PagedCache(Copied):
         """Other keys (0) or values (1) ``[B, H, t, D]`` in place of those that the layer was given in the pass at hand.
 
         All layers must get as many, keys and values, before the pass ends; they count as tokens 0 to t. So methods that
-        choose among the tokens of a prompt (kvpress) go together with codes.
+        choose among the tokens of a prompt (kvpress) go together with codes; heads may choose other tokens.
 
         Raises:
             QJLError: if there are tokens from an earlier pass, or the layer's own are stored already, or the shape is
@@ -285,7 +285,8 @@ class PagedCache(Copied):
         if fresh is None or self.index.columns:
             raise QJLError(
                 f"keys and values of {layer.name} can be set in the pass that reads them into an empty cache, before "
-                "the next layer is given its own: set them in a hook of the layer's attention."
+                "the next layer is given its own: set them in a hook of the layer's attention, and drop last tokens by "
+                "the cache's crop."
             )
         batch, heads, tokens, dim = fresh[side].shape
         if states is None:
@@ -295,7 +296,7 @@ class PagedCache(Copied):
                 f"{layer.name} was given {list(fresh[side].shape)}, in place of which {list(states.shape)} cannot "
                 "stand: only the number of tokens may be smaller."
             )
-        layer.replaced[side] = states.detach()
+        layer.replaced[side] = states.detach().to(fresh[side])
 
     def _take_replaced(self) -> None:
         """Begin the pass anew with what was put in place of its tokens."""
@@ -305,10 +306,13 @@ class PagedCache(Copied):
         counts = {states.shape[2] for layer in joined for states in layer.replaced.values()}
         if len(counts) > 1 or any(len(layer.replaced) < 2 for layer in joined):
             raise QJLError("keys and values were set in some layers, or to other numbers of tokens: set all alike.")
+        assert self.index.step is not None
+        given, kept = self.index.step.columns, counts.pop()
         self.index.roll_back()
         self._reading, self._last, self._can_code = None, None, False
         self.index.padding = [0] * self.index.batch
-        step = self.index.begin_columns(counts.pop())
+        step = self.index.begin_columns(kept)
+        step.left_out = given - kept
         for layer in joined:
             keys, values = layer.replaced[0], layer.replaced[1]
             layer.join(step, keys, values)
@@ -355,7 +359,7 @@ class PagedCache(Copied):
         self._reading, self._last, self._can_code = None, None, False
         for layer in self.layers.values():
             if layer.step is step:
-                layer.step = layer.fresh = None
+                layer.step, layer.fresh, layer.replaced = None, None, {}
 
     def abandon(self) -> None:
         """The same, with what was learned of its padding before it began."""
@@ -406,11 +410,6 @@ class PagedCache(Copied):
         slots, pages = self.index.renumber()
         for layer in self.layers.values():
             layer.keep(slots.tolist(), pages.tolist())
-
-    @property
-    def tokens_until_due(self) -> int:
-        """How many tokens may come at once with the result of one by one: until a block is coded."""
-        return self.index.tokens_until_due
 
     # What is held
 

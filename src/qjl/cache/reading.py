@@ -199,12 +199,12 @@ class KeptRows:
     def rows(self, reading: Reading) -> Rows:
         """That of this reading: on a CPU tensors are views of the index's arrays."""
         table, ends, origins, slots, counts = (torch.from_numpy(x) for x in reading.arrays())
-        longest, most_exact = int(ends.max()), int(counts.max())
+        longest = int(ends.max())
         kept, index = self._rows, reading.index
         if kept is None or self._version != index.version or kept.table.device != reading.device:
             skip = torch.full(ends.shape, index.sinks, dtype=torch.int32)
             of_rows = (to_device(x, reading.device) for x in (table, ends, skip, origins, slots, counts))
-            kept = self._rows = Rows(*of_rows, longest, most_exact, index.has_holes)  # type: ignore[misc, arg-type, call-arg]
+            kept = self._rows = Rows(*of_rows, longest)  # type: ignore[misc, arg-type, call-arg]
             self._version = index.version
             return kept
         if reading.device.type != "cpu":
@@ -217,5 +217,5 @@ class KeptRows:
             )
             for there, here in pairs:
                 there.copy_(here, non_blocking=True)
-        kept.longest, kept.most_exact, kept.has_holes = longest, most_exact, index.has_holes
+        kept.longest = longest
         return kept

@@ -31,6 +31,10 @@ class WatchedCache(compat.Cache):
     updates = 0
 
     @abstractmethod
+    def before_generate(self) -> None:
+        """A call of ``generate`` begins, which reads what comes behind as many tokens as the cache holds."""
+
+    @abstractmethod
     def before_forward(self, tokens: int | None, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
         """A pass over so many tokens begins (None: not known), with this mask ``[B, T]`` and positions ``[B, Q]``."""
 
@@ -105,6 +109,8 @@ def _generate(own: Any, model: GenerationMixin, *args: Any, **kwargs: Any) -> An
     given, is_enabled = cache_among(args, kwargs), ENABLED in vars(model)
     if given is None and not is_enabled:
         return own(model, *args, **kwargs)
+    if given is not None:
+        given.before_generate()
     promise = Promise(model, given, is_enabled)
     token = _promise.set(promise)
     try:

@@ -37,7 +37,7 @@ class _Handed:
     def __init__(self, layer: QuantizedLayer, fresh: Tokens) -> None:
         self.layer, self.fresh = layer, fresh
         self.step = layer.store.index.step
-        self.length = layer.get_seq_length()
+        self.length = layer.store.columns(layer.core)
 
     @property
     def is_open(self) -> bool:
@@ -46,7 +46,7 @@ class _Handed:
 
     def require_current(self) -> None:
         """Raises QJLError if the layer has other tokens by now, which the handles do not speak of."""
-        held = self.layer.get_seq_length()
+        held = self.layer.store.columns(self.layer.core)
         if held != self.length:
             raise QJLError(
                 f"the model reads {self.layer.core.name} as it was at {self.length} tokens, and it holds {held}: "
@@ -216,7 +216,8 @@ class QuantizedLayer(Copied, compat.CacheLayerMixin):
         self.store.set_padding(*padding_of(seen, position_ids, index.columns, index))
 
     def get_seq_length(self) -> int:
-        return self.store.columns(self.core)
+        keys = self.core.replaced.get(0)
+        return self.store.columns(self.core) if keys is None else keys.shape[2]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0

@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from qjl import corpora, models
 from qjl.errors import QJLError
 from qjl.lab.evals.eval_model import EvalModel
-from qjl.lab.evals.harness import PackedModel
+from qjl.lab.evals.packed_lm import PackedModel
 from qjl.lab.reuploads import place
 from qjl.presets import resolve
 
@@ -80,6 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from qjl.lab import lm_eval  # under the name by which others know it
-
-    lm_eval.main()
+    main()

@@ -101,8 +101,7 @@ class Rows:
     - ``origins int64 [B]``: RoPE position of token 0, so that page j begins at ``origins + j P``.
     - ``slots int32 [B, E]``: exact tokens, of which row b has the first ``counts[b]`` (``counts int32 [B]``) in this
       order, the queries' own last; a slot of -1 holds none.
-    - ``longest`` and ``most_exact``: the largest of ``lengths`` and of ``counts``; ``has_holes``: whether a table may
-      say -1. The host knows them, so that no step waits for a device.
+    - ``longest``: the largest of ``lengths``, which the host knows, so that no step waits for a device.
 
     Contents may change in place between steps. A tensor that is assigned takes the place of the former one.
     """
@@ -114,8 +113,6 @@ class Rows:
     slots: Tensor
     counts: Tensor
     longest: int
-    most_exact: int
-    has_holes: bool = False
     derived: dict[str, Any] = field(default_factory=Derived, init=False)
 
     def __setattr__(self, name: str, value: Any) -> None:

