@@ -31,7 +31,7 @@ OLDEST_TESTS ?= $(addprefix tests/test_,compat.py promises.py hf.py architecture
 
 setup-oldest: build/oldest/$(OLDEST)
 
-build/oldest/$(OLDEST): setup
+build/oldest/$(OLDEST): .venv/installed
 	rm -rf build/oldest
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/oldest transformers==$(OLDEST)
 	touch $@

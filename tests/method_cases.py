@@ -168,6 +168,21 @@ def of_presets():
             yield from ((role, one) for role, one in (("key", key), ("value", value)) if one is not None)
 
 
+def one_of_each_codec():
+    """Names of presets, of which no two differ in whole numbers alone; halves of bits mix two codes."""
+    firsts = {}
+    for name, config in PRESETS.items():
+        sides = [config, *config.overrides]
+        kinds = [_kind(quantizer) for side in sides for quantizer in (side.key, side.value) if quantizer is not None]
+        firsts.setdefault((*kinds, config.pre_rope), name)
+    return list(firsts.values())
+
+
+def _kind(quantizer):
+    settings = vars(quantizer).values()
+    return quantizer.method, *(one if isinstance(one, str | bool) else type(one) for one in settings)
+
+
 def label(role, quantizer):
     """``key-balanced-2-signs`` for ``Balanced(2, "signs")``: the settings that are not the default ones."""
     default = vars(type(quantizer)())

@@ -17,7 +17,7 @@ from qjl.lab.report import parts
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALLER = {
-    "demo": "--prompt-tokens 400 --max-new-tokens 3",
+    "demo": "--prompt-tokens 512 --max-new-tokens 8 --dtype bfloat16 --json",
     "generate": "--max-new-tokens 3",
     "chat": "--max-new-tokens 3",
     "fidelity": "--prefix 256 --decode 70 --chunks 1 --seeds 1",
@@ -62,6 +62,16 @@ def test_shell_lines_run(line, cache_folder, tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, [*arguments, *SMALLER.get(command, "").split()], input="Hello\n")
     assert result.exit_code == 0, result.output
     assert result.stdout
+    if command == "demo":
+        _require_a_good_demo(json.loads(result.stdout))
+
+
+def _require_a_good_demo(told):
+    assert told["model"] == "smollm2"
+    assert told["compression"] > 2
+    assert told["kl"] < 0.1
+    assert told["top1"] > 0.8
+    assert len(told["text"].split()) > 3
 
 
 @pytest.mark.model
