@@ -183,6 +183,12 @@ def _kind(quantizer):
     return quantizer.method, *(one if isinstance(one, str | bool) else type(one) for one in settings)
 
 
+def _of_kinds():
+    """The first of those that differ in whole numbers alone."""
+    firsts = {(role, *_kind(quantizer)): (role, quantizer) for role, quantizer in reversed(QUANTIZERS)}
+    return list(reversed(firsts.values()))
+
+
 def label(role, quantizer):
     """``key-balanced-2-signs`` for ``Balanced(2, "signs")``: the settings that are not the default ones."""
     default = vars(type(quantizer)())
@@ -201,6 +207,7 @@ def of_type(kind, **settings):
 
 
 every_quantizer = pytest.mark.parametrize(("role", "quantizer"), named(QUANTIZERS))
+every_kind = pytest.mark.parametrize(("role", "quantizer"), named(_of_kinds()))
 HEAD_DIMS = [80] if runtime.is_interpreted() else [64, 80, 96, 128, 256]
 every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 

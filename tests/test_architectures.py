@@ -121,8 +121,8 @@ def generate_logits(model, inputs):
 )
 def test_attentions_read_the_same_codes(preset, kv_heads):
     """Directly, and decoded for transformers' own attention; one, two and four queries per key."""
-    model, ids = tiny(kv_heads=kv_heads, head_dim=64), prompt(300)
-    read(model, ids, qjl.KVCache(model, preset), (300,))
+    model, ids = tiny(kv_heads=kv_heads, head_dim=64), prompt(400)
+    read(model, ids, qjl.KVCache(model, preset), (400,))
     results = {}
     for attention in ATTENTIONS:
         cache = cache_under(attention, model, preset)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from method_cases import every_quantizer
+from method_cases import every_kind
 from qjl.cache import file
 from qjl.cache.file import CacheFile
 from qjl.cache.index import HOLE
@@ -67,7 +67,7 @@ def assert_same(one, other):
                 assert all(side[field].equal(again[field]) for field in side)
 
 
-@every_quantizer
+@every_kind
 def test_every_method(role, quantizer, model_of, path, tmp_path):
     """The file, alone or with the file of its codecs, gives the same pages, and codes what follows alike."""
     model = model_of(heads=HEADS, head_dim=DIM)

@@ -36,14 +36,20 @@ def shell_lines(program):
     return [line.split("#")[0].strip() for line in lines if line.startswith(program)]
 
 
-@pytest.fixture
-def cache_folder(tmp_path, monkeypatch):
-    """A cache folder with the user's models and texts, and none of its statistics."""
+@pytest.fixture(scope="module")
+def models_and_texts(tmp_path_factory):
+    """A cache folder with those of the user, and none of its statistics: the first line that needs some makes them."""
     models.fetch(progress=False)
     corpora.essays()
+    folder = tmp_path_factory.mktemp("cache")
     for name in ("models", "texts"):
-        (tmp_path / name).symlink_to(download.cache_dir() / name)
-    monkeypatch.setenv("QJL_CACHE", str(tmp_path))
+        (folder / name).symlink_to(download.cache_dir() / name)
+    return folder
+
+
+@pytest.fixture
+def cache_folder(models_and_texts, monkeypatch):
+    monkeypatch.setenv("QJL_CACHE", str(models_and_texts))
 
 
 def test_make_knows_the_two_commands():
