@@ -212,16 +212,19 @@ HEAD_DIMS = [80] if runtime.is_interpreted() else [64, 80, 96, 128, 256]
 every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 
 
-def _of_sizes():
-    """A usual head_dim and an odd one for every quantizer; all for the first of each method and role."""
-    firsts = {(role, quantizer.method): (role, quantizer) for role, quantizer in reversed(QUANTIZERS)}
-    for role, quantizer in QUANTIZERS:
-        is_first = firsts[role, quantizer.method] == (role, quantizer)
-        for head_dim in HEAD_DIMS if is_first else sorted({64, 80} & set(HEAD_DIMS)):
-            yield pytest.param(role, quantizer, head_dim, id=f"{label(role, quantizer)}-{head_dim}")
+def sized(cases):
+    """A usual head_dim and an odd one for each of the cases; all for the first of each method and role."""
+    firsts = {(case.values[0], case.values[1].method): case for case in reversed(cases)}
+    sizes = [
+        pytest.param(*case.values, head_dim, id=f"{case.id}-{head_dim}")
+        for case in cases
+        for head_dim in HEAD_DIMS
+        if case in firsts.values() or head_dim in (64, 80)
+    ]
+    return pytest.mark.parametrize(("role", "quantizer", "head_dim"), sizes)
 
 
-every_quantizer_and_head_dim = pytest.mark.parametrize(("role", "quantizer", "head_dim"), list(_of_sizes()))
+every_quantizer_and_head_dim = sized(named(QUANTIZERS))
 
 
 def scores_of(codec, query, blocks, first):
