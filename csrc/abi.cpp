@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr uint64_t MEANING = 2;  // raised where a function or a field means something else, and no size tells so
+constexpr uint64_t MEANING = 3;  // raised where a function or a field means something else, and no size tells so
 
 constexpr uint64_t PRIME = 0x100000001b3;  // FNV-1a
 
@@ -41,7 +41,7 @@ constexpr uint64_t hashed(const char* text, uint64_t first, uint64_t second) {
 
 constexpr uint64_t ABI =
     hashed("meaning", MEANING, sizeof(void*)) +
-    QJL_STRUCT(QjlLimits, dim, exact, threads) +
+    QJL_STRUCT(QjlLimits, dim, threads) +
     QJL_STRUCT(QjlCodes, data, batch, heads, blocks, bytes, batch_stride, head_stride, block_stride) +
     QJL_STRUCT(QjlPack, codes, nibbles) +
     QJL_STRUCT(QjlScan, codes, tables, scores, rows) +
@@ -61,14 +61,13 @@ constexpr uint64_t ABI =
                map_is_half, nibbles, groups, code_dim, head_dim, code_stride, coordinates, entries, slots, pairs,
                pair_count) +
     QJL_STRUCT(QjlPair, tables, sources, coordinates, group, step, kind) +
-    QJL_STRUCT(QjlSegment, keys, values, key_stride, value_stride, tokens, dtype, bias, bias_stride,
-               is_pool) +
+    QJL_STRUCT(QjlExact, keys, values, key_stride, value_stride, slots, dtype) +
     QJL_STRUCT(QjlFresh, keys, values, key_stride, value_stride) +
     QJL_STRUCT(QjlTurn, inv_freq, step, anchor_step, coordinates, down, up, pairs, direct, scaling) +
     QJL_STRUCT(QjlRows, table, lengths, skip, origins, slots, counts, capacity, room) +
-    QJL_STRUCT(QjlStep, keys, values, page_tokens, page_count, exact, exact_count, bias, bias_stride, turn, first,
-               blocks, heads, blocks_per_split, of_rows, splits, batch, rows, queries, query, query_type, query_stride,
-               out, out_type, out_stride, fresh, scaling, softcap, lse, scores, room, room_bytes) +
+    QJL_STRUCT(QjlStep, keys, values, page_tokens, page_count, exact, bias, bias_stride, turn, heads,
+               blocks_per_split, of_rows, splits, batch, rows, queries, query, query_type, query_stride, out, out_type,
+               out_stride, fresh, scaling, softcap, lse, scores, room, room_bytes) +
     QJL_STRUCT(QjlFlashDecode, query, keys, values, out, heads, group, tokens, head_dim, scaling) +
     QJL_STRUCT(QjlPopcountScan, query, signs, scale, ones, scores, heads, group, tokens, m) +
     QJL_STRUCT(QjlRead, numbers, count, sums);

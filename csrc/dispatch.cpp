@@ -172,7 +172,6 @@ int64_t worth_waking(int64_t threads, int64_t work, int64_t work_per_thread) {
 }
 
 int64_t blocks_of(const QjlStep& step) {
-    if (!step.of_rows) return step.batch * step.heads * step.blocks;
     int64_t tokens = 0;
     for (int64_t row = 0; row < step.batch; ++row) {
         tokens += std::max(0, step.of_rows->lengths[row] - step.of_rows->skip[row]);
@@ -182,14 +181,14 @@ int64_t blocks_of(const QjlStep& step) {
 
 // Puts the fresh keys or values of a row where its slots say; those before its first slot and without one are left out.
 void put_fresh(const QjlStep& step, int64_t row, const void* fresh, const int64_t (&stride)[3], void* pool,
-               const int64_t (&pool_stride)[3], int64_t dim) {
-    const int64_t size = step.exact[0].dtype == QJL_FLOAT32 ? 4 : 2, first = step.of_rows->counts[row] - step.queries;
+               const int64_t (&pool_stride)[2], int64_t dim) {
+    const int64_t size = step.exact.dtype == QJL_FLOAT32 ? 4 : 2, first = step.of_rows->counts[row] - step.queries;
     const int32_t* slots = step.of_rows->slots + row * step.of_rows->room;
     for (int64_t token = std::max<int64_t>(0, -first); token < step.queries; ++token) {
         const int64_t slot = slots[first + token];
         for (int64_t head = 0; slot >= 0 && head < step.heads; ++head) {
             const int64_t from = row * stride[0] + head * stride[1] + token * stride[2];
-            const int64_t to = head * pool_stride[1] + slot * pool_stride[2];
+            const int64_t to = head * pool_stride[0] + slot * pool_stride[1];
             std::memcpy(static_cast<uint8_t*>(pool) + to * size, static_cast<const uint8_t*>(fresh) + from * size,
                         dim * size);
         }
@@ -197,7 +196,7 @@ void put_fresh(const QjlStep& step, int64_t row, const void* fresh, const int64_
 }
 
 void put_fresh(const QjlStep& step) {
-    const QjlSegment& pool = step.exact[0];
+    const QjlExact& pool = step.exact;
     for (int64_t row = 0; row < step.batch; ++row) {
         put_fresh(step, row, step.fresh.keys, step.fresh.key_stride, pool.keys, pool.key_stride, step.keys.head_dim);
         put_fresh(step, row, step.fresh.values, step.fresh.value_stride, pool.values, pool.value_stride,

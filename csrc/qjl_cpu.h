@@ -23,7 +23,6 @@ QJL_EXPORT const char* qjl_refusal(int64_t returned);
 
 struct QjlLimits {
     int64_t dim;      // coordinates of a part or of a group, whose places are kept in 16 bits
-    int64_t exact;    // segments of exact tokens
     int64_t threads;  // that share the work of an operation
 };
 

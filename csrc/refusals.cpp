@@ -9,13 +9,13 @@
 
 namespace qjl {
 
-const QjlLimits limits = {.dim = 1 << 15, .exact = std::size(QjlStep{}.exact), .threads = MAX_THREADS};
+const QjlLimits limits = {.dim = 1 << 15, .threads = MAX_THREADS};
 
 namespace {
 
 enum Rule : int64_t {
     SIZES, DIMS, GROUPS, CODES, TYPES, MAPS, SKETCHES, PARTS, TRELLISES, SIGNS, GAINS, TURNS, GRIDS, QUERIES, SPLITS,
-    SEGMENTS, PAGE_SIZES, ROOM, LENGTHS, TABLES, COUNTS, SLOTS, FRESH, JOBS, HEAD_DIMS, BITS, RULES
+    PAGE_SIZES, ROOM, LENGTHS, TABLES, COUNTS, SLOTS, JOBS, HEAD_DIMS, BITS, RULES
 };
 
 constexpr const char* WORDS[] = {
@@ -34,14 +34,12 @@ constexpr const char* WORDS[] = {
     "a grid takes 1 to 8 bits, and Hadamard matrices of a power of two along the whole diagonal",
     "the queries do not divide the query rows",
     "the splits do not hold all blocks",
-    "there are more segments of exact tokens than two",
     "a page takes 16, 32, 64 or 128 tokens",
     "room must begin on a boundary of 64 bytes",
     "a row has more tokens than its pages",
     "a table names a page that is not in the pool",
     "a row has more exact tokens than its slots",
     "a row names a slot that is not in the pool",
-    "fresh tokens have no pool to go to",
     "a job has one encoder",
     "head_dim must be a multiple of 8",
     "m must be 128 or a multiple of 256 up to 2048, and the tokens a multiple of 4",
@@ -167,15 +165,8 @@ Rules of_turn(const QjlTurn* turn, const QjlSide& keys) {
     });
 }
 
-Rules of_segments(const QjlStep& step) {
-    Rules rules;
-    rules.require(SEGMENTS, [&] { return 0 <= step.exact_count && step.exact_count <= limits.exact; });
-    for (int64_t i = 0; !rules && i < step.exact_count; ++i) {
-        const QjlSegment& segment = step.exact[i];
-        rules.require(SIZES, [&] { return segment.tokens >= 0; }).require(TYPES, [&] { return is_type(segment.dtype); });
-        rules.require(SLOTS, [&] { return !segment.is_pool || !step.batch || (step.of_rows && step.of_rows->counts); });
-    }
-    return rules.require(FRESH, [&] { return !step.fresh.keys || (step.exact_count && step.exact->is_pool); });
+Rules of_exact(const QjlExact& exact) {
+    return Rules().require(SIZES, [&] { return exact.slots >= 0; }).require(TYPES, [&] { return is_type(exact.dtype); });
 }
 
 Rules of_packed_row(const QjlStep& step, int64_t row) {
@@ -195,7 +186,7 @@ Rules of_exact_row(const QjlStep& step, int64_t row) {
     const QjlRows& rows = *step.of_rows;
     const int64_t count = rows.counts[row];
     return Rules().require(COUNTS, [&] { return 0 <= count && count <= rows.room; }).require(SLOTS, [&] {
-        return are_among(rows.slots + row * rows.room, 0, count, NONE, step.exact->tokens);
+        return are_among(rows.slots + row * rows.room, 0, count, NONE, step.exact.slots);
     });
 }
 
@@ -203,17 +194,12 @@ Rules of_rows(const QjlStep& step) {
     Rules rules;
     rules.require(PAGE_SIZES, [&] {
         const int64_t tokens = step.page_tokens;
-        return is_power_of_two(tokens) && 16 <= tokens && tokens <= 2 * BLOCK && !step.scores;
+        return is_power_of_two(tokens) && 16 <= tokens && tokens <= 2 * BLOCK;
     });
     for (int64_t row = 0; !rules && row < step.batch; ++row) {
-        rules.then(of_packed_row(step, row));
-        if (step.exact_count && step.exact->is_pool) rules.then(of_exact_row(step, row));
+        rules.then(of_packed_row(step, row)).then(of_exact_row(step, row));
     }
     return rules;
-}
-
-Rules of_blocks(const QjlStep& step) {
-    return Rules().require(SPLITS, [&] { return step.splits * step.blocks_per_split >= step.blocks; });
 }
 
 }  // namespace
@@ -265,12 +251,12 @@ int64_t refusal(const QjlStep& step) {
     return of_side(step.keys)
         .then(of_side(step.values))
         .then(of_turn(step.turn, step.keys))
-        .require(SIZES, [&] { return none_negative(step.batch, step.heads, step.rows, step.blocks, step.splits); })
+        .require(SIZES, [&] { return none_negative(step.batch, step.heads, step.rows, step.splits); })
         .require(QUERIES, [&] { return step.queries > 0 && step.rows % step.queries == 0; })
         .require(SPLITS, [&] { return step.blocks_per_split > 0 || !step.splits; })
         .require(TYPES, [&] { return is_type(step.query_type) && is_type(step.out_type); })
-        .then(of_segments(step))
-        .then([&] { return step.of_rows ? of_rows(step) : of_blocks(step); })
+        .then(of_exact(step.exact))
+        .then([&] { return of_rows(step); })
         .require(ROOM, [&] { return is_aligned(step.room); });
 }
 

@@ -6,16 +6,15 @@
 // Packed keys or values of a layer: code_dim coordinates, each a sum of nibble look-ups, times a scale per token (and
 // group of coordinates), plus a middle where there is one; `map` takes a query to that space, and, transposed, sums
 // back.
-// Strides count bytes over batch, head and block; of a pool over nothing, head and page, which has more or fewer tokens
-// than the 64 of a block.
+// Strides count bytes over head and page. A page has P tokens.
 struct QjlSide {
-    const uint8_t* codes;   // [nibbles / 2][64] in each block
-    const uint8_t* scale;   // [groups][64]: 8-bit logarithms where there are units, else float16
-    const uint8_t* middle;  // [groups][64] float16, or null
+    const uint8_t* codes;   // [nibbles / 2][P] in each page
+    const uint8_t* scale;   // [groups][P]: 8-bit logarithms where there are units, else float16
+    const uint8_t* middle;  // [groups][P] float16, or null
     const float* unit;      // [heads], or null
     const void* map;        // [heads or 1][code_dim][head_dim], float16 or float32
     const float* mean;      // [heads][head_dim], or null
-    int64_t codes_stride[3], scale_stride[3], middle_stride[3];
+    int64_t codes_stride[2], scale_stride[2], middle_stride[2];
     int64_t map_stride;  // numbers from head to head, 0 for one map
     int64_t map_is_half;
     int64_t nibbles, groups, code_dim, head_dim;
@@ -41,18 +40,15 @@ struct QjlPair {
     int32_t kind;  // 0: s0 = s2, s1 = s3; 1: tables 1 and 3 are zero; 2: neither
 };
 
-// Tokens in full precision, strides in numbers over batch, head and token.
-struct QjlSegment {
+// Tokens in full precision by slot, strides in numbers over head and slot.
+struct QjlExact {
     void *keys, *values;
-    int64_t key_stride[3], value_stride[3];
-    int64_t tokens;  // of a row, or slots of a pool
-    int64_t dtype;   // 0 float32, 1 bfloat16, 2 float16, also of queries, fresh tokens and results
-    const float* bias;
-    int64_t bias_stride[4];  // over batch, query head, query, token
-    int64_t is_pool;  // tokens lie where the slots of QjlRows say, and no query sees one that comes after its own
+    int64_t key_stride[2], value_stride[2];
+    int64_t slots;
+    int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16, also of queries, fresh tokens and results
 };
 
-// Tokens for the last slots of each row, one for each query, of the type of the pool `exact[0]`; strides in numbers over
+// Tokens for the last slots of each row, one for each query, of the type of the exact ones; strides in numbers over
 // batch, head and token.
 struct QjlFresh {
     const void *keys, *values;  // null: none
@@ -85,18 +81,15 @@ struct QjlRows {
 struct QjlStep {
     QjlSide keys, values;
     int64_t page_tokens, page_count;  // tokens of a page, pages of the pool
-    QjlSegment exact[2];
-    int64_t exact_count;
-    const float* bias;  // of the packed tokens, or null; strides as in QjlSegment
-    int64_t bias_stride[4];
-    const QjlTurn* turn;   // null: the keys' mean is added as it is
-    const int64_t* first;  // [batch][blocks]: position of each block's first token; unused with pages
-    int64_t blocks;        // of each row; unused with pages
-    int64_t heads, blocks_per_split;  // of a row with pages, at least
+    QjlExact exact;
+    const float* bias;        // of the tokens of the table, then of the slots, or null
+    int64_t bias_stride[4];   // in numbers over batch, query head, query, token
+    const QjlTurn* turn;      // null: the keys' mean is added as it is
+    int64_t heads, blocks_per_split;  // of a row, at least
 
     // What changes from call to call lies together, in words: Python writes it at once.
-    const QjlRows* of_rows;         // null: blocks lie by their strides
-    int64_t splits;                 // of a row with pages, at most
+    const QjlRows* of_rows;
+    int64_t splits;                 // of a row, at most
     int64_t batch, rows, queries;   // rows = group x queries, queries fastest
     const void* query;              // [batch][query heads][queries][head_dim]
     int64_t query_type, query_stride[3];  // in numbers over batch, query head, query
@@ -106,7 +99,7 @@ struct QjlStep {
 
     float scaling, softcap;  // softcap 0: none
     float* lse;              // [batch][heads][rows], or null
-    float* scores;           // [batch][heads][rows][blocks * 64]: the scan alone; null: the whole step
+    float* scores;           // [batch][heads][rows][capacity * page_tokens]: packed tokens alone; null: the whole step
     uint8_t* room;           // on a boundary of 64 bytes
     int64_t room_bytes;
 };

@@ -30,22 +30,30 @@ using namespace nibbles;
 
 // Pieces of work
 
-// Caps and masks scores, and hides what a row does not have; their base is 2 from here on.
+// Which token of a tile stands at a place.
+inline int64_t token_at(int64_t place) { return place / 64 * 64 + place % 16 * 4 + place % 64 / 16; }
+
+// Caps and masks scores; their base is 2 from here on.
 inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, int64_t blocks,
                           float* scores) {
     const QjlStep& s = h.s;
-    const int64_t step = s.bias_stride[3];
     for (int64_t r = 0; r < rows; ++r) {
-        const float* bias = s.bias ? h.bias(s.bias, s.bias_stride, first_row + r) + block * 64 * step : nullptr;
         for (int64_t i = 0; i < blocks * 64; ++i) {
             float& score = scores[r * TILE * 64 + i];
             if (s.softcap > 0) score = capped(score, s.softcap) * LOG2E;
-            const int64_t token = i / 64 * 64 + i % 16 * 4 + i % 64 / 16;
-            if (!h.has(block * 64 + token)) {
-                score = -__builtin_inff();
-            } else if (bias) {
-                score += bias[token * step] * LOG2E;
-            }
+            const int64_t token = block * 64 + token_at(i);
+            if (s.bias && h.has(token)) score += *h.bias(first_row + r, token) * LOG2E;
+        }
+    }
+}
+
+// Hides what a row does not have.
+inline void hide_scores(const Head& h, int64_t rows, int64_t block, int64_t blocks, float* scores) {
+    for (int64_t b = 0; b < blocks; ++b) {
+        if (h.has_all(block + b, 1)) continue;
+        for (int64_t i = b * 64; i < b * 64 + 64; ++i) {
+            if (h.has(block * 64 + token_at(i))) continue;
+            for (int64_t r = 0; r < rows; ++r) scores[r * TILE * 64 + i] = -__builtin_inff();
         }
     }
 }
@@ -73,7 +81,8 @@ inline void attend_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch
         const int64_t rows = fewer(MAX_ROWS, s.rows - row);
         Sums sums(h, room, row, rows);
         score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
-            if (s.softcap > 0 || s.bias || !h.has_all(block, blocks)) finish_scores(h, row, rows, block, blocks, room.scores);
+            if (s.softcap > 0 || s.bias) finish_scores(h, row, rows, block, blocks, room.scores);
+            hide_scores(h, rows, block, blocks, room.scores);
             sums.add(room.scores, block, blocks);
         });
         sums.leave(split_of(s, pair, split));
@@ -87,7 +96,7 @@ inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch&
         const int64_t rows = fewer(MAX_ROWS, s.rows - row);
         score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
             for (int64_t r = 0; r < rows; ++r) {
-                float* to = s.scores + (pair * s.rows + row + r) * s.blocks * 64 + block * 64;
+                float* to = s.scores + (pair * s.rows + row + r) * s.of_rows->capacity * s.page_tokens + block * 64;
                 const float* from = room.scores + r * TILE * 64;
                 for (int64_t i = 0; i < blocks * 64; i += 64) {
                     const auto at = [&](int c) { return load<F16>(from + i + 16 * c); };

@@ -1,4 +1,4 @@
-"""Packed tokens in pages of a pool, with poison wherever no row has a token, and attention over them in float64."""
+"""Rows of pools, with poison wherever no row has a token, and attention over them in float64."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,8 +7,9 @@ import torch
 
 from conftest import Model, Tokens, using_backend
 from one_layer import OneLayer
+from qjl import ops
 from qjl.methods.base import Codec
-from qjl.ops.forms import ExactTokens, PackedTokens, PagedTokens
+from qjl.ops.forms import ExactPool, Pool, Rows
 from qjl.packed import BLOCK
 
 NOWHERE = [-1, 2**30]  # what tables say where no row has a token
@@ -30,22 +31,14 @@ class PackedRows:
     def blocks(self):
         return self.first.shape[1]
 
-    @property
-    def as_operand(self):
-        """What the fused step takes; None where keys or values are no nibble codes."""
-        key, value = self.key_codec.form, self.value_codec.form
-        if key is None or value is None or not value.has_shared_code:
-            return None
-        return PackedTokens(self.keys, self.values, key, value, self.first)
-
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """Query rows of the last tokens, a packed segment, and exact tokens."""
+    """Queries ``[B, H, R, D]`` of the last tokens, packed tokens, and exact ones ``[B, H, E, D]``."""
 
-    rows: torch.Tensor
-    packed: object
-    exact: list[ExactTokens]
+    queries: torch.Tensor
+    packed: PackedRows
+    exact: tuple[torch.Tensor, torch.Tensor]
 
 
 @cache  # fitting takes longer than testing
@@ -60,7 +53,7 @@ def operands(
     with using_backend("reference"):
         layer.step(held, slice(None))
     rows = made.queries[:, :, -queries:].reshape(batch, HEADS, group * queries, head_dim).contiguous().to(device)
-    return Operands(rows, packed_rows(layer), [exact_tokens(layer)])
+    return Operands(rows, packed_rows(layer), exact_tokens(layer))
 
 
 def packed_rows(layer) -> PackedRows:
@@ -68,20 +61,19 @@ def packed_rows(layer) -> PackedRows:
     index, pages = layer.index, layer.core.pages
     table = torch.from_numpy(index.table[:, : index.blocks[0]]).long()
     keys, values = (
-        {name: x.unflatten(0, table.shape).transpose(1, 2).contiguous() for name, x in side.items()}
-        for side in pages.taken(table.flatten())
+        {name: x[table.flatten()].unflatten(0, table.shape).transpose(1, 2).contiguous() for name, x in side.items()}
+        for side in pages.fields
     )
     device = next(iter(keys.values())).device
     first = (torch.arange(table.shape[1], device=device) * BLOCK).repeat(table.shape[0], 1)
     return PackedRows(keys, values, *pages.codecs, first)
 
 
-def exact_tokens(layer) -> ExactTokens:
-    """Those of a layer whose rows have equally many."""
+def exact_tokens(layer):
+    """Keys and values ``[B, H, E, D]`` of a layer whose rows have equally many."""
     index = layer.index
     slots = torch.from_numpy(index.slot_of[:, : index.counts[0]]).long()
-    keys, values = layer.core.exact.read(slots.to(layer.core.exact.keys.device))
-    return ExactTokens(keys.contiguous(), values.contiguous(), None)
+    return layer.core.exact.read(slots.to(layer.core.exact.keys.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +96,45 @@ class Extent:
         return (token >= self.skip[:, None]) & (token < self.lengths[:, None])
 
 
-def paged(packed, page, extent, generator) -> PagedTokens:
-    """The same tokens in pages that lie in no order in one buffer of bytes."""
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What ``ops.attend`` takes."""
+
+    query: torch.Tensor
+    pool: Pool
+    exact: ExactPool
+    rows: Rows
+
+    def attend(self, queries=1, scaling=0.125, softcap=0.0, bias=None):
+        return ops.attend(self.query, self.pool, self.exact, self.rows, queries, scaling, softcap, bias)
+
+
+def paged(made, page, extent, generator, has_exact=True) -> Step:
+    """The same tokens in pages and slots that lie in no order."""
+    source = extent.source.long()
+    pool, table = _pool(made.packed, page, extent, generator)
+    exact, slots = _exact_pool(made.exact, generator)
+    slots = slots[source][:, : slots.shape[1] if has_exact else 0].contiguous()
+    counts = torch.full_like(extent.lengths, slots.shape[1])
+    origins = made.packed.first[source, 0]
+    longest = max(extent.lengths.tolist(), default=0)
+    rows = Rows(table, extent.lengths, extent.skip, origins, slots, counts, longest, slots.shape[1])
+    return Step(made.queries[source].contiguous(), pool, exact, rows)
+
+
+def _exact_pool(exact, generator):
+    """Pools with poison in the slots that nobody has, and who has which."""
+    batch, _, tokens, _ = exact[0].shape
+    slots = torch.randperm(batch * tokens + SPARE, generator=generator)[: batch * tokens].view(batch, tokens)
+    slots = slots.to(exact[0].device)
+    pools = [torch.full((batch * tokens + SPARE, HEADS, x.shape[3]), torch.nan).to(x) for x in exact]
+    for pool, x in zip(pools, exact, strict=True):
+        pool[slots] = x.transpose(1, 2)
+    return ExactPool(*pools), slots.int()
+
+
+def _pool(packed, page, extent, generator):
+    """Pages in no order in one buffer of bytes, and the table of each row."""
     rows, blocks = packed.first.shape
     device, source = packed.first.device, extent.source.long()
     per_row = -(-blocks * BLOCK // page)
@@ -119,17 +148,13 @@ def paged(packed, page, extent, generator) -> PagedTokens:
     table = places[source].int()
     has_any = counted.unflatten(1, (per_row, page)).any(2)
     nowhere = torch.tensor(NOWHERE, dtype=torch.int32, device=device).repeat(per_row)[:per_row].expand_as(table)
-    operand = packed.as_operand
-    return PagedTokens(
+    pool = Pool(
         {name: x for (side, name), x in pools.items() if side == "keys"},
         {name: x for (side, name), x in pools.items() if side == "values"},
-        operand.key_form,
-        operand.value_form,
-        torch.where(has_any, table, nowhere),
-        extent.lengths,
-        extent.skip,
-        packed.first[source, 0],
+        packed.key_codec.form,
+        packed.value_codec.form,
     )
+    return pool, torch.where(has_any, table, nowhere)
 
 
 def _in_pages(field, used, page):
@@ -154,18 +179,32 @@ def _pools(fields, places):
     return views
 
 
-def expected(rows, packed, exact, extent, scaling, bias=None, softcap=0.0):
-    """Attention in double precision over the tokens that each row has, and the exact ones: out, log-sum-exp."""
+def expected(made, extent, queries=1, scaling=0.125, softcap=0.0, bias=None, has_exact=True):
+    """Attention in double precision over the tokens that each row has: out, log-sum-exp.
+
+    ``bias [B, Hq, Q, blocks * 64 + E]``. The last exact tokens are the queries' own.
+    """
     source = extent.source.long()
     with using_backend("reference"):
-        keys = packed.key_codec.dequantize(packed.keys, packed.first)[source]
-        values = packed.value_codec.dequantize(packed.values, packed.first)[source]
-    counted = extent.counted(keys.shape[2])[:, None, None]
-    parts = [(keys, values, bias, counted), *((part.keys, part.values, part.bias, None) for part in exact)]
-    scores = torch.cat([_scores(rows, key, added, shown, scaling, softcap) for key, _, added, shown in parts], 3)
+        keys = made.packed.key_codec.dequantize(made.packed.keys, made.packed.first)[source]
+        values = made.packed.value_codec.dequantize(made.packed.values, made.packed.first)[source]
+    tokens = keys.shape[2]
+    shown = extent.counted(tokens)[:, None, None]
+    if has_exact:
+        of_keys, of_values = (x[source].to(keys) for x in made.exact)
+        keys, values = torch.cat([keys, of_keys], 2), torch.cat([values, of_values], 2)
+        shown = torch.cat([shown.expand(-1, -1, queries, -1), _causal(len(shown), queries, of_keys)], 3)
+        shown = shown.repeat(1, 1, made.queries.shape[2] // queries, 1)
+    scores = _scores(made.queries[source], keys, bias, shown, scaling, softcap)
     lse = scores.logsumexp(-1)
     weights = (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp()
-    return weights @ torch.cat([value.double() for _, value, _, _ in parts], 2), lse
+    return weights @ values.double(), lse
+
+
+def _causal(batch, queries, exact):
+    tokens = exact.shape[2]
+    place = torch.arange(tokens, device=exact.device)
+    return (place <= place[tokens - queries :, None]).expand(batch, 1, -1, -1)
 
 
 def _scores(rows, keys, bias, counted, scaling, softcap):

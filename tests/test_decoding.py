@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from conftest import Model, using_backend
-from method_cases import every_quantizer, scores_of
+from method_cases import every_quantizer
 from one_layer import OneLayer
-from pages import operands
 from qjl import ops
 from qjl.methods.balanced import Balanced
 from qjl.methods.grid import RotatedGridCodec
@@ -177,12 +176,3 @@ def test_memory_of_a_step_hardly_grows_with_the_context(cpu_kernels):
         asked.attend()
         sizes.append(decoding.held_bytes())
     assert sizes[1] < 1.2 * sizes[0]
-
-
-def test_scores_alone(cpu_kernels):
-    made = operands(Transform(3), Balanced(2, metric=False))
-    packed, rows = made.packed, made.rows
-    scores = decoding.score(rows, packed.as_operand)
-    with using_backend("reference"):
-        expected = scores_of(packed.key_codec, rows, packed.keys, packed.first)
-    assert (scores - expected).abs().max() < TOLERANCE * expected.std()

@@ -253,4 +253,5 @@ def test_append_attend(guarded, monkeypatch, case):
     decoding.release()
     out = out.reshape(*query.shape[:3], case.values.head_dim).transpose(1, 2)
     assert given_out.is_contiguous()
-    assert torch.equal(given_out, out.to(query.dtype))
+    cut = 2**-7 if runtime.is_interpreted() and query.dtype == torch.bfloat16 else 0  # where a GPU rounds
+    torch.testing.assert_close(given_out, out.to(query.dtype), rtol=cut, atol=0)

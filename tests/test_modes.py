@@ -11,7 +11,7 @@ import torch
 from method_cases import one_of_each_codec
 from qjl import ops
 from qjl.methods.base import LayerContext
-from qjl.ops.forms import ExactTokens, PackedTokens
+from qjl.ops.forms import ExactPool, Pool, Rows
 from qjl.packed import BLOCK
 from qjl.presets import PRESETS
 from qjl.statistics import AttentionMoments, layer_statistics
@@ -104,13 +104,25 @@ def _of_layer(preset, model):
             forms.append((blocks, codec.form))
         (keys, key_form), (values, value_form) = forms
         query = tokens.grouped_queries()[:, :, :GROUP].contiguous()
-        if key_form is not None and value_form is not None and ops.offers("attend_packed", query):
-            packed = PackedTokens(keys, values, key_form, value_form, first)
-            exact = [ExactTokens(tokens.keys, tokens.values, None)]
-            given["out"], given["lse"] = ops.attend_packed(query, packed, None, exact, 1, 0.1, 0.0)
+        if key_form is not None and value_form is not None and value_form.has_shared_code:
+            pool = Pool(*(_pages(x) for x in (keys, values)), key_form, value_form)
+            exact = ExactPool(*(x[0].transpose(0, 1).contiguous() for x in (tokens.keys, tokens.values)))
+            given["out"], given["lse"] = ops.attend(query, pool, exact, _all_tokens(), 1, 0.1)
         return given
 
     return run
+
+
+def _pages(blocks):
+    """``[1, H, blocks, ...] -> [blocks, H, ...]``."""
+    return {name: field[0].transpose(0, 1) for name, field in blocks.items()}
+
+
+def _all_tokens():
+    """One row with all of them, packed and exact."""
+    pages, slots = (torch.arange(count, dtype=torch.int32)[None] for count in (TOKENS // BLOCK, TOKENS))
+    none, origin = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    return Rows(pages, none + TOKENS, none, origin, slots, none + TOKENS, longest=TOKENS, most_exact=TOKENS)
 
 
 TIES = 5e-3  # of tokens, that lie at the edge of two codes and fall to either side

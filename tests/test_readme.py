@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from qjl import cli, corpora, download, models, presets
+from qjl import calibration, cli, corpora, download, models, presets
 from qjl.lab import report
 from qjl.lab.report import parts
 
@@ -50,6 +50,7 @@ def models_and_texts(tmp_path_factory):
 @pytest.fixture
 def cache_folder(models_and_texts, monkeypatch):
     monkeypatch.setenv("QJL_CACHE", str(models_and_texts))
+    monkeypatch.setattr(calibration, "ROWS", 1)
 
 
 def test_make_knows_the_two_commands():

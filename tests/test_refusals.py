@@ -6,12 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pages import Extent, operands, paged
+from pages import Extent, expected, operands, paged
 from qjl import ops
 from qjl.methods.uniform import TokenUniform
-from qjl.ops import reference
 from qjl.ops.cpu import decoding, library, structs
-from qjl.ops.forms import Derived, ExactTokens, NibbleForm
+from qjl.ops.forms import Derived, NibbleForm
 from qjl.ops.recipe import DenseMap, GridRecipe, Recipe, SignsPart, Turn
 from qjl.packed import BLOCK
 from qjl.presets import PRESETS
@@ -20,81 +19,49 @@ pytestmark = pytest.mark.skipif(not library.is_installed(), reason="the kernels 
 
 
 @pytest.fixture
-def made():
-    return operands(PRESETS["b3"].key, PRESETS["b3"].value)
-
-
-def _attend(made, query=None, packed=None, bias=None, exact=None, queries=1):
-    query, packed = made.rows if query is None else query, packed or made.packed.as_operand
-    return ops.attend_packed(query, packed, bias, made.exact if exact is None else exact, queries, 0.1, 0.0)
+def step(generator):
+    made = operands(PRESETS["b3"].key, PRESETS["b3"].value)
+    return paged(made, 64, Extent.of([300]), generator)
 
 
 # Many groups: what crashed
 
 
+@pytest.mark.parametrize("page", [16, 64])
 @pytest.mark.parametrize(("head_dim", "group_size"), [(256, 2), (512, 4), (1024, 8), (256, 4)])
-def test_any_number_of_groups(cpu_kernels, generator, head_dim, group_size):
-    value = TokenUniform(4, group_size)
-    made = operands(PRESETS["quarot-4"].key, value, tokens=200, head_dim=head_dim)
-    assert made.packed.as_operand.value_form.groups == head_dim // group_size
-    out, _ = _attend(made)
-    pool = paged(made.packed, 16, Extent.of([made.packed.first.shape[1] * BLOCK]), generator)
-    in_pages, _ = ops.attend_paged(made.rows, pool, None, made.exact, 1, 0.1, 0.0)
-    expected, _ = _reference(made, pool)
-    for found in (out, in_pages):
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
-
-
-def _reference(made, pool):
-    return reference.attend_paged(made.rows, pool, None, made.exact, 1, 0.1, 0.0)
+def test_any_number_of_groups(cpu_kernels, generator, page, head_dim, group_size):
+    made = operands(PRESETS["quarot-4"].key, TokenUniform(4, group_size), tokens=200, head_dim=head_dim)
+    assert made.packed.value_codec.form.groups == head_dim // group_size
+    extent = Extent.of([BLOCK * made.packed.blocks])
+    out, _ = paged(made, page, extent, generator).attend(scaling=0.1)
+    truth, _ = expected(made, extent, scaling=0.1)
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=2e-3 * float(truth.abs().max()))
 
 
 # Operands that do not fit, refused whatever the backend
 
 
-def test_operands_of_other_shapes(made, refuses):
-    batch, dim = made.rows.shape[0], made.rows.shape[3]
-    with refuses("queries should be"):
-        _attend(made, query=made.rows[..., : dim // 2])
-    with refuses("queries should be"):
-        _attend(made, query=made.rows[:, :1])
-    with refuses("query rows are no multiple of 3 queries"):
-        _attend(made, queries=3)
-    with refuses("a bias should be"):
-        _attend(made, bias=torch.zeros(batch, 1, 1, BLOCK))
-    part = made.exact[0]
-    for keys, values, what in (
-        (part.keys[..., :8], part.values, "exact keys should be"),
-        (part.keys, part.values[:, :, 1:], "exact values should be"),
-    ):
-        with refuses(what):
-            _attend(made, exact=[ExactTokens(keys, values, None)])
-    with refuses("a bias should be"):
-        _attend(made, exact=[replace(part, bias=torch.zeros(1, 1, 1, part.keys.shape[2] - 1))])
-
-
-def test_blocks_that_do_not_fit_their_form(made, refuses):
-    whole = made.packed.as_operand
-    for name in whole.keys:
-        short = {**whole.keys, name: whole.keys[name][..., :32].contiguous()}
+def test_pages_that_do_not_fit_their_form(step, refuses):
+    pool = step.pool
+    for name in pool.keys:
+        short = {**pool.keys, name: pool.keys[name][..., :32].contiguous()}
         with refuses("should be"):
-            _attend(made, packed=replace(whole, keys=short, derived=Derived()))
-    other = {**whole.keys, "codes": whole.keys["codes"].view(torch.int8)}
+            replace(step, pool=replace(pool, keys=short)).attend()
+    other = {**pool.keys, "codes": pool.keys["codes"].view(torch.int8)}
     with refuses("codes of packed tokens should be torch.uint8"):
-        _attend(made, packed=replace(whole, keys=other, derived=Derived()))
-    turned = {**whole.keys, "codes": whole.keys["codes"].transpose(3, 4).contiguous().transpose(3, 4)}
+        replace(step, pool=replace(pool, keys=other)).attend()
+    turned = {**pool.keys, "codes": pool.keys["codes"].transpose(2, 3).contiguous().transpose(2, 3)}
     with refuses("should lie together in memory"):
-        _attend(made, packed=replace(whole, keys=turned, derived=Derived()))
+        replace(step, pool=replace(pool, keys=turned)).attend()
 
 
 @pytest.mark.parametrize("place", [-1, 64, 300])
-def test_a_form_that_adds_to_coordinates_beside_it(made, refuses, place):
-    whole = made.packed.as_operand
-    coordinates = whole.value_form.coordinates.clone()
+def test_a_form_that_adds_to_coordinates_beside_it(step, refuses, place):
+    coordinates = step.pool.value_form.coordinates.clone()
     coordinates[0, 0, 0] = place
-    form = replace(whole.value_form, coordinates=coordinates, derived=Derived())
+    form = replace(step.pool.value_form, coordinates=coordinates, derived=Derived())
     with refuses("a form of 64 coordinates adds to those from"):
-        _attend(made, packed=replace(whole, value_form=form, derived=Derived()))
+        replace(step, pool=replace(step.pool, value_form=form)).attend()
 
 
 def test_codes_and_tables_of_other_shapes(backend, refuses):
@@ -132,25 +99,6 @@ def test_parts_that_do_not_make_up_a_map(refuses):
         Recipe(DenseMap(torch.ones(2, 16, 8)), (SignsPart(8, None, 0, 0),))
 
 
-def test_pages_that_are_not_there(cpu_kernels, made, generator, refuses):
-    pool = paged(made.packed, 16, Extent.of([100, 40], source=[0, 0]), generator)
-    rows = made.rows.expand(2, -1, -1, -1)
-    for table, what in (
-        (pool.table.clone().fill_(-2), "a table names a page that is not in the pool"),
-        (pool.table.clone().fill_(10**6), "a table names a page that is not in the pool"),
-        (pool.table[:, :2], "a row has more tokens than its pages"),
-    ):
-        with refuses(what):
-            ops.attend_paged(rows, replace(pool, table=table), None, [], 1, 0.1, 0.0)
-    with refuses("a bias of 64 tokens does not reach"):
-        ops.attend_paged(rows, pool, torch.zeros(2, 1, 1, 64), [], 1, 0.1, 0.0)
-
-
-def test_more_segments_than_the_library_takes(cpu_kernels, made, refuses):
-    with refuses("a step takes 2 segments of exact tokens, not 3"):
-        _attend(made, exact=[made.exact[0]] * 3)
-
-
 def test_more_coordinates_than_the_library_takes(cpu_kernels, refuses):
     most = library.limits().dim
     coordinates, entries = torch.zeros(1, 2, 1, dtype=torch.int16), torch.zeros(1, 2, 16, 1)
@@ -172,8 +120,8 @@ def _codes(count=4):
 
 def _step(**changes):
     side = {"nibbles": 16, "groups": 1, "code_dim": 16, "head_dim": 16, "slots": 1}
-    step = structs.Step(keys=structs.Side(**side), values=structs.Side(**side))
-    for name in ("blocks", "blocks_per_split", "splits", "batch", "heads", "rows", "queries"):
+    step = structs.Step(keys=structs.Side(**side), values=structs.Side(**side), page_tokens=64)
+    for name in ("blocks_per_split", "splits", "heads", "rows", "queries"):
         setattr(step, name, 1)
     for place, value in changes.items():
         at, _, name = place.rpartition("__")
@@ -208,9 +156,10 @@ REFUSED = {
     "too wide": ("qjl_step", _step(keys__code_dim=1 << 16, keys__head_dim=1 << 16)),
     "negative": ("qjl_step", _step(values__pair_count=-1)),
     "queries": ("qjl_step", _step(rows=3, queries=2)),
-    "splits": ("qjl_step", _step(blocks=9, blocks_per_split=2, splits=4)),
-    "segments": ("qjl_step", _step(exact_count=3)),
-    "fresh tokens without a pool": ("qjl_step", _step(fresh__keys=64)),
+    "splits": ("qjl_step", _step(blocks_per_split=0)),
+    "slots": ("qjl_step", _step(exact__slots=-1)),
+    "exact type": ("qjl_step", _step(exact__dtype=3)),
+    "page size": ("qjl_step", _step(page_tokens=48)),
     "query type": ("qjl_step", _step(query_type=3)),
     "no encoder": ("qjl_encode_pages", structs.EncodePages(ctypes.pointer(structs.Job()), 1)),
     "unaligned": ("qjl_step", _step(room=8)),

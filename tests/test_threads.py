@@ -45,10 +45,11 @@ def at_once(work, threads=THREADS):
     return [given[thread] for thread in range(threads)]
 
 
-def _fresh(packed):
-    """The same tokens and forms, of which no backend has made anything."""
-    forms = {name: replace(getattr(packed, name), derived=Derived()) for name in ("key_form", "value_form")}
-    return replace(packed, **forms, derived=Derived())
+def _fresh(pool):
+    """The same pages and forms, of which no backend has made anything."""
+    return replace(
+        pool, **{name: replace(getattr(pool, name), derived=Derived()) for name in ("key_form", "value_form")}
+    )
 
 
 def _assert_same(found, expected):
@@ -71,32 +72,27 @@ def made():
 
 
 def test_steps_over_a_form_that_all_meet_first(kernels, team, made):
-    whole = made.packed.as_operand
+    step = paged(made, 64, Extent.of([1400]), torch.Generator())
 
-    def step(packed):
-        return ops.attend_packed(made.rows, packed, None, made.exact, 1, 0.125, 0.0)
+    def attend(pool):
+        return replace(step, pool=pool).attend()
 
-    expected = step(_fresh(whole))
+    expected = attend(_fresh(step.pool))
     for _ in range(ROUNDS):
-        form = _fresh(whole)  # whose arrays are made by all at once, and pointed to by all
-        own = [replace(form, derived=Derived()) for _ in range(THREADS)]
-        for given in at_once(lambda thread, own=own: [step(own[thread]) for _ in range(REPEATS)]):
+        form = _fresh(step.pool)  # whose arrays are made by all at once, and pointed to by all
+        own = [replace(form) for _ in range(THREADS)]
+        for given in at_once(lambda thread, own=own: [attend(own[thread]) for _ in range(REPEATS)]):
             for found in given:
                 _assert_same(found, expected)
 
 
 def test_steps_over_pages_that_all_share(backend, team, made):
-    pool = paged(made.packed, 64, Extent.of([1400, 900, 64], skip=[4, 0, 0], source=[0, 0, 0]), torch.Generator())
-
-    def step(packed):
-        exact = [type(part)(*(x.expand(3, -1, -1, -1) for x in (part.keys, part.values)), None) for part in made.exact]
-        return ops.attend_paged(made.rows.expand(3, -1, -1, -1), packed, None, exact, 1, 0.125, 0.0)
-
+    step = paged(made, 64, Extent.of([1400, 900, 64], [4, 0, 0], [0, 0, 0]), torch.Generator())
     rounds = ROUNDS if backend != "reference" else 2
-    expected = step(_fresh(pool))
+    expected = step.attend()
     for _ in range(rounds):
-        shared = _fresh(pool)
-        for found in at_once(lambda _, shared=shared: step(shared)):
+        shared = replace(step, pool=_fresh(step.pool), rows=replace(step.rows))
+        for found in at_once(lambda _, shared=shared: shared.attend()):
             _assert_same(found, expected)
 
 
@@ -160,7 +156,7 @@ def test_room_fits_whatever_the_instruction_set_when_it_is_used(made):
     """Another thread may choose another one between two steps, and needs more room."""
     if not library.is_installed() or len(library.instruction_sets()) < 2:
         pytest.skip("there is only one")
-    whole, before = _fresh(made.packed.as_operand), library.instruction_set()
+    step, before = paged(made, 64, Extent.of([1400]), torch.Generator()), library.instruction_set()
     names = library.instruction_sets()
     stop = threading.Event()
 
@@ -172,7 +168,7 @@ def test_room_fits_whatever_the_instruction_set_when_it_is_used(made):
     switching = threading.Thread(target=switch)
     switching.start()
     try:
-        results = [ops.attend_packed(made.rows, whole, None, made.exact, 1, 0.125, 0.0)[0] for _ in range(300)]
+        results = [step.attend()[0] for _ in range(300)]
     finally:
         stop.set()
         switching.join()
@@ -187,7 +183,7 @@ CHILD = """
 import json, os, sys, threading
 import torch
 sys.path.insert(0, "tests")
-from pages import operands
+from pages import Extent, operands, paged
 from qjl import ops
 from qjl.presets import PRESETS
 
@@ -195,15 +191,13 @@ ops.use_backend(sys.argv[1])
 torch.set_num_threads(4)
 preset = PRESETS["b3"]
 made = operands(preset.key, preset.value, tokens=4000)
-packed = made.packed.as_operand
+step = paged(made, 64, Extent.of([3900]), torch.Generator())
 generator = torch.Generator().manual_seed(1)
 nibbles = torch.randint(0, 16, (2, 4, 64 * 64, 64), dtype=torch.uint8, generator=generator)
 tables = torch.randn(2, 4, 3, 64, 16, generator=generator)
 
 def work():
-    scores = out = ops.scan(tables, ops.pack(nibbles))
-    if ops.offers("attend_packed", made.rows):
-        out = ops.attend_packed(made.rows, packed, None, made.exact, 1, 0.125, 0.0)[0]
+    scores, out = ops.scan(tables, ops.pack(nibbles)), step.attend()[0]
     return [float(scores.double().sum()), float(out.double().sum())]
 
 def busy():

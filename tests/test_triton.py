@@ -18,7 +18,6 @@ if not runtime.is_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from launches import recorded
-from qjl.ops.triton import decoding
 from qjl.ops.triton import ops as triton_ops
 
 interpreted = pytest.mark.skipif(not runtime.is_interpreted(), reason="kernels run here under TRITON_INTERPRET=1 alone")
@@ -36,24 +35,38 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 def test_many_query_rows(count, generator):
     """As many as a chunk of a prompt has; the last tile is not full."""
     made = operands(Transform(2), TRELLIS, 396)
-    rows = torch.randn(1, 2, count, 64, generator=generator)
-    out, _ = decoding.attend_packed(rows, made.packed.as_operand, None, made.exact, count, 0.125, 0.0)
-    truth, _ = expected(rows, made.packed, made.exact, Extent.of([64 * made.packed.blocks]), 0.125)
+    made = replace(made, queries=torch.randn(1, 2, count, 64, generator=generator))
+    extent = Extent.of([64 * made.packed.blocks])
+    out, _ = paged(made, 64, extent, generator).attend()
+    truth, _ = expected(made, extent)
     assert error(out, truth) < 1e-4
 
 
 @compiled
-def test_room_does_not_grow_with_the_context(monkeypatch):
+def test_room_does_not_grow_with_the_context(monkeypatch, generator):
     shapes = []
     for tokens in (3000, 6000):
         made = operands(QuaRot(2), QuaRot(2), tokens, batch=4)
+        step = paged(made, 64, Extent.of([tokens - 100] * 4), generator)
         with recorded(monkeypatch) as launches:
-            decoding.attend_packed(made.rows, made.packed.as_operand, None, made.exact, 1, 0.125, 0.0)
+            triton_ops.attend(*_operands(step), 1, 0.125, 0.0, None)
         shapes.append([launch.args[0].out.shape for launch in launches if launch.name == "join"])
     assert shapes[0] == shapes[1]
 
 
 # Without a GPU
+
+
+def _operands(step):
+    return step.query, step.pool, step.exact, step.rows
+
+
+def _fresh(step):
+    """One token of each row, and its queries, for ``append_attend``."""
+    batch, heads, count, dim = step.query.shape
+    dtype = step.exact.keys.dtype
+    keys, values = torch.zeros(2, batch, heads, 1, dim, dtype=dtype)
+    return torch.zeros(batch, heads * count, 1, dim, dtype=dtype), keys, values
 
 
 CASES = {
@@ -69,23 +82,26 @@ CASES = {
 def test_the_step_compiles(case, capability, monkeypatch, generator):
     key, value, dtype, head_dim = CASES[case]
     made = operands(key, value, 396, head_dim=head_dim, dtype=dtype)
-    sinks, *others = made.exact
-    exact = [replace(sinks, bias=torch.zeros(1, 1, 1, sinks.keys.shape[2])), *others]
-    pages = paged(made.packed, 16, Extent.of([300], [4]), generator)
+    extent = Extent.of([300], [4])
+    step, alone = (paged(made, page, extent, generator, has_exact) for page, has_exact in ((64, True), (16, False)))
+    bias = torch.zeros(1, 1, 1, step.rows.table.shape[1] * 64 + step.rows.slots.shape[1])
     with recorded(monkeypatch) as launches:
-        decoding.attend_packed(made.rows, made.packed.as_operand, None, exact, 1, 0.125, 0.0)
-        decoding.attend_paged(made.rows, pages, None, [], 1, 0.125, 5.0)
-    assert {launch.name for launch in launches} == {"project", "packed_part", "exact_part", "join"}
+        triton_ops.attend(*_operands(step), 1, 0.125, 0.0, bias)
+        triton_ops.attend(*_operands(alone), 1, 0.125, 5.0, None)
+        query, keys, values = _fresh(step)
+        triton_ops.append_attend(query, keys, values, *_operands(step)[1:], 0.125, 0.0)
+    assert {launch.name for launch in launches} == {"put", "project", "packed_part", "exact_part", "join"}
     _compile(launches, capability)
 
 
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, monkeypatch):
+def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, monkeypatch, generator):
     made = operands(Transform(3), TRELLIS, 396, head_dim=256, group=1, dtype=dtype)
+    step = paged(replace(made, queries=torch.zeros(1, 2, 64, 256)), 64, Extent.of([300]), generator)
     with recorded(monkeypatch) as launches:
-        decoding.attend_packed(torch.zeros(1, 2, 64, 256), made.packed.as_operand, None, made.exact[:1], 64, 0.125, 0.0)
+        triton_ops.attend(*_operands(step), 64, 0.125, 0.0, None)
     _compile(launches, capability)
 
 
@@ -146,9 +162,8 @@ def _compile(launches, capability):
 def test_pages_on_a_gpu(page, dtype, generator):
     made = operands(Transform(3), TRELLIS, batch=2, dtype=dtype, device="cuda")
     extent = Extent.of([64 * made.packed.blocks, 101], [0, 4], device="cuda")
-    pages = paged(made.packed, page, extent, generator)
-    out, lse = decoding.attend_paged(made.rows, pages, None, made.exact, 1, 0.125, 0.0)
-    truth, true_lse = expected(made.rows, made.packed, made.exact, extent, 0.125)
+    out, lse = paged(made, page, extent, generator).attend()
+    truth, true_lse = expected(made, extent)
     assert error(out, truth) < TOLERANCE[dtype]
     assert (lse - true_lse).abs().max() < TOLERANCE[dtype]
 
@@ -158,16 +173,16 @@ def test_pages_on_a_gpu(page, dtype, generator):
 def test_a_captured_graph_serves_other_lengths(dtype, generator):
     made = operands(Transform(2), TRELLIS, 396, batch=2, dtype=dtype, device="cuda")
     now = Extent.of([320, 320], device="cuda")
-    pages = paged(made.packed, 64, now, generator)
-    decoding.attend_paged(made.rows, pages, None, made.exact, 1, 0.125, 0.0)
+    step = paged(made, 64, now, generator)
+    step.attend()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, _ = decoding.attend_paged(made.rows, pages, None, made.exact, 1, 0.125, 0.0)
+        out, _ = step.attend()
     for lengths, skip in ([320, 101], [4, 0]), ([7, 256], [0, 70]):
         now.lengths.copy_(torch.tensor(lengths))
         now.skip.copy_(torch.tensor(skip))
         graph.replay()
-        truth, _ = expected(made.rows, made.packed, made.exact, now, 0.125)
+        truth, _ = expected(made, now)
         assert error(out, truth) < TOLERANCE[dtype]
 
 

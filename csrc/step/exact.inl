@@ -12,16 +12,16 @@ struct ExactTokens {
         for (int64_t r = 0; r < h.s.rows; ++r) row(r)[0] = LOWEST;
     }
 
-    Numbers tokens_of(const QjlSegment& segment, const void* data, const int64_t (&stride)[3], int64_t token) const {
-        const int64_t row = h.batch * stride[0] + h.head * stride[1], dtype = segment.dtype;
-        if (segment.is_pool) return {number_at(data, row, dtype), stride[2], dtype, room.slots};
-        return {number_at(data, row + token * stride[2], dtype), stride[2], dtype};
+    // Of the slots that `find` has left in the room.
+    Numbers found(const void* data, const int64_t (&stride)[2]) const {
+        const int64_t dtype = h.s.exact.dtype;
+        return {number_at(data, h.head * stride[0], dtype), stride[1], dtype, room.slots};
     }
 
     const int32_t* slots() const { return h.s.of_rows->slots + h.batch * h.s.of_rows->room; }
     int64_t count() const { return h.s.of_rows->counts[h.batch]; }
 
-    // Leaves the slots of some tokens of a pool in the room, that of another one where there is none; whether any is.
+    // Leaves the slots of some tokens in the room, that of another one where there is none; whether any is.
     bool find(int64_t token, int64_t tokens) const {
         const int32_t* from = slots() + token;
         int32_t any = -1;
@@ -30,25 +30,25 @@ struct ExactTokens {
         return any >= 0;
     }
 
+    // No query sees a token that comes after its own.
     bool sees(int64_t row, int64_t token) const {
         return slots()[token] >= 0 && token < count() - (h.s.queries - 1 - row % h.s.queries);
     }
 
-    void add(const QjlSegment& segment) const {
-        const int64_t all = segment.is_pool ? count() : segment.tokens;
+    void add() const {
         for (int64_t r = 0; r < h.s.rows; r += MAX_ROWS) {
             const int64_t rows = fewer(MAX_ROWS, h.s.rows - r);
-            for (int64_t token = 0; token < all; token += MOST) {
-                const int64_t tokens = fewer(MOST, all - token);
-                if (segment.is_pool && !find(token, tokens)) continue;
-                score(segment, token, tokens, r, rows);
+            for (int64_t token = 0; token < count(); token += MOST) {
+                const int64_t tokens = fewer(MOST, count() - token);
+                if (!find(token, tokens)) continue;
+                score(token, tokens, r, rows);
                 for (int64_t i = 0; i < rows; ++i) weigh(room.scores + i * MOST, row(r + i));
-                mix(segment, token, tokens, r, rows);
+                mix(tokens, r, rows);
             }
         }
     }
 
-    void score(const QjlSegment& segment, int64_t token, int64_t tokens, int64_t first_row, int64_t rows) const {
+    void score(int64_t token, int64_t tokens, int64_t first_row, int64_t rows) const {
         const QjlStep& s = h.s;
         const int64_t dim = s.keys.head_dim;
         __builtin_memset(room.queries, 0, MAX_ROWS * dim * sizeof(float));
@@ -56,17 +56,15 @@ struct ExactTokens {
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t i = tokens; i < MOST; ++i) room.scores[r * MOST + i] = -__builtin_inff();
         }
-        const Numbers keys = tokens_of(segment, segment.keys, segment.key_stride, token);
+        const Numbers keys = found(s.exact.keys, s.exact.key_stride);
+        const int64_t column = s.of_rows->capacity * s.page_tokens + token;
         for (int64_t i = 0; i < tokens; ++i) {
             keys.copy(i, room.row, dim);
             const F4 scores = dots(room.row, room.queries, dim, dim);
             for (int64_t r = 0; r < rows; ++r) {
                 float score = capped(scores[r], s.softcap);
-                if (segment.bias) {
-                    const float* bias = h.bias(segment.bias, segment.bias_stride, first_row + r);
-                    score += bias[(token + i) * segment.bias_stride[3]];
-                }
-                if (segment.is_pool && !sees(first_row + r, token + i)) score = -__builtin_inff();
+                if (s.bias) score += *h.bias(first_row + r, column + i);
+                if (!sees(first_row + r, token + i)) score = -__builtin_inff();
                 room.scores[r * MOST + i] = score * LOG2E;
             }
         }
@@ -88,10 +86,10 @@ struct ExactTokens {
         sums[1] += sum(total);
     }
 
-    void mix(const QjlSegment& segment, int64_t token, int64_t tokens, int64_t first_row, int64_t rows) const {
+    void mix(int64_t tokens, int64_t first_row, int64_t rows) const {
         const auto to = [&](int64_t r) { return row(first_row + (r < rows ? r : 0)) + 2; };
         const auto weights = [&](int64_t r) { return room.scores + (r < rows ? r : 0) * MOST; };
-        tokens_of(segment, segment.values, segment.value_stride, token)
+        found(h.s.exact.values, h.s.exact.value_stride)
             .add_to({to(0), to(1), to(2), to(3)}, {weights(0), weights(1), weights(2), weights(3)}, tokens,
                     h.s.values.head_dim);
     }
@@ -101,5 +99,5 @@ inline void attend_exact(const QjlStep& s, int64_t pair, Scratch& room) {
     const Head h = head_of(s, pair);
     const ExactTokens tokens{h, room, exact_of(s, pair)};
     tokens.clear();
-    for (int64_t i = 0; i < s.exact_count; ++i) tokens.add(s.exact[i]);
+    tokens.add();
 }

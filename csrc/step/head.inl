@@ -1,11 +1,11 @@
-// One batch row and KV head, and what of the inputs belongs to it. Blocks of pages begin at every 64th token.
+// One batch row and KV head, and what of the inputs belongs to it. Blocks begin at every 64th token.
 
 struct Head {
     const QjlStep& s;
     int64_t batch, head;
 
-    const uint8_t* at(const uint8_t* data, const int64_t (&stride)[3], int64_t block) const {
-        return data + batch * stride[0] + head * stride[1] + block * stride[2];
+    const uint8_t* at(const uint8_t* data, const int64_t (&stride)[2], int64_t page) const {
+        return data + head * stride[0] + page * stride[1];
     }
     int64_t place_of_row(const int64_t (&stride)[3], int64_t row) const {
         return batch * stride[0] + (head * group() + row / s.queries) * stride[1] + row % s.queries * stride[2];
@@ -16,36 +16,34 @@ struct Head {
             0, to, s.keys.head_dim);
         scale(to, factor, s.keys.head_dim);
     }
-    int64_t first_token() const { return s.of_rows ? s.of_rows->skip[batch] : 0; }
-    int64_t end_token() const { return s.of_rows ? s.of_rows->lengths[batch] : s.blocks * 64; }
-    // That holds a token, or -1.
+    int64_t first_token() const { return s.of_rows->skip[batch]; }
+    int64_t end_token() const { return s.of_rows->lengths[batch]; }
+    // That holds a token, or -1. Pages hold a power of two of them.
     int64_t page_of(int64_t token) const {
-        return s.of_rows->table[batch * s.of_rows->capacity + token / s.page_tokens];
+        return s.of_rows->table[batch * s.of_rows->capacity + (token >> __builtin_ctzll(s.page_tokens))];
     }
-    bool has(int64_t token) const {
-        return first_token() <= token && token < end_token() && (!s.of_rows || page_of(token) >= 0);
-    }
+    bool has(int64_t token) const { return first_token() <= token && token < end_token() && page_of(token) >= 0; }
     bool has_all(int64_t block, int64_t blocks) const {
         if (block * 64 < first_token() || end_token() < (block + blocks) * 64) return false;
-        for (int64_t token = block * 64; s.of_rows && token < (block + blocks) * 64; token += s.page_tokens) {
+        for (int64_t token = block * 64; token < (block + blocks) * 64; token += s.page_tokens) {
             if (page_of(token) < 0) return false;
         }
         return true;
     }
     int64_t first_block() const { return first_token() / 64; }
     int64_t blocks() const { return first_token() < end_token() ? (end_token() + 63) / 64 - first_block() : 0; }
-    int64_t position(int64_t block) const {
-        return s.of_rows ? s.of_rows->origins[batch] + block * 64 : s.first[batch * s.blocks + block];
-    }
+    int64_t position(int64_t block) const { return s.of_rows->origins[batch] + block * 64; }
 
     // A row's splits depend on its own tokens alone, and with them its result.
     int64_t blocks_per_split() const { return more(s.blocks_per_split, (blocks() + s.splits - 1) / s.splits); }
     int64_t splits() const { return s.splits ? (blocks() + blocks_per_split() - 1) / blocks_per_split() : 0; }
 
     int64_t group() const { return s.rows / s.queries; }
-    const float* bias(const float* data, const int64_t (&stride)[4], int64_t row) const {
+    // Of a row's queries for the tokens from a column on.
+    const float* bias(int64_t row, int64_t column) const {
         const int64_t query_head = head * group() + row / s.queries;
-        return data + batch * stride[0] + query_head * stride[1] + row % s.queries * stride[2];
+        const int64_t of_query = query_head * s.bias_stride[1] + row % s.queries * s.bias_stride[2];
+        return s.bias + batch * s.bias_stride[0] + of_query + column * s.bias_stride[3];
     }
 };
 

@@ -1,4 +1,4 @@
-// Where a block of 64 tokens lies: in a row's storage or a page of 64 as it is, otherwise put together from pages.
+// Where a block of 64 tokens lies: in a page of 64 as it is, otherwise put together from pages.
 
 struct Place {
     const uint8_t *codes, *scale, *middle;
@@ -10,9 +10,9 @@ inline int64_t block_bytes(const QjlSide& side) {
     return 64 * (side.nibbles / 2 + side.groups * (scale_size(side) + (side.middle ? 2 : 0)));
 }
 
-inline Place in_place(const Head& h, const QjlSide& side, int64_t block) {
-    return {h.at(side.codes, side.codes_stride, block), h.at(side.scale, side.scale_stride, block),
-            side.middle ? h.at(side.middle, side.middle_stride, block) : nullptr};
+inline Place in_place(const Head& h, const QjlSide& side, int64_t page) {
+    return {h.at(side.codes, side.codes_stride, page), h.at(side.scale, side.scale_stride, page),
+            side.middle ? h.at(side.middle, side.middle_stride, page) : nullptr};
 }
 
 // Puts the tokens of a block that a row has side by side; in place of others there are zeros, which decode to zero.
@@ -36,9 +36,9 @@ struct Gather {
     }
 
     // [rows][page_tokens] of each page to [rows][64], numbers of `size` bytes.
-    void gather(uint8_t* to, const uint8_t* data, const int64_t (&stride)[3], int64_t rows, int64_t size) const {
+    void gather(uint8_t* to, const uint8_t* data, const int64_t (&stride)[2], int64_t rows, int64_t size) const {
         for (int64_t token = first, count; token < last; token += count) {
-            const int64_t slot = token % page_tokens;
+            const int64_t slot = token & (page_tokens - 1);
             count = fewer(page_tokens - slot, last - token);
             if (h.page_of(token) < 0) continue;
             const uint8_t* from = h.at(data, stride, h.page_of(token)) + slot * size;
@@ -55,13 +55,11 @@ struct Gather {
 };
 
 inline Place place_of(const Head& h, const QjlSide& side, int64_t block, uint8_t* room) {
-    if (!h.s.of_rows) return in_place(h, side, block);
     if (h.s.page_tokens == 64 && h.has_all(block, 1)) return in_place(h, side, h.page_of(block * 64));
     return Gather{h, side, block}.into(room);
 }
 
 // What `place_of` will read first.
 inline const uint8_t* codes_ahead(const Head& h, const QjlSide& side, int64_t block) {
-    const int64_t at = h.s.of_rows ? h.page_of(more(block * 64, h.first_token())) : block;
-    return h.at(side.codes, side.codes_stride, more(at, 0));
+    return h.at(side.codes, side.codes_stride, more(h.page_of(more(block * 64, h.first_token())), 0));
 }

@@ -64,8 +64,8 @@ struct Scratch {
         weights = room.take<uint8_t>(TILE * MAX_ROWS * 128);
         codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
         nibbles = room.take<uint8_t>(s.values.nibbles);
-        block_of_keys = room.take<uint8_t>(s.of_rows ? block_bytes(s.keys) : 0);
-        blocks_of_values = room.take<uint8_t>(s.of_rows ? TILE * block_bytes(s.values) : 0);
+        block_of_keys = room.take<uint8_t>(block_bytes(s.keys));
+        blocks_of_values = room.take<uint8_t>(TILE * block_bytes(s.values));
         outs = room.take<float>(MAX_ROWS * s.values.head_dim);
         slots = room.take<int32_t>(64);
         const int64_t pairs = s.turn ? s.turn->pairs : 0;

@@ -14,13 +14,12 @@ struct Turn {
 
     const float* of_row(int64_t r) const { return asked.turned + r * 2 * t.pairs; }
 
-    // Adds to the scores of a tile, [rows][TILE][64], two blocks at a time where they follow one another.
+    // Adds to the scores of a tile, [rows][TILE][64], two blocks at a time.
     void add(int64_t first_block, int64_t blocks, float* scores) {
         if (!t.pairs) return;
-        const auto position = [&](int64_t b) { return h.position(first_block + b); };
-        for (int64_t b = 0, spanned; b < blocks; b += spanned) {
-            spanned = b + 1 < blocks && position(b + 1) == position(b) + 64 ? 2 : 1;
-            stand_at(position(b));
+        for (int64_t b = 0; b < blocks; b += 2) {
+            const int64_t spanned = fewer(2, blocks - b);
+            stand_at(h.position(first_block + b));
             int64_t r = 0;
             for (; r + 2 <= rows; r += 2) add_rows<2>(r, scores + (r * TILE + b) * 64, spanned);
             if (r < rows) add_rows<1>(r, scores + (r * TILE + b) * 64, spanned);

@@ -23,21 +23,14 @@ token, w coordinates per nibble, 64 tokens per block.
 - ``encode_pages(jobs, slots, first, pages)``: blocks of 64 exact tokens, ``slots int32 [n * 64]``, to pages
   ``int32 [n]`` of a pool, for each ``EncodeJob``: the bytes are those of its codec; ``first int64 [n]`` are RoPE
   positions.
-- ``attend_packed(query, packed, bias, exact, queries, scaling, softcap)``: ``[B, H, R, D]`` of any float type,
-  ``PackedTokens`` and what is added to their scores, some ``ExactTokens`` (``qjl.ops.forms``) to
-  ``(out [B, H, R, D], log-sum-exp [B, H, R])``: values weighted by the softmax of
-  ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap); the last ``queries`` tokens ask.
-- ``attend_paged(query, packed, bias, exact, queries, scaling, softcap)``: the same over ``PagedTokens``, of which row b
-  has tokens ``skip[b] <= t < lengths[b]``; ``bias float32 [B, 1 or Hq, queries, t]`` reaches to the longest row's end.
-  A row without any token gives 0 and -inf.
 - ``encode(tokens, recipe, turn)``: ``[B, H, T, D]`` of any float type to packed codes and scales, ``uint8`` or
   ``float16 [B, H, T / 64, 64]``, in one pass; ``recipe`` tells all that is done (``qjl.ops.recipe``).
 - ``encode_grid(tokens, recipe)``: the same onto uniform grids: codes, and steps and middles
   ``float16 [B, H, T / 64, groups, 64]``.
 
 ``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs. A backend may lack
-an op that others make up: ``offers`` tells. ``reference`` lacks ``attend_packed`` and the encoders, which
-``qjl.attention`` and the codecs of ``qjl.methods`` compose and define. ``QJL_BACKEND=reference|cpu|triton|auto``
+an op that others make up: ``offers`` tells. ``reference`` lacks the encoders of whole tensors, which the codecs of
+``qjl.methods`` compose and define. ``QJL_BACKEND=reference|cpu|triton|auto``
 chooses. Automatically
 tensors on a CPU meet ``cpu`` where that was compiled, and those on a CUDA device ``triton`` where that is installed,
 also if ``cpu`` was chosen; all others meet ``reference``. ``triton`` takes tensors on a CPU under
@@ -60,7 +53,7 @@ from qjl.errors import QJLError
 from qjl.modes import in_own_precision
 from qjl.ops import checks, cpu, reference
 from qjl.ops.cpu import library
-from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, PackedTokens, PagedTokens, Pool, Rows
+from qjl.ops.forms import EncodeJob, ExactPool, Pool, Rows
 from qjl.ops.recipe import GridRecipe, Recipe, Turn
 from qjl.ops.triton import runtime
 
@@ -248,33 +241,3 @@ def append_attend(
     """Fresh tokens to their slots, then attention of their queries."""
     checks.require_append(query, keys, values, pool, exact, rows)
     return _backend(query).append_attend(query, keys, values, pool, exact, rows, scaling, softcap)
-
-
-@in_own_precision
-def attend_packed(
-    query: Tensor,
-    packed: PackedTokens,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
-    scaling: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention over packed and exact tokens in one step."""
-    query, bias, exact = checks.step_operands(query, packed, bias, exact, queries)
-    return _backend(query).attend_packed(query, packed, bias, exact, queries, scaling, softcap)
-
-
-@in_own_precision
-def attend_paged(
-    query: Tensor,
-    packed: PagedTokens,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
-    scaling: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Attention over pages of a pool and exact tokens in one step."""
-    query, bias, exact = checks.step_operands(query, packed, bias, exact, queries)
-    return _backend(query).attend_paged(query, packed, bias, exact, queries, scaling, softcap)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, NibbleForm, PackedTokens, PagedTokens, Pool, Rows, once
+from qjl.ops.forms import EncodeJob, ExactPool, NibbleForm, Pool, Rows, once
 from qjl.ops.recipe import GridRecipe, Recipe, Turn
 from qjl.packed import BLOCK, Blocks, require_tensor
 
@@ -133,7 +133,6 @@ class _Sizes(NamedTuple):
     heads: int
     key_dim: int
     value_dim: int
-    tokens: int  # of a row; 0 for pages
 
 
 def require_fit(pool: Pool, exact: ExactPool, rows: Rows) -> _Sizes:
@@ -143,8 +142,8 @@ def require_fit(pool: Pool, exact: ExactPool, rows: Rows) -> _Sizes:
         QJLError: if they do not.
     """
     sizes, of_exact = once(pool, "sizes", _sizes), once(exact, "sizes", _exact_sizes)
-    if sizes[:3] != of_exact:
-        raise QJLError(f"exact tokens have heads and dimensions {list(of_exact)}, packed ones {list(sizes[:3])}.")
+    if sizes != of_exact:
+        raise QJLError(f"exact tokens have heads and dimensions {list(of_exact)}, packed ones {list(sizes)}.")
     once(rows, "fits", _require_rows)
     return sizes
 
@@ -165,11 +164,8 @@ def require_step(
         raise QJLError(f"{count} query rows are no multiple of {queries} queries.")
     if bias is None:
         return None
-    of_bias = (batch, sizes.heads * count // queries, queries)
     columns = rows.table.shape[1] * pool.page + rows.slots.shape[1]
-    if bias.dim() == 4 and bias.shape[3] > columns:
-        raise QJLError(f"a bias has a column for each of {columns} tokens, not {bias.shape[3]}.")
-    return _readable_bias(bias, of_bias, columns)
+    return _readable_bias(bias, (batch, sizes.heads * count // queries, queries, columns))
 
 
 def require_append(query: Tensor, keys: Tensor, values: Tensor, pool: Pool, exact: ExactPool, rows: Rows) -> None:
@@ -178,7 +174,7 @@ def require_append(query: Tensor, keys: Tensor, values: Tensor, pool: Pool, exac
     Raises:
         QJLError: if an operand has another shape or type.
     """
-    heads, key_dim, value_dim, _ = require_fit(pool, exact, rows)
+    heads, key_dim, value_dim = require_fit(pool, exact, rows)
     batch, query_heads, queries, dim = query.shape
     if query_heads % heads or dim != key_dim or batch != rows.batch:
         raise QJLError(
@@ -222,67 +218,27 @@ def _require_rows(rows: Rows) -> bool:
     return True
 
 
-def step_operands(
-    query: Tensor, packed: PackedTokens | PagedTokens, bias: Tensor | None, exact: Sequence[ExactTokens], queries: int
-) -> tuple[Tensor, Tensor | None, list[ExactTokens]]:
-    """Query, bias and exact tokens of a step as kernels read them, copied where they are of another type.
-
-    Raises:
-        QJLError: if they do not fit the packed tokens or each other.
-    """
-    heads, key_dim, value_dim, length = once(packed, "sizes", _sizes)
-    batch, rows = packed.batch, query.shape[-2]
-    require_shape(query, (batch, heads, rows, key_dim), "queries")
-    if queries <= 0 or rows % queries:
-        raise QJLError(f"{rows} query rows are no multiple of {queries} queries.")
-    if query.dtype != torch.float32 or not query.is_contiguous():
-        query = query.float().contiguous()
-    of_bias = (batch, heads * rows // queries, queries)
-    readable = [_readable(tokens, batch, heads, key_dim, value_dim, of_bias) for tokens in exact]
-    return query, _readable_bias(bias, of_bias, length), readable
-
-
-def _readable_bias(bias: Tensor | None, rows: Sequence[int], tokens: int) -> Tensor | None:
-    """``[B, Hq, Q, t]``, any of the first three 1 where one serves all."""
-    if bias is None:
-        return None
-    fits = bias.dim() == 4 and all(one in (1, most) for one, most in zip(bias.shape, rows, strict=False))
-    if not fits or bias.shape[3] < tokens:
-        raise QJLError(f"a bias should be {[*rows, tokens]}, or 1 where one serves all, not {list(bias.shape)}.")
+def _readable_bias(bias: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """``[B, Hq, Q, columns]``, any of the first three 1 where one serves all, as float32."""
+    fits = bias.dim() == 4 and bias.shape[3] == sizes[3]
+    if not fits or any(one not in (1, most) for one, most in zip(bias.shape, sizes, strict=True)):
+        raise QJLError(f"a bias should be {list(sizes)}, or 1 where one serves all, not {list(bias.shape)}.")
     return bias if bias.dtype == torch.float32 else bias.float()
 
 
-def _readable(
-    tokens: ExactTokens, batch: int, heads: int, key_dim: int, value_dim: int, of_bias: Sequence[int]
-) -> ExactTokens:
-    keys, values = tokens.keys, tokens.values
-    count = keys.shape[-2]
-    require_shape(keys, (batch, heads, count, key_dim), "exact keys")
-    require_shape(values, (batch, heads, count, value_dim), "exact values")
-    bias = _readable_bias(tokens.bias, of_bias, count)
-    if keys.dtype == values.dtype and keys.dtype in READABLE:
-        return tokens if bias is tokens.bias else ExactTokens(keys, values, bias)
-    return ExactTokens(keys.float(), values.float(), bias)
-
-
-def _sizes(packed: PackedTokens | PagedTokens | Pool) -> _Sizes:
-    """Of packed tokens that fit their forms."""
-    codes = packed.keys["codes"]
-    outer, length = tuple(codes.shape[:-2]), 0
-    heads = outer[1]
-    if isinstance(packed, PackedTokens):
-        require_shape(packed.first, (outer[0], outer[2]), "positions of blocks")
-        require(packed.first.dtype == torch.int64, "positions of blocks should be int64")
-        length = outer[2] * BLOCK
-    for form, blocks in ((packed.key_form, packed.keys), (packed.value_form, packed.values)):
-        _require_blocks(form, blocks, outer, codes.shape[-1])
+def _sizes(pool: Pool) -> _Sizes:
+    """Of pages that fit their forms."""
+    codes = pool.keys["codes"]
+    outer = tuple(codes.shape[:2])
+    for form, fields in ((pool.key_form, pool.keys), (pool.value_form, pool.values)):
+        _require_fields(form, fields, outer, codes.shape[-1])
     key_dim, value_dim = (
-        once(form, f"head_dim of {heads}", partial(_head_dim, heads)) for form in (packed.key_form, packed.value_form)
+        once(form, f"head_dim of {outer[1]}", partial(_head_dim, outer[1])) for form in (pool.key_form, pool.value_form)
     )
-    return _Sizes(heads, key_dim, value_dim, length)
+    return _Sizes(outer[1], key_dim, value_dim)
 
 
-def _require_blocks(form: NibbleForm, blocks: Blocks, outer: Sequence[int], tokens: int) -> None:
+def _require_fields(form: NibbleForm, blocks: Blocks, outer: tuple[int, ...], tokens: int) -> None:
     constants = (form.groups, tokens)
     fields = {"codes": ((form.entries.shape[1] * form.groups // 2, tokens), torch.uint8)}
     fields[form.scale] = (constants, torch.float16 if form.unit is None else torch.uint8)

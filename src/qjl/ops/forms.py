@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from qjl.ops.recipe import GridRecipe, Recipe
-from qjl.packed import Blocks, require_tensor
+from qjl.packed import Blocks
 
 
 class Derived(dict[str, Any]):
@@ -162,74 +161,6 @@ class EncodeJob:
     quantize: Callable[[Tensor, Tensor], Blocks]
     what: str
     derived: dict[str, Any] = field(default_factory=Derived, init=False)
-
-
-@dataclass(frozen=True, eq=False)
-class PackedTokens:
-    """Blocks of keys and values; ``first int64 [B, blocks]``: RoPE positions."""
-
-    keys: Blocks
-    values: Blocks
-    key_form: NibbleForm
-    value_form: NibbleForm
-    first: Tensor
-    derived: dict[str, Any] = field(default_factory=Derived)
-
-    @property
-    def batch(self) -> int:
-        return self.first.shape[0]
-
-
-@dataclass(frozen=True, eq=False)
-class PagedTokens:
-    """Packed tokens in pages of a pool, as serving engines keep them.
-
-    A page holds P tokens (16, 32, 64 or 128) of all heads, token-minor: each field of a ``Packed`` block with P in
-    place of its 64. So ``codes uint8 [pages, H, bytes, P]``, a scale ``[pages, H, P]`` or, in groups,
-    ``[pages, H, groups, P]``; the fields may be strided views of one pool, such as ``[pages, bytes of a page]``.
-    All else lies on the same device: ``table int32 [B, capacity]`` are the pages of each row in order, ``lengths int32
-    [B]`` where its tokens end, ``skip int32 [B]`` how many at its start do not count, as sinks that are kept exact, and
-    ``origins int64 [B]`` the RoPE position of its token 0. Row b attends to tokens ``skip[b] <= t < lengths[b]``; no
-    entry of the table that holds none of them is read, and what lies in pages beside them has no effect.
-
-    ``dataclasses.replace(tokens, table=..., lengths=..., skip=..., origins=...)`` gives other rows of the same pool,
-    and keeps what a backend has made of it.
-    """
-
-    keys: Blocks
-    values: Blocks
-    key_form: NibbleForm
-    value_form: NibbleForm
-    table: Tensor
-    lengths: Tensor
-    skip: Tensor
-    origins: Tensor
-    derived: dict[str, Any] = field(default_factory=Derived)  # of the pool, whichever rows there are
-
-    def __post_init__(self) -> None:
-        rows = self.table.shape[0]
-        require_tensor(self.table, (rows, self.table.shape[1]), torch.int32, "the table of pages")
-        require_tensor(self.lengths, (rows,), torch.int32, "lengths")
-        require_tensor(self.skip, (rows,), torch.int32, "skip")
-        require_tensor(self.origins, (rows,), torch.int64, "origins")
-
-    @property
-    def batch(self) -> int:
-        return self.table.shape[0]
-
-    @property
-    def page(self) -> int:
-        """Tokens per page."""
-        return self.keys["codes"].shape[3]
-
-
-@dataclass(frozen=True, eq=False)
-class ExactTokens:
-    """Tokens ``[B, H, t, D]`` in full precision; ``bias float32 [B, Hq, Q, t]`` is added to their scores."""
-
-    keys: Tensor
-    values: Tensor
-    bias: Tensor | None
 
 
 class Source(Protocol):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qjl.errors import QJLError
-from qjl.ops.forms import EncodeJob, ExactPool, ExactTokens, NibbleForm, PagedTokens, Pool, Rows, Turn
+from qjl.ops.forms import EncodeJob, ExactPool, NibbleForm, Pool, Rows, Turn
 from qjl.packed import BLOCK, Blocks
 
 
@@ -148,45 +148,6 @@ def _decoded_tokens(fields: Blocks, form: NibbleForm, rows: Rows, row: int, toke
     return decoded if form.mean is None else decoded + _turned(form.mean, form.turn, rows.origins[row] + tokens)
 
 
-# Pages
-
-
-def attend_paged(
-    query: Tensor,
-    packed: PagedTokens,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
-    scaling: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """Row by row, over decoded tokens."""
-    batch, heads, rows, _ = query.shape
-    map_back = packed.value_form.map
-    value_dim = packed.value_form.code_dim if map_back is None else map_back.shape[2]
-    out, lse = query.new_zeros((batch, heads, rows, value_dim)), query.new_zeros((batch, heads, rows))
-    for row in range(batch):
-        tokens = _counted(packed, row)
-        keys = [_decoded_row(packed, row, tokens, packed.keys, packed.key_form)]
-        values = [_decoded_row(packed, row, tokens, packed.values, packed.value_form)]
-        biases = [None if bias is None else bias[..., tokens]]
-        for part in exact:
-            keys.append(part.keys[row].float())
-            values.append(part.values[row].float())
-            biases.append(part.bias)
-        scores = [
-            _scores(query[row], key, of_key, row, queries, scaling, softcap)
-            for key, of_key in zip(keys, biases, strict=True)
-        ]
-        out[row], lse[row] = _weighted(torch.cat(scores, 2), torch.cat(values, 1))
-    return out, lse
-
-
-def _counted(packed: PagedTokens, row: int) -> slice:
-    start, stop = int(packed.skip[row]), int(packed.lengths[row])
-    return slice(start, stop) if start < stop else slice(0, 0)
-
-
 def _scores(
     query: Tensor, keys: Tensor, bias: Tensor | None, row: int, queries: int, scaling: float, softcap: float
 ) -> Tensor:
@@ -205,17 +166,6 @@ def _weighted(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     lse = scores.logsumexp(-1)
     weights = (scores - torch.where(lse.isinf(), 0, lse)[..., None]).exp()
     return weights @ values, lse
-
-
-def _decoded_row(packed: PagedTokens, row: int, tokens: slice, pool: Blocks, form: NibbleForm) -> Tensor:
-    """Some tokens of a row as the form says: ``float32 [H, t, D]``."""
-    first = tokens.start // packed.page
-    pages = packed.table[row, first : -(-tokens.stop // packed.page)].long()
-    here = slice(tokens.start - first * packed.page, tokens.stop - first * packed.page)
-    one_block = {name: field[pages].movedim(0, -2).flatten(-2)[..., here] for name, field in pool.items()}
-    positions = packed.origins[row] + torch.arange(tokens.start, tokens.stop, device=packed.origins.device)
-    decoded = _decoded(form, one_block)
-    return decoded if form.mean is None else decoded + _turned(form.mean, form.turn, positions)
 
 
 def _decoded(form: NibbleForm, block: Blocks) -> Tensor:

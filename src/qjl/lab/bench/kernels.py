@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qjl import ops
-from qjl.codecs import Pair
 from qjl.lab.bench import baselines, faiss_scans
 from qjl.lab.bench.baselines import SignRows, popcount_scan
 from qjl.lab.bench.devices import copies_for
@@ -34,12 +33,12 @@ from qjl.lab.bench.gate import (
 from qjl.lab.bench.synthetic import FilledLayer, fill
 from qjl.lab.bench.timing import Work, interleave, use_threads
 from qjl.lab.results import Row
-from qjl.methods.base import Quantizer
+from qjl.methods.base import Codec, Quantizer
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
 from qjl.ops.cpu import decoding
-from qjl.ops.forms import PackedTokens
-from qjl.packed import BLOCK, Blocks
+from qjl.ops.forms import ExactPool, Pool, Rows
+from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
 
 MOST_SCORE_ERROR = 1e-3  # integer tables err a little in every score, and a softmax over many of them averages that out
@@ -72,15 +71,15 @@ def scan(
     baselines.require_compiled()
     shape, place = settings.shape, settings.place
     subject = fill(CacheConfig(quantizer, TurboQuant(2), 0, 0, name=name), tokens, shape, settings.dtype)
-    segment = PackedKeys.of(subject)
-    rows = subject.query.float().reshape(1, shape.kv_heads, shape.group, shape.head_dim)
-    error = _score_error(rows, segment, settings.threads)
+    packed = PackedKeys.of(subject)
+    queries = subject.query.reshape(1, shape.kv_heads, shape.group, shape.head_dim)
+    error = _score_error(queries, packed, settings.threads)
     require_accurate(error, f"{name} at {tokens} tokens", settings.backend, MOST_SCORE_ERROR)
-    nbytes, m = sum(field.nbytes for field in segment.keys.values()), 8 * segment.keys["codes"].shape[3]
-    copies = [_copied(segment) for _ in range(copies_for(nbytes, place))]
+    nbytes, m = packed.nbytes, 8 * packed.pool.keys["codes"].shape[2]
+    copies = [packed.copy() for _ in range(copies_for(nbytes, place))]
     limit = place.limit()
-    works: dict[str, Sequence[Work]] = {OURS: [partial(scores, rows, copy) for copy in copies], LIMIT: [limit]}
-    works |= {name: others for name in SCANS if (others := _other_scans(name, m, segment.blocks * BLOCK, settings))}
+    works: dict[str, Sequence[Work]] = {OURS: [partial(scores, queries, copy) for copy in copies], LIMIT: [limit]}
+    works |= {name: others for name in SCANS if (others := _other_scans(name, m, packed.tokens, settings))}
     if faiss_scans.is_installed():
         faiss_scans.use_threads(settings.threads)
     timings = interleave(works, settings.repeats, settings.threads, on_round, place.stopwatch)
@@ -90,59 +89,62 @@ def scan(
         | compared(timings, SCANS)
         | of_the_limit(nbytes, timings.ms(OURS), timings, limit)
         | {"max_error": error, "bits_per_key": m}
-        | {"ns_per_vector": timings.ms(OURS) * 1e6 / (segment.blocks * BLOCK * shape.kv_heads)}
+        | {"ns_per_vector": timings.ms(OURS) * 1e6 / (packed.tokens * shape.kv_heads)}
         | conditions(settings)
     )
 
 
 @dataclass(frozen=True, eq=False)
 class PackedKeys:
-    """Packed keys ``[1, H, blocks, *shape]`` of one row with their values, codecs and positions ``[1, blocks]``."""
+    """Keys of one row, all of them packed, in pages of 64."""
 
-    keys: Blocks
-    values: Blocks
-    codecs: Pair
-    first: Tensor
+    pool: Pool
+    exact: ExactPool
+    rows: Rows
+    codec: Codec
 
     @classmethod
     def of(cls, subject: FilledLayer) -> PackedKeys:
-        pages, index = subject.layer.pages, subject.cache.index
-        assert pages is not None
-        blocks = index.blocks[0]
-        keys, values = (
-            {name: field.transpose(0, 1)[None, :, :blocks].contiguous() for name, field in side.items()}
-            for side in pages.fields
-        )
-        return cls(keys, values, pages.codecs, torch.arange(blocks)[None] * BLOCK)
+        layer, pages = subject.layer, int(subject.cache.index.blocks[0])
+        assert layer.pages is not None
+        assert layer.pages.operand is not None
+        assert layer.exact is not None
+        lengths, skip, counts = (torch.tensor([number], dtype=torch.int32) for number in (pages * BLOCK, 0, 0))
+        table, slots = torch.arange(pages, dtype=torch.int32)[None], torch.zeros(1, 0, dtype=torch.int32)
+        rows = Rows(table, lengths, skip, torch.zeros(1, dtype=torch.int64), slots, counts, pages * BLOCK, 0)
+        return cls(layer.pages.operand, layer.exact.operand, rows, layer.pages.codecs[0])
 
     @property
-    def blocks(self) -> int:
-        return self.first.shape[1]
+    def tokens(self) -> int:
+        return self.rows.longest
 
-    @cached_property
-    def operand(self) -> PackedTokens | None:
-        key, value = self.codecs[0].form, self.codecs[1].form
-        if key is None or value is None:
-            return None
-        return PackedTokens(self.keys, self.values, key, value, self.first)
+    @property
+    def nbytes(self) -> int:
+        return sum(field[: self.rows.table.shape[1]].nbytes for field in self.pool.keys.values())
+
+    def copy(self) -> PackedKeys:
+        """With bytes of its own."""
+        return replace(self, pool=replace(self.pool, keys={name: x.clone() for name, x in self.pool.keys.items()}))
+
+    def decoded(self) -> Tensor:
+        """``float32 [1, H, T, D]``."""
+        pages = self.rows.table[0].long()
+        blocks = {name: field[pages].transpose(0, 1)[None] for name, field in self.pool.keys.items()}
+        return self.codec.dequantize(blocks, pages[None] * BLOCK)
 
 
-def scores(rows: Tensor, segment: PackedKeys) -> Tensor:
-    """``<q, k>`` of ``rows [1, H, group, D]`` and all packed keys, as the backend in use takes them."""
-    if ops.active_backend() == REFERENCE or segment.operand is None:
-        return rows @ segment.codecs[0].dequantize(segment.keys, segment.first).transpose(2, 3)
-    return decoding.score(rows, segment.operand)
+def scores(queries: Tensor, packed: PackedKeys) -> Tensor:
+    """``<q, k>`` of ``queries [1, H, group, D]`` and all packed keys, as the backend in use takes them."""
+    if ops.active_backend() == REFERENCE:
+        return queries.float() @ packed.decoded().transpose(2, 3)
+    return decoding.score(queries, packed.pool, packed.exact, packed.rows)
 
 
-def _score_error(rows: Tensor, segment: PackedKeys, threads: int) -> float:
+def _score_error(queries: Tensor, packed: PackedKeys, threads: int) -> float:
     with use_threads(threads), torch.no_grad():
-        out = scores(rows, segment)
+        out = scores(queries, packed)
         with using_backend(REFERENCE):
-            return relative_error(out, scores(rows, segment))
-
-
-def _copied(segment: PackedKeys) -> PackedKeys:
-    return replace(segment, keys={name: field.clone() for name, field in segment.keys.items()})
+            return relative_error(out, scores(queries, packed))
 
 
 def _other_scans(name: str, m: int, tokens: int, settings: BenchSettings) -> list[Work]:

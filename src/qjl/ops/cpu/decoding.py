@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
 from ctypes import c_int64
 from dataclasses import dataclass
 from typing import Any
@@ -16,22 +15,11 @@ from torch import Tensor
 from qjl.errors import QJLError
 from qjl.ops.cpu import library, structs
 from qjl.ops.cpu.structs import CPU
-from qjl.ops.forms import (
-    ExactPool,
-    ExactTokens,
-    NibbleForm,
-    PackedTokens,
-    PagedTokens,
-    Pool,
-    Rows,
-    once,
-    shared_strides,
-)
+from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, once, shared_strides
 from qjl.packed import BLOCK, Blocks
 
-PIECES = 16  # of work, at least, whatever the threads: splitting alike makes results alike
-SPLIT_BLOCKS = 32  # at least, of one KV head
-MOST_SPLITS = 32  # of a row of pages, so that room does not grow with the context
+SPLIT_BLOCKS = 32  # at least, whatever the threads: splitting alike makes results alike
+MOST_SPLITS = 32  # of a row, so that room does not grow with the context
 TOP = 127
 SPAN = 2 * BLOCK  # tokens for which the mean is turned at once
 ANCHOR = 8  # such turns in float32 follow one in double precision
@@ -42,90 +30,6 @@ _PAIR = np.dtype(structs.Pair)
 _room = threading.local()
 
 
-def attend_packed(
-    query: Tensor,
-    packed: PackedTokens,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
-    scaling: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    return _attend(_step(query, packed, queries), bias, exact, scaling, softcap)
-
-
-def attend_paged(
-    query: Tensor,
-    packed: PagedTokens,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
-    scaling: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """A row's result does not depend on the other rows."""
-    step = _asked(once(packed, "step", _pool_part).struct, query, queries)
-    rows = [x.contiguous() for x in (packed.table, packed.lengths, packed.skip, packed.origins)]
-    of_rows = structs.Rows(*(x.data_ptr() for x in rows), capacity=packed.table.shape[1])
-    step.of_rows = ctypes.addressof(of_rows)
-    step.page_tokens, step.page_count = packed.page, packed.keys["codes"].shape[0]
-    longest = max(packed.lengths.tolist(), default=0)
-    if bias is not None and bias.shape[3] < longest:
-        raise QJLError(f"a bias of {bias.shape[3]} tokens does not reach to the end of a row of {longest}.")
-    step.blocks_per_split, step.splits = SPLIT_BLOCKS, _splits(longest)
-    return _attend(step, bias, exact, scaling, softcap)
-
-
-def _attend(
-    step: structs.Step, bias: Tensor | None, exact: Sequence[ExactTokens], scaling: float, softcap: float
-) -> tuple[Tensor, Tensor]:
-    batch, heads, rows = step.batch, step.heads, step.rows
-    out = torch.empty((batch, heads, rows, step.values.head_dim), dtype=torch.float32, device=CPU)
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=CPU)
-    if len(exact) > len(step.exact):
-        raise QJLError(f"a step takes {len(step.exact)} segments of exact tokens, not {len(exact)}: join some of them.")
-    step.exact_count = len(exact)
-    kept = [_with_whole_tokens(tokens) for tokens in exact]
-    for place, tokens in enumerate(kept):
-        step.exact[place] = _segment(tokens)
-    step.bias, step.bias_stride = _bias(bias)
-    step.scaling, step.softcap = scaling, softcap
-    step.out, step.lse = out.data_ptr(), lse.data_ptr()
-    step.out_stride = _by_query(out, step.queries)
-    _run(step)
-    return out, lse
-
-
-def _by_query(tensor: Tensor, queries: int) -> Any:
-    """Strides over batch, query head and query of a contiguous ``[B, H, R, D]``."""
-    _, heads, rows, dim = tensor.shape
-    return (c_int64 * 3)(heads * rows * dim, queries * dim, dim)
-
-
-def score(query: Tensor, packed: PackedTokens) -> Tensor:
-    """Estimates of <q, k> alone, ``float32 [B, H, R, T]``, with the look-ups of the fused step."""
-    step = _step(query, packed, 1)
-    scores = torch.empty((*query.shape[:3], step.blocks * BLOCK), dtype=torch.float32, device=CPU)
-    step.scores = scores.data_ptr()
-    _run(step)
-    return scores
-
-
-def _step(query: Tensor, packed: PackedTokens, queries: int) -> structs.Step:
-    step = _asked(once(packed, "step", _packed_part).struct, query, queries)
-    per_split = max(SPLIT_BLOCKS, -(-step.blocks // -(-PIECES // max(1, step.batch * step.heads))))
-    step.blocks_per_split, step.splits = per_split, -(-step.blocks // per_split)
-    return step
-
-
-def _asked(same: structs.Step, query: Tensor, queries: int) -> structs.Step:
-    step = structs.Step.from_buffer_copy(same)
-    batch, heads, rows, _ = query.shape
-    step.batch, step.heads, step.rows, step.queries = batch, heads, rows, queries
-    step.query, step.query_stride = query.data_ptr(), _by_query(query, queries)
-    return step
-
-
 @dataclass(frozen=True, eq=False)
 class _Made:
     """A struct, and the arrays that it points to."""
@@ -134,28 +38,16 @@ class _Made:
     kept: Any
 
 
-def _packed_part(packed: PackedTokens) -> _Made:
-    """What is the same in all steps over the same packed tokens."""
-    part = _pool_part(packed)
-    first = packed.first.contiguous()
-    part.struct.first, part.struct.blocks = first.data_ptr(), first.shape[1]
-    return _Made(part.struct, (part, first))
-
-
-def _pool_part(packed: PackedTokens | PagedTokens | Pool) -> _Made:
-    """What is the same whatever rows there are."""
-    keys, values = once(packed.key_form, "side", _constants), once(packed.value_form, "side", _constants)
-    step = structs.Step(
-        keys=_side(keys, packed.key_form, packed.keys), values=_side(values, packed.value_form, packed.values)
-    )
+def _packed_part(pool: Pool) -> _Made:
+    """What is the same whatever exact tokens and rows there are."""
+    keys, values = once(pool.key_form, "side", _constants), once(pool.value_form, "side", _constants)
+    step = structs.Step(keys=_side(keys, pool.key_form, pool.keys), values=_side(values, pool.value_form, pool.values))
+    step.page_tokens, step.page_count = pool.page, pool.keys["codes"].shape[0]
     turn = None
-    if packed.key_form.turn is not None:
-        turn = once(packed.key_form, "turn", _turn)
+    if pool.key_form.turn is not None:
+        turn = once(pool.key_form, "turn", _turn)
         step.turn = ctypes.pointer(turn.struct)
     return _Made(step, (keys, values, turn))
-
-
-# Rows of pools
 
 
 def attend(
@@ -170,10 +62,33 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """A row's result does not depend on the other rows, nor on threads."""
     query = query.contiguous()
+    out = torch.empty((*query.shape[:3], exact.values.shape[2]), dtype=torch.float32, device=CPU)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=CPU)
+    step = _grouped_step(query, out, pool, exact, rows, queries)
+    step.scaling, step.softcap, step.lse = scaling, softcap, lse.data_ptr()
+    if bias is not None:
+        step.bias, step.bias_stride = bias.data_ptr(), (c_int64 * 4)(*shared_strides(bias))
+    _run(step)
+    return out, lse
+
+
+def score(query: Tensor, pool: Pool, exact: ExactPool, rows: Rows) -> Tensor:
+    """``<q, k_hat>`` of packed tokens alone, ``float32 [B, H, R, n P]`` by the places of the table.
+
+    A benchmark's: no cache needs it. What a row does not have holds anything.
+    """
+    query = query.contiguous()
+    scores = torch.empty((*query.shape[:3], rows.table.shape[1] * pool.page), dtype=torch.float32, device=CPU)
+    step = _grouped_step(query, query, pool, exact, rows, 1)
+    step.scores = scores.data_ptr()
+    _run(step)
+    return scores
+
+
+def _grouped_step(query: Tensor, out: Tensor, pool: Pool, exact: ExactPool, rows: Rows, queries: int) -> structs.Step:
+    """Of contiguous ``query [B, H, R, D]`` and ``out [B, H, R, Dv]``."""
     batch, heads, count, dim = query.shape
-    value_dim = exact.values.shape[2]
-    out = torch.empty((batch, heads, count, value_dim), dtype=torch.float32, device=CPU)
-    lse = torch.empty((batch, heads, count), dtype=torch.float32, device=CPU)
+    value_dim = out.shape[3]
     step = structs.Step.from_buffer_copy(_layer(pool, exact).struct)
     step.change(
         *(once(rows, "struct", _rows).address, _splits(rows.longest), batch, count, queries),
@@ -181,13 +96,7 @@ def attend(
         *(out.data_ptr(), _DTYPES[out.dtype], heads * count * value_dim, queries * value_dim, value_dim),
         *_NO_FRESH,
     )
-    step.blocks_per_split, step.scaling, step.softcap, step.lse = SPLIT_BLOCKS, scaling, softcap, lse.data_ptr()
-    if bias is not None:
-        of_exact = bias[..., rows.table.shape[1] * pool.page :]
-        step.bias, step.bias_stride = _bias(bias)
-        step.exact[0].bias, step.exact[0].bias_stride = of_exact.data_ptr(), step.bias_stride
-    _run(step)
-    return out, lse
+    return step
 
 
 def append_attend(
@@ -215,7 +124,7 @@ def append_attend(
         *(out.data_ptr(), kind, queries * of_token, value_dim, of_token),
         *(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3]),
     )
-    step.blocks_per_split, step.scaling, step.softcap = SPLIT_BLOCKS, scaling, softcap
+    step.scaling, step.softcap = scaling, softcap
     _run(step)
     return out
 
@@ -237,23 +146,19 @@ def _splits(longest: int) -> int:
 
 def _layer(pool: Pool, exact: ExactPool) -> _Made:
     """A step over two pools, made anew where exact tokens have moved."""
-    made = pool.derived.get("step of pools")
+    made = pool.derived.get("step")
     if made is None or made.kept[0] is not exact:
-        part = once(pool, "step", _pool_part)
+        part = once(pool, "packed part", _packed_part)
         step = structs.Step.from_buffer_copy(part.struct)
-        step.page_tokens, step.page_count = pool.page, pool.keys["codes"].shape[0]
-        step.heads, step.exact_count = exact.keys.shape[1], 1
-        step.exact[0] = _pool_segment(exact)
-        made = pool.derived["step of pools"] = _Made(step, (exact, part))
+        step.heads, step.blocks_per_split, step.exact = exact.keys.shape[1], SPLIT_BLOCKS, _exact(exact)
+        made = pool.derived["step"] = _Made(step, (exact, part))
     return made
 
 
-def _pool_segment(exact: ExactPool) -> structs.Segment:
+def _exact(exact: ExactPool) -> structs.Exact:
     keys, values = exact.keys, exact.values
-    strides = ((0, tokens.stride(1), tokens.stride(0)) for tokens in (keys, values))
-    segment = structs.Segment(keys.data_ptr(), values.data_ptr(), *strides, keys.shape[0], _DTYPES[keys.dtype])
-    segment.is_pool = 1
-    return segment
+    strides = ((tokens.stride(1), tokens.stride(0)) for tokens in (keys, values))
+    return structs.Exact(keys.data_ptr(), values.data_ptr(), *strides, keys.shape[0], _DTYPES[keys.dtype])
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,21 +203,15 @@ def release() -> None:
     _room.bytes = None
 
 
-def _side(constants: _Made, form: NibbleForm, blocks: Blocks) -> structs.Side:
+def _side(constants: _Made, form: NibbleForm, fields: Blocks) -> structs.Side:
     side = structs.Side.from_buffer_copy(constants.struct)
-    is_paged = blocks["codes"].dim() == 4
     for place, name in (("codes", "codes"), ("scale", form.scale), ("middle", form.middle)):
         if name is not None:
-            tensor = blocks[name]
-            setattr(side, place, tensor.data_ptr())
-            setattr(side, f"{place}_stride", (c_int64 * 3)(*_byte_strides(tensor, is_paged)))
+            field = fields[name]
+            setattr(side, place, field.data_ptr())
+            strides = (field.stride(1) * field.itemsize, field.stride(0) * field.itemsize)
+            setattr(side, f"{place}_stride", (c_int64 * 2)(*strides))
     return side
-
-
-def _byte_strides(tensor: Tensor, is_paged: bool) -> list[int]:
-    """Over batch, head and block, or over nothing, head and page."""
-    strides = (0, tensor.stride(1), tensor.stride(0)) if is_paged else tensor.stride()[:3]
-    return [step * tensor.itemsize for step in strides]
 
 
 def _constants(form: NibbleForm) -> _Made:
@@ -343,28 +242,6 @@ def _constants(form: NibbleForm) -> _Made:
             kept[name] = tensor.float().contiguous()
             setattr(side, name, kept[name].data_ptr())
     return _Made(side, kept)
-
-
-def _with_whole_tokens(tokens: ExactTokens) -> ExactTokens:
-    """The same, copied where the numbers of a token do not lie together."""
-    if tokens.keys.stride(3) == tokens.values.stride(3) == 1:
-        return tokens
-    return ExactTokens(tokens.keys.contiguous(), tokens.values.contiguous(), tokens.bias)
-
-
-def _segment(tokens: ExactTokens) -> structs.Segment:
-    keys, values = tokens.keys, tokens.values
-    segment = structs.Segment(keys.data_ptr(), values.data_ptr(), keys.stride()[:3], values.stride()[:3], keys.shape[2])
-    segment.dtype = _DTYPES[keys.dtype]
-    segment.bias, segment.bias_stride = _bias(tokens.bias)
-    return segment
-
-
-def _bias(bias: Tensor | None) -> tuple[int | None, Any]:
-    """Where it is, and its strides."""
-    if bias is None:
-        return None, (c_int64 * 4)()
-    return bias.data_ptr(), (c_int64 * 4)(*shared_strides(bias))
 
 
 # Values: 8-bit levels

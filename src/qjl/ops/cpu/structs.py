@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
-MEANING = 2  # raised where a function or a field means something else, and no size tells so
+MEANING = 3  # raised where a function or a field means something else, and no size tells so
 
 
 class Limits(Structure):
-    _fields_ = tuple((name, c_int64) for name in ("dim", "exact", "threads"))
+    _fields_ = tuple((name, c_int64) for name in ("dim", "threads"))
 
 
 class Codes(Structure):
@@ -159,7 +159,7 @@ class Pair(Structure):
 class Side(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("codes", "scale", "middle", "unit", "map", "mean")),
-        *((name, c_int64 * 3) for name in ("codes_stride", "scale_stride", "middle_stride")),
+        *((name, c_int64 * 2) for name in ("codes_stride", "scale_stride", "middle_stride")),
         *((name, c_int64) for name in ("map_stride", "map_is_half")),
         *((name, c_int64) for name in ("nibbles", "groups", "code_dim", "head_dim", "code_stride")),
         ("coordinates", c_void_p),
@@ -170,17 +170,11 @@ class Side(Structure):
     )
 
 
-class Segment(Structure):
+class Exact(Structure):
     _fields_ = (
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("key_stride", c_int64 * 3),
-        ("value_stride", c_int64 * 3),
-        ("tokens", c_int64),
-        ("dtype", c_int64),
-        ("bias", c_void_p),
-        ("bias_stride", c_int64 * 4),
-        ("is_pool", c_int64),
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64 * 2) for name in ("key_stride", "value_stride")),
+        *((name, c_int64) for name in ("slots", "dtype")),
     )
 
 
@@ -212,13 +206,11 @@ class Step(Structure):
         ("keys", Side),
         ("values", Side),
         *((name, c_int64) for name in ("page_tokens", "page_count")),
-        ("exact", Segment * 2),
-        ("exact_count", c_int64),
+        ("exact", Exact),
         ("bias", c_void_p),
         ("bias_stride", c_int64 * 4),
         ("turn", POINTER(Turn)),
-        ("first", c_void_p),
-        *((name, c_int64) for name in ("blocks", "heads", "blocks_per_split")),
+        *((name, c_int64) for name in ("heads", "blocks_per_split")),
         ("of_rows", c_void_p),
         *((name, c_int64) for name in ("splits", "batch", "rows", "queries")),
         ("query", c_void_p),
@@ -267,7 +259,7 @@ class Read(Structure):
 ALL: tuple[type[Structure], ...] = (
     *(Limits, Codes, Pack, Scan, Expand),
     *(Tokens, Mean, Map, Part, Encode, EncodeGrid, Job, EncodePages),
-    *(Pair, Side, Segment, Fresh, Rows, Turn, Step),
+    *(Pair, Side, Exact, Fresh, Rows, Turn, Step),
     *(FlashDecode, PopcountScan, Read),
 )
 

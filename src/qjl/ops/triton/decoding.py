@@ -1,17 +1,15 @@
-"""The fused decode step in Triton, over blocks of a cache or over pages of a pool.
+"""The fused decode step in Triton, over rows of pools.
 
 It fills a workspace whose size depends on batch, heads and query rows, never on the context, and waits for nothing:
-lengths of pages are read on the device, so that a captured CUDA graph serves all lengths up to a capacity. Numbers are
-multiplied as the exact tokens lie: in float16 on tensor cores beside half precision (2e-3 of a row's norm off the
-reference), as float32 otherwise (1e-4).
+lengths and counts are read on the device, so that a captured CUDA graph serves all of them up to the capacity of the
+tables. Numbers are multiplied as the exact tokens lie: in float16 on tensor cores beside half precision (2e-3 of a
+row's norm off the reference), as float32 otherwise (1e-4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
 
 import torch
 import triton
@@ -19,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qjl.ops.forms import ExactTokens, NibbleForm, PackedTokens, PagedTokens, Turn, once, shared_strides
+from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, Turn, once, shared_strides
 from qjl.ops.triton import runtime, step
 from qjl.ops.triton.pairs import Pairs, pairs_of
 from qjl.packed import BLOCK, Blocks
@@ -30,85 +28,227 @@ MOST_ROWS = 64  # that share what a program decodes
 LEAST = 16  # what a matrix product takes
 
 
-def attend_packed(
+def attend(
     query: Tensor,
-    packed: PackedTokens,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
     queries: int,
     scaling: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    return _attend(query, packed, packed.first.shape[1], bias, exact, queries, scaling, softcap)
-
-
-def attend_paged(
-    query: Tensor,
-    packed: PagedTokens,
     bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty((*query.shape[:3], exact.values.shape[2]), dtype=torch.float32)
+    work = _Work(_by_head(query, queries), pool, exact, rows, queries, scaling, softcap, bias)
+    return out, work.into(_by_head(out, queries))
+
+
+def append_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
     scaling: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """``attend_packed`` over pages, with the same arguments; a row of no tokens weighs nothing."""
-    blocks = triton.cdiv(packed.table.shape[1] * packed.page, BLOCK)
-    return _attend(query, packed, blocks, bias, exact, queries, scaling, softcap)
+) -> Tensor:
+    """Reads and writes the model's types where they lie."""
+    batch, query_heads, queries, _ = query.shape
+    of_rows = _rows(rows)
+    _put(keys, exact.keys, of_rows)
+    _put(values, exact.values, of_rows)
+    out = query.new_empty((batch, queries, query_heads, exact.values.shape[2]))
+    _Work(query, pool, exact, rows, queries, scaling, softcap, None).into(out.transpose(1, 2))
+    return out
 
 
-def _attend(
-    query: Tensor,
-    packed: PackedTokens | PagedTokens,
-    blocks: int,
-    bias: Tensor | None,
-    exact: Sequence[ExactTokens],
-    queries: int,
-    scaling: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, rows, _ = query.shape
-    keys, values = (once(form, "triton", _constants) for form in (packed.key_form, packed.value_form))
-    widest = max(keys.pairs.count, values.pairs.count, keys.map.head_dim // 2, values.map.head_dim // 2) * 2
-    most_rows = MOST_ROWS if widest * _tile_type(exact).itemsize <= 256 else LEAST
-    tile = min(most_rows, max(LEAST, triton.next_power_of_2(rows)))
-    work = _Work(query.contiguous(), heads, rows, queries, scaling, softcap, tile)
-    parts = _packed_parts(work, packed, blocks, keys, values, bias, _tile_type(exact))
-    exact_parts = _exact_parts(work, exact, values.map.head_dim)
-    out = query.new_empty((batch, heads, rows, values.map.head_dim))
-    lse = query.new_empty((batch, heads, rows))
-    side = _side(packed.value_form, packed.values, values)
-    step.join[(work.tiles, batch * heads, triton.cdiv(values.map.head_dim, step.CHUNK.value))](
-        parts, exact_parts, side, values.map, values.mean, out, lse, heads, rows, ROWS=tile, PAIRS=values.pairs.count
-    )
-    return out, lse
+def _by_head(x: Tensor, queries: int) -> Tensor:
+    """``[B, H, R, D] -> [B, Hq, Q, D]``."""
+    return x.unflatten(2, (-1, queries)).flatten(1, 2)
+
+
+def _put(fresh: Tensor, pool: Tensor, rows: step.Rows) -> None:
+    batch, heads, queries, dim = fresh.shape
+    if batch * queries:
+        step.put[(batch * queries, heads)](
+            fresh, fresh.stride(), pool, pool.stride(), rows, queries, dim, DIM=triton.next_power_of_2(dim)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """The queries of a step, in tiles of ``tile`` rows."""
+    """One step of ``query [B, Hq, Q, D]``."""
 
     query: Tensor
-    heads: int
-    rows: int
+    pool: Pool
+    exact: ExactPool
+    rows: Rows
     queries: int
     scaling: float
     softcap: float
-    tile: int
+    bias: Tensor | None
+
+    def into(self, out: Tensor) -> Tensor:
+        """Leave what comes out in ``[B, Hq, Q, Dv]``; returns the log-sum-exps ``float32 [B, H, R]``."""
+        packed, exact = self._packed_parts(), self._exact_parts()
+        values, value_dim = self.values, out.shape[3]
+        lse = self._empty(*self._sizes)
+        step.join[(self.tiles, self._programs, triton.cdiv(value_dim, step.CHUNK.value))](
+            packed, exact, _side(self.pool.value_form, self.pool.values, values), values.map, values.mean,
+            step.ByQuery(out, out.stride()), lse, self.heads, self.count, self.queries,
+            ROWS=self.tile, PAIRS=values.pairs.count,
+        )  # fmt: skip
+        return lse
+
+    @cached_property
+    def keys(self) -> _Constants:
+        return once(self.pool.key_form, "triton", _constants)
+
+    @cached_property
+    def values(self) -> _Constants:
+        return once(self.pool.value_form, "triton", _constants)
+
+    @property
+    def heads(self) -> int:
+        return self.exact.keys.shape[1]
+
+    @property
+    def count(self) -> int:
+        """Query rows of a KV head."""
+        return self.query.shape[1] // self.heads * self.queries
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        return self.query.shape[0], self.heads, self.count
+
+    @property
+    def _programs(self) -> int:
+        return self.query.shape[0] * self.heads
+
+    @property
+    def is_half(self) -> bool:
+        """Whether codes are decoded to float16, which holds them exactly: where exact tokens are in half precision."""
+        return self.exact.keys.itemsize == 2
+
+    @cached_property
+    def tile(self) -> int:
+        """Query rows that a program takes."""
+        pairs = (self.keys.pairs.count, self.values.pairs.count)
+        widest = max(*pairs, self.keys.map.head_dim // 2, self.values.map.head_dim // 2) * 2
+        most_rows = MOST_ROWS if widest * (2 if self.is_half else 4) <= 256 else LEAST
+        return min(most_rows, max(LEAST, triton.next_power_of_2(self.count)))
 
     @property
     def tiles(self) -> int:
-        return triton.cdiv(self.rows, self.tile)
+        return triton.cdiv(self.count, self.tile)
 
-    def splits(self, blocks: int) -> int:
-        """Into how many parts the tokens go, so that all processors work; it depends on shapes alone."""
-        programs = self.query.shape[0] * self.heads * self.tiles
-        wanted = triton.cdiv(2 * _processors(self.query.device), max(1, programs))
-        return max(1, min(wanted, blocks, MOST_SPLITS))
+    def _empty(self, *size: int) -> Tensor:
+        return self.query.new_empty(size, dtype=torch.float32)
 
-    def parts(self, splits: int, *width: int) -> step.Parts:
-        """Room for what splits give."""
-        size = (self.query.shape[0], self.heads, splits, self.rows)
-        return step.Parts(self.query.new_empty((*size, *width)), self.query.new_empty(size), splits)
+    def _parts(self, tokens: int, *width: int) -> step.Parts:
+        """Room for what splits of so many tokens give.
+
+        There are so many that all processors work; how many depends on shapes alone.
+        """
+        wanted = triton.cdiv(2 * _processors(self.query.device), max(1, self._programs * self.tiles))
+        splits = max(1, min(wanted, triton.cdiv(tokens, BLOCK), MOST_SPLITS))
+        batch, heads, count = self._sizes
+        size = (batch, heads, splits, count)
+        return step.Parts(self._empty(*size, *width), self._empty(*size), splits)
+
+    def _grid(self, parts: step.Parts) -> tuple[int, int, int]:
+        return parts.splits, self._programs, self.tiles
+
+    @cached_property
+    def _by_query(self) -> step.ByQuery:
+        return step.ByQuery(self.query, self.query.stride())
+
+    @cached_property
+    def _added(self) -> step.ByQuery | None:
+        return None if self.bias is None else step.ByQuery(self.bias, shared_strides(self.bias))
+
+    @property
+    def _columns(self) -> int:
+        """Of packed tokens."""
+        return self.rows.table.shape[1] * self.pool.page
+
+    def _packed_parts(self) -> step.Parts:
+        keys, values, pool = self.keys, self.values, self.pool
+        key_side = _side(pool.key_form, pool.keys, keys)
+        parts = self._parts(self._columns, 2, values.pairs.count)
+        step.packed_part[self._grid(parts)](
+            key_side,
+            _side(pool.value_form, pool.values, values),
+            self._projected(key_side),
+            keys.turned,
+            _rows(self.rows),
+            self._added,
+            parts,
+            self.heads,
+            self.count,
+            self.queries,
+            self.scaling,
+            self.softcap,
+            ROWS=self.tile,
+            TILE=_tokens_at_once(2 * max(keys.pairs.count, values.pairs.count), 2 if self.is_half else 4),
+            KEY_PAIRS=keys.pairs.count,
+            KEY_TERMS=keys.pairs.terms,
+            KEYS_GROUPED=keys.is_grouped,
+            VALUE_PAIRS=values.pairs.count,
+            VALUE_TERMS=values.pairs.terms,
+            VALUES_GROUPED=values.is_grouped,
+            F=keys.frequencies,
+            PAGE=pool.page,
+            DTYPE=tl.float16 if self.is_half else tl.float32,
+            PRECISION=_precision(self.is_half),
+            num_warps=8 if max(keys.pairs.count, values.pairs.count, self.tile) > 64 else 4,
+            num_stages=1,  # looking ahead would copy every look-up through shared memory
+        )
+        return parts
+
+    def _projected(self, side: step.Side) -> step.Projected:
+        keys, pairs = self.keys, self.keys.pairs.count
+        projected = step.Projected(
+            mapped=self._empty(*self._sizes, 2, pairs),
+            turning=None if keys.turned is None else self._empty(*self._sizes, 2, keys.frequencies),
+            rest=None if keys.still_mean is None else self._empty(*self._sizes),
+        )
+        step.project[(self.tiles, self._programs, 4 * pairs // step.CHUNK.value)](
+            self._by_query, side, keys.map, keys.still_mean, keys.turned, projected, self.heads, self.count,
+            self.queries, ROWS=self.tile, PAIRS=pairs, F=keys.frequencies,
+        )  # fmt: skip
+        return projected
+
+    def _exact_parts(self) -> step.Parts | None:
+        keys, values = self.exact.keys, self.exact.values
+        if not self.rows.slots.shape[1] or not keys.shape[0]:
+            return None
+        key_dim, value_dim = keys.shape[2], values.shape[2]
+        parts = self._parts(self.rows.slots.shape[1], value_dim)
+        step.exact_part[self._grid(parts)](
+            self._by_query,
+            step.Exact(keys, keys.stride(), values, values.stride()),
+            _rows(self.rows),
+            self._added,
+            parts,
+            self.heads,
+            self.count,
+            self.queries,
+            self._columns,
+            key_dim,
+            value_dim,
+            self.scaling,
+            self.softcap,
+            ROWS=self.tile,
+            TILE=_tokens_at_once(max(key_dim, value_dim), 4),
+            KEY_DIM=max(LEAST, triton.next_power_of_2(key_dim)),
+            VALUE_DIM=max(LEAST, triton.next_power_of_2(value_dim)),
+            PRECISION=_precision(keys.dtype == torch.bfloat16),
+            num_warps=8 if max(key_dim, value_dim) > 128 else 4,
+            num_stages=1,  # ahead of the products there is no room
+        )
+        return parts
 
 
 @cache
@@ -116,14 +256,9 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _tile_type(exact: Sequence[ExactTokens]) -> torch.dtype:
-    """What codes are decoded to: float16, which holds them exactly, where exact tokens are in half precision."""
-    return torch.float16 if any(tokens.keys.itemsize == 2 for tokens in exact) else torch.float32
-
-
-def _tokens_at_once(dims: int, dtype: torch.dtype) -> int:
+def _tokens_at_once(dims: int, itemsize: int) -> int:
     """A block of 64, or half of one where its numbers take too much room."""
-    return BLOCK if dims * BLOCK * dtype.itemsize <= 2 * MOST_NUMBERS else BLOCK // 2
+    return BLOCK if dims * BLOCK * itemsize <= 2 * MOST_NUMBERS else BLOCK // 2
 
 
 def _precision(is_half: bool) -> str:
@@ -131,112 +266,17 @@ def _precision(is_half: bool) -> str:
     return "bf16x3" if is_half and not runtime.is_interpreted() else "tf32x3"
 
 
-def _packed_parts(
-    work: _Work,
-    packed: PackedTokens | PagedTokens,
-    blocks: int,
-    keys: _Constants,
-    values: _Constants,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> step.Parts:
-    batch = work.query.shape[0]
-    key_side = _side(packed.key_form, packed.keys, keys)
-    projected = _projected(work, key_side, keys)
-    parts = work.parts(work.splits(blocks), 2, values.pairs.count)
-    is_half = dtype == torch.float16
-    pages, first = _places(packed)
-    step.packed_part[(parts.splits, batch * work.heads, work.tiles)](
-        key_side,
-        _side(packed.value_form, packed.values, values),
-        projected,
-        keys.turned,
-        first,
-        pages,
-        _bias(bias),
-        parts,
-        work.heads,
-        work.rows,
-        work.queries,
-        blocks,
-        work.scaling,
-        work.softcap,
-        ROWS=work.tile,
-        TILE=_tokens_at_once(2 * max(keys.pairs.count, values.pairs.count), dtype),
-        KEY_PAIRS=keys.pairs.count,
-        KEY_TERMS=keys.pairs.terms,
-        KEYS_GROUPED=keys.is_grouped,
-        VALUE_PAIRS=values.pairs.count,
-        VALUE_TERMS=values.pairs.terms,
-        VALUES_GROUPED=values.is_grouped,
-        F=keys.frequencies,
-        PAGE=packed.keys["codes"].shape[-1],
-        DTYPE=tl.float16 if is_half else tl.float32,
-        PRECISION=_precision(is_half),
-        num_warps=8 if max(keys.pairs.count, values.pairs.count, work.tile) > 64 else 4,
-        num_stages=1,  # looking ahead would copy every look-up through shared memory
+def _rows(rows: Rows) -> step.Rows:
+    return step.Rows(
+        rows.table,
+        rows.table.shape[1],
+        rows.lengths,
+        rows.skip,
+        rows.origins,
+        rows.slots,
+        rows.slots.shape[1],
+        rows.counts,
     )
-    return parts
-
-
-def _projected(work: _Work, side: step.Side, keys: _Constants) -> step.Projected:
-    size, pairs = work.query.shape[:3], keys.pairs.count
-    projected = step.Projected(
-        mapped=work.query.new_empty((*size, 2, pairs)),
-        turning=None if keys.turned is None else work.query.new_empty((*size, 2, keys.frequencies)),
-        rest=None if keys.still_mean is None else work.query.new_empty(size),
-    )
-    step.project[(work.tiles, size[0] * size[1], 4 * pairs // step.CHUNK.value)](
-        work.query, side, keys.map, keys.still_mean, keys.turned, projected, work.heads, work.rows,
-        ROWS=work.tile, PAIRS=pairs, F=keys.frequencies,
-    )  # fmt: skip
-    return projected
-
-
-def _places(packed: PackedTokens | PagedTokens) -> tuple[step.Pages | None, Tensor | None]:
-    """Pages, or the positions of blocks."""
-    if isinstance(packed, PackedTokens):
-        return None, packed.first.contiguous()
-    table = packed.table.contiguous()
-    lengths, skip, origins = (x.contiguous() for x in (packed.lengths, packed.skip, packed.origins))
-    return step.Pages(table, table.stride(0), lengths, skip, origins), None
-
-
-def _exact_parts(work: _Work, exact: Sequence[ExactTokens], value_dim: int) -> step.Parts | None:
-    if not exact:
-        return None
-    splits = [work.splits(triton.cdiv(tokens.keys.shape[2], BLOCK)) for tokens in exact]
-    parts = work.parts(sum(splits), value_dim)
-    for place, tokens in enumerate(exact):
-        key_dim = tokens.keys.shape[3]
-        step.exact_part[(splits[place], work.query.shape[0] * work.heads, work.tiles)](
-            work.query,
-            step.Exact(tokens.keys, tokens.keys.stride(), tokens.values, tokens.values.stride()),
-            _bias(tokens.bias),
-            parts,
-            work.heads,
-            work.rows,
-            work.queries,
-            tokens.keys.shape[2],
-            key_dim,
-            value_dim,
-            work.scaling,
-            work.softcap,
-            sum(splits[:place]),
-            parts.splits,
-            ROWS=work.tile,
-            TILE=_tokens_at_once(max(key_dim, value_dim), torch.float32),
-            KEY_DIM=max(LEAST, triton.next_power_of_2(key_dim)),
-            VALUE_DIM=max(LEAST, triton.next_power_of_2(value_dim)),
-            PRECISION=_precision(tokens.keys.dtype == torch.bfloat16),
-            num_warps=8 if max(key_dim, value_dim) > 128 else 4,
-            num_stages=1,  # ahead of the products there is no room
-        )
-    return parts
-
-
-def _bias(bias: Tensor | None) -> step.Bias | None:
-    return None if bias is None else step.Bias(bias, shared_strides(bias))
 
 
 # What is the same in all steps
@@ -297,18 +337,16 @@ def _turned(turn: Turn, mean: Tensor) -> tuple[Tensor, step.Turned]:
     )
 
 
-def _side(form: NibbleForm, blocks: Blocks, constants: _Constants) -> step.Side:
-    """Packed tensors where they lie, ``[B, H, blocks, ...]`` or ``[pages, H, ...]``."""
-    scale, middle = blocks[form.scale], None if form.middle is None else blocks[form.middle]
-    is_paged = blocks["codes"].dim() == 4
+def _side(form: NibbleForm, fields: Blocks, constants: _Constants) -> step.Side:
+    scale, middle = fields[form.scale], None if form.middle is None else fields[form.middle]
     pairs = constants.pairs
     return step.Side(
-        codes=blocks["codes"],
-        codes_stride=_strides(blocks["codes"], is_paged),
+        codes=fields["codes"],
+        codes_stride=_strides(fields["codes"]),
         scale=scale,
-        scale_stride=_strides(scale, is_paged),
+        scale_stride=_strides(scale),
         middle=middle,
-        middle_stride=_strides(middle, is_paged),
+        middle_stride=_strides(middle),
         unit=constants.unit,
         sources=pairs.sources,
         tables=pairs.tables,
@@ -318,11 +356,9 @@ def _side(form: NibbleForm, blocks: Blocks, constants: _Constants) -> step.Side:
     )
 
 
-def _strides(tensor: Any, is_paged: bool) -> tuple[int, ...]:
-    """Of batch, head, block, group and token."""
-    if tensor is None:
-        return (0,) * 5
-    strides = tensor.stride()
-    places = (0, strides[1], strides[0]) if is_paged else strides[:3]
-    inner = strides[2 if is_paged else 3 :]
-    return (*places, *((0,) if len(inner) == 1 else ()), *inner)
+def _strides(field: Tensor | None) -> tuple[int, ...]:
+    """Of page, head, byte or group, and token."""
+    if field is None:
+        return (0,) * 4
+    page, head, *inner = field.stride()
+    return (page, head, *((0,) if len(inner) == 1 else ()), *inner)

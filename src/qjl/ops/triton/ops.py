@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qjl.ops import reference
-from qjl.ops.triton import codes, decoding, encoding, pools
+from qjl.ops.triton import codes, decoding, encoding
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,8 +30,6 @@ scan = _on_its_device(codes.scan)
 expand = _on_its_device(codes.expand)
 encode = _on_its_device(encoding.encode)
 encode_grid = _on_its_device(encoding.encode_grid)
-attend = _on_its_device(pools.attend)
-append_attend = _on_its_device(pools.append_attend)
+attend = _on_its_device(decoding.attend)
+append_attend = _on_its_device(decoding.append_attend)
 encode_pages = reference.encode_pages  # whose codecs use the encoders here
-attend_packed = _on_its_device(decoding.attend_packed)
-attend_paged = _on_its_device(decoding.attend_paged)

@@ -1,8 +1,8 @@
 """Kernels of the fused decode step. Each program takes one KV head and a tile of its query rows.
 
-``project`` maps the queries to the space of the codes, ``packed_part`` and ``exact_part`` attend to a share of the
-tokens, ``join`` merges the parts and maps the sums of codes back. Weights are powers of two: scores are multiplied by
-log2(e), and log-sum-exps are binary until the end.
+``put`` stores fresh tokens, ``project`` maps the queries to the space of the codes, ``packed_part`` and ``exact_part``
+attend to a share of the tokens, ``join`` merges the parts and maps the sums of codes back. Weights are powers of two:
+scores are multiplied by log2(e), and log-sum-exps are binary until the end.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ TINY = tl.constexpr(1e-30)
 
 
 class Side(NamedTuple):
-    """Packed keys or values, and how they decode (``Pairs``); strides in elements, that of a code 0 if heads share it.
-
-    ``codes`` and the constants are ``[blocks, bytes or groups, tokens]`` from the strides on: the blocks of a row, or
-    the pages of a pool, whose stride over rows is 0.
-    """
+    """Packed keys or values of a pool, and how they decode (``Pairs``); strides in elements."""
 
     codes: Tensor
-    codes_stride: tuple[int, ...]  # of batch, head, block, byte, token
+    codes_stride: tuple[int, ...]  # of page, head, byte, token
     scale: Tensor
-    scale_stride: tuple[int, ...]  # of batch, head, block, group, token
+    scale_stride: tuple[int, ...]  # of page, head, group, token
     middle: Tensor | None
     middle_stride: tuple[int, ...]
     unit: Tensor | None
@@ -81,29 +77,32 @@ class Parts(NamedTuple):
     splits: int
 
 
-class Bias(NamedTuple):
-    """Added to scores, ``[B, Hq, Q, T]``; a stride of 0 where one serves all."""
+class ByQuery(NamedTuple):
+    """``[B, Hq, Q, ...]``: queries, outputs, or what is added to scores; a stride of 0 where one serves all."""
 
     data: Tensor
     stride: tuple[int, ...]
 
 
-class Pages(NamedTuple):
-    """Where the tokens of each row lie, where they end, and how many at the start do not count."""
+class Rows(NamedTuple):
+    """Which tokens of the pools each row has (``qjl.ops.forms.Rows``); tables are contiguous."""
 
     table: Tensor
-    table_stride: int
+    capacity: int  # pages of a row in the table
     lengths: Tensor
     skip: Tensor
     origins: Tensor
+    slots: Tensor
+    room: int  # slots of a row in the table
+    counts: Tensor
 
 
 class Exact(NamedTuple):
-    """Tokens ``[B, H, t, D]`` with strides in elements."""
+    """Tokens ``[slots, H, D]``; strides in elements, of slot and head."""
 
     key: Tensor
     key_stride: tuple[int, ...]
-    value: Tensor
+    value: Tensor  # not values, which Triton's tuples have
     value_stride: tuple[int, ...]
 
 
@@ -118,6 +117,13 @@ def _rows(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _by_query(of, row, head, query_row, rows, queries):
+    """Where what belongs to some query rows of a KV head begins, ``int64 [R]``."""
+    query_head = head * (rows // queries) + query_row // queries
+    return row * of.stride[0] + query_head * of.stride[1] + (query_row % queries).to(tl.int64) * of.stride[2]
+
+
+@triton.jit
 def _map_rows(side, map, head, half, pairs, dims, PAIRS: tl.constexpr):
     """Rows of a map that belong to one half of the pairs, float32 ``[pairs, dims]``."""
     coordinate = tl.load(side.coordinates + (head * side.per_head * 2 + half) * PAIRS + pairs)
@@ -126,10 +132,24 @@ def _map_rows(side, map, head, half, pairs, dims, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def project(query, side, map, mean, turned, out, heads, rows, ROWS: tl.constexpr, PAIRS: tl.constexpr, F: tl.constexpr):
+def project(
+    query,
+    side,
+    map,
+    mean,
+    turned,
+    out,
+    heads,
+    rows,
+    queries,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    F: tl.constexpr,
+):
     """``grid (row tiles, B * H, 2 P / CHUNK)``; what the mean gives is left to the first of each."""
-    _, head = _row_and_head(heads)
+    batch_row, head = _row_and_head(heads)
     row = _rows(tl.program_id(0), ROWS)
+    of_rows = query.data + _by_query(query, batch_row, head, row, rows, queries)
     begin = tl.program_id(1).to(tl.int64) * rows
     half = tl.program_id(2) % 2
     pair = (tl.program_id(2) // 2) * (CHUNK // 2) + tl.arange(0, CHUNK // 2)
@@ -137,8 +157,8 @@ def project(query, side, map, mean, turned, out, heads, rows, ROWS: tl.constexpr
     rest = tl.zeros([ROWS], tl.float32)
     for start in range(0, map.head_dim, CHUNK):
         dim = start + tl.arange(0, CHUNK)
-        at = query + (begin + row)[:, None] * map.head_dim + dim[None, :]
-        q = tl.load(at, mask=(row < rows)[:, None] & (dim < map.head_dim)[None, :], other=0.0)
+        at = of_rows[:, None] + dim[None, :] * query.stride[3]
+        q = tl.load(at, mask=(row < rows)[:, None] & (dim < map.head_dim)[None, :], other=0.0).to(tl.float32)
         of_map = _map_rows(side, map, head, half, pair, dim, PAIRS)
         mapped = tl.dot(q, tl.trans(of_map), mapped, input_precision="tf32x3")
         if mean is not None:
@@ -150,16 +170,17 @@ def project(query, side, map, mean, turned, out, heads, rows, ROWS: tl.constexpr
         if mean is not None:
             tl.store(out.rest + begin + row, rest, mask=row < rows)
         if turned is not None:
-            _project_turned(query + begin * map.head_dim, map.head_dim, head, turned, out, begin, row, rows, F)
+            _project_turned(of_rows, query.stride[3], head, turned, out, begin, row, rows, F)
 
 
 @triton.jit
-def _project_turned(query, head_dim, head, turned, out, begin, row, rows, F: tl.constexpr):
+def _project_turned(query, stride, head, turned, out, begin, row, rows, F: tl.constexpr):
     """With ``R_n mu`` of a pair, <q, R_n mu> = a cos(n theta) + b sin(n theta): stores a and b."""
     f = tl.arange(0, F)
     present = (row < rows)[:, None]
-    q_first = tl.load(query + row[:, None] * head_dim + tl.load(turned.first + f)[None, :], mask=present, other=0.0)
-    q_second = tl.load(query + row[:, None] * head_dim + tl.load(turned.second + f)[None, :], mask=present, other=0.0)
+    first, second = tl.load(turned.first + f) * stride, tl.load(turned.second + f) * stride
+    q_first = tl.load(query[:, None] + first[None, :], mask=present, other=0.0).to(tl.float32)
+    q_second = tl.load(query[:, None] + second[None, :], mask=present, other=0.0).to(tl.float32)
     m_first = tl.load(turned.mean_first + head * F + f)[None, :]
     m_second = tl.load(turned.mean_second + head * F + f)[None, :]
     to = out.turning + (begin + row)[:, None] * (2 * F) + f[None, :]
@@ -177,7 +198,7 @@ def _decoded(side, head, codes, present, PAIRS: tl.constexpr, TERMS: tl.constexp
         place = (head * side.per_head * TERMS + term) * PAIRS + pair
         source = tl.load(side.sources + place)
         wanted = (source >= 0)[:, None] & present[None, :]
-        byte = tl.load(codes[None, :] + (source // 2)[:, None] * side.codes_stride[3], mask=wanted, other=0)
+        byte = tl.load(codes[None, :] + (source // 2)[:, None] * side.codes_stride[2], mask=wanted, other=0)
         nibble = (byte.to(tl.int32) >> ((source % 2) * 4)[:, None]) & 15
         both = tl.load(side.tables + place[:, None] * 16 + nibble, mask=wanted, other=0)
         low += (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -186,9 +207,9 @@ def _decoded(side, head, codes, present, PAIRS: tl.constexpr, TERMS: tl.constexp
 
 
 @triton.jit
-def _at(stride, row, head, block, slot):
+def _at(stride, head, page, place):
     """Where the tokens of a tile begin, ``int64 [TILE]``."""
-    return row * stride[0] + head * stride[1] + block * stride[2] + slot * stride[4]
+    return page * stride[0] + head * stride[1] + place * stride[3]
 
 
 @triton.jit
@@ -206,10 +227,10 @@ def _scales(side, head, at, present):
 def _dequantized(low, high, side, head, scale_at, middle_at, present, PAIRS: tl.constexpr):
     """Both halves times the scales of their groups, plus the middles."""
     group = tl.load(side.groups + head * side.per_head * PAIRS + tl.arange(0, PAIRS))[:, None]
-    scale = _scales(side, head, scale_at[None, :] + group * side.scale_stride[3], present[None, :])
+    scale = _scales(side, head, scale_at[None, :] + group * side.scale_stride[2], present[None, :])
     low, high = low * scale, high * scale
     if side.middle is not None:
-        at = side.middle + middle_at[None, :] + group * side.middle_stride[3]
+        at = side.middle + middle_at[None, :] + group * side.middle_stride[2]
         middle = tl.load(at, mask=present[None, :], other=0.0).to(tl.float32)
         low, high = low + middle, high + middle
     return low, high
@@ -223,13 +244,13 @@ def _capped(scores, softcap):
 
 
 @triton.jit
-def _biased(scores, bias, row, head, query_row, rows, queries, token, present):
+def _biased(scores, bias, row, head, query_row, rows, queries, column, seen):
+    """With what is added to the scores of tokens in these columns; minus infinity for those that are not seen."""
     if bias is not None:
-        of_head = row * bias.stride[0] + (head * (rows // queries) + query_row // queries) * bias.stride[1]
-        at = (of_head + (query_row % queries) * bias.stride[2])[:, None] + token[None, :] * bias.stride[3]
-        wanted = (query_row < rows)[:, None] & present[None, :]
+        at = _by_query(bias, row, head, query_row, rows, queries)[:, None] + column[None, :] * bias.stride[3]
+        wanted = (query_row < rows)[:, None] & seen
         scores += tl.load(bias.data + at, mask=wanted, other=float("-inf"))
-    return tl.where(present[None, :], scores, float("-inf"))
+    return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
@@ -265,14 +286,12 @@ def packed_part(
     values,
     projected,
     turned,
-    first,
-    pages,
+    of_rows,
     bias,
     parts,
     heads,
     rows,
     queries,
-    blocks,
     scaling,
     softcap,
     ROWS: tl.constexpr,
@@ -316,9 +335,7 @@ def packed_part(
         at = f[:, None] * TOKENS + tl.arange(0, TILE)[None, :]
         cos_table, sin_table = tl.load(turned.cos + at), tl.load(turned.sin + at)
 
-    skip, tokens = 0, blocks * TOKENS
-    if pages is not None:
-        skip, tokens = tl.load(pages.skip + row), tl.load(pages.lengths + row)
+    skip, tokens = tl.load(of_rows.skip + row), tl.load(of_rows.lengths + row)
     start, stop = _share(skip, tokens, parts.splits, TILE)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -328,44 +345,37 @@ def packed_part(
     for tile in range(start, stop):
         token = tile * TILE + tl.arange(0, TILE)
         present = (token >= skip) & (token < tokens)
-        if pages is None:
-            block = (token // TOKENS).to(tl.int64)
-            slot = token % TOKENS
-        else:
-            block = tl.load(pages.table + row * pages.table_stride + token // PAGE, mask=present, other=0).to(tl.int64)
-            slot = token % PAGE
-            present = present & (block >= 0)
+        at_page = of_rows.table + row * of_rows.capacity + token // PAGE
+        page = tl.load(at_page, mask=present, other=0).to(tl.int64)
+        place = token % PAGE
+        present = present & (page >= 0)
 
-        codes = keys.codes + _at(keys.codes_stride, row, head, block, slot)
+        codes = keys.codes + _at(keys.codes_stride, head, page, place)
         low, high = _decoded(keys, head, codes, present, KEY_PAIRS, KEY_TERMS, TILE)
-        scale_at = _at(keys.scale_stride, row, head, block, slot)
+        scale_at = _at(keys.scale_stride, head, page, place)
         if KEYS_GROUPED:
-            middle_at = _at(keys.middle_stride, row, head, block, slot)
+            middle_at = _at(keys.middle_stride, head, page, place)
             low, high = _dequantized(low, high, keys, head, scale_at, middle_at, present, KEY_PAIRS)
         scores = tl.dot(q_low, low.to(DTYPE), input_precision="tf32x3")
         scores = tl.dot(q_high, high.to(DTYPE), scores, input_precision="tf32x3") * size[:, None]
         if not KEYS_GROUPED:
             scores *= _scales(keys, head, scale_at, present)[None, :]
         if turned is not None:
-            if pages is None:
-                begin = tile * TILE
-                position = tl.load(first + row * blocks + begin // TOKENS) + begin % TOKENS
-            else:
-                position = tl.load(pages.origins + row) + tile * TILE
+            position = tl.load(of_rows.origins + row) + tile * TILE
             turns = position.to(tl.float64) * inv_freq.to(tl.float64) / TAU
             angle = ((turns - tl.floor(turns)) * TAU).to(tl.float32)
             cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
             scores = tl.dot(along * cos + across * sin, cos_table, scores, input_precision=PRECISION)
             scores = tl.dot(across * cos - along * sin, sin_table, scores, input_precision=PRECISION)
         scores = _capped((scores + rest[:, None]) * scaling, softcap)
-        scores = _biased(scores, bias, row, head, query_row, rows, queries, token, present)
+        scores = _biased(scores, bias, row, head, query_row, rows, queries, token, present[None, :])
         weights, most, total, keep = _weights(scores, most, total)
 
-        codes = values.codes + _at(values.codes_stride, row, head, block, slot)
+        codes = values.codes + _at(values.codes_stride, head, page, place)
         low, high = _decoded(values, head, codes, present, VALUE_PAIRS, VALUE_TERMS, TILE)
-        scale_at = _at(values.scale_stride, row, head, block, slot)
+        scale_at = _at(values.scale_stride, head, page, place)
         if VALUES_GROUPED:
-            middle_at = _at(values.middle_stride, row, head, block, slot)
+            middle_at = _at(values.middle_stride, head, page, place)
             low, high = _dequantized(low, high, values, head, scale_at, middle_at, present, VALUE_PAIRS)
         else:
             scale = _scales(values, head, scale_at, present)
@@ -391,50 +401,56 @@ def packed_part(
 def exact_part(
     query,
     exact,
+    of_rows,
     bias,
     parts,
     heads,
     rows,
     queries,
-    tokens,
+    first_column,
     key_dim,
     value_dim,
     scaling,
     softcap,
-    slot,
-    slots,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``grid (splits, B * H, row tiles)``: attention over a split of exact tokens, the parts from ``slot`` on."""
+    """``grid (splits, B * H, row tiles)``: attention over a split of the exact tokens that a row has.
+
+    Query i of Q sees those before place ``counts - (Q - 1 - i)``. They stand in a bias from ``first_column`` on.
+    """
     row, head = _row_and_head(heads)
     query_row = _rows(tl.program_id(2), ROWS)
     is_row = query_row < rows
     dim, value = tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
-    at = query + (tl.program_id(1).to(tl.int64) * rows + query_row)[:, None] * key_dim + dim[None, :]
-    q = tl.load(at, mask=is_row[:, None] & (dim < key_dim)[None, :], other=0.0)
-    keys = exact.key + row * exact.key_stride[0] + head * exact.key_stride[1]
-    values = exact.value + row * exact.value_stride[0] + head * exact.value_stride[1]
-    start, stop = _share(0, tokens, tl.num_programs(0), TILE)
+    at = query.data + _by_query(query, row, head, query_row, rows, queries)[:, None] + dim[None, :] * query.stride[3]
+    q = tl.load(at, mask=is_row[:, None] & (dim < key_dim)[None, :], other=0.0).to(tl.float32)
+    keys = exact.key + head * exact.key_stride[1]
+    values = exact.value + head * exact.value_stride[1]
+    count = tl.load(of_rows.counts + row)
+    end = count - (queries - 1 - query_row % queries)
+    start, stop = _share(0, count, parts.splits, TILE)
     most = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE_DIM], tl.float32)
     for tile in range(start, stop):
-        token = tile * TILE + tl.arange(0, TILE)
-        present = token < tokens
-        key_at = keys + dim[:, None] * exact.key_stride[3] + token[None, :] * exact.key_stride[2]
+        place = tile * TILE + tl.arange(0, TILE)
+        slot = tl.load(of_rows.slots + row * of_rows.room + place, mask=place < count, other=-1).to(tl.int64)
+        present = slot >= 0
+        key_at = keys + slot[None, :] * exact.key_stride[0] + dim[:, None]
         key = tl.load(key_at, mask=(dim < key_dim)[:, None] & present[None, :], other=0.0)
         scores = tl.dot(q, key.to(tl.float32), input_precision=PRECISION)
         scores = _capped(scores * scaling, softcap)
-        scores = _biased(scores, bias, row, head, query_row, rows, queries, token, present)
+        seen = present[None, :] & (place[None, :] < end[:, None])
+        scores = _biased(scores, bias, row, head, query_row, rows, queries, first_column + place, seen)
         weights, most, total, keep = _weights(scores, most, total)
-        value_at = values + token[:, None] * exact.value_stride[2] + value[None, :] * exact.value_stride[3]
+        value_at = values + slot[:, None] * exact.value_stride[0] + value[None, :]
         tile_values = tl.load(value_at, mask=present[:, None] & (value < value_dim)[None, :], other=0.0)
         sums = tl.dot(weights, tile_values.to(tl.float32), sums * keep[:, None], input_precision=PRECISION)
-    place = (tl.program_id(1).to(tl.int64) * slots + slot + tl.program_id(0)) * rows + query_row
+    place = (tl.program_id(1).to(tl.int64) * parts.splits + tl.program_id(0)) * rows + query_row
     to = parts.out + place[:, None] * value_dim + value[None, :]
     out = sums / tl.maximum(total, TINY)[:, None]
     tl.store(to, out, mask=is_row[:, None] & (value < value_dim)[None, :])
@@ -458,9 +474,9 @@ def _share_of(parts, split, row, rows, is_row, shift):
 
 
 @triton.jit
-def join(packed, exact, side, map, mean, out, lse, heads, rows, ROWS: tl.constexpr, PAIRS: tl.constexpr):
+def join(packed, exact, side, map, mean, out, lse, heads, rows, queries, ROWS: tl.constexpr, PAIRS: tl.constexpr):
     """``grid (row tiles, B * H, D / CHUNK)``: all parts merged, the sums of codes mapped back."""
-    _, head = _row_and_head(heads)
+    batch_row, head = _row_and_head(heads)
     row = _rows(tl.program_id(0), ROWS)
     is_row = row < rows
     pair, dim = tl.arange(0, PAIRS), tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
@@ -490,9 +506,23 @@ def join(packed, exact, side, map, mean, out, lse, heads, rows, ROWS: tl.constex
             out_at = exact.out + place[:, None] * map.head_dim + dim[None, :]
             sums += weight[:, None] * tl.load(out_at, mask=is_row[:, None] & is_dim[None, :], other=0.0)
             total += weight
-    begin = tl.program_id(1).to(tl.int64) * rows
-    to = out + (begin + row)[:, None] * map.head_dim + dim[None, :]
-    tl.store(to, sums / tl.maximum(total, TINY)[:, None], mask=is_row[:, None] & is_dim[None, :])
+    to = out.data + _by_query(out, batch_row, head, row, rows, queries)[:, None] + dim[None, :]
+    means = sums / tl.maximum(total, TINY)[:, None]
+    tl.store(to, means.to(out.data.dtype.element_ty), mask=is_row[:, None] & is_dim[None, :])
     if tl.program_id(2) == 0:
         joined = tl.where(total > 0, (most + tl.log2(tl.maximum(total, TINY))) * LN_2, float("-inf"))
-        tl.store(lse + begin + row, joined, mask=is_row)
+        tl.store(lse + tl.program_id(1).to(tl.int64) * rows + row, joined, mask=is_row)
+
+
+@triton.jit
+def put(fresh, fresh_stride, pool, pool_stride, of_rows, queries, dim, DIM: tl.constexpr):
+    """``grid (B * Q, H)``: a token to the slot of its place, where there is one."""
+    row, token = (tl.program_id(0) // queries).to(tl.int64), tl.program_id(0) % queries
+    head, i = tl.program_id(1).to(tl.int64), tl.arange(0, DIM)
+    place = tl.load(of_rows.counts + row) - queries + token
+    slot = tl.load(of_rows.slots + row * of_rows.room + place, mask=place >= 0, other=-1).to(tl.int64)
+    at = fresh + row * fresh_stride[0] + head * fresh_stride[1] + token.to(tl.int64) * fresh_stride[2]
+    numbers = tl.load(at + i * fresh_stride[3], mask=i < dim, other=0.0)
+    to = pool + slot * pool_stride[0] + head * pool_stride[1] + i
+    if slot >= 0:
+        tl.store(to, numbers.to(pool.dtype.element_ty), mask=i < dim)
