@@ -1,5 +1,7 @@
 """A cache of one layer, as tests of a single layer drive it: appended to, attended over, settled."""
 
+import torch
+
 from qjl.attention import Scoring
 from qjl.cache.paged import PagedCache
 from qjl.codecs import Codecs
@@ -84,7 +86,18 @@ def pages_of(index, core, row=0):
     table = index.table[row, : index.blocks[row]]
     if core.pages is None:
         return []
-    return [field for side in core.pages.taken(table[table >= 0]) for field in side.values()]
+    return [field for side in taken(core.pages, table[table >= 0]) for field in side.values()]
+
+
+def taken(pages, numbers):
+    """Copies of some pages, ``[n, H, *shape]`` per field, of keys and of values."""
+    index = torch.as_tensor(numbers, dtype=torch.int64)
+    return [{name: field[index.to(field.device)].contiguous() for name, field in side.items()} for side in pages.fields]
+
+
+def codec_tensors(core):
+    """What the codecs of a layer were fitted to."""
+    return [tensor for codec in core.codecs or () for tensor in codec.tensors]
 
 
 def exact_of(index, core, row=0):

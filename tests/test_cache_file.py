@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from method_cases import every_kind
+from one_layer import taken
 from qjl.cache import file
 from qjl.cache.file import CacheFile
 from qjl.cache.index import HOLE
@@ -61,7 +62,7 @@ def assert_same(one, other):
         assert all(map(torch.equal, one.dense(first), other.dense(second)))
         assert (first.pages is None) == (second.pages is None)
         if first.pages is not None:
-            held = [layer.pages.taken(layer.index.pages_held()) for layer in (first, second)]
+            held = [taken(layer.pages, layer.index.held()[1]) for layer in (first, second)]
             for side, again in zip(*held, strict=True):
                 assert list(side) == list(again)
                 assert all(side[field].equal(again[field]) for field in side)
@@ -147,7 +148,7 @@ def test_shared_pages_are_kept_once_and_in_the_order_of_rows(path):
     file.save(path, cache)
     stored = CacheFile(path)
     assert stored.array("text.table").tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]
-    pages = cache.layers[1].pages.taken(cache.index.table[[0, 2], :4].reshape(-1))
+    pages = taken(cache.layers[1].pages, cache.index.table[[0, 2], :4].reshape(-1))
     for side, blocks in zip(("keys", "values"), pages, strict=True):
         for name, field in blocks.items():
             assert stored.array(f"layers.1.pages.{side}.{name}").equal(field)

@@ -144,8 +144,8 @@ def require_holds(store, naive):
         }
         assert packed_tokens[row] == len(codes) - sum(place < naive.sinks for place in codes)
         assert index.ends[row] == max(codes, default=-1) + 1 or index.has_holes
-    assert (index.slots.in_use, index.pages.in_use) == (len(index.slots_held()), len(index.pages_held()))
-    for places, held in ((index.slots, index.slots_held()), (index.pages, index.pages_held())):
+    for places, held in zip((index.slots, index.pages), index.held(), strict=True):
+        assert places.in_use == len(held)
         assert set(held.tolist()).isdisjoint(places._given_back)
 
 
@@ -453,7 +453,7 @@ def test_nothing_is_ever_lost_or_leaked_by_beams():
         index.begin_columns(1)
         index.commit()
         index.select([chance.randrange(3) for _ in range(3)])
-    assert index.slots.in_use == len(index.slots_held()) <= 3 * (4 + 32 + BLOCK)
+    assert index.slots.in_use == len(index.held()[0]) <= 3 * (4 + 32 + BLOCK)
     assert index.slots.capacity < 6 * (4 + 32 + BLOCK)
     assert index.pages.capacity <= 1.25 * index.pages.in_use + 8
 
@@ -558,7 +558,7 @@ def test_what_is_held_is_numbered_without_gaps():
         index.commit()
     index.select([1])
     index.add_rows(1)
-    slots, pages = index.slots_held(), index.pages_held()
+    slots, pages = index.held()
     exact, coded = index.slot_of[0, : index.counts[0]].copy(), index.table[0, : index.blocks[0]].copy()
     found = index.renumber()
     assert [of.tolist() for of in found] == [slots.tolist(), pages.tolist()]

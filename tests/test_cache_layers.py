@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from method_cases import float64, one_of_each_codec
-from one_layer import OneLayer, same_tokens
+from one_layer import OneLayer, codec_tensors, same_tokens
 from qjl.cache.paged import Fitted, PagedCache, as_coded
 from qjl.codecs import Codecs
 from qjl.errors import QJLError
@@ -265,7 +265,7 @@ def test_bytes_are_the_declared_bits_and_the_exact_tokens(name, tokens, run_thro
 
 def test_codecs_are_counted_apart(tokens, run_through):
     core = run_through(_layer(PRESETS["b3"], tokens.rope), tokens, [LENGTH]).core
-    assert storage_bytes(core.codec_tensors) > core.pages.nbytes / 10
+    assert storage_bytes(codec_tensors(core)) > core.pages.nbytes / 10
     assert core.nbytes <= core.exact_nbytes + core.pages.nbytes
 
 

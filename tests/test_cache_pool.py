@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from one_layer import taken
 from qjl.cache.pool import ExactTokens, Pages, run_of
 from qjl.codecs import TokenShape
 from qjl.packed import BLOCK, Field, block_bits, blocks_of_tokens
@@ -32,7 +33,7 @@ def _blocks(count, heads=3, generator=None):
 
 
 def _require(pages, numbers, blocks, side=0):
-    for name, tensor in pages.taken(numbers)[side].items():
+    for name, tensor in taken(pages, numbers)[side].items():
         assert tensor.dtype == LAYOUT[name].dtype
         assert torch.equal(tensor, blocks[name][0].transpose(0, 1))
 
@@ -50,8 +51,8 @@ def test_blocks_lie_in_their_pages(numbers, side, generator):
     pages.write(side, blocks, numbers)
     _require(pages, numbers, blocks, side)
     others = [page for page in range(8) if page not in numbers]
-    assert not any(x.any() for x in pages.taken(others)[side].values())
-    assert not any(x.any() for x in pages.taken(range(8))[1 - side].values())
+    assert not any(x.any() for x in taken(pages, others)[side].values())
+    assert not any(x.any() for x in taken(pages, range(8))[1 - side].values())
 
 
 def test_growth_keeps_the_content(generator):
@@ -66,7 +67,7 @@ def test_growth_keeps_the_content(generator):
 def test_fields_are_no_copy(generator):
     pages = _pages()
     pages.fields[0]["scale"][2] = 7
-    assert (pages.taken([2])[0]["scale"] == 7).all()
+    assert (taken(pages, [2])[0]["scale"] == 7).all()
     assert pages.fields[0]["codes"].shape == (8, 3, 3, BLOCK)
 
 
@@ -87,7 +88,7 @@ def test_filling_a_page_leaves_its_first_tokens(kept, generator):
     before, after = _blocks(1, generator=generator), _blocks(1, generator=generator)
     pages.write(0, before, [3])
     pages.fill(0, after, [3], [kept])
-    for name, found in pages.taken([3])[0].items():
+    for name, found in taken(pages, [3])[0].items():
         assert torch.equal(found[0, ..., :kept], before[name][0, :, 0, ..., :kept])
         assert torch.equal(found[0, ..., kept:], after[name][0, :, 0, ..., kept:])
 

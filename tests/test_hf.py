@@ -29,6 +29,7 @@ from models_for_tests import (
     read,
     tiny,
 )
+from one_layer import codec_tensors
 from qjl.cache.layer import Layer
 from qjl.cache.paged import PagedCache
 from qjl.compat import CACHE, CROP_TAKES_LENGTHS, cache_argument
@@ -398,7 +399,7 @@ def test_caches_of_one_model_share_codecs(model):
     ]
     for cache in caches:
         read(model, prompt(270), cache, sizes=(270,))
-    maps = [cache.cores[0].codec_tensors[0].data_ptr() for cache in caches]
+    maps = [codec_tensors(cache.cores[0])[0].data_ptr() for cache in caches]
     assert maps[0] == maps[1] != maps[2]
 
 
@@ -455,7 +456,7 @@ def test_every_byte_is_counted(model):
     read(model, prompt(300), cache)
     packed = [tensor for core in cache.cores for side in core.pages.storage for tensor in side.values()]
     windows = [tensor for core in cache.cores for tensor in (core.exact.keys, core.exact.values)]
-    codecs = [tensor for core in cache.cores for tensor in core.codec_tensors]
+    codecs = [tensor for core in cache.cores for tensor in codec_tensors(core)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in codecs}
     assert cache.codec_nbytes == sum(storage.nbytes() for storage in storages.values()) > 0
     held = sum(tensor.untyped_storage().nbytes() for tensor in packed + windows)

@@ -13,6 +13,7 @@ from transformers import DynamicCache, TextIteratorStreamer
 
 import qjl
 from models_for_tests import difference, exact, generate, left_padded, packed_bytes, prompt, read, tiny
+from one_layer import codec_tensors
 from qjl.compat import Uncompiled, cache_argument
 from qjl.hf import own_codecs
 
@@ -238,7 +239,7 @@ def test_first_prompts_at_once_are_sane(preset, share):
             assert difference(ours, reference) < 0.3
         if share:
             maps = {
-                core.codec_tensors[0].data_ptr() for cache in caches for core in cache.cores[:1] if core.codec_tensors
+                codec_tensors(core)[0].data_ptr() for cache in caches for core in cache.cores[:1] if codec_tensors(core)
             }
             assert len(maps) <= 1, "one thread fits for all"
 

@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_checkpoint
-from qjl import cli
+from qjl import cli, models
 from qjl.errors import QJLError
+from qjl.lab import reuploads
 from qjl.lab.bench import load_test, vllm_engines
 from qjl.lab.bench.gate import Inaccurate
 from qjl.lab.bench.load_test import BROKEN, DIGITS, FEWEST, Exchange, Load, conversations, leaks, repeated
@@ -133,17 +134,21 @@ def test_what_a_server_may_not_do():
     assert not typed(row | {"exit_code": 1}).went_well
 
 
-def test_the_command_loads_a_server_of_its_own(tmp_path, monkeypatch):
+def test_the_command_loads_a_server_of_its_own_with_a_model_of_the_lab(tmp_path, monkeypatch):
     monkeypatch.setenv("QJL_CACHE", str(tmp_path / "cache"))
     text, rows = tmp_path / "text.txt", tmp_path / "rows.jsonl"
     text.write_text(TEXT)
-    model = str(tiny_checkpoint.save(tmp_path / "model"))
-    options = {"clients": 4, "requests": 8, "slots": 1, "queue": 0, "words": 150, "data": text, "out": rows}
+    folder = tiny_checkpoint.save(tmp_path / "model")
+    monkeypatch.setitem(reuploads.REUPLOADS, "uploaded-again", None)
+    monkeypatch.setattr(models, "fetch_known", lambda name, known, progress: folder)
+    options = {"model": "uploaded-again", "dtype": "float32"}
+    options |= {"clients": 4, "requests": 8, "slots": 1, "queue": 0, "words": 150, "data": text, "out": rows}
     words = [f"--{name}={value}" for name, value in options.items()]
-    result = CliRunner().invoke(cli.app, ["bench", "serving", "--model", model, "--dtype", "float32", *words])
+    result = CliRunner().invoke(cli.app, ["bench", "serving", *words])
     assert result.exit_code == 0, result.output
     assert "Conversations, each with a secret" in " ".join(result.stdout.split())
     row = json.loads(rows.read_text())
+    assert row["model"] == "uploaded-again"
     assert row["statuses"]["200"] == 8
     assert row["statuses"]["429"] > 0
     assert row["statuses"].keys() <= {"200", "429"}

@@ -1,8 +1,10 @@
 """The page: everything measured is in it, nothing outside is needed, the best is marked, and no row can break it."""
 
+import dataclasses
 import json
 import re
 from collections import Counter
+from dataclasses import MISSING
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +15,7 @@ import report_rows as rows_of
 from colours import contrast
 from qjl import cli, presets
 from qjl.errors import QJLError
-from qjl.lab import report, results, rows
+from qjl.lab import report, results
 from qjl.lab.plots.answers import by_metric
 from qjl.lab.plots.style import INK, OURS, TONES
 from qjl.lab.report import numbers
@@ -420,7 +422,9 @@ def test_a_damaged_row_is_shown_or_refused(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: file.write(b'<svg width="9pt"></svg>'))
     path = tmp_path / "rows.jsonl"
     first, *others = EVERY_KIND[kind]
-    needs, refused = rows.kind_needs(KINDS[kind].type), set()
+    fields = dataclasses.fields(KINDS[kind].type)
+    needs = {one.name for one in fields if one.default is MISSING and one.default_factory is MISSING}
+    refused = set()
     for field in first.keys() - {"case"}:
         rest = {name: value for name, value in first.items() if name != field}
         for damaged in (rest, *(rest | {field: wrong} for wrong in (None, "?", 3, -0.5, [1], {"a": 1}))):

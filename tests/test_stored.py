@@ -14,6 +14,7 @@ from transformers.cache_utils import StaticLayer
 
 import qjl
 from models_for_tests import attending_across, config_of, generate, left_padded, packed_bytes, prompt, read, tiny
+from one_layer import taken
 from qjl import container
 from qjl.cache import file as files
 from qjl.cache.file import CACHES, CacheFile
@@ -236,7 +237,7 @@ def test_any_reader_of_safetensors_can_look_inside(path, model):
         assert (file.metadata()["format"], file.metadata()["version"]) == ("qjl-cache", "2")
         assert file.get_tensor("token_ids").equal(prompt(LENGTH).int())
         table = cache.index.table[0, : cache.index.blocks[0]]
-        pages = cache.cores[1].pages.taken(table)[0]["codes"]
+        pages = taken(cache.cores[1].pages, table)[0]["codes"]
         assert file.get_tensor("layers.1.pages.keys.codes").equal(pages)
 
 

@@ -257,8 +257,8 @@ def pretended(monkeypatch):
             parts = home.split(".")
             for depth in range(1, len(parts) + 1):
                 modules.setdefault(".".join(parts[:depth]), ModuleType(".".join(parts[:depth])))
-        for home, names in uses.names.items():
-            for name in names:
+        for home, ours in uses.names.items():
+            for name in ours:
                 setattr(modules[home], name, thing(uses, name))
         modules["vllm"].__version__ = version
         for name, module in modules.items():

@@ -13,6 +13,7 @@ import torch
 
 import oracles
 from conftest import Model
+from one_layer import taken
 from qjl.attention import Scoring, causal_mask
 from qjl.cache.paged import Fitted, PagedCache
 from qjl.codecs import Codecs, TokenShape
@@ -281,7 +282,7 @@ def test_pages_hold_the_bytes_of_a_cache_in_transformers(page_tokens, sinks, chu
     cache = PagedCache([0], sinks, RECENT, Fitted(_codecs(sinks)))
     cache.append(cache.layers[0], tokens.keys, tokens.values)
     cache.settle()
-    expected = cache.layers[0].pages.taken(cache.index.table[0, : cache.index.blocks[0]])
+    expected = taken(cache.layers[0].pages, cache.index.table[0, : cache.index.blocks[0]])
 
     server = Server(page_tokens, sinks=sinks)
     one = server.sequence(sum(chunks))

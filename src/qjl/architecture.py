@@ -114,10 +114,10 @@ def ropes_of(config: PreTrainedConfig) -> dict[int, Rope | None]:
     return {shape.index: find_rope(config, shape.kind) for shape in layer_shapes(config) if shape.is_quantized}
 
 
-def rope_is_used(config: PreTrainedConfig, layer_kind: str = FULL_ATTENTION) -> bool:
-    """Whether the configuration speaks of RoPE in such layers, of any kind."""
+def rope_is_used(config: PreTrainedConfig) -> bool:
+    """Whether the configuration speaks of RoPE in layers of full attention, of any kind."""
     decoder = text_config(config)
-    return bool(_rope_parameters(decoder, layer_kind) or getattr(decoder, "rotary_dim", None))
+    return bool(_rope_parameters(decoder, FULL_ATTENTION) or getattr(decoder, "rotary_dim", None))
 
 
 def _rope_parameters(decoder: PreTrainedConfig, layer_kind: str) -> dict[str, Any]:
@@ -129,6 +129,11 @@ def _grows(parameters: dict[str, Any]) -> bool:
     """Whether the frequencies change with the length of the sequence."""
     kind = parameters.get("rope_type")
     return kind == "dynamic" or (kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor"))
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model was made for; None where its configuration does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def drops_cache_at(decoder: PreTrainedConfig) -> int | None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -220,7 +221,7 @@ class _Trial:
     def kl(self, config: CacheConfig) -> float:
         """In nats per token."""
         keys, values = _bits_of(config, self.lab.shapes)
-        self.lab.on_stage(f"Decoding with keys of {_mean(keys):.2f} and values of {_mean(values):.2f} bits")
+        self.lab.on_stage(f"Decoding with keys of {fmean(keys):.2f} and values of {fmean(values):.2f} bits")
         cache = self.lab.cache(config)
         refill(cache, self.prefix)
         return float(compare(self.lab.model, cache, self.input_ids, PREFIX, self.reference).kl.mean())
@@ -310,17 +311,13 @@ def _bits_of(config: CacheConfig, shapes: Iterable[LayerShape]) -> tuple[list[fl
 def _explanation(config: CacheConfig, shapes: Sequence[LayerShape], kl: float, kl_of_uniform: float) -> str:
     keys, values = _bits_of(config, shapes)
     frame = ", before RoPE" if config.pre_rope else ""
-    parts = [f"{name} {_mean(bits):.2f} bits{_range(bits)}" for name, bits in (("keys", keys), ("values", values))]
+    parts = [f"{name} {fmean(bits):.2f} bits{_range(bits)}" for name, bits in (("keys", keys), ("values", values))]
     against = f", the best uniform one {kl_of_uniform:.4f}" if config.overrides else ""
     return f"{', '.join(parts)}{frame}; in a probe KL {kl:.4f}{against}"
 
 
 def _range(bits: Sequence[float]) -> str:
     return f" ({min(bits):.1f} to {max(bits):.1f})" if min(bits) < max(bits) else ""
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers)
 
 
 # Texts and files

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import statistics
+from qjl.architecture import context_length
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.fingerprints import fingerprint
@@ -50,9 +51,8 @@ def rows_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: st
     Raises:
         QJLError: if the text is shorter than 256 tokens.
     """
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", ROW_TOKENS)
     tokens = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0, : ROWS * ROW_TOKENS]
-    row = min(ROW_TOKENS, context, len(tokens))
+    row = min(ROW_TOKENS, context_length(model.config) or ROW_TOKENS, len(tokens))
     if row < MIN_TOKENS:
         raise QJLError(f"calibration needs a text of at least {MIN_TOKENS} tokens, this one has {row}.")
     return tokens[: len(tokens) // row * row].view(-1, row)

@@ -37,6 +37,9 @@ class TokenShape:
         """That of ``[B, H, T, D]``."""
         return cls(keys.shape[1], keys.shape[3], values.shape[3], keys.device, keys.dtype)
 
+    def zeros(self, *size: int) -> Tensor:
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
 
 @dataclass(frozen=True, eq=False)
 class Learned:

@@ -48,7 +48,6 @@ _DTYPES = {
     "F64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError, OverflowError)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,14 @@ def fingerprint(model: PreTrainedModel) -> str:
             packed by torch, functions and hooks of others that replace what a module does.
     """
     unwrapped = _unwrapped(model)
-    return _digest(unwrapped.config, _parts(unwrapped))
+    digest = hashlib.sha256(_as_json([FORMAT, _entries(unwrapped.config)]))
+    parts = [_part(name, module, adapters) for name, module, adapters in _walk(unwrapped, "", None, set())]
+    for part in sorted(parts, key=lambda part: part.name):
+        digest.update(_as_json([part.name, part.kind, part.numbers]))
+        for name, tensor in sorted(part.tensors.items()):
+            digest.update(_as_json([name, list(tensor.shape)]))
+            digest.update(_sampled(tensor))
+    return digest.hexdigest()[:32]
 
 
 def fingerprint_or_none(model: PreTrainedModel) -> str | None:
@@ -118,16 +125,6 @@ def fingerprint_of_folder(folder: Path) -> str | None:
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         return None
     return fingerprint(model)
-
-
-def _digest(config: PreTrainedConfig, parts: Iterable[_Part]) -> str:
-    digest = hashlib.sha256(_as_json([FORMAT, _entries(config)]))
-    for part in sorted(parts, key=lambda part: part.name):
-        digest.update(_as_json([part.name, part.kind, part.numbers]))
-        for name, tensor in sorted(part.tensors.items()):
-            digest.update(_as_json([name, list(tensor.shape)]))
-            digest.update(_sampled(tensor))
-    return digest.hexdigest()[:32]
 
 
 def _as_json(value: Any) -> bytes:
@@ -206,10 +203,6 @@ def _unwrapped(model: Any) -> PreTrainedModel:
         raise Unnamed("an adapter puts tokens of its own before each prompt")
     inner = getattr(model, "_orig_mod", None) or (model.get_base_model() if hasattr(model, "get_base_model") else None)
     return model if inner is None else _unwrapped(inner)
-
-
-def _parts(model: nn.Module) -> list[_Part]:
-    return [_part(name, module, adapters) for name, module, adapters in _walk(model, "", None, set())]
 
 
 def _walk(module: nn.Module, name: str, adapters: Adapters, seen: set[int]) -> Iterator[Found]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from qjl.architecture import context_length
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.hf import KVCache
@@ -76,18 +77,13 @@ def bf16_cache_bytes(cache: Cache, dtype: torch.dtype) -> int:
     return held * BF16_BYTES // dtype.itemsize
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model was made for; None where its configuration does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def require_context(model: PreTrainedModel, tokens: int, what: str = "the prompt") -> int | None:
     """Room for new tokens after ``tokens``; None if there is no limit.
 
     Raises:
         QJLError: if there is none left.
     """
-    context = context_length(model)
+    context = context_length(model.config)
     if context is None:
         return None
     if tokens >= context:

@@ -133,7 +133,7 @@ def complete(config: PreTrainedConfig, reader: GGUFReader, path: str) -> None:
         _set_attention_scale(config, file)
     _set_window(config, file)
     _set_rope(config, file)
-    known = _read_by_transformers(config, file) | _READ_HERE | _IDLE | {"attention.sliding_window", "attention.scale"}
+    known = _read_by_transformers(config) | _READ_HERE | _IDLE | {"attention.sliding_window", "attention.scale"}
     for key in file.entries.keys() - known:
         _set_entry(config, file, key)
 
@@ -150,7 +150,7 @@ def _read(reader: GGUFReader, path: str) -> _File:
     return _File(path, architecture, entries, factors)
 
 
-def _read_by_transformers(config: PreTrainedConfig, file: _File) -> set[str]:
+def _read_by_transformers(config: PreTrainedConfig) -> set[str]:
     kind = config.model_type.removesuffix("_text")
     names = cast(Mapping[str, Mapping[str, str | None]], gguf_reader("GGUF_CONFIG_MAPPING")).get(kind, {})
     return {key for key, name in names.items() if name is not None}

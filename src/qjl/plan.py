@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from qjl.architecture import LayerShape, layer_shapes, text_config
+from qjl.architecture import LayerShape, context_length, layer_shapes, text_config
 from qjl.errors import QJLError
 from qjl.methods.base import LayerContext, Quantizer, storage_bytes
 from qjl.models import weights_bytes
@@ -111,7 +111,7 @@ class Planner:
     @property
     def model_context(self) -> int | None:
         """Tokens that the model was made for."""
-        return getattr(text_config(self.config), "max_position_embeddings", None)
+        return context_length(self.config)
 
     def plan(self, preset: CacheConfig, memory: int, context: int) -> Plan:
         """What fits into ``memory`` bytes beside the weights and the fitted codecs, which all users share.

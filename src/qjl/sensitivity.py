@@ -63,7 +63,7 @@ class Sensitivity:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def probe(
-    model: PreTrainedModel, input_ids: Tensor, *, sinks: int, window: int, draws: int = DRAWS, seed: int = 0
+    model: PreTrainedModel, input_ids: Tensor, *, sinks: int, window: int, draws: int = DRAWS
 ) -> dict[int, Sensitivity]:
     """The sensitivity of every quantized layer on ``input_ids [B, T]``; rows go through the model one by one.
 
@@ -73,7 +73,7 @@ def probe(
     positions = input_ids.shape[1] - sinks - window
     if positions < 1:
         raise QJLError(f"a probe needs rows of more than {sinks + window} tokens, not {input_ids.shape[1]}.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     layers = [shape.index for shape in layer_shapes(model.config) if shape.is_quantized]
     with attention_watched(model, _attention), _fixed_weights(model):
         rows = [_probe_row(model, row[None], _Reading(layers, sinks, window), draws, generator) for row in input_ids]

@@ -236,7 +236,7 @@ def _arrays_of(cache: PagedCache, group: str) -> Arrays:
     """The index of a group, and the tokens of its layers."""
     index = cache.index
     named = {f"{group}.{name}": torch.from_numpy(np.array(x, order="C")) for name, x in index.arrays().items()}
-    slots, pages = index.slots_held(), index.pages_held()
+    slots, pages = index.held()
     for number, layer in cache.layers.items():
         if layer.exact is not None:
             named |= _tokens_of(layer, f"layers.{number}", slots, pages)

@@ -62,6 +62,13 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.pages)
 
+    def add(self, sources: Iterable[int], first: int, page: int, kept: int) -> None:
+        """One more block."""
+        self.sources += sources
+        self.first.append(first)
+        self.pages.append(page)
+        self.kept.append(kept)
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Sources int32 ``[n * 64]``, first positions int64 ``[n]`` and pages int32 ``[n]`` as tensors."""
         dtypes = ((self.sources, torch.int32), (self.first, torch.int64), (self.pages, torch.int32))
@@ -192,7 +199,8 @@ class TokenIndex:
             self.slots.share(self.slot_of[row, : self.counts[row]])
             self.pages.share(self._pages_of(row))
         for row in range(self.batch):
-            self._free(row)
+            self.slots.release(self.slot_of[row, : self.counts[row]])
+            self.pages.release(self._pages_of(row))
         chosen = np.asarray(rows, np.int64)
         self.padding, self.lengths, self.blocks = (
             [of[row] for row in rows] for of in (self.padding, self.lengths, self.blocks)
@@ -205,10 +213,6 @@ class TokenIndex:
             self._set_arrays(of[chosen] for of in self._arrays)
         if self.marks is not None:
             self.marks = self.marks[chosen]
-
-    def _free(self, row: int) -> None:
-        self.slots.release(self.slot_of[row, : self.counts[row]])
-        self.pages.release(self._pages_of(row))
 
     def _pages_of(self, row: int) -> Integers:
         pages = self.table[row, : self.blocks[row]]
@@ -236,14 +240,9 @@ class TokenIndex:
 
     def _fresh(self, columns: int) -> tuple[list[int], list[int]]:
         """Where the fresh tokens of each row start, and how many there are."""
-        counts = [columns - pad for pad in self._fresh_padding(columns)]
-        return [row * columns + columns - count for row, count in enumerate(counts)], counts
-
-    def _fresh_padding(self, columns: int) -> list[int]:
-        return [
-            0 if length else min(max(pad - self.columns, 0), columns)
-            for pad, length in zip(self.padding, self.lengths, strict=True)
-        ]
+        rows = zip(self.padding, self.lengths, strict=True)
+        counts = [columns if held else columns - min(max(pad - self.columns, 0), columns) for pad, held in rows]
+        return [(row + 1) * columns - count for row, count in enumerate(counts)], counts
 
     def set_padding(self, padding: Sequence[int], origins: Sequence[int]) -> None:
         """Left padding of rows in columns, and the RoPE position of their first token.
@@ -377,7 +376,7 @@ class TokenIndex:
         if first >= self.lengths[row] and not kept:
             page = self._new_page(step)
             start = step.starts[row] + first - self.lengths[row]
-            self._add(step.direct, range(start, start + BLOCK), position, page, 0)
+            step.direct.add(range(start, start + BLOCK), position, page, 0)
             return page
         slots = self._slots_of_block(row, first, kept)
         key = (*slots, position, kept, int(self.table[row, block]) if kept else HOLE)
@@ -385,19 +384,15 @@ class TokenIndex:
             self.pages.share([shared[key]])
             step.taken.append(shared[key])
             return shared[key]
-        shared[key] = page = self._page_to_fill(step, row, block) if kept else self._new_page(step)
-        self._add(step.pooled, slots, position, page, kept)
+        shared[key] = page = self._new_page(step)
+        if kept:  # others keep the page with these codes, and a pass that fails leaves it as it was
+            step.copies.append((int(self.table[row, block]), page))
+        step.pooled.add(slots, position, page, kept)
         return page
 
     def _new_page(self, step: Step) -> int:
         page = self.pages.take(1)[0]
         step.taken.append(page)
-        return page
-
-    def _page_to_fill(self, step: Step, row: int, block: int) -> int:
-        """A page of its own with the same codes: others keep theirs, and a pass that fails leaves it as it was."""
-        page = self._new_page(step)
-        step.copies.append((int(self.table[row, block]), page))
         return page
 
     def _slots_of_block(self, row: int, first: int, kept: int) -> list[int]:
@@ -407,13 +402,6 @@ class TokenIndex:
         slots = self.slot_of[row, inside].tolist()
         assert len(slots) == BLOCK - kept
         return [slots[0]] * kept + slots
-
-    @staticmethod
-    def _add(to: Blocks, sources: Iterable[int], position: int, page: int, kept: int) -> None:
-        to.sources += sources
-        to.first.append(position)
-        to.pages.append(page)
-        to.kept.append(kept)
 
     def commit(self) -> None:
         """The pass is over: its tokens are held, and what its blocks no longer need is free."""
@@ -564,15 +552,15 @@ class TokenIndex:
         ends = [(self._next_block(row) + 1) * BLOCK + self.recent for row in range(self.batch)]
         return max(1, min(end - length for end, length in zip(ends, self.lengths, strict=True)))
 
-    def in_use_by(self, rows: Sequence[int]) -> tuple[int, int]:
-        """Slots and pages that some rows have."""
-        slots = _once(self.slot_of[row, : self.counts[row]] for row in rows)
-        return len(slots), len(_once(self._pages_of(row) for row in rows))
+    def held(self, rows: Sequence[int] | None = None) -> tuple[Integers, Integers]:
+        """Slots and pages in use, by some rows or by all: each once, in the order of rows and their tokens."""
+        some = range(self.batch) if rows is None else rows
+        return _once(self.slot_of[row, : self.counts[row]] for row in some), _once(map(self._pages_of, some))
 
     def renumber(self) -> tuple[Integers, Integers]:
         """Number the slots and the pages that are in use without gaps; returns which they were."""
         assert self.step is None
-        slots, pages = self.slots_held(), self.pages_held()
+        slots, pages = self.held()
         is_exact = np.arange(self.slot_of.shape[1]) < self.counts[:, None]
         self.slot_of[:] = _renumbered(self.slot_of, is_exact, slots, 0)
         is_page = np.arange(self.table.shape[1]) < np.array(self.blocks, np.int64)[:, None]
@@ -581,18 +569,10 @@ class TokenIndex:
         self.pages.renumber(pages)
         return slots, pages
 
-    def slots_held(self) -> Integers:
-        """Each slot in use once, in the order of rows and their tokens."""
-        return _once(self.slot_of[row, : self.counts[row]] for row in range(self.batch))
-
-    def pages_held(self) -> Integers:
-        """Each page in use once, in the order of rows and their tokens."""
-        return _once(self._pages_of(row) for row in range(self.batch))
-
     # Files
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All rows by name; slots and pages have the numbers of their places in ``slots_held`` and ``pages_held``.
+        """All rows by name; slots and pages have the numbers of their places in ``held``.
 
         - ``columns`` int64 []. ``lengths``, ``padding``, ``origins``, ``blocks``, ``counts`` int64 [B]: of each row its
           tokens, left padding, RoPE position of token 0, blocks in its table, and exact tokens.
@@ -603,6 +583,7 @@ class TokenIndex:
         - ``marks`` bool [B, T]: which columns may be packed; only if there was a mask.
         """
         exact, blocks = max(self.counts.tolist(), default=0), max(self.blocks, default=0)
+        slots, pages = self.held()
         is_exact = np.arange(exact) < self.counts[:, None]
         is_page = (np.arange(blocks) < np.array(self.blocks)[:, None]) & (self.table[:, :blocks] != HOLE)
         partial = [(row, block, count) for row, of in enumerate(self.partial) for block, count in sorted(of.items())]
@@ -614,9 +595,9 @@ class TokenIndex:
             "origins": self.origins.copy(),
             "blocks": np.array(self.blocks, np.int64),
             "counts": self.counts.astype(np.int64),
-            "table": _renumbered(self.table[:, :blocks], is_page, self.pages_held(), HOLE),
+            "table": _renumbered(self.table[:, :blocks], is_page, pages, HOLE),
             "partial": np.array(partial, np.int64).reshape(-1, 3),
-            "slots": _renumbered(self.slot_of[:, :exact], is_exact, self.slots_held(), 0),
+            "slots": _renumbered(self.slot_of[:, :exact], is_exact, slots, 0),
             "tokens": np.where(is_exact, self.token_of[:, :exact], 0),
         }
 

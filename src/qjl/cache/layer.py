@@ -265,14 +265,14 @@ class Layer(Copied):
         assert self.shape is not None
         columns = self.index.columns + (0 if fresh is None else fresh[0].shape[2])
         size = (self.index.batch, self.shape.heads, columns)
-        out = _zeros(self.shape, *size, self.shape.key_dim), _zeros(self.shape, *size, self.shape.value_dim)
+        out = self.shape.zeros(*size, self.shape.key_dim), self.shape.zeros(*size, self.shape.value_dim)
         for segment in exact:
             _place(out, segment)
         return out
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tokens held, exact and packed; codecs are apart (``codec_tensors``)."""
+        """Bytes of all tokens held, exact and packed; codecs are apart."""
         packed = 0 if self.pages is None else self.index.pages.in_use * self.pages.page_bytes
         return self.exact_nbytes + packed
 
@@ -286,11 +286,6 @@ class Layer(Copied):
         """Bytes allocated, room for growth included."""
         return sum(of.nbytes for of in (self.exact, self.pages) if of is not None)
 
-    @property
-    def codec_tensors(self) -> tuple[Tensor, ...]:
-        """Fitted parameters of this layer; some are shared with other layers."""
-        return tuple(tensor for codec in self.codecs or () for tensor in codec.tensors)
-
 
 def _by_row(bias: Tensor, query: Tensor) -> Tensor:
     """``[B, h, Q, t] -> [B, Hq * Q, 1, t]``, as if each query were the last token of a head of its own.
@@ -298,10 +293,6 @@ def _by_row(bias: Tensor, query: Tensor) -> Tensor:
     Then a mask alone says what is seen: it may show tokens that come later.
     """
     return bias.expand(-1, query.shape[1], -1, -1).flatten(1, 2)[:, :, None]
-
-
-def _zeros(like: TokenShape, *size: int) -> Tensor:
-    return torch.zeros(size, dtype=like.dtype, device=like.device)
 
 
 def _by_token(x: Tensor) -> Tensor:

@@ -407,11 +407,6 @@ class PagedCache(Copied):
         for layer in self.layers.values():
             layer.keep(slots.tolist(), pages.tolist())
 
-    @property
-    def tokens_until_due(self) -> int:
-        """How many tokens may come at once with the result of one by one: until a block is coded."""
-        return self.index.tokens_until_due
-
     # What is held
 
     def columns(self, layer: Layer) -> int:

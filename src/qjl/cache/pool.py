@@ -24,8 +24,8 @@ class ExactTokens:
 
     def __init__(self, shape: TokenShape, capacity: int) -> None:
         # zeros: a block that has some codes already is encoded with whatever stands beside its tokens
-        self.keys = _zeros((capacity, shape.heads, shape.key_dim), shape)
-        self.values = _zeros((capacity, shape.heads, shape.value_dim), shape)
+        self.keys = shape.zeros(capacity, shape.heads, shape.key_dim)
+        self.values = shape.zeros(capacity, shape.heads, shape.value_dim)
 
     @cached_property
     def operand(self) -> ExactPool:
@@ -178,11 +178,6 @@ class Pages:
         )
         return self.codecs[0].dequantize(keys, first), self.codecs[1].dequantize(values, first)
 
-    def taken(self, pages: Sequence[int] | Tensor) -> list[Blocks]:
-        """Copies of some pages, ``[n, H, *shape]`` per field, of keys and of values."""
-        index = to_device(torch.as_tensor(pages, dtype=torch.int64), self._device)
-        return [{name: field[index].contiguous() for name, field in fields.items()} for fields in self.fields]
-
 
 class BoundPages:
     """Packed keys and values of one layer in pages of P = 16, 32 or 64 tokens that an engine owns.
@@ -257,10 +252,6 @@ def run_of(numbers: Sequence[int]) -> slice | None:
 def page_bytes(layouts: Sequence[Layout]) -> int:
     """Bytes of a block of 64 tokens of one head."""
     return sum(field.nbytes for layout in layouts for field in layout.values())
-
-
-def _zeros(size: tuple[int, ...], shape: TokenShape) -> Tensor:
-    return torch.zeros(size, dtype=shape.dtype, device=shape.device)
 
 
 def _grown(x: Tensor, capacity: int, dim: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -123,17 +123,6 @@ def load(
 
     is_shown = notes.is_terminal and not json_output
     return models.load(name, device=device, dtype=dtype, progress=is_shown)
-
-
-def resolved(presets: Iterable[str] | None, default: Iterable[str] = (DEFAULT_PRESET,)) -> list[CacheConfig]:
-    """The configurations that were asked for, before any model is loaded for them.
-
-    Raises:
-        QJLError: for an unknown preset.
-    """
-    from qjl.presets import resolve
-
-    return [resolve(name) for name in presets or default]
 
 
 def asked(preset: str | None, bits: float | None) -> CacheConfig | float:

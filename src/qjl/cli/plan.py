@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qjl.cli.common import JsonOption, ModelArgument, notes, out, print_json, results_table, times
-from qjl.errors import QJLError
 
 if TYPE_CHECKING:
     from qjl.plan import Plan, Planner
@@ -73,15 +72,12 @@ def plan(
 
     Only the configuration is read. With --json, one object per preset and line.
     """
-    from qjl.models import DTYPES, load_config
+    from qjl.models import as_dtype, load_config
     from qjl.plan import Planner, parse_memory
     from qjl.presets import PRESETS
 
-    available = parse_memory(memory)
-    if dtype not in DTYPES:
-        raise QJLError(f"dtype {dtype!r} is unknown: use one of {', '.join(DTYPES)}.")
-    shown = not json_output
-    planner = Planner(load_config(model, progress=shown), DTYPES[dtype])
+    available, numbers = parse_memory(memory), as_dtype(dtype)
+    planner = Planner(load_config(model, progress=not json_output), numbers)
     plans = [planner.plan(preset, available, context) for preset in PRESETS.values()]
     if json_output:
         for one in plans:

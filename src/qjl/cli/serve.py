@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from qjl.presets import CacheConfig
 
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "jinja2")
 _OF_TRANSFORMERS = "Of the transformers engine."
 _PORTS = {"http": ":80", "https": ":443"}  # which browsers leave out
 _SLOTS, _QUEUE, _MAX_TOKENS, _MAX_BODY, _GRACE = 16, 64, 2048, "4M", 30.0

@@ -74,9 +74,11 @@ class KVCache(Copied, WatchedCache):
             _require_fixed_rope(config, codecs)
         self.codecs = codecs
         self._capacity = None if max_cache_len is None else Capacity(max_batch_size, max_cache_len)
-        self.sources = [FirstPrompt(codecs, config.model_type) for kind in (False, True) if any(self._of_kind(kind))]
-        kinds = (kind for kind in (False, True) if any(self._of_kind(kind)))
+        kinds = [kind for kind in (False, True) if any(self._of_kind(kind))]
+        self.sources = [FirstPrompt(codecs, config.model_type) for _ in kinds]
         self.stores = [self._store(kind, source) for kind, source in zip(kinds, self.sources, strict=True)]
+        names = (files.CROSS if kind else files.TEXT for kind in kinds)
+        self._groups = dict(zip(names, self.stores, strict=True))  # as files call them
         layers = compat.DynamicCache(config=text_config(config)).layers
         for store in self.stores:
             for number, core in store.layers.items():
@@ -137,7 +139,7 @@ class KVCache(Copied, WatchedCache):
     @property
     def tokens_until_due(self) -> int:
         """How many tokens may be read at once with the result of one by one: until some are quantized."""
-        return min(store.tokens_until_due for store in self.stores)
+        return min(store.index.tokens_until_due for store in self.stores)
 
     @property
     def needs_statistics(self) -> bool:
@@ -311,10 +313,9 @@ class KVCache(Copied, WatchedCache):
             more |= arrays
         for source in self.sources:
             more |= source.arrays()
-        caches = self._groups
         header = Header(
             configuration=to_dict(self.config),
-            groups=files.groups_of(caches),
+            groups=files.groups_of(self._groups),
             rows=self.index.batch,
             tokens=self.get_seq_length(),
             codecs=self.codecs.digest(core.number for core in self.cores),
@@ -326,14 +327,7 @@ class KVCache(Copied, WatchedCache):
             token_sha256=None if ids is None else files.sha256_of_tokens(ids),
             own_layers=own_layers,
         )
-        return files.write(Path(path), header, caches, self.codecs, more)
-
-    @property
-    def _groups(self) -> dict[str, PagedCache]:
-        """The stores by their names in files."""
-        kinds = [kind for kind in (False, True) if any(self._of_kind(kind))]
-        names = (files.CROSS if kind else files.TEXT for kind in kinds)
-        return dict(zip(names, self.stores, strict=True))
+        return files.write(Path(path), header, self._groups, self.codecs, more)
 
     @classmethod
     @for_keeps
@@ -404,7 +398,8 @@ class KVCache(Copied, WatchedCache):
     @property
     def full_nbytes(self) -> int:
         """Bytes that transformers' own cache would take for the same tokens."""
-        return sum(_full_nbytes(layer) for layer in self.quantized_layers) + self._other_nbytes
+        pairs = ((_numbers(layer), layer.dtype) for layer in self.quantized_layers)
+        return sum(count * dtype.itemsize for count, dtype in pairs if dtype is not None) + self._other_nbytes
 
     @property
     def bits(self) -> tuple[float, float]:
@@ -480,10 +475,6 @@ def _require_same_model(file: CacheFile, model: PreTrainedModel) -> None:
         )
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise QJLError("a prompt cache is loaded for a model on one device: this one is spread over several.")
-
-
-def _full_nbytes(layer: QuantizedLayer) -> int:
-    return 0 if layer.dtype is None else _numbers(layer) * layer.dtype.itemsize
 
 
 def _numbers(layer: QuantizedLayer) -> int:

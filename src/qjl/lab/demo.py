@@ -10,10 +10,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import corpora
+from qjl.architecture import context_length
 from qjl.compat import cache_argument
 from qjl.conversation import MARK, chat_tokens
 from qjl.errors import QJLError
-from qjl.generation import Generation, bf16_cache_bytes, context_length, generate, require_context
+from qjl.generation import Generation, bf16_cache_bytes, generate, require_context
 from qjl.hf import KVCache
 from qjl.plan import Planner
 from qjl.presets import CacheConfig
@@ -128,7 +129,7 @@ def run(
     nbytes, full_nbytes = cache.nbytes, bf16_cache_bytes(cache, model.dtype)
     on_stage("check")
     agreement = _read_on(model, full_cache, cache, prompt)
-    context = context_length(model)
+    context = context_length(model.config)
     bits_keys, bits_values = cache.bits
     return Comparison(
         preset=preset.name,

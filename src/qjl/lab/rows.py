@@ -577,7 +577,8 @@ def typed(fields: Mapping[str, Any], place: str = "what was measured") -> Row:
     hints = _hints(name)
     given = _gathered({field: value for field, value in fields.items() if field != "case"}, hints)
     for one in dataclasses.fields(KINDS[name]):
-        if one.name not in given and _is_needed(one):
+        is_needed = one.default is MISSING and one.default_factory is MISSING
+        if is_needed and one.name not in given:
             raise QJLError(f"a row of {name} in {place} has no {one.name}: measure it again, or leave it out.")
     for path, value in given.items():
         if path not in hints:
@@ -585,11 +586,6 @@ def typed(fields: Mapping[str, Any], place: str = "what was measured") -> Row:
         for told, one in _told(path, value, hints[path]):
             raise QJLError(f"a row of {name} in {place} has {one!r} for {told}: measure it again, or leave it out.")
     return KINDS[name](**given)
-
-
-def kind_needs(kind: type[Row]) -> set[str]:
-    """The fields without which a row is damaged."""
-    return {one.name for one in dataclasses.fields(kind) if _is_needed(one)}
 
 
 def pareto_front(rows: Sequence[Fidelity]) -> list[Fidelity]:
@@ -604,10 +600,6 @@ def pareto_front(rows: Sequence[Fidelity]) -> list[Fidelity]:
 @functools.cache
 def _hints(name: str) -> dict[str, Any]:
     return get_type_hints(KINDS[name], include_extras=True)
-
-
-def _is_needed(one: dataclasses.Field[Any]) -> bool:
-    return one.default is MISSING and one.default_factory is MISSING
 
 
 def _gathered(fields: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:

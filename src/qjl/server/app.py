@@ -9,7 +9,7 @@ import inspect
 import json
 import reprlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
+from qjl.architecture import context_length
 from qjl.errors import QJLError
-from qjl.generation import context_length
 from qjl.server.engine import Engine, Job, Piece, Stopped
 from qjl.server.openai_api import ChatForm, ChatRequest, CompletionForm, CompletionRequest, Form, error, usage
 
@@ -81,24 +81,26 @@ class Service:
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
         self.engine, self.tokenizer, self.limits = engine, tokenizer, limits
-        known = context_length(engine.model)
+        known = context_length(engine.model.config)
         self.context = min((size for size in (known, limits.context) if size is not None), default=None)
         self.started = int(time.time())
         self._tokenizing = ThreadPoolExecutor(1, "qjl-tokenizer")  # a tokenizer cannot be used by two threads at once
 
-    async def chat_ids(self, request: ChatRequest) -> list[int]:
-        return await self._run(self._chat_ids, request)
-
-    async def prompt_ids(self, request: CompletionRequest) -> list[int]:
-        return await self._run(self._prompt_ids, request)
+    async def ids(self, request: ChatRequest | CompletionRequest) -> list[int]:
+        """The prompt's tokens."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._ids, request)
 
     def close(self) -> None:
         """Answers that are being written fail."""
         self.engine.close()
         self._tokenizing.shutdown()
 
-    async def _run(self, function: Callable[[Any], list[int]], request: Any) -> list[int]:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, request)
+    def _ids(self, request: ChatRequest | CompletionRequest) -> list[int]:
+        if isinstance(request, ChatRequest):
+            return self._chat_ids(request)
+        if isinstance(request.prompt, str):
+            return self.tokenizer(request.prompt, verbose=False).input_ids
+        return request.prompt
 
     def _chat_ids(self, request: ChatRequest) -> list[int]:
         if not self.tokenizer.chat_template:
@@ -131,11 +133,6 @@ class Service:
                 param="reasoning_effort",
             )
         return {"reasoning_effort": effort} | told
-
-    def _prompt_ids(self, request: CompletionRequest) -> list[int]:
-        if isinstance(request.prompt, str):
-            return self.tokenizer(request.prompt, verbose=False).input_ids
-        return request.prompt
 
     def require_model(self, name: str | None) -> None:
         """Raises BadRequest if that is another model; who names none means the one that is here."""
@@ -204,10 +201,9 @@ class Answer:
         self._engine.cancel(self.job)
 
 
-async def _respond(
-    service: Service, http: Request, request: ChatRequest | CompletionRequest, ids: list[int], form: Form
-) -> Response:
-    answer = Answer(service, http, request, ids)
+async def _respond(service: Service, http: Request, request: ChatRequest | CompletionRequest, form: Form) -> Response:
+    service.require_model(request.model)
+    answer = Answer(service, http, request, await service.ids(request))
     is_handed_on = False
     try:
         first = await answer.next()  # until then an error has a status of its own
@@ -290,14 +286,11 @@ def build(service: Service) -> ASGIApp:
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, http: Request) -> Response:
-        service.require_model(request.model)
-        return await _respond(service, http, request, await service.chat_ids(request), ChatForm(service.limits.name))
+        return await _respond(service, http, request, ChatForm(service.limits.name))
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, http: Request) -> Response:
-        service.require_model(request.model)
-        ids = await service.prompt_ids(request)
-        return await _respond(service, http, request, ids, CompletionForm(service.limits.name))
+        return await _respond(service, http, request, CompletionForm(service.limits.name))
 
     @reading("/v1/models")
     async def models() -> dict[str, Any]:

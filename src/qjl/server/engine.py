@@ -160,11 +160,10 @@ class Engine:
         *,
         slots: int = SLOTS,
         memory: int | None = None,
-        metrics: Metrics | None = None,
     ) -> None:
         self.model, self.config, self.slots = model, config, slots
         self.memory = half_of_memory() if memory is None else memory
-        self.metrics = metrics or Metrics()
+        self.metrics = Metrics()
         self._tokenizer = copy.deepcopy(tokenizer)  # one cannot be used by two threads at once
         self._ends = end_tokens(model) | ({tokenizer.eos_token_id} - {None})
         self._waiting: deque[Job] = deque()

@@ -215,8 +215,8 @@ class RaggedBatch(Cache):
     def nbytes_of(self, sequences: Sequence[int]) -> int:
         """The same of some sequences."""
         rows = [self._sequences.index(one) for one in sequences]
-        slots, pages = (0, 0) if self.store is None else self.store.index.in_use_by(rows)
-        return self._bytes_of(slots, pages) + self._bytes_of_others(sequences)
+        store = 0 if self.store is None else self._bytes_of(*map(len, self.store.index.held(rows)))
+        return store + self._bytes_of_others(sequences)
 
     def _bytes_of_others(self, sequences: Sequence[int]) -> int:
         """Of layers that are not quantized."""

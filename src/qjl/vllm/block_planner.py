@@ -198,7 +198,6 @@ class BlockPlanner:
         self.recent = recent
         self.most_queries = most_queries
         self.step = 0
-        self.rescues = 0  # lines taken from sequences that may still need them
         self.missed_sinks = 0  # readings of first tokens from codes, because their sink line was used again
         self._lines = _Lines(shape.lines)
         self._sinks = _Lines(shape.sink_lines)
@@ -282,7 +281,6 @@ class BlockPlanner:
         lacking = evicted[self._packed[evicted] < self._fill[evicted]]
         if len(lacking):
             plan.rescued = self._encoded(lacking)
-            self.rescues += len(lacking)
         self._lines.give_back(evicted)
         lines = self._lines.take(writes.pages[wanted], self.step)
         taken, placed = lines[lines != NONE], wanted[lines != NONE]

@@ -111,14 +111,18 @@ def _numbers(text: str) -> set[str]:
     return set(re.findall(rf"(?=(\d{{{DIGITS}}}))", text))
 
 
-def ask_server(model: str, preset: str, load: Load, text: str, on_answer: Callable[[], None] = lambda: None) -> Row:
+def ask_server(
+    model: str, source: str, preset: str, load: Load, text: str, on_answer: Callable[[], None] = lambda: None
+) -> Row:
     """Start a server, ask it everything, and end it; passages are of ``text``.
+
+    ``source`` is what `qjl serve` takes for the model that results call ``model``.
 
     Raises:
         QJLError: if the server does not start.
     """
     asked = conversations(load, text)
-    with _serving(model, preset, load) as (url, process):
+    with _serving(source, preset, load) as (url, process):
         samples, start = [_sample(url, process.pid)], time.perf_counter()
         before = _processor_seconds(process.pid)
         with _sampling(samples, url, process.pid):
@@ -173,7 +177,7 @@ def _held(samples: Sequence[Sample]) -> Row:
 
 
 @contextmanager
-def _serving(model: str, preset: str, load: Load) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def _serving(source: str, preset: str, load: Load) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server in a process of its own, where it is, and the process."""
     options = {
         "preset": preset,
@@ -184,7 +188,7 @@ def _serving(model: str, preset: str, load: Load) -> Iterator[tuple[str, subproc
         "port": 0,
         "name": NAME,
     }
-    command = [sys.executable, "-m", "qjl", "serve", model, *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, "-m", "qjl", "serve", source, *(f"--{name}={value}" for name, value in options.items())]
     environment = os.environ | {"OMP_NUM_THREADS": str(load.threads)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:

@@ -13,21 +13,22 @@ from qjl.vllm.block_planner import PoolShape
 from qjl.vllm.steps import Steps
 
 SINKS, RECENT, MOST_QUERIES = 4, 32, 7  # of b3, where four query heads share keys and values
+ROWS, TOKENS, STEPS = 256, 32768, 128
 
 
-def plan_us(rows: int = 256, tokens: int = 32768, repeats: int = 128) -> float:
-    """Microseconds of a decode step, the median of ``repeats`` that follow each other.
+def plan_us() -> float:
+    """Microseconds of a decode step, the median of ``STEPS`` that follow each other.
 
-    Each of the rows has about ``tokens`` before the first step; they do not fill their pages at once.
+    Each of the rows has about ``TOKENS`` before the first step; they do not fill their pages at once.
     """
     device = torch.device("cpu")
-    steps = Steps(PoolShape.of(BLOCK, SINKS, RECENT, rows, MOST_QUERIES), RECENT, MOST_QUERIES, device)
-    context = tokens - np.arange(rows) % BLOCK
-    columns = -(-(tokens + repeats) // BLOCK)
-    table = torch.arange(rows * columns, dtype=torch.int32, device=device).view(rows, columns)
+    steps = Steps(PoolShape.of(BLOCK, SINKS, RECENT, ROWS, MOST_QUERIES), RECENT, MOST_QUERIES, device)
+    context = TOKENS - np.arange(ROWS) % BLOCK
+    columns = -(-(TOKENS + STEPS) // BLOCK)
+    table = torch.arange(ROWS * columns, dtype=torch.int32, device=device).view(ROWS, columns)
     steps.next(context, np.concatenate([[0], context.cumsum()]), table)
-    starts, seconds = np.arange(rows + 1), []
-    for step in range(1, repeats + 1):
+    starts, seconds = np.arange(ROWS + 1), []
+    for step in range(1, STEPS + 1):
         begin = time.perf_counter()
         steps.next(context + step, starts, table)
         seconds.append(time.perf_counter() - begin)

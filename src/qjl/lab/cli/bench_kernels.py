@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qjl.cli.common import (
-    DEFAULT_PRESET,
-    DeviceOption,
-    JsonOption,
-    notes,
-    progress,
-    require_writable,
-    resolved,
-    sentence,
-)
+from qjl.cli.common import DeviceOption, JsonOption, notes
 from qjl.errors import QJLError
-from qjl.lab.cli.shared import FoundRows
+from qjl.lab.cli.shared import (
+    FoundRows,
+    OutputOption,
+    PlotOption,
+    PresetsOption,
+    RepeatsOption,
+    ThreadsOption,
+    passing,
+    resolved,
+    rounds,
+)
 
 if TYPE_CHECKING:
     from qjl.lab.bench.gate import BenchSettings
@@ -28,27 +27,15 @@ if TYPE_CHECKING:
     from qjl.lab.rows import Timed
 
 LONG = 32768  # tokens: what a step costs at any length hardly counts there
-PresetsOption = Annotated[
-    list[str] | None,
-    typer.Option("--preset", "-p", show_default=DEFAULT_PRESET, help="May be given several times."),
-]
 _HeadDim = Annotated[int, typer.Option(min=8, help="Numbers per key.")]
 _KVHeads = Annotated[int, typer.Option(min=1, help="Key-value heads of the layer.")]
 _Group = Annotated[int, typer.Option(min=1, help="Query heads that share a key-value head.")]
-ThreadsOption = Annotated[
-    int, typer.Option(min=1, help="One is timed by its CPU time; several, and whole models, by the clock on the wall.")
-]
-RepeatsOption = Annotated[int, typer.Option(min=1, help="Rounds, each of which times everything once.")]
 _Batch = Annotated[int, typer.Option(min=1, help="Sequences of the same length.")]
 _Dtype = Annotated[
     str | None,
     typer.Option(
         show_default="float32, on a GPU bfloat16", help="Of queries and exact tokens: float32, bfloat16 or float16."
     ),
-]
-OutputOption = Annotated[Path | None, typer.Option("--out", help="Append JSON lines to this file.")]
-PlotOption = Annotated[
-    Path | None, typer.Option(help="Draw time against context, and a roofline: a .svg or .png file.")
 ]
 
 
@@ -83,6 +70,7 @@ def decode(
     On a GPU, kernels are timed as a CUDA graph that is replayed. Exits with 1, and no speed, where the backend in use
     and the reference differ. With --json, one object per case and line.
     """
+    from qjl.lab import plots
     from qjl.lab.bench.decode import SWEEP, time_decoding
     from qjl.lab.bench.synthetic import Shape
     from qjl.plan import parse_memory
@@ -94,18 +82,15 @@ def decode(
     if sweep and tokens:
         raise QJLError("--sweep and --tokens were both given: give one of them.")
     lengths = SWEEP if sweep else tokens or [32768]
-    require_places(output, plot)
-    found = FoundRows(output, json_output)
+    found = FoundRows(output, json_output, plot)
     with passing(), rounds(len(configs) * len(lengths), repeats, json_output) as on_round:
         for config in configs:
             for length in lengths:
                 found.add(time_decoding(config, length, settings, on_round))
     tell_missing(found.rows)
-    found.show()
+    found.show(plots.benchmark)
     if len(lengths) > 1:
         _tell_growth(found.rows)
-    if plot is not None:
-        _draw(found.rows, plot)
 
 
 def encode(
@@ -131,7 +116,6 @@ def encode(
 
     settings = _settings(Shape(head_dim, kv_heads, group, batch), device, dtype, threads, repeats)
     configs, lengths, found = resolved(preset), tokens or PROMPTS, FoundRows(output, json_output)
-    require_places(output, None)
     with passing(), rounds(len(configs) * len(ROLES) * len(lengths), repeats, json_output) as on_round:
         for config in configs:
             for length in lengths:
@@ -167,7 +151,6 @@ def kernels(
     settings = _settings(Shape(head_dim, kv_heads, group), "cpu", dtype, threads, repeats)
     configs = resolved(preset)
     codes = scanned(signs or [128, 256, 512], bits or [1, 2, 3, 4], head_dim)
-    require_places(output, None)
     found = FoundRows(output, json_output)
     cases = len(codes) + len(ROLES) * len(configs)
     with passing(), rounds(cases, repeats, json_output) as on_round:
@@ -194,7 +177,6 @@ def overhead(
     from qjl.lab.bench.overhead import time_overhead
 
     configs = resolved(preset)
-    require_places(output, None)
     found = FoundRows(output, json_output)
     with passing(), rounds(len(configs), 4, json_output) as on_round:
         for config in configs:
@@ -228,33 +210,6 @@ def _known(baselines: list[str] | None) -> list[str]:
     return baselines or []
 
 
-def require_places(output: Path | None, plot: Path | None) -> None:
-    from qjl.lab import plots
-
-    if plot is not None:
-        plots.require_format(plot)
-    for path in filter(None, (output, plot)):
-        require_writable(path)
-
-
-@contextmanager
-def passing() -> Iterator[None]:
-    """Ends with exit code 1 where the correctness gate does not open."""
-    from qjl.lab.bench.gate import Inaccurate
-
-    try:
-        yield
-    except Inaccurate as error:
-        notes.print(sentence(error), markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
-
-
-@contextmanager
-def rounds(cases: int, repeats: int, quiet: bool) -> Iterator[Callable[[], None]]:
-    with progress("Timing", cases * (repeats + 1), quiet) as advance:
-        yield lambda: advance(1)
-
-
 def tell_missing(rows: Iterable[Timed]) -> None:
     """What was not compared with, and where."""
     for row in rows:
@@ -273,10 +228,3 @@ def _tell_growth(rows: Sequence[Timed]) -> None:
             if len(set(sizes)) > 1:
                 growth = f"n^{exponent(sizes, times):.2f} from {min(sizes)} to {max(sizes)} tokens"
                 notes.print(f"{preset}: time grows as {growth}.", soft_wrap=True)
-
-
-def _draw(rows: list[Any], plot: Path) -> None:
-    from qjl.lab import plots
-
-    plot.write_bytes(plots.benchmark(rows, plot.suffix))
-    notes.print(f"The picture is in {plot}.", soft_wrap=True)

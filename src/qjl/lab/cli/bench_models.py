@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qjl.cli.common import EMBEDDED, DeviceOption, JsonOption, ModelOption, notes, resolved, waiting
-from qjl.lab.cli.bench_kernels import (
+from qjl.cli.common import EMBEDDED, DeviceOption, JsonOption, ModelOption, notes, waiting
+from qjl.lab.cli.shared import (
+    FoundRows,
+    ModelDtypeOption,
     OutputOption,
     PlotOption,
     PresetsOption,
     RepeatsOption,
     ThreadsOption,
+    load,
     passing,
-    require_places,
+    resolved,
     rounds,
 )
-from qjl.lab.cli.shared import FoundRows, load
 
 if TYPE_CHECKING:
     from qjl.lab.bench.caches import Rig
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 _Random = Annotated[
     str | None,
     typer.Option("--random", help="In place of a model, weights at random in the shape of llama-3.1-8b, or of a toy."),
-]
-_Dtype = Annotated[
-    str | None, typer.Option(show_default="bfloat16", help="Of the model: float32, bfloat16 or float16.")
 ]
 _Against = Annotated[
     list[str] | None, typer.Option(show_default="all that are installed", help="dynamic, quanto or hqq.")
@@ -60,7 +58,6 @@ def generate(
     configs = resolved(preset)
     peers, contexts = installed(against or PEERS), tokens or [512, 2048, 8192]
     _tell_left_out(against or PEERS, peers)
-    require_places(output, None)
     found = FoundRows(output, json_output)
     race = Race(model, configs, peers, max(contexts), threads, progress=notes.is_terminal and not json_output)
     with passing(), rounds(len(contexts), repeats, json_output) as on_round:
@@ -76,7 +73,7 @@ def memory(
     tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", show_default="1k to 128k", min=1)] = None,
     against: _Against = None,
     device: DeviceOption = "cpu",
-    dtype: _Dtype = None,
+    dtype: ModelDtypeOption = "bfloat16",
     threads: ThreadsOption = 2,
     steps: _Steps = 64,
     repeats: RepeatsOption = 3,
@@ -89,21 +86,17 @@ def memory(
     Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
     line.
     """
+    from qjl.lab import plots
     from qjl.lab.bench.memory import CONTEXTS, weigh_caches
 
-    contexts, found = tokens or CONTEXTS, FoundRows(output, json_output)
-    require_places(output, plot)
+    contexts, found = tokens or CONTEXTS, FoundRows(output, json_output, plot)
     with passing():
         rig = _rig(model, random, preset, against, device, dtype, threads, max(contexts), json_output)
         with rounds(len(contexts), repeats, json_output) as on_round:
             for context in sorted(contexts):
                 for row in weigh_caches(rig, context, steps, repeats, on_round):
                     found.add(row)
-    found.show()
-    if plot is not None:
-        from qjl.lab import plots
-
-        _keep(plots.contexts(found.rows, plot.suffix), plot)
+    found.show(plots.contexts)
 
 
 def throughput(
@@ -113,7 +106,7 @@ def throughput(
     tokens: Annotated[list[int] | None, typer.Option("--tokens", "-n", show_default="4096, 32768", min=1)] = None,
     against: _Against = None,
     device: DeviceOption = "cpu",
-    dtype: _Dtype = None,
+    dtype: ModelDtypeOption = "bfloat16",
     budget: Annotated[
         str | None, typer.Option("--memory", show_default="2G, on a GPU 80G", help="Of weights, caches and all else.")
     ] = None,
@@ -128,23 +121,19 @@ def throughput(
     Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
     line.
     """
+    from qjl.lab import plots
     from qjl.lab.bench.throughput import find_throughput
     from qjl.plan import parse_memory
 
     room = parse_memory(budget or ("80G" if device.startswith("cuda") else "2G"))
-    contexts, found = tokens or [4096, 32768], FoundRows(output, json_output)
-    require_places(output, plot)
+    contexts, found = tokens or [4096, 32768], FoundRows(output, json_output, plot)
     with passing():
         rig = _rig(model, random, preset, against, device, dtype, threads, max(contexts), json_output)
         for context in sorted(contexts):
             with waiting(f"Batches of {context} tokens") as show:
                 for row in find_throughput(rig, context, room, steps, show):
                     found.add(row)
-    found.show()
-    if plot is not None:
-        from qjl.lab import plots
-
-        _keep(plots.throughput(found.rows, plot.suffix), plot)
+    found.show(plots.throughput)
 
 
 def _rig(
@@ -153,7 +142,7 @@ def _rig(
     presets: Sequence[str] | None,
     against: Sequence[str] | None,
     device: str,
-    dtype: str | None,
+    dtype: str,
     threads: int,
     tokens: int,
     quiet: bool,
@@ -164,7 +153,7 @@ def _rig(
     configs = resolved(presets)
     peers = [peer for peer in against or caches.PEERS if caches.is_installed(peer)]
     _tell_left_out(against or caches.PEERS, peers)
-    place, numbers = as_device(device), as_dtype(dtype or "bfloat16")
+    place, numbers = as_device(device), as_dtype(dtype)
     if random is None:
         network, _ = load(model, device, numbers, json_output=quiet)
     else:
@@ -177,8 +166,3 @@ def _tell_left_out(asked: Sequence[str], peers: Sequence[str]) -> None:
     for peer in asked:
         if peer not in peers:
             notes.print(f"Left out: {peer}, whose package is not installed.")
-
-
-def _keep(picture: bytes, plot: Path) -> None:
-    plot.write_bytes(picture)
-    notes.print(f"The picture is in {plot}.", soft_wrap=True)

@@ -6,10 +6,18 @@ from typing import Annotated
 
 import typer
 
-from qjl.cli.common import DEFAULT_PRESET, EMBEDDED, DataOption, JsonOption, ModelOption, progress, read_data, resolved
+from qjl.cli.common import DEFAULT_PRESET, EMBEDDED, DataOption, JsonOption, ModelOption, progress, read_data
 from qjl.cli.serve import measure_for_vllm, source_for_vllm
-from qjl.lab.cli.bench_kernels import OutputOption, PresetsOption, ThreadsOption, passing, require_places
-from qjl.lab.cli.shared import FoundRows, place
+from qjl.lab.cli.shared import (
+    FoundRows,
+    ModelDtypeOption,
+    OutputOption,
+    PresetsOption,
+    ThreadsOption,
+    passing,
+    place,
+    resolved,
+)
 
 
 def serving(
@@ -22,7 +30,7 @@ def serving(
     slots: Annotated[int, typer.Option(min=1, help="Answers that the server writes at once.")] = 16,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for it.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Of the server.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: ModelDtypeOption = "bfloat16",
     data: DataOption = None,
     output: OutputOption = None,
     json_output: JsonOption = False,
@@ -35,13 +43,12 @@ def serving(
     from qjl.lab.bench.load_test import Load, ask_server
 
     load, text = Load(clients, requests, words, answer, slots, queue, threads, dtype), read_data(data)
-    require_places(output, None)
     names = preset or [DEFAULT_PRESET]
     resolved(names)  # an unknown one is told before the first is asked for an hour
-    found = FoundRows(output, json_output)
+    found, source = FoundRows(output, json_output), place(model)
     for name in names:
         with progress(f"Asking {name}", requests, json_output) as advance:
-            row = ask_server(model, name, load, text, lambda: advance(1))
+            row = ask_server(model, source, name, load, text, lambda: advance(1))
         found.add(row)
     found.show()
     if not all(row.went_well for row in found.rows):
@@ -58,7 +65,7 @@ def vllm(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps that are timed.")] = 48,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each engine.")] = 3,
     threads: ThreadsOption = 1,
-    dtype: Annotated[str, typer.Option(help="Of the model: float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: ModelDtypeOption = "bfloat16",
     data: DataOption = None,
     output: OutputOption = None,
     json_output: JsonOption = False,
@@ -73,9 +80,8 @@ def vllm(
 
     names, contexts = list(dict.fromkeys(["full", *(preset or [DEFAULT_PRESET])])), context or [4032]
     resolved(names)
-    require_places(output, None)
     require_ready()
-    source, found = source_for_vllm(place(model)), FoundRows(output, json_output)
+    found, source = FoundRows(output, json_output), source_for_vllm(place(model))
     for name in names:
         measure_for_vllm(source, name, data)
     with passing(), progress("Taking turns", len(contexts) * rounds * len(names), json_output) as advance:

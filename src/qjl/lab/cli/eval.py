@@ -23,14 +23,24 @@ from qjl.cli.common import (
     print_json,
     progress,
     read_data,
-    require_writable,
-    resolved,
     results_table,
     waiting,
 )
 from qjl.errors import QJLError
 from qjl.lab.cli.eval_harness import quieten
-from qjl.lab.cli.shared import FoundRows, RecentOption, load, parse_recent
+from qjl.lab.cli.shared import (
+    ChunksOption,
+    ContextsOption,
+    DecodeOption,
+    FoundRows,
+    PrefixOption,
+    ProjectionSeed,
+    RecentOption,
+    ResumedOption,
+    load,
+    parse_recent,
+    resolved,
+)
 
 if TYPE_CHECKING:
     from qjl.lab.evals.eval_model import EvalModel
@@ -40,10 +50,6 @@ Row = dict[str, Any]
 _Presets = Annotated[
     list[str] | None,
     typer.Option("--preset", "-p", show_default="full, b3, b2, qjl-paper, kivi-2", help="May be given several times."),
-]
-_Output = Annotated[
-    Path | None,
-    typer.Option("--out", help="Append JSON lines to this file; a run that was killed goes on where it stopped."),
 ]
 _Fitted = Annotated[
     Path | None, typer.Option("--fit", help="A text that codecs are fitted to; Paul Graham's essays if not given.")
@@ -61,7 +67,7 @@ def distortion(
     recent: RecentOption = "32",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    output: _Output = None,
+    output: ResumedOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Errors of scores and attention outputs on real keys, layer by layer, beside what theory says.
@@ -72,7 +78,7 @@ def distortion(
 
     protocol, text = DistortionProtocol(tokens, rows, parse_recent(recent)), read_data(data)
     configs = _quantized(preset)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), FoundRows(output, json_output)
+    found, subject = FoundRows(output, json_output), _subject(model, fit, device, dtype, json_output)
     with progress("Quantizing", len(configs), quiet=json_output) as advance:
         for row in measure_distortion(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
@@ -84,12 +90,12 @@ def perplexity(
     preset: _Presets = None,
     data: DataOption = None,
     fit: _Fitted = None,
-    context: Annotated[list[int] | None, typer.Option("--context", "-n", show_default="1024, 2048, 4096")] = None,
-    chunks: Annotated[int, typer.Option(help="Stretches of the text.")] = 4,
+    context: ContextsOption = None,
+    chunks: ChunksOption = 4,
     recent: RecentOption = "32",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    output: _Output = None,
+    output: ResumedOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Perplexity at growing contexts: half of each is prefilled, the other half decoded over the packed codes.
@@ -100,7 +106,7 @@ def perplexity(
 
     contexts, text, configs = context or [1024, 2048, 4096], read_data(data), _quantized(preset)
     window = parse_recent(recent)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), FoundRows(output, json_output)
+    found, subject = FoundRows(output, json_output), _subject(model, fit, device, dtype, json_output)
     total = len(configs) * sum(length - length // 2 for length in contexts)
     with progress("Decoding", total, quiet=json_output) as advance:
         for row in measure_perplexity(subject, configs, text, contexts, chunks, window, _answers(output), advance):
@@ -114,13 +120,13 @@ def seeds(
     data: DataOption = None,
     fit: _Fitted = None,
     count: Annotated[int, typer.Option("--seeds", min=2, help="Of projections and of what statistics come from.")] = 10,
-    prefix: Annotated[int, typer.Option(help="Tokens that are prefilled.")] = 512,
-    decode: Annotated[int, typer.Option(help="Tokens decoded over the packed codes.")] = 256,
-    chunks: Annotated[int, typer.Option(help="Stretches of the text.")] = 4,
+    prefix: PrefixOption = 512,
+    decode: DecodeOption = 256,
+    chunks: ChunksOption = 4,
     recent: RecentOption = "32",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    output: _Output = None,
+    output: ResumedOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """How much a result owes to its seed: mean and deviation over ten of them.
@@ -132,7 +138,7 @@ def seeds(
 
     protocol = FidelityProtocol(prefix, decode, chunks, count, parse_recent(recent), retrieval=False)
     text, configs = read_data(data), _quantized(preset)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), FoundRows(output, json_output)
+    found, subject = FoundRows(output, json_output), _subject(model, fit, device, dtype, json_output)
     with progress("Decoding", len(configs) * protocol.tokens, quiet=json_output) as advance:
         for row in measure_seeds(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
@@ -146,7 +152,7 @@ def retrieval(
         list[str] | None,
         typer.Option("--task", "-t", show_default="needle", help="needle, passkey, multikey, multivalue, tracking."),
     ] = None,
-    context: Annotated[list[int] | None, typer.Option("--context", "-n", show_default="1024, 2048, 4096")] = None,
+    context: ContextsOption = None,
     depths: Annotated[int, typer.Option(help="Places of a needle, from the start to the end.")] = 5,
     count: Annotated[int, typer.Option("--seeds", help="Haystacks for each place.")] = 1,
     data: DataOption = None,
@@ -154,7 +160,7 @@ def retrieval(
     recent: RecentOption = "own",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    output: _Output = None,
+    output: ResumedOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Needles in a haystack, and RULER's variants of them, asked for over the packed codes.
@@ -166,7 +172,7 @@ def retrieval(
     contexts = tuple(context or (1024, 2048, 4096))
     protocol = HaystackProtocol(tuple(task or ("needle",)), contexts, depths, count, parse_recent(recent))
     text, configs = read_data(data), resolved(preset, DEFAULT_PRESETS)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), FoundRows(output, json_output)
+    found, subject = FoundRows(output, json_output), _subject(model, fit, device, dtype, json_output)
     with progress("Asking", len(protocol.cells), quiet=json_output) as advance:
         for row in measure_retrieval(subject, configs, text, protocol, _answers(output), advance):
             found.add(row)
@@ -190,10 +196,10 @@ def generate(
     batch: Annotated[int, typer.Option(min=1, help="Problems that go through the model together.")] = 25,
     fit: _Fitted = None,
     recent: RecentOption = "own",
-    seed: Annotated[int, typer.Option(help="Of the projections.")] = 0,
+    seed: ProjectionSeed = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
-    output: _Output = None,
+    output: ResumedOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Problems worked out step by step over the packed codes, the final answer compared: GSM8K, MATH, or your own.
@@ -204,7 +210,7 @@ def generate(
 
     protocol = ProblemsProtocol(max_new_tokens, batch, parse_recent(recent), seed)
     asked, configs = read(data, limit), resolved(preset, DEFAULT_PRESETS)
-    subject, found = _subject(model, fit, device, dtype, output, json_output), FoundRows(output, json_output)
+    found, subject = FoundRows(output, json_output), _subject(model, fit, device, dtype, json_output)
     with progress("Solving", len(asked) * len(configs), quiet=json_output) as advance:
         for row in measure_problems(subject, configs, task or data.stem, asked, protocol, _answers(output), advance):
             found.add(row)
@@ -227,7 +233,7 @@ def smoke(
     from qjl.lab.evals import toy_evals as evaluations
 
     text = read_data(data)
-    subject, found = _subject(model, data, device, dtype, None, json_output), []
+    subject, found = _subject(model, data, device, dtype, json_output), []
     with TemporaryDirectory() as folder, waiting("Starting") as show:
         checks = chain(evaluations.checks(subject, text, Path(folder)), benchmarks.checks(subject.model.device))
         for name, run in checks:
@@ -248,13 +254,9 @@ def smoke(
         raise typer.Exit(1)
 
 
-def _subject(
-    model: str, fit: Path | None, device: str, dtype: str | None, output: Path | None, json_output: bool
-) -> EvalModel:
+def _subject(model: str, fit: Path | None, device: str, dtype: str | None, json_output: bool) -> EvalModel:
     from qjl.lab.evals.eval_model import EvalModel
 
-    if output is not None:
-        require_writable(output)
     text = read_data(fit)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     return EvalModel(model, network, tokenizer, text)

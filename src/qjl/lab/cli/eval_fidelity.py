@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,11 +20,19 @@ from qjl.cli.common import (
     notes,
     progress,
     read_data,
-    require_writable,
-    resolved,
 )
 from qjl.errors import QJLError
-from qjl.lab.cli.shared import FoundRows, RecentOption, load, parse_recent, place
+from qjl.lab.cli.shared import (
+    ChunksOption,
+    DecodeOption,
+    FoundRows,
+    PrefixOption,
+    RecentOption,
+    load,
+    parse_recent,
+    place,
+    resolved,
+)
 
 if TYPE_CHECKING:
     from qjl.lab.evals.frontier import Frontier
@@ -33,9 +41,6 @@ if TYPE_CHECKING:
 _PresetsOption = Annotated[
     list[str] | None, typer.Option("--preset", "-p", help="May be given several times; all if not given.")
 ]
-_PrefixOption = Annotated[int, typer.Option(help="Tokens that are prefilled.")]
-_DecodeOption = Annotated[int, typer.Option(help="Tokens decoded over the packed codes.")]
-_ChunksOption = Annotated[int, typer.Option(help="Stretches of the text.")]
 _SeedsOption = Annotated[int, typer.Option(help="Of projections, statistics and the retrieval task.")]
 _RetrievalOption = Annotated[bool, typer.Option(help="Whether codes hidden in the text are asked for too.")]
 _Output = Annotated[
@@ -48,9 +53,9 @@ def fidelity(
     preset: _PresetsOption = None,
     bits: BitsOption = None,
     data: DataOption = None,
-    prefix: _PrefixOption = 512,
-    decode: _DecodeOption = 512,
-    chunks: _ChunksOption = 4,
+    prefix: PrefixOption = 512,
+    decode: DecodeOption = 512,
+    chunks: ChunksOption = 4,
     seeds: _SeedsOption = 3,
     recent: Annotated[int, typer.Option(min=0, help="Exact tokens at the end.")] = 32,
     retrieval: _RetrievalOption = True,
@@ -73,8 +78,6 @@ def fidelity(
     else:
         wanted = [asked(preset[0] if preset else None, bits)]
     text = read_data(data)
-    if output is not None:
-        require_writable(output)
     found = FoundRows(output, json_output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     configs = [configuration(one, network, tokenizer) for one in wanted]
@@ -90,9 +93,9 @@ def frontier(
         bool, typer.Option("--widths", help="Each method at 1, 1.5, 2, 2.5, 3, 4, 5 and 8 bits, in place of presets.")
     ] = False,
     data: DataOption = None,
-    prefix: _PrefixOption = 512,
-    decode: _DecodeOption = 512,
-    chunks: _ChunksOption = 4,
+    prefix: PrefixOption = 512,
+    decode: DecodeOption = 512,
+    chunks: ChunksOption = 4,
     seeds: _SeedsOption = 3,
     recent: RecentOption = "32",
     retrieval: _RetrievalOption = True,
@@ -107,6 +110,7 @@ def frontier(
     With --json, one object per preset and line.
     """
     from qjl import models
+    from qjl.lab import plots
     from qjl.lab.evals.fidelity import FidelityProtocol
     from qjl.lab.evals.frontier import Frontier, parse_bits, within
     from qjl.lab.evals.widths import every_width
@@ -114,21 +118,16 @@ def frontier(
 
     protocol = FidelityProtocol(prefix, decode, chunks, seeds, parse_recent(recent), retrieval)
     interval, text = parse_bits(bits), read_data(data)
-    _require_drawable(plot)
-    for path in filter(None, (output, plot)):
-        require_writable(path)
+    found = FoundRows(output, json_output, plot)
     if widths and preset:
         raise QJLError("--widths chooses the presets: leave --preset out.")
     chosen = every_width() if widths else resolved(preset, PRESETS)
     bars = not json_output
     shape = models.load_config(place(model, progress=bars), progress=bars)
     presets = within(shape, chosen, interval, _tell_refusal)
-    found = FoundRows(output, json_output)
     network, tokenizer = load(model, device, dtype, json_output=json_output)
     _measure(Frontier(model, network, tokenizer, text, protocol), presets, found, json_output)
-    found.show()
-    if plot is not None:
-        _draw(found.rows, plot)
+    found.show(plots.frontier)
 
 
 def _measure(trial: Frontier, presets: list[CacheConfig], found: FoundRows, json_output: bool) -> None:
@@ -138,20 +137,6 @@ def _measure(trial: Frontier, presets: list[CacheConfig], found: FoundRows, json
     with progress("Decoding", len(presets) * trial.protocol.tokens, quiet=json_output) as advance:
         for row in trial.measure(presets, advance, found.kept):
             found.add(row)
-
-
-def _require_drawable(plot: Path | None) -> None:
-    if plot is not None:
-        from qjl.lab import plots
-
-        plots.require_format(plot)
-
-
-def _draw(rows: list[Any], plot: Path) -> None:
-    from qjl.lab import plots
-
-    plot.write_bytes(plots.frontier(rows, plot.suffix))
-    notes.print(f"The picture is in {plot}.", soft_wrap=True)
 
 
 def _tell_refusal(name: str, error: QJLError) -> None:

@@ -21,11 +21,9 @@ from qjl.cli.common import (
     notes,
     progress,
     read_data,
-    require_writable,
-    resolved,
 )
 from qjl.errors import QJLError
-from qjl.lab.cli.shared import FoundRows, RecentOption, load, parse_recent, place
+from qjl.lab.cli.shared import FoundRows, ProjectionSeed, RecentOption, load, parse_recent, place, resolved
 
 _QUIET = {
     "TQDM_DISABLE": "1",  # bars are our own, and for a terminal only
@@ -61,7 +59,7 @@ def harness(
         int | None, typer.Option(help="Read contexts so many tokens at a time, over the codes of those before.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Answers, or prompts, that go through the model together.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the projections.")] = 0,
+    seed: ProjectionSeed = 0,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     output: Annotated[
@@ -83,8 +81,6 @@ def harness(
     protocol = HarnessProtocol(shots, limit, parse_recent(recent), chunk, batch, seed, include, _parse(metadata))
     configs = resolved(preset, ("full", "b3"))
     text = read_data(data)
-    if output is not None:
-        require_writable(output)
     found = FoundRows(output, json_output)
     bars = notes.is_terminal and not json_output
     tasks = load_tasks(task, protocol, models.load_tokenizer(place(model, progress=bars), progress=bars))

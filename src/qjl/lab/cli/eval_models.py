@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qjl.cli.common import DEFAULT_PRESET, JsonOption, PresetOption, progress, require_writable, resolved
+from qjl.cli.common import DEFAULT_PRESET, JsonOption, PresetOption, progress
 from qjl.errors import QJLError
-from qjl.lab.cli.shared import FoundRows
+from qjl.lab.cli.shared import FoundRows, ResumedOption, resolved
 
 
 def models(
@@ -19,10 +18,7 @@ def models(
     ] = None,
     preset: PresetOption = None,
     workers: Annotated[int, typer.Option(min=1, help="Families that are measured together.")] = 2,
-    output: Annotated[
-        Path | None,
-        typer.Option("--out", help="Append JSON lines to this file; a run that was killed goes on where it stopped."),
-    ] = None,
+    output: ResumedOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Whether our caches are right for every family that transformers has: a tiny random model of each is asked.
@@ -34,8 +30,6 @@ def models(
     asked, (config,) = subjects(family or ()), resolved([preset or DEFAULT_PRESET])
     if config.is_exact:
         raise QJLError("full precision is compared anyway: give a preset that quantizes.")
-    if output is not None:
-        require_writable(output)
     found = FoundRows(output, json_output)
     with progress("Asking", len(asked), quiet=json_output) as advance:
         for row in measure_families(asked, preset or DEFAULT_PRESET, workers, found.kept, advance):

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import calibration
+from qjl.architecture import context_length
 from qjl.errors import QJLError
 from qjl.hf import KVCache
 from qjl.lab.evals.retrieval import FILLER_AFTER, FILLER_BEFORE, make_task, retrieved
@@ -201,7 +202,7 @@ def _chunks(
 ) -> Tensor:
     """Stretches of text spread evenly over it: ``int64 [chunks, prefix + decode + 1]``."""
     length = protocol.prefix + protocol.decode + 1
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is not None and length - 1 > context:
         raise QJLError(
             f"{length - 1} tokens are longer than the model's context of {context}: shorten prefix or decode."

@@ -14,14 +14,13 @@ from qjl.hf import KVCache
 from qjl.lab.evals.eval_model import EvalModel
 from qjl.teacher_forcing import feed
 
+STOP = "\n\n"
 KEPT = 0.75  # the share of rows still being written below which the others leave the batch
 
 
 @torch.inference_mode()
-def continue_greedily(
-    subject: EvalModel, cache: KVCache, question: Tensor, max_new_tokens: int, stop: str = "\n\n"
-) -> str:
-    """The likeliest text after ``question [1, T]``, read over a cache of what comes before it, up to ``stop``."""
+def continue_greedily(subject: EvalModel, cache: KVCache, question: Tensor, max_new_tokens: int) -> str:
+    """The likeliest text after ``question [1, T]``, read over a cache of what comes before it, up to an empty line."""
     model, tokenizer = subject.model, subject.tokenizer
     ends = end_tokens(model)
     feed(model, cache, question[:, :-1])
@@ -31,9 +30,9 @@ def continue_greedily(
         if int(token) in ends:
             break
         found.append(int(token))
-        if stop in tokenizer.decode(found[-8:]):
+        if STOP in tokenizer.decode(found[-8:]):
             break
-    return str(tokenizer.decode(found, skip_special_tokens=True)).partition(stop)[0]
+    return str(tokenizer.decode(found, skip_special_tokens=True)).partition(STOP)[0]
 
 
 @torch.inference_mode()

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
+from qjl.architecture import context_length
 from qjl.errors import QJLError
 from qjl.fingerprints import digest
-from qjl.generation import context_length
 from qjl.hf import KVCache
 from qjl.lab.evals.eval_model import EvalModel
 from qjl.lab.evals.greedy import continue_greedily
@@ -177,7 +177,7 @@ class _Filler:
                 f"the text has {len(self.tokens[False])} tokens, too few for a haystack of {longest}: give a longer "
                 "one, or a shorter context."
             )
-        most = context_length(subject.model)
+        most = context_length(subject.model.config)
         if most is not None and longest + ANSWER_TOKENS > most:
             raise QJLError(
                 f"{longest} tokens leave no room for an answer in the model's context of {most}: take fewer."
