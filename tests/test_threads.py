@@ -190,10 +190,10 @@ from qjl.presets import PRESETS
 ops.use_backend(sys.argv[1])
 torch.set_num_threads(4)
 preset = PRESETS["b3"]
-made = operands(preset.key, preset.value, tokens=4000)
-step = paged(made, 64, Extent.of([3900]), torch.Generator())
+made = operands(preset.key, preset.value, tokens=1500)
+step = paged(made, 64, Extent.of([1400]), torch.Generator())
 generator = torch.Generator().manual_seed(1)
-nibbles = torch.randint(0, 16, (2, 4, 64 * 64, 64), dtype=torch.uint8, generator=generator)
+nibbles = torch.randint(0, 16, (2, 4, 16 * 64, 64), dtype=torch.uint8, generator=generator)
 tables = torch.randn(2, 4, 3, 64, 16, generator=generator)
 
 def work():
