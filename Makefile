@@ -3,6 +3,8 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 CMAKE ?= cmake
 WORKERS ?= 2
+# Neighbours stay with one worker, which fits their codecs once.
+BY_ALL = -n $(WORKERS) --dist worksteal
 KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py attend.py pools.py refusals.py fuzz_kernels.py fuzz_pools.py)
 GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py attend.py pools.py fuzz_pools.py triton.py triton_benches.py devices.py vllm_layer.py)
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
@@ -31,7 +33,7 @@ OLDEST_TESTS ?= $(addprefix tests/test_,compat.py promises.py hf.py architecture
 
 setup-oldest: build/oldest/$(OLDEST)
 
-build/oldest/$(OLDEST): setup
+build/oldest/$(OLDEST): .venv/installed
 	rm -rf build/oldest
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/oldest transformers==$(OLDEST)
 	touch $@
@@ -62,15 +64,15 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -k triton $(GPU_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(BY_ALL)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(BY_ALL) -k triton $(GPU_TESTS)
 	$(BIN)/qjl eval smoke
 
 # The integration with the oldest transformers.
 test-oldest: export PYTHONPATH = $(CURDIR)/build/oldest
 test-oldest: setup-oldest
 	$(BIN)/python -c "import transformers as it; assert it.__version__ == '$(OLDEST)', it.__version__"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) $(OLDEST_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(BY_ALL) $(OLDEST_TESTS)
 
 # Engines with our pages and with vLLM's own, each in a process of its own.
 test-vllm: setup-vllm

@@ -1,5 +1,6 @@
 """What the test rooms share: poisoned memory, keys as models make them, and what an error message must be."""
 
+import gc
 import os
 import re
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_finish():
+    """What is imported stays: a collection of garbage, as of the benches, need not walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -141,14 +148,7 @@ class Model:
 
     def statistics(self):
         """Of 600 tokens of its own."""
-        tokens = Model(self.heads, self.head_dim, self.group, self.seed).first_tokens(600)
-        positions = torch.arange(600)[None]
-        valid = torch.ones(1, 600, dtype=torch.bool)
-        attention = AttentionMoments()
-        scores = tokens.queries @ tokens.keys.repeat_interleave(self.group, 1).transpose(2, 3)
-        out = scores.mul(self.head_dim**-0.5).softmax(-1) @ tokens.values.repeat_interleave(self.group, 1)
-        attention.add(tokens.queries, out, positions, valid, self.rope, self.heads)
-        return layer_statistics(tokens.keys, tokens.values, positions, valid, attention, self.rope)
+        return _statistics(self.heads, self.head_dim, self.group, self.seed)
 
     def _normal(self, *shape):
         return torch.randn(*shape, generator=self._generator)
@@ -156,6 +156,18 @@ class Model:
     def _root(self, count):
         directions = torch.linalg.qr(self._normal(count, self.head_dim, self.head_dim)).Q
         return (1 + torch.arange(self.head_dim))[None, :, None] ** -0.5 * 2 * directions
+
+
+@cache
+def _statistics(heads, head_dim, group, seed):
+    model = Model(heads, head_dim, group, seed)
+    tokens, positions = model.first_tokens(600), torch.arange(600)[None]
+    valid = torch.ones(1, 600, dtype=torch.bool)
+    attention = AttentionMoments()
+    scores = tokens.queries @ tokens.keys.repeat_interleave(group, 1).transpose(2, 3)
+    out = scores.mul(head_dim**-0.5).softmax(-1) @ tokens.values.repeat_interleave(group, 1)
+    attention.add(tokens.queries, out, positions, valid, model.rope, heads)
+    return layer_statistics(tokens.keys, tokens.values, positions, valid, attention, model.rope)
 
 
 @pytest.fixture(scope="session")
@@ -167,13 +179,12 @@ def model_of():
 @pytest.fixture(scope="session")
 def fitted(model_of):
     """A codec, two rows of two blocks of tokens at different positions, their codes, and queries."""
-    statistics_of = cache(lambda head_dim: model_of(head_dim=head_dim).statistics())
 
     @cache  # all of them: fitting takes longer than testing
     @using_backend(USUAL)  # whichever test asks first
     def case(role, quantizer, head_dim):
         model = model_of(head_dim=head_dim)
-        statistics = statistics_of(head_dim)
+        statistics = model.statistics()
         context = LayerContext(role, 2, head_dim, torch.device("cpu"), torch.float32, statistics, model.rope)
         learned = quantizer.learn(context)
         codec = quantizer.build(context, learned)

@@ -169,6 +169,27 @@ def of_presets():
             yield from ((role, one) for role, one in (("key", key), ("value", value)) if one is not None)
 
 
+def one_of_each_codec():
+    """Names of presets, of which no two differ in whole numbers alone; halves of bits mix two codes."""
+    firsts = {}
+    for name, config in PRESETS.items():
+        sides = [config, *config.overrides]
+        kinds = [_kind(quantizer) for side in sides for quantizer in (side.key, side.value) if quantizer is not None]
+        firsts.setdefault((*kinds, config.pre_rope), name)
+    return list(firsts.values())
+
+
+def _kind(quantizer):
+    settings = vars(quantizer).values()
+    return quantizer.method, *(one if isinstance(one, str | bool) else type(one) for one in settings)
+
+
+def _of_kinds():
+    """The first of those that differ in whole numbers alone."""
+    firsts = {(role, *_kind(quantizer)): (role, quantizer) for role, quantizer in reversed(QUANTIZERS)}
+    return list(reversed(firsts.values()))
+
+
 def label(role, quantizer):
     """``key-balanced-2-signs`` for ``Balanced(2, "signs")``: the settings that are not the default ones."""
     default = vars(type(quantizer)())
@@ -187,20 +208,24 @@ def of_type(kind, **settings):
 
 
 every_quantizer = pytest.mark.parametrize(("role", "quantizer"), named(QUANTIZERS))
+every_kind = pytest.mark.parametrize(("role", "quantizer"), named(_of_kinds()))
 HEAD_DIMS = [80] if runtime.is_interpreted() else [64, 80, 96, 128, 256]
 every_head_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
 
 
-def _of_sizes():
-    """A usual head_dim and an odd one for every quantizer; all for the first of each method and role."""
-    firsts = {(role, quantizer.method): (role, quantizer) for role, quantizer in reversed(QUANTIZERS)}
-    for role, quantizer in QUANTIZERS:
-        is_first = firsts[role, quantizer.method] == (role, quantizer)
-        for head_dim in HEAD_DIMS if is_first else sorted({64, 80} & set(HEAD_DIMS)):
-            yield pytest.param(role, quantizer, head_dim, id=f"{label(role, quantizer)}-{head_dim}")
+def sized(cases):
+    """A usual head_dim and an odd one for each of the cases; all for the first of each method and role."""
+    firsts = {(case.values[0], case.values[1].method): case for case in reversed(cases)}
+    sizes = [
+        pytest.param(*case.values, head_dim, id=f"{case.id}-{head_dim}")
+        for case in cases
+        for head_dim in HEAD_DIMS
+        if case in firsts.values() or head_dim in (64, 80)
+    ]
+    return pytest.mark.parametrize(("role", "quantizer", "head_dim"), sizes)
 
 
-every_quantizer_and_head_dim = pytest.mark.parametrize(("role", "quantizer", "head_dim"), list(_of_sizes()))
+every_quantizer_and_head_dim = sized(named(QUANTIZERS))
 
 
 def scores_of(codec, query, blocks, first):

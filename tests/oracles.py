@@ -275,10 +275,12 @@ class KVQuant:
     @staticmethod
     def k_means(samples, count, rounds=500):
         """The paper's datatype, section 3.3 without Fisher weights."""
-        levels = np.quantile(samples, (np.arange(count) + 0.5) / count)
+        levels, before = np.quantile(samples, (np.arange(count) + 0.5) / count), None
         for _ in range(rounds):
             cells = np.searchsorted((levels[1:] + levels[:-1]) / 2, samples)
-            levels = np.array([samples[cells == cell].mean() for cell in range(count)])
+            if before is not None and np.array_equal(cells, before):
+                break
+            levels, before = np.bincount(cells, samples, count) / np.bincount(cells, minlength=count), cells
         return levels
 
 

@@ -6,6 +6,7 @@ import transformers
 from transformers import DynamicCache
 
 import qjl
+from method_cases import one_of_each_codec
 from models_for_tests import (
     FAMILIES,
     OWN,
@@ -115,12 +116,13 @@ def generate_logits(model, inputs):
 
 @pytest.mark.parametrize(
     ("preset", "kv_heads"),
-    [(preset, 2) for preset in qjl.PRESETS] + [(preset, heads) for preset in ("qjl-2", "b3") for heads in (1, 4)],
+    [(preset, 2) for preset in one_of_each_codec()]
+    + [(preset, heads) for preset in ("qjl-2", "b3") for heads in (1, 4)],
 )
 def test_attentions_read_the_same_codes(preset, kv_heads):
     """Directly, and decoded for transformers' own attention; one, two and four queries per key."""
     model, ids = tiny(kv_heads=kv_heads, head_dim=64), prompt(400)
-    read(model, ids, qjl.KVCache(model, preset))
+    read(model, ids, qjl.KVCache(model, preset), (400,))
     results = {}
     for attention in ATTENTIONS:
         cache = cache_under(attention, model, preset)

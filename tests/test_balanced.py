@@ -13,6 +13,7 @@ from method_cases import (
     levels_of,
     moments,
     of_type,
+    sized,
     token_major,
 )
 from qjl.codebook import REFINEMENTS
@@ -37,8 +38,7 @@ def test_the_key_map_is_the_root_of_the_balanced_metric(code, rows, head_dim, fi
         assert key_map.shape[0] == rows * head_dim
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(Balanced, code="signs"))
+@sized(of_type(Balanced, code="signs"))
 def test_signs_are_those_of_the_mapped_tokens(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     stored = np.unpackbits(token_major(case.blocks["codes"]), axis=-1, bitorder="little")
@@ -54,8 +54,7 @@ def test_signs_are_those_of_the_mapped_tokens(role, quantizer, head_dim, fitted)
         assert _scale_error(case, row, head, y, 2.0 * stored[row, head] - 1) < 0.51
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), TRELLIS)
+@sized(TRELLIS)
 def test_nibbles_are_the_best_way_through_the_trellis(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     stored, decoded = bit_stream(case.blocks["codes"], 4), decoded_codes(case)
@@ -75,8 +74,7 @@ def test_nibbles_are_the_best_way_through_the_trellis(role, quantizer, head_dim,
         assert _scale_error(case, row, head, y, decoded[row, head]) < 0.55
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), TRELLIS)
+@sized(TRELLIS)
 def test_coordinates_of_three_bits_keep_their_levels_beside_a_trellis(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     decoded = decoded_codes(case)

@@ -8,7 +8,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from method_cases import float64
+from method_cases import float64, one_of_each_codec
 from one_layer import OneLayer, codec_tensors, same_tokens
 from qjl.cache.paged import Fitted, PagedCache, as_coded
 from qjl.codecs import Codecs
@@ -70,8 +70,10 @@ def layer_of(tokens, run_through):
 # Same tokens, any arrival, same bytes
 
 
-@every_preset
-@pytest.mark.parametrize("number", [0, 20])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [(name, number) for name in one_of_each_codec() for number in ((0, 20) if PRESETS[name].overrides else (20,))],
+)
 def test_what_is_held_does_not_depend_on_how_tokens_came(name, number, tokens, layer_of, run_through):
     config = _short(name)
     whole = run_through(layer_of(config, number), tokens, [LENGTH])

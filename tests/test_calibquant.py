@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, scores_of, token_major
+from method_cases import every_head_dim, float64, of_type, scores_of, sized, token_major
 from qjl.methods.calibquant import CalibQuant
 from qjl.packed import BLOCK
 from qjl.presets import PRESETS, from_dict
@@ -12,8 +12,7 @@ from qjl.presets import PRESETS, from_dict
 WITH_G = {"key": {"method": "calibquant", "tau": 3.0}, "value": {"method": "calibquant"}}
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(CalibQuant))
+@sized(of_type(CalibQuant))
 def test_bits_and_scores_are_the_papers(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     oracle = oracles.CalibQuant(quantizer.spread)

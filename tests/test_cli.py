@@ -476,15 +476,3 @@ def test_calibrate_tells_where_its_file_is(checkpoint, text_file, cache_folder):
     path = succeed("calibrate", checkpoint, "--data", text_file).stdout.strip()
     assert path.startswith(str(cache_folder))
     assert path.endswith(".safetensors")
-
-
-@pytest.mark.model
-def test_demo_on_the_embedded_model(monkeypatch):
-    monkeypatch.delenv("QJL_CACHE")
-    result = succeed("demo", "--prompt-tokens", "512", "--max-new-tokens", "8", "--dtype", "bfloat16", "--json")
-    (told,) = lines_of_json(result)
-    assert told["model"] == "smollm2"
-    assert told["compression"] > 2
-    assert told["kl"] < 0.1
-    assert told["top1"] > 0.8
-    assert len(told["text"].split()) > 3

@@ -7,6 +7,7 @@ import torch
 
 import qjl
 from conftest import Model, using_backend
+from method_cases import one_of_each_codec
 from models_for_tests import generate, left_padded, prompt, tiny
 from one_layer import OneLayer
 from qjl import calibration
@@ -26,10 +27,6 @@ from qjl.compat import cache_argument
 not_interpreted = pytest.mark.skipif(runtime.is_interpreted(), reason="the kernels themselves are run by others")
 SEES_A_GPU = torch.cuda.is_available() and not runtime.is_interpreted()
 SINKS, RECENT = 4, 32
-ONE_OF_EACH_CODEC = [
-    "b3", "b1-pre", "qjl-2", "qjl-paper", "kivi-2", "kvquant-2", "quarot-3", "saw-int4", "oscar", "turboquant-2.5",
-    "turboquant-prod-2", "polarquant", "rabitq-2", "turboesm", "vidkv", "calibquant", "int8", "fp8",
-]  # fmt: skip
 FUSED = {
     "b3": resolve("b3"),
     "b2": resolve("b2"),
@@ -40,6 +37,10 @@ FUSED = {
     "hadamard sketch, uniform": CacheConfig(QJL(2, "hadamard"), TokenUniform(2)),
     "even trellis": CacheConfig(QJL(1), Balanced(2.5, "trellis", metric=False)),
 }
+
+fused_and_padded = pytest.mark.parametrize(
+    ("name", "padding"), [*((name, (0, 50)) for name in FUSED), ("b3", (0, 0))], ids=str
+)
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def _step(layer, tokens, start, stop, mask=None):
 
 
 @not_interpreted
-@pytest.mark.parametrize("preset", ONE_OF_EACH_CODEC)
+@pytest.mark.parametrize("preset", one_of_each_codec())
 def test_a_gpu_holds_and_gives_what_a_cpu_does(preset, gpu, reference_backend):
     """One prompt, a few tokens at once, and one by one past the next block; the second row has left padding."""
     model = Model(head_dim=64)
@@ -137,8 +138,7 @@ def _filled(config, length, padding=(0, 0)):
 
 
 @not_interpreted
-@pytest.mark.parametrize("padding", [(0, 0), (0, 50)], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", FUSED)
+@fused_and_padded
 def test_a_step_with_triton_waits_for_nothing(name, padding, gpu):
     layer, tokens = _filled(FUSED[name], 330, padding)
     for count in (1, 3, 1):
@@ -169,8 +169,7 @@ def test_a_masked_step_waits_for_nothing(is_bool, gpu):
 
 
 @not_interpreted
-@pytest.mark.parametrize("padding", [(0, 0), (0, 50)], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", FUSED)
+@fused_and_padded
 def test_what_a_step_with_triton_allocates_does_not_grow(name, padding, gpu):
     allocated = []
     for length in (330, 330 + 64 * 7):
@@ -191,7 +190,7 @@ def test_with_a_fixed_length_every_step_is_the_same_work(name, gpu):
     layer = OneLayer(*FUSED[name].for_layer(0), SINKS, RECENT, rope=model.rope, capacity=Capacity(2, 600))
     _step(layer, tokens, 0, 330)
     seen = []
-    for place in range(330, 600):
+    for place in range(330, 450):
         with watched() as watch:
             layer.append(tokens.keys[:, :, place : place + 1], tokens.values[:, :, place : place + 1])
             layer.attend(tokens.queries[:, :, place : place + 1])
@@ -209,8 +208,7 @@ def test_with_a_fixed_length_every_step_is_the_same_work(name, gpu):
 
 
 @not_interpreted
-@pytest.mark.parametrize("padding", [(0, 0), (0, 50)], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", FUSED)
+@fused_and_padded
 def test_packing_with_triton_waits_for_nothing_but_a_look_at_the_numbers(name, padding, gpu):
     layer, tokens = _filled(FUSED[name], 330, padding)
     before = sum(layer.packed_tokens)
@@ -252,7 +250,7 @@ def test_a_model_writes_the_same_on_a_gpu(preset, settings, gpu, reference_backe
     for model, inputs in _both(**left_padded([prompt(350), prompt(290, seed=1)])):
         caches.append(qjl.KVCache(model, preset))
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        written = generate(model, ids, 12, cache=caches[-1], attention_mask=mask, **settings)
+        written = generate(model, ids, 6, cache=caches[-1], attention_mask=mask, **settings)
         texts.append(on_host(written))
     assert torch.equal(*texts)
     assert caches[0].packed_tokens == caches[1].packed_tokens

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, token_major
+from method_cases import float64, of_type, sized, token_major
 from qjl.methods.base import LayerContext
 from qjl.methods.int8_fp8 import Fp8, Int8
 from qjl.presets import PRESETS
@@ -13,8 +13,7 @@ from qjl.presets import PRESETS
 CPU = torch.device("cpu")
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(Int8))
+@sized(of_type(Int8))
 def test_int8_codes_are_scaled_by_the_largest_of_their_token(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     x = float64(case.x)
@@ -29,8 +28,7 @@ def test_int8_codes_are_scaled_by_the_largest_of_their_token(role, quantizer, he
     np.testing.assert_allclose(decoded, codes * scale[..., None], rtol=1e-6)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(Fp8))
+@sized(of_type(Fp8))
 def test_fp8_numbers_are_the_nearest_e4m3(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     decoded = float64(case.codec.dequantize(case.blocks, case.first))

@@ -5,14 +5,13 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, token_major
+from method_cases import every_head_dim, float64, of_type, sized, token_major
 from qjl.methods.base import LayerContext
 from qjl.methods.kivi import KIVI
 from qjl.presets import PRESETS
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(KIVI))
+@sized(of_type(KIVI))
 def test_codes_are_the_papers(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     oracle = oracles.ChannelUniform(quantizer.num_bits, quantizer.group_size)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, named, of_type
+from method_cases import float64, named, of_type, sized
 from qjl.methods.base import LayerContext, Unrotated
 from qjl.methods.kvquant import KVQuant
 from qjl.packed import BLOCK
@@ -61,8 +61,7 @@ def _parts(case, quantizer, role):
             yield row, head, x, outlier, *_ranges(case, quantizer, role, row, head)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(KVQuant))
+@sized(of_type(KVQuant))
 def test_outliers_are_the_numbers_farthest_out_of_each_block(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     count = int(np.ceil(quantizer.outliers * BLOCK * head_dim))
@@ -82,8 +81,7 @@ def test_outliers_are_the_numbers_farthest_out_of_each_block(role, quantizer, he
             np.testing.assert_allclose(case.blocks["outlier_value"][row, head, block], exact, rtol=1e-3, atol=1e-3)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(KVQuant))
+@sized(of_type(KVQuant))
 def test_codes_are_the_nearest_levels(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     codec, decoded = _codec(case), case.codec.dequantize(case.blocks, case.first)
@@ -102,7 +100,7 @@ def test_codes_are_the_nearest_levels(role, quantizer, head_dim, fitted):
         np.testing.assert_allclose(decoded[row, head], expected, rtol=1e-3, atol=1e-3 * np.abs(x).max())
 
 
-@every_head_dim
+@pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize(("role", "axis"), [("key", "channel"), ("value", "channel"), ("value", "token")])
 def test_levels_are_as_good_as_k_means_on_the_tokens_themselves(role, axis, head_dim, fitted):
     """Which calibration has not seen: other tokens of the same distribution."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import centred, decoded_codes, every_head_dim, float64, levels_of, of_type
+from method_cases import centred, decoded_codes, float64, levels_of, of_type, sized
 from qjl.codebook import MAX_BITS
 from qjl.methods.balanced import Balanced
 from qjl.methods.transform import Transform
@@ -26,8 +26,7 @@ def _weights(codec, head, dim):
     return np.ones(dim) if codec.weights is None else float64(codec.weights[head])
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), LEVELS)
+@sized(LEVELS)
 def test_codes_are_the_nearest_levels_and_their_scale_is_exact(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     codec = case.codec
@@ -53,8 +52,7 @@ def test_codes_are_the_nearest_levels_and_their_scale_is_exact(role, quantizer, 
         assert np.abs(scales[row, head] - oracles.LogScale.levels(scale, float(codec.scale.unit[head]))).max() < 0.55
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), [*of_type(Balanced), *of_type(Transform)])
+@sized([*of_type(Balanced), *of_type(Transform)])
 def test_estimates_are_exact_along_the_token_itself(role, quantizer, head_dim, fitted):
     """In the metric of the code, up to the 2.9 % of an 8-bit scale."""
     case = fitted(role, quantizer, head_dim)
@@ -69,11 +67,7 @@ def test_estimates_are_exact_along_the_token_itself(role, quantizer, head_dim, f
         assert abs(ratio.mean() - 1) < 0.02
 
 
-@every_head_dim
-@pytest.mark.parametrize(
-    ("role", "quantizer"),
-    [*of_type(Balanced, code="levels"), *of_type(Balanced, code="trellis"), *of_type(Transform)],
-)
+@sized([*of_type(Balanced, code="levels"), *of_type(Balanced, code="trellis"), *of_type(Transform)])
 def test_the_query_map_undoes_the_key_map(role, quantizer, head_dim, fitted):
     codec = fitted(role, quantizer, head_dim).codec
     product = codec.query_map.float().transpose(1, 2) @ codec.key_map.float()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import bit_stream, every_head_dim, float64, of_type, token_major
+from method_cases import bit_stream, every_head_dim, float64, of_type, sized, token_major
 from qjl.methods.base import POSITIONS, LayerContext
 from qjl.methods.oscar import OSCAR, composed_rotation
 from qjl.presets import PRESETS
@@ -37,8 +37,7 @@ def test_hadamard_blocks_spread_the_variance_over_all_coordinates(head_dim):
     torch.testing.assert_close(variances, variances.mean().expand(head_dim), rtol=0.05, atol=0)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(OSCAR))
+@sized(of_type(OSCAR))
 def test_codes_are_the_papers(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     groups = 2 if head_dim == 256 else 1

@@ -1,9 +1,12 @@
 """Planned sizes against real caches."""
 
+from itertools import pairwise, product
+
 import pytest
 import torch
 from transformers import DynamicCache
 
+from method_cases import one_of_each_codec
 from models_for_tests import FAMILIES, config_of, prompt, tiny
 from qjl import KVCache, presets
 from qjl.compat import cache_argument
@@ -50,14 +53,17 @@ def test_memory_that_is_none(text, refuses):
         parse_memory(text)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [*(("llama", preset) for preset in PRESETS), *product(("gemma3", "gpt2"), one_of_each_codec())],
+)
 def test_planned_tokens_take_what_real_ones_take(family, preset):
     model = tiny(family)
     planner = Planner(model.config, torch.float32)
     config = resolve(preset)
-    for tokens in GROWTH:
-        cache = held_by(model, KVCache(model, config, codecs=own_codecs(model, config)), tokens)
+    cache = KVCache(model, config, codecs=own_codecs(model, config))
+    for before, tokens in pairwise((0, *GROWTH)):
+        held_by(model, cache, tokens - before)
         assert planner.cache_bytes(config, tokens) == cache.nbytes - cache.codec_nbytes, tokens
 
 

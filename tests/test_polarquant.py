@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, scores_of
+from method_cases import float64, of_type, scores_of, sized
 from qjl.methods.base import LayerContext, storage_bytes
 from qjl.methods.polarquant import PolarQuant, angle_codebook
 from qjl.packed import BLOCK
@@ -31,8 +31,7 @@ def _stored(case, quantizer):
     return codes, float64(radii)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(PolarQuant))
+@sized(of_type(PolarQuant))
 def test_codes_are_the_nearest_angles_of_the_papers_transform(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     oracle, rotation = oracles.PolarQuant, float64(haar_rotation(head_dim))
@@ -49,8 +48,7 @@ def test_codes_are_the_nearest_angles_of_the_papers_transform(role, quantizer, h
         assert (codebook[stored] == oracles.nearest(psi, codebook))[clear].all()
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(PolarQuant))
+@sized(of_type(PolarQuant))
 def test_angles_and_radii_decode_to_products_of_cosines_and_sines(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     codes, radii = _stored(case, quantizer)

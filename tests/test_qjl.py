@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, scores_of, token_major
+from method_cases import float64, of_type, scores_of, sized, token_major
 from qjl.methods.qjl import QJL
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(QJL, outliers=0))
+@sized(of_type(QJL, outliers=0))
 def test_codes_are_the_signs_of_the_papers_sketch(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     sketch = quantizer.sketch_for(head_dim)
@@ -29,8 +28,7 @@ def test_codes_are_the_signs_of_the_papers_sketch(role, quantizer, head_dim, fit
     np.testing.assert_allclose(scores_of(case.codec, query, case.blocks, case.first), estimate, atol=tolerance)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), [case for case in of_type(QJL) if case.values[1].outliers])
+@sized([case for case in of_type(QJL) if case.values[1].outliers])
 def test_outlier_channels_are_sketched_apart_as_in_the_public_code(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     rows = quantizer.outlier_rows(head_dim)

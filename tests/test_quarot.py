@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import bit_stream, every_head_dim, float64, of_type, scores_of, sums_of_entries, token_major
+from method_cases import bit_stream, float64, of_type, scores_of, sized, sums_of_entries, token_major
 from qjl.codebook import uniform_code
 from qjl.methods.base import LayerContext
 from qjl.methods.bitpacking import repack
@@ -16,8 +16,7 @@ from qjl.presets import PRESETS
 CPU = torch.device("cpu")
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(QuaRot))
+@sized(of_type(QuaRot))
 def test_codes_are_the_papers(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     group = quantizer.group_size if head_dim % quantizer.group_size == 0 else head_dim

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import bit_stream, centred, every_head_dim, float64, of_type, scores_of
+from method_cases import bit_stream, centred, float64, of_type, scores_of, sized
 from qjl.methods.base import LayerContext
 from qjl.methods.rabitq import RaBitQ, nearest_grid_codes
 from qjl.packed import BLOCK
@@ -28,8 +28,7 @@ def _points(case, quantizer):
     return bit_stream(case.blocks["codes"], quantizer.num_bits) - top / 2
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(RaBitQ, num_bits=1))
+@sized(of_type(RaBitQ, num_bits=1))
 def test_one_bit_is_the_sign(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     y = _rotated(case, role, quantizer)
@@ -38,8 +37,7 @@ def test_one_bit_is_the_sign(role, quantizer, head_dim, fitted):
     assert ((_points(case, quantizer) > 0) == (y >= 0))[clear].all()
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), [case for case in of_type(RaBitQ) if case.values[1].num_bits > 1])
+@sized([case for case in of_type(RaBitQ) if case.values[1].num_bits > 1])
 def test_codes_are_the_grid_point_at_the_least_angle(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     y, points = _rotated(case, role, quantizer), _points(case, quantizer)
@@ -53,8 +51,7 @@ def test_codes_are_the_grid_point_at_the_least_angle(role, quantizer, head_dim, 
     assert np.mean(same) > 0.9  # others are as near, up to rounding
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(RaBitQ))
+@sized(of_type(RaBitQ))
 def test_the_scale_is_the_ratio_of_the_papers_two_scalars(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     y, points = _rotated(case, role, quantizer), _points(case, quantizer)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from qjl import cli, corpora, download, models, presets
+from qjl import calibration, cli, corpora, download, models, presets
 from qjl.lab import report
 from qjl.lab.report import parts
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SMALLER = {
-    "demo": "--prompt-tokens 400 --max-new-tokens 3",
+    "demo": "--prompt-tokens 512 --max-new-tokens 8 --dtype bfloat16 --json",
     "generate": "--max-new-tokens 3",
     "chat": "--max-new-tokens 3",
     "fidelity": "--prefix 256 --decode 70 --chunks 1 --seeds 1",
@@ -36,14 +36,21 @@ def shell_lines(program):
     return [line.split("#")[0].strip() for line in lines if line.startswith(program)]
 
 
-@pytest.fixture
-def cache_folder(tmp_path, monkeypatch):
-    """A cache folder with the user's models and texts, and none of its statistics."""
+@pytest.fixture(scope="module")
+def models_and_texts(tmp_path_factory):
+    """A cache folder with those of the user, and none of its statistics: the first line that needs some makes them."""
     models.fetch(progress=False)
     corpora.essays()
+    folder = tmp_path_factory.mktemp("cache")
     for name in ("models", "texts"):
-        (tmp_path / name).symlink_to(download.cache_dir() / name)
-    monkeypatch.setenv("QJL_CACHE", str(tmp_path))
+        (folder / name).symlink_to(download.cache_dir() / name)
+    return folder
+
+
+@pytest.fixture
+def cache_folder(models_and_texts, monkeypatch):
+    monkeypatch.setenv("QJL_CACHE", str(models_and_texts))
+    monkeypatch.setattr(calibration, "ROWS", 1)
 
 
 def test_make_knows_the_two_commands():
@@ -62,6 +69,16 @@ def test_shell_lines_run(line, cache_folder, tmp_path, monkeypatch):
     result = CliRunner().invoke(cli.app, [*arguments, *SMALLER.get(command, "").split()], input="Hello\n")
     assert result.exit_code == 0, result.output
     assert result.stdout
+    if command == "demo":
+        _require_a_good_demo(json.loads(result.stdout))
+
+
+def _require_a_good_demo(told):
+    assert told["model"] == "smollm2"
+    assert told["compression"] > 2
+    assert told["kl"] < 0.1
+    assert told["top1"] > 0.8
+    assert len(told["text"].split()) > 3
 
 
 @pytest.mark.model

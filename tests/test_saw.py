@@ -4,13 +4,12 @@ import numpy as np
 import pytest
 
 import oracles
-from method_cases import bit_stream, every_head_dim, float64, of_type, token_major
+from method_cases import bit_stream, float64, of_type, sized, token_major
 from qjl.methods.saw import SAW
 from qjl.presets import PRESETS
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(SAW))
+@sized(of_type(SAW))
 def test_codes_are_the_papers(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     rotation = oracles.Hadamard.blocks(head_dim, quantizer.order)

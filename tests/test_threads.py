@@ -173,10 +173,10 @@ from qjl.presets import PRESETS
 ops.use_backend(sys.argv[1])
 torch.set_num_threads(4)
 preset = PRESETS["b3"]
-made = operands(preset.key, preset.value, tokens=4000)
-step = paged(made, 64, Extent.of([3900]), torch.Generator())
-codec, x = made.packed.key_codec, torch.randn(1, 2, 64 * 64, 64)
-first = torch.arange(64)[None] * 64
+made = operands(preset.key, preset.value, tokens=1500)
+step = paged(made, 64, Extent.of([1400]), torch.Generator())
+codec, x = made.packed.key_codec, torch.randn(1, 2, 16 * 64, 64)
+first = torch.arange(16)[None] * 64
 
 def work():
     scores, out = codec.dequantize(codec.encode_tokens(x, first), first), step.attend()[0]

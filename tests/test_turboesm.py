@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, of_type
+from method_cases import every_head_dim, float64, of_type, sized
 from qjl.methods.base import POSITIONS, LayerContext
 from qjl.methods.bitpacking import unpack_channels
 from qjl.methods.kmeans import lloyd
@@ -59,8 +59,7 @@ def test_values_are_not_turned(fitted):
     assert torch.equal(fitted("value", TurboESM(False), 64).codec.rotation[1].float(), torch.eye(64))
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(TurboESM))
+@sized(of_type(TurboESM))
 def test_levels_and_residual_are_the_means_of_the_data(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     for head in range(2):
@@ -75,8 +74,7 @@ def test_levels_and_residual_are_the_means_of_the_data(role, quantizer, head_dim
         assert error < np.square(samples - oracles.nearest(samples, ours)).mean()
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(TurboESM))
+@sized(of_type(TurboESM))
 def test_codes_are_the_nearest_level_and_the_sign_of_what_it_leaves(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     codes = unpack_channels(case.blocks["codes"], quantizer.num_bits).numpy()

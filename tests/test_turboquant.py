@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, scores_of, sums_of_entries, token_major
+from method_cases import float64, of_type, scores_of, sized, sums_of_entries, token_major
 from qjl.codebook import MAX_BITS, NIBBLE, sign_sum
 from qjl.methods.base import POSITIONS, LayerContext, storage_bytes
 from qjl.methods.bitpacking import unpack_tokens
@@ -48,8 +48,7 @@ def _assert_levels(codec, codes, oracle, x, margin):
     np.testing.assert_allclose(_chosen(codec, codes)[clear], expected[clear], atol=2e-3)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), WHOLE)
+@sized(WHOLE)
 def test_codes_are_the_nearest_levels_and_the_norm_is_kept(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     oracle, x = _oracle(case.codec.encoder, haar_rotation(head_dim)), float64(case.x)
@@ -78,8 +77,7 @@ def _channels(part, rotation, head):
     return [int(np.abs(rows - column[:, None]).sum(0).argmin()) for column in rotation.T]
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), SPLIT)
+@sized(SPLIT)
 def test_outliers_are_the_channels_of_most_energy(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     for head in range(2):
@@ -92,8 +90,7 @@ def test_outliers_are_the_channels_of_most_energy(role, quantizer, head_dim, fit
         assert energies[own["outlier_"]].min() > energies[own[""]].max() * (1 - 1e-6)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), SPLIT)
+@sized(SPLIT)
 def test_outliers_and_others_are_coded_apart(role, quantizer, head_dim, fitted):
     """Up to the half precision of their maps."""
     case = fitted(role, quantizer, head_dim)
@@ -113,8 +110,7 @@ def test_outliers_and_others_are_coded_apart(role, quantizer, head_dim, fitted):
             np.testing.assert_allclose(decoded[:, head][..., columns], expected, atol=4e-3 * np.abs(own).max())
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), [case for case in PROD if case.values[1].num_bits > 1])
+@sized([case for case in PROD if case.values[1].num_bits > 1])
 def test_one_bit_goes_to_a_sketch_of_the_residual(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     x, query = float64(case.x), float64(case.query[:, :, :3])[:, :, :, None]

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, token_major
+from method_cases import float64, of_type, sized, token_major
 from qjl.methods.uniform import TokenUniform
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(TokenUniform))
+@sized(of_type(TokenUniform))
 def test_codes_are_kivis(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     groups, bits = quantizer.groups(head_dim), quantizer.num_bits

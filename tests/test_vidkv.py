@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import every_head_dim, float64, of_type, token_major
+from method_cases import every_head_dim, float64, of_type, sized, token_major
 from qjl.methods.vidkv import VidKVKeys, VidKVValues, from_spectrum, to_spectrum, trits_of_bytes, trits_to_bytes
 from qjl.packed import BLOCK
 from qjl.presets import PRESETS
@@ -27,8 +27,7 @@ def _wide(case, row, head, block, head_dim):
 # Keys
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(VidKVKeys))
+@sized(of_type(VidKVKeys))
 def test_the_channels_of_widest_range_have_two_bits(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     count = quantizer.wide_channels(head_dim)
@@ -39,8 +38,7 @@ def test_the_channels_of_widest_range_have_two_bits(role, quantizer, head_dim, f
         assert sorted(widest) == np.flatnonzero(_wide(case, row, head, block, head_dim)).tolist()
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(VidKVKeys))
+@sized(of_type(VidKVKeys))
 def test_wide_channels_are_coded_as_kivis_keys(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     oracle = oracles.ChannelUniform(2, quantizer.group_size)
@@ -60,8 +58,7 @@ def test_wide_channels_are_coded_as_kivis_keys(role, quantizer, head_dim, fitted
         np.testing.assert_allclose(decoded[row, head, own][:, channels], expected, atol=1e-4)
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(VidKVKeys))
+@sized(of_type(VidKVKeys))
 def test_other_channels_decode_as_the_signs_of_their_whole_spectrum(role, quantizer, head_dim, fitted):
     """Half of a real signal's spectrum says all: the paper's code stores both halves."""
     case = fitted(role, quantizer, head_dim)
@@ -98,8 +95,7 @@ def test_more_wide_channels_are_more_exact(fitted):
 # Values
 
 
-@every_head_dim
-@pytest.mark.parametrize(("role", "quantizer"), of_type(VidKVValues, salient_share=0.0))
+@sized(of_type(VidKVValues, salient_share=0.0))
 def test_trits_are_the_papers_and_five_fill_a_byte(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     oracle = oracles.VidKVTernary(quantizer.threshold, quantizer.group_size)
