@@ -43,20 +43,18 @@ constexpr uint64_t ABI =
     hashed("meaning", MEANING, sizeof(void*)) +
     QJL_STRUCT(QjlLimits, dim, threads) +
     QJL_STRUCT(QjlCodes, data, batch, heads, blocks, bytes, batch_stride, head_stride, block_stride) +
-    QJL_STRUCT(QjlPack, codes, nibbles) +
-    QJL_STRUCT(QjlScan, codes, tables, scores, rows) +
-    QJL_STRUCT(QjlExpand, codes, entries, expanded, head_stride, width) +
-    QJL_STRUCT(QjlTokens, data, type, dim, batch_stride, head_stride, token_stride, slots, slot_count) +
-    QJL_STRUCT(QjlMean, vector, cos, sin, pairs, interleaved) +
+    QJL_STRUCT(QjlDecode, codes, scales, middles, scale_stride, middle_stride, units, dim, groups, coordinates, entries,
+               slots, code_stride, map, map_stride, mean, turns, cos, sin, pairs, out, head_dim, room, room_bytes) +
+    QJL_STRUCT(QjlTokens, data, type, dim, head_stride, slot_stride, slot_count) +
+    QJL_STRUCT(QjlMean, vector, pairs, interleaved) +
     QJL_STRUCT(QjlMap, rows, matrix, is_half, head_stride, flips, order, size) +
     QJL_STRUCT(QjlPart, kind, dim, nibbles, kinds, bit_coordinate, bit_index, tree, levels, patterns, kind_stride,
                place_stride, own, next, width, gram, block, sweeps) +
-    QJL_STRUCT(QjlEncode, codes, tokens, mean, map, parts, part_count, gains, gain_count, weights, units, norm_factor,
-               scales, scale_stride, room, room_bytes) +
-    QJL_STRUCT(QjlEncodeGrid, codes, tokens, size, groups, bits, clip, steps, middles, step_stride, middle_stride, room,
-               room_bytes) +
-    QJL_STRUCT(QjlJob, encode, grid, cos, sin) +
-    QJL_STRUCT(QjlEncodePages, jobs, job_count, slots, pages, blocks, not_finite, room, room_bytes) +
+    QJL_STRUCT(QjlRecipe, codes, tokens, mean, map, parts, part_count, gains, gain_count, weights, units, norm_factor,
+               scales, scale_stride) +
+    QJL_STRUCT(QjlGridRecipe, codes, tokens, size, groups, bits, clip, steps, middles, step_stride, middle_stride) +
+    QJL_STRUCT(QjlJob, recipe, grid, cos, sin) +
+    QJL_STRUCT(QjlEncode, jobs, job_count, slots, pages, blocks, not_finite, room, room_bytes) +
     QJL_STRUCT(QjlSide, codes, scale, middle, unit, map, mean, codes_stride, scale_stride, middle_stride, map_stride,
                map_is_half, nibbles, groups, code_dim, head_dim, code_stride, coordinates, entries, slots, pairs,
                pair_count) +

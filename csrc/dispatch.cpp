@@ -82,40 +82,16 @@ void over_blocks(const QjlCodes& codes, int64_t threads, const Function& functio
     parallel_for((blocks + size - 1) / size, threads, OverBlocks<Function>::run_part, &work);
 }
 
-template <class Operation>
-void over_blocks(const Operation& operation, void (*kernel)(const Operation&, Range), int64_t threads) {
-    over_blocks(operation.codes, threads, [&](Range range, int) { kernel(operation, range); });
-}
-
-template <class Operation, class Work>
-int64_t run(const Operation& operation, const Work& work) {
-    if (const int64_t refused = refusal(operation)) return refused;
-    work();
-    return 0;
-}
-
-// Encoding: every worker has room of its own
+// Every worker has room of its own
 
 int64_t workers(int64_t threads) { return std::clamp<int64_t>(threads, 1, MAX_THREADS); }
 
-template <class Operation>
-int64_t run_in_room(const Operation& operation, int64_t threads, void (*kernel)(const Operation&, Range, float*),
-                    int64_t (*floats)(const Operation&)) {
-    if (const int64_t refused = refusal(operation)) return refused;
-    const int64_t room = floats(operation), needed = workers(threads) * room * int64_t(sizeof(float));
-    if (operation.room_bytes < needed) return needed;
-    over_blocks(operation.codes, threads, [&](Range range, int worker) {
-        kernel(operation, range, operation.room + worker * room);
-    });
-    return 0;
-}
-
-// Many layers at once
+// Encoding
 
 constexpr int64_t BLOCKS_AT_ONCE = 8;  // of one head, which share what a worker makes of its map
 
-struct Pages {
-    QjlEncodePages& all;
+struct Encoding {
+    const QjlEncode& all;
     const Kernels& table;
     int64_t room;  // floats of one worker
     std::atomic<int64_t> not_finite;
@@ -125,37 +101,22 @@ struct Pages {
     };
     std::vector<Item> items;
 
-    explicit Pages(QjlEncodePages& all) : all(all), table(kernels()), room(0), not_finite(all.job_count) {
+    explicit Encoding(const QjlEncode& all) : all(all), table(kernels()), room(0), not_finite(all.job_count) {
         for (int64_t job = 0; job < all.job_count; ++job) {
-            room = std::max(room, floats_of(all.jobs[job]));
-            for (int64_t head = 0; head < codes_of(all.jobs[job]).heads; ++head)
+            room = std::max(room, table.encode_room(all.jobs[job]));
+            for (int64_t head = 0; head < heads_of(all.jobs[job]); ++head)
                 for (int64_t first = 0; first < all.blocks; first += BLOCKS_AT_ONCE) items.push_back({job, head, first});
         }
     }
 
-    static const QjlCodes& codes_of(const QjlJob& job) { return job.encode ? job.encode->codes : job.grid->codes; }
-    int64_t floats_of(const QjlJob& job) const {
-        return job.encode ? table.encode_room(*job.encode) : table.encode_grid_room(*job.grid);
-    }
-
-    bool run(const Item& item, float* room) const {
-        const QjlJob& job = all.jobs[item.job];
-        const Range range{item.first, std::min(item.first + BLOCKS_AT_ONCE, all.blocks)};
-        if (job.grid) {
-            QjlEncodeGrid operation = *job.grid;
-            operation.tokens.slots = all.slots;
-            return table.encode_grid_pages(operation, all, item.head, range, room);
-        }
-        QjlEncode operation = *job.encode;
-        operation.tokens.slots = all.slots;
-        operation.mean.cos = job.cos, operation.mean.sin = job.sin;
-        return table.encode_pages(operation, all, item.head, range, room);
-    }
+    static int64_t heads_of(const QjlJob& job) { return job.recipe ? job.recipe->codes.heads : job.grid->codes.heads; }
 
     static void run_item(const void* context, int64_t index, int worker) {
-        auto& self = *static_cast<Pages*>(const_cast<void*>(context));
+        auto& self = *static_cast<Encoding*>(const_cast<void*>(context));
         const Item& item = self.items[index];
-        if (self.run(item, self.all.room + worker * self.room)) return;
+        const Range range{item.first, std::min(item.first + BLOCKS_AT_ONCE, self.all.blocks)};
+        float* const room = self.all.room + worker * self.room;
+        if (self.table.encode(self.all, self.all.jobs[item.job], item.head, range, room)) return;
         for (int64_t known = self.not_finite; item.job < known;)
             if (self.not_finite.compare_exchange_weak(known, item.job)) break;
     }
@@ -240,40 +201,25 @@ int qjl_select(const char* name) {
     return 1;
 }
 
-int64_t qjl_pack(const QjlPack* operation, int64_t threads) {
-    return run(*operation, [&] { over_blocks(*operation, kernels().pack, threads); });
-}
-
-int64_t qjl_unpack(const QjlPack* operation, int64_t threads) {
-    return run(*operation, [&] { over_blocks(*operation, kernels().unpack, threads); });
-}
-
-int64_t qjl_scan(const QjlScan* operation, int64_t threads) {
-    return run(*operation, [&] { over_blocks(*operation, kernels().scan, threads); });
-}
-
-int64_t qjl_expand(const QjlExpand* operation, int64_t threads) {
-    return run(*operation, [&] { over_blocks(*operation, kernels().expand, threads); });
-}
-
-int64_t qjl_encode(const QjlEncode* operation, int64_t threads) {
-    const Kernels& table = kernels();
-    return run_in_room(*operation, threads, table.encode, table.encode_room);
-}
-
-int64_t qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads) {
-    const Kernels& table = kernels();
-    return run_in_room(*operation, threads, table.encode_grid, table.encode_grid_room);
-}
-
-int64_t qjl_encode_pages(QjlEncodePages* operation, int64_t threads) {
+int64_t qjl_encode(QjlEncode* operation, int64_t threads) {
     if (const int64_t refused = refusal(*operation)) return refused;
-    Pages pages(*operation);
-    const int64_t needed = workers(threads) * pages.room * int64_t(sizeof(float));
+    Encoding encoding(*operation);
+    const int64_t needed = workers(threads) * encoding.room * int64_t(sizeof(float));
     if (operation->room_bytes < needed) return needed;
-    parallel_for(int64_t(pages.items.size()), threads, Pages::run_item, &pages);
-    const int64_t first = pages.not_finite;
+    parallel_for(int64_t(encoding.items.size()), threads, Encoding::run_item, &encoding);
+    const int64_t first = encoding.not_finite;
     operation->not_finite = first < operation->job_count ? first : -1;
+    return 0;
+}
+
+int64_t qjl_decode(const QjlDecode* operation, int64_t threads) {
+    if (const int64_t refused = refusal(*operation)) return refused;
+    const Kernels& table = kernels();
+    const int64_t room = table.decode_room(*operation), needed = workers(threads) * room * int64_t(sizeof(float));
+    if (operation->room_bytes < needed) return needed;
+    over_blocks(operation->codes, threads, [&](Range range, int worker) {
+        table.decode(*operation, range, operation->room + worker * room);
+    });
     return 0;
 }
 

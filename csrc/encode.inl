@@ -1,5 +1,4 @@
-// encode and encode_grid (src/qjl/ops/__init__.py): one pass over each block of 64 tokens, from the tokens to their
-// packed codes.
+// encode (src/qjl/ops/__init__.py): one pass over each block of 64 tokens, from the tokens to their packed codes.
 
 #include "encode/rows.inl"
 
@@ -12,9 +11,6 @@
 #include "encode/trellis.inl"
 
 namespace encode {
-
-using codes::block_at;
-using codes::place_of;
 
 // Room for one worker: where its arrays begin, in floats
 
@@ -56,7 +52,7 @@ struct Arrays {
     }
 };
 
-inline Arrays arrays_of(const QjlEncode& operation) {
+inline Arrays arrays_of(const QjlRecipe& operation) {
     int64_t most = 0;
     for (int64_t i = 0; i < operation.part_count; ++i) {
         const int64_t floats = part_floats(operation.parts[i]);
@@ -65,7 +61,6 @@ inline Arrays arrays_of(const QjlEncode& operation) {
     return {operation.map, operation.tokens.dim, most};
 }
 
-int64_t encode_room(const QjlEncode& operation) { return arrays_of(operation).size; }
 
 // The map, of one head after the other
 
@@ -116,7 +111,7 @@ inline void normalise(const float* mapped, const float* weights, int64_t count, 
         over_row([&](int t) { store(z + i * BLOCK + t, wide(mapped + i * BLOCK + t) * wide(squared + t)); });
 }
 
-inline void encode_part(const QjlEncode& operation, const QjlPart& part, int64_t head, float* z, float* room,
+inline void encode_part(const QjlRecipe& operation, const QjlPart& part, int64_t head, float* z, float* room,
                         uint8_t* codes) {
     const float* weights = operation.weights ? operation.weights + head * operation.map.rows : nullptr;
     switch (part.kind) {
@@ -137,7 +132,7 @@ inline void encode_part(const QjlEncode& operation, const QjlPart& part, int64_t
     }
 }
 
-inline void encode_parts(const QjlEncode& operation, int64_t head, float* z, float* room, uint8_t* codes) {
+inline void encode_parts(const QjlRecipe& operation, int64_t head, float* z, float* room, uint8_t* codes) {
     for (int64_t i = 0; i < operation.part_count; ++i) {
         const QjlPart& part = operation.parts[i];
         encode_part(operation, part, head, z, room, codes);
@@ -181,21 +176,30 @@ inline void store_halves(const float* scales, float factor, uint16_t* halves) {
 }
 
 // Whether signs of integers will do.
-inline bool takes_pairs(const QjlEncode& operation) {
+inline bool takes_pairs(const QjlRecipe& operation) {
     const QjlMap& map = operation.map;
     const bool is_plain = operation.part_count == 1 && operation.parts->kind == QJL_SIGNS && !operation.parts->gram;
     return HAS_PAIRS && is_plain && map.matrix && !map.is_half && !operation.mean.vector &&
            operation.tokens.dim % EIGHT == 0;
 }
 
+inline uint8_t* page_of(const QjlCodes& codes, int64_t head, int64_t page) {
+    return codes.data + head * codes.head_stride + page * codes.block_stride;
+}
+
+inline int64_t along(const int64_t (&stride)[2], int64_t head, int64_t page) {
+    return head * stride[0] + page * stride[1];
+}
+
 struct Block {
-    Place at;
+    Tokens tokens;
+    bool is_finite;
     float *rows, *mapped, *coded, *part_room;
     uint8_t* codes;
 };
 
-inline void encode_scaled_exactly(const QjlEncode& operation, Map& map, const Block& block, uint8_t* scales) {
-    const int64_t count = operation.map.rows, head = block.at.head;
+inline void encode_scaled_exactly(const QjlRecipe& operation, Map& map, const Block& block, uint8_t* scales) {
+    const int64_t count = operation.map.rows, head = block.tokens.head;
     const float* weights = operation.weights ? operation.weights + head * count : nullptr;
     float exact[BLOCK];
     map.apply(head, block.rows, block.mapped);
@@ -205,75 +209,85 @@ inline void encode_scaled_exactly(const QjlEncode& operation, Map& map, const Bl
     store_logarithms(exact, operation.units[head], scales);
 }
 
-inline void encode_with_norms(const QjlEncode& operation, Map& map, const Block& block, uint16_t* scales) {
-    const int64_t dim = operation.tokens.dim, count = operation.map.rows, head = block.at.head;
+inline void encode_with_norms(const QjlRecipe& operation, Map& map, const Block& block, uint16_t* scales) {
+    const int64_t dim = operation.tokens.dim, count = operation.map.rows, head = block.tokens.head;
     float norm[BLOCK];
     norms(block.rows, dim, norm);
     store_halves(norm, operation.norm_factor, scales);
     if constexpr (HAS_PAIRS) {
-        if (takes_pairs(operation)) {
+        if (block.is_finite && takes_pairs(operation)) {
             auto* const pairs = reinterpret_cast<int32_t*>(block.coded);
             auto* const sums = reinterpret_cast<int32_t*>(block.mapped);
             round_tokens(block.rows, dim, norm, pairs);
             zero(block.mapped, count * BLOCK);
             multiply_add(map.pairs(head), dim / 2, count, dim / 2, pairs, sums);
-            return pack_product_signs(sums, map.matrix(head), count, operation.tokens, block.at, block.codes);
+            return pack_product_signs(sums, map.matrix(head), count, block.tokens, block.codes);
         }
     }
     map.apply(head, block.rows, block.mapped);
     encode_parts(operation, head, block.mapped, block.part_room, block.codes);
 }
 
-// Blocks of one operation, with what lies in the room of a worker.
+// Blocks of one recipe, with what lies in the room of a worker.
 struct Encoder {
-    const QjlEncode& operation;
+    const QjlRecipe& operation;
     const Arrays arrays;
     float* room;
     Map map;
 
-    Encoder(const QjlEncode& operation, float* room)
+    Encoder(const QjlRecipe& operation, float* room)
         : operation(operation), arrays(arrays_of(operation)), room(room),
           map{operation.map, operation.tokens.dim, room + arrays.matrix, room + arrays.coded} {}
 
-    float* rows() const { return room + arrays.rows; }
-    void load(Place from) const { load_rows(operation.tokens, from, rows()); }
-
-    // What is loaded, one of so many blocks.
-    void encode(Place from, int64_t blocks, Place to) {
-        const Block block{from,
-                          rows(),
+    // Whether all tokens are finite.
+    bool encode(const Tokens& tokens, const Angles& angles, int64_t page) {
+        const int64_t head = tokens.head, scales = along(operation.scale_stride, head, page);
+        float* const rows = room + arrays.rows;
+        const bool is_finite = load_finite_rows(tokens, rows);
+        const Block block{tokens,
+                          is_finite,
+                          rows,
                           room + arrays.mapped,
                           room + arrays.coded,
                           room + arrays.part,
-                          block_at(operation.codes, to)};
-        subtract_mean(operation.mean, operation.tokens.dim, blocks, from, block.rows);
-        const int64_t scales = along(operation.scale_stride, to);
+                          page_of(operation.codes, head, page)};
+        subtract_mean(operation.mean, operation.tokens.dim, head, angles, rows);
         if (operation.units)
             encode_scaled_exactly(operation, map, block, static_cast<uint8_t*>(operation.scales) + scales);
         else
             encode_with_norms(operation, map, block, static_cast<uint16_t*>(operation.scales) + scales);
+        return is_finite;
     }
 };
 
-void encode(const QjlEncode& operation, Range range, float* room) {
-    Encoder encoder(operation, room);
-    for (int64_t index = range.first; index < range.last; ++index) {
-        const Place at = place_of(operation.codes, index);
-        encoder.load(at);
-        encoder.encode(at, operation.codes.blocks, at);
-    }
+}  // namespace encode
+
+#include "encode/grid.inl"
+
+namespace encode {
+
+int64_t room_floats(const QjlJob& job) {
+    return job.recipe ? arrays_of(*job.recipe).size : grid_floats(*job.grid);
 }
 
-// Some blocks of one head to pages; false where a token is not finite.
-bool encode_pages(const QjlEncode& operation, const QjlEncodePages& all, int64_t head, Range range, float* room) {
-    Encoder encoder(operation, room);
-    for (int64_t block = range.first; block < range.last; ++block) {
-        const Place from{0, head, block};
-        encoder.load(from);
-        if (!are_finite(encoder.rows(), operation.tokens.dim)) return false;
-        encoder.encode(from, all.blocks, {0, head, all.pages[block]});
+// Some blocks of one head; whether all of their tokens are finite.
+bool encode(const QjlEncode& operation, const QjlJob& job, int64_t head, Range range, float* room) {
+    bool are_finite = true;
+    const auto over_blocks = [&](const QjlTokens& pool, auto encode_block) {
+        for (int64_t block = range.first; block < range.last; ++block)
+            are_finite &= encode_block(Tokens{pool, head, operation.slots + block * BLOCK}, block);
+    };
+    if (job.grid) {
+        over_blocks(job.grid->tokens, [&](const Tokens& tokens, int64_t block) {
+            return encode_on_grid(*job.grid, tokens, operation.pages[block], room);
+        });
+    } else {
+        Encoder encoder(*job.recipe, room);
+        over_blocks(job.recipe->tokens, [&](const Tokens& tokens, int64_t block) {
+            return encoder.encode(tokens, angles_of(operation, job, block), operation.pages[block]);
+        });
     }
-    return true;
+    return are_finite;
 }
 
 }  // namespace encode

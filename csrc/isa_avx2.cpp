@@ -6,7 +6,7 @@
 namespace qjl {
 namespace {
 
-constexpr int LANES = 8, VECTORS = 2, SCAN_ROWS = 4;
+constexpr int LANES = 8, VECTORS = 2;
 
 typedef float Floats __attribute__((vector_size(32)));
 

@@ -6,7 +6,7 @@
 namespace qjl {
 namespace {
 
-constexpr int LANES = 16, VECTORS = 4, SCAN_ROWS = 4;
+constexpr int LANES = 16, VECTORS = 4;
 
 typedef float Floats __attribute__((vector_size(64)));
 using Index = __m512i;  // the lowest four bits count

@@ -7,7 +7,7 @@
 namespace qjl {
 namespace {
 
-constexpr int LANES = 4, VECTORS = 4, SCAN_ROWS = 4;
+constexpr int LANES = 4, VECTORS = 4;
 
 typedef float Floats __attribute__((vector_size(16)));
 using Index = uint8x16_t;  // the places of the four bytes of each entry

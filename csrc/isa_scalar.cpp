@@ -4,7 +4,7 @@
 namespace qjl {
 namespace {
 
-constexpr int LANES = 1, VECTORS = 4, SCAN_ROWS = 2;
+constexpr int LANES = 1, VECTORS = 4;
 
 using Floats = float;
 using Index = int;

@@ -14,27 +14,19 @@ struct Range {
 struct Kernels {
     const char* name;
 
-    // codes.inl: over a range of the batch * heads * blocks blocks
-    void (*pack)(const QjlPack&, Range);
-    void (*unpack)(const QjlPack&, Range);
-    void (*scan)(const QjlScan&, Range);
-    void (*expand)(const QjlExpand&, Range);
-
     // step.inl: over one KV head, then over one split of its packed tokens, then over one KV head
     int64_t (*step_room)(const QjlStep&, int64_t workers);  // bytes
     void (*step_ask)(const QjlStep&, int64_t pair, int worker);
     void (*step_packed)(const QjlStep&, int64_t item, int worker);
     void (*step_finish)(const QjlStep&, int64_t pair, int worker);
 
-    // encode.inl, grid.inl: floats of room for one worker, and the work on a range of the blocks
-    int64_t (*encode_room)(const QjlEncode&);
-    int64_t (*encode_grid_room)(const QjlEncodeGrid&);
-    void (*encode)(const QjlEncode&, Range, float* room);
-    void (*encode_grid)(const QjlEncodeGrid&, Range, float* room);
+    // encode.inl: floats of room for one worker, and some blocks of one head; false where a token is not finite
+    int64_t (*encode_room)(const QjlJob&);
+    bool (*encode)(const QjlEncode&, const QjlJob&, int64_t head, Range, float* room);
 
-    // The same on some blocks of one head to pages; false where a token is not finite
-    bool (*encode_pages)(const QjlEncode&, const QjlEncodePages&, int64_t head, Range, float* room);
-    bool (*encode_grid_pages)(const QjlEncodeGrid&, const QjlEncodePages&, int64_t head, Range, float* room);
+    // decode.inl: floats of room for one worker, and a range of the batch * heads * blocks blocks
+    int64_t (*decode_room)(const QjlDecode&);
+    void (*decode)(const QjlDecode&, Range, float* room);
 };
 
 bool runs_avx2();  // FMA, F16C and BMI2 included

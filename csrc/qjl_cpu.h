@@ -28,7 +28,7 @@ struct QjlLimits {
 
 QJL_EXPORT void qjl_limits(QjlLimits* limits);
 
-// Packed codes (codes.inl): pack, unpack, scan, expand as src/qjl/ops/__init__.py tells them
+// Packed codes
 
 struct QjlCodes {  // uint8 [batch, heads, blocks, bytes, 64], the last two contiguous
     uint8_t* data;
@@ -36,48 +36,21 @@ struct QjlCodes {  // uint8 [batch, heads, blocks, bytes, 64], the last two cont
     int64_t batch_stride, head_stride, block_stride;
 };
 
-struct QjlPack {
-    QjlCodes codes;
-    uint8_t* nibbles;  // [batch, heads, blocks * 64, bytes * 2]
-};
-
-struct QjlScan {
-    QjlCodes codes;
-    const float* tables;  // [batch, heads, rows, bytes * 2, 16]
-    float* scores;        // [batch, heads, rows, blocks * 64]
-    int64_t rows;
-};
-
-struct QjlExpand {
-    QjlCodes codes;
-    const float* entries;  // [heads, bytes * 2, 16, width], heads `head_stride` apart
-    float* expanded;       // [batch, heads, blocks * 64, bytes * 2 * width]
-    int64_t head_stride, width;
-};
-
-QJL_EXPORT int64_t qjl_pack(const QjlPack* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_unpack(const QjlPack* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_scan(const QjlScan* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_expand(const QjlExpand* operation, int64_t threads);
-
-// Encoding (encode.inl, grid.inl): encode and encode_grid as src/qjl/ops/__init__.py tells them
+// Encoding (encode.inl, grid.inl): blocks of 64 tokens of a pool to pages of another, for many layers at once
 
 enum QjlType { QJL_FLOAT32, QJL_BFLOAT16, QJL_FLOAT16 };
 
-struct QjlTokens {  // [batch, heads, blocks * 64, dim], the last dimension contiguous
+struct QjlTokens {  // [slots, heads, dim], the last dimension contiguous
     const void* data;
     int64_t type;  // QjlType
     int64_t dim;
-    int64_t batch_stride, head_stride, token_stride;
-    const int32_t* slots;  // [blocks * 64]: where tokens lie along token_stride, for all heads; null: one after the other
-    int64_t slot_count;    // that there are
+    int64_t head_stride, slot_stride, slot_count;
 };
 
 struct QjlMean {
-    const float* vector;      // [heads, dim], or null
-    const float *cos, *sin;   // [batch, pairs, blocks * 64], how each pair of coordinates turns; null without pairs
-    int64_t pairs;
-    int64_t interleaved;      // whether a pair is (2f, 2f + 1) and not (f, f + pairs)
+    const float* vector;  // [heads, dim], or null
+    int64_t pairs;        // of coordinates that turn, as the job tells
+    int64_t interleaved;  // whether a pair is (2f, 2f + 1) and not (f, f + pairs)
 };
 
 struct QjlMap {  // a matrix per head, or a randomised Hadamard sketch: order(H flips x) for each copy of the tokens
@@ -104,8 +77,8 @@ struct QjlPart {   // encodes `dim` coordinates in `nibbles` nibbles
     int64_t block, sweeps;                        // of rows that are orthogonal; over the blocks, at most
 };
 
-struct QjlEncode {
-    QjlCodes codes;
+struct QjlRecipe {
+    QjlCodes codes;  // of the pool: a page for each block
     QjlTokens tokens;
     QjlMean mean;
     QjlMap map;
@@ -116,33 +89,27 @@ struct QjlEncode {
     const float* weights;  // [heads, rows of the map], or null where all count alike
     const float* units;    // [heads] of exact scales as uint8 logarithms; null for float16 norms times norm_factor
     float norm_factor;
-    void* scales;          // [batch, heads, blocks, 64], the last contiguous
-    int64_t scale_stride[3];
-    float* room;  // on a boundary of 64 bytes
-    int64_t room_bytes;
+    void* scales;          // [heads, pages, 64], the last contiguous
+    int64_t scale_stride[2];
 };
 
-struct QjlEncodeGrid {
-    QjlCodes codes;
+struct QjlGridRecipe {
+    QjlCodes codes;  // of the pool: a page for each block
     QjlTokens tokens;
     int64_t size;  // of the orthonormal Hadamard matrices along the diagonal
     int64_t groups, bits;
     float clip;
-    uint16_t *steps, *middles;  // float16 [batch, heads, blocks, groups, 64], the last two contiguous
-    int64_t step_stride[3], middle_stride[3];
-    float* room;  // as above
-    int64_t room_bytes;
+    uint16_t *steps, *middles;  // float16 [heads, pages, groups, 64], the last two contiguous
+    int64_t step_stride[2], middle_stride[2];
 };
 
-// Blocks of tokens of a pool to pages of another, for many layers at once.
-
-struct QjlJob {              // one of both, of batch 1: codes and constants are those of the pool, by page for block
-    const QjlEncode* encode;
-    const QjlEncodeGrid* grid;
-    const float *cos, *sin;  // [pairs, blocks * 64], as in QjlMean; null without pairs
+struct QjlJob {
+    const QjlRecipe* recipe;      // this
+    const QjlGridRecipe* grid;    // or that
+    const float *cos, *sin;  // [pairs, blocks * 64], how each pair of coordinates of the mean turns; null without pairs
 };
 
-struct QjlEncodePages {
+struct QjlEncode {
     const QjlJob* jobs;
     int64_t job_count;
     const int32_t *slots, *pages;  // [blocks * 64] and [blocks]
@@ -152,9 +119,33 @@ struct QjlEncodePages {
     int64_t room_bytes;
 };
 
-QJL_EXPORT int64_t qjl_encode_pages(QjlEncodePages* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_encode(const QjlEncode* operation, int64_t threads);
-QJL_EXPORT int64_t qjl_encode_grid(const QjlEncodeGrid* operation, int64_t threads);
+QJL_EXPORT int64_t qjl_encode(QjlEncode* operation, int64_t threads);
+
+// Decoding (decode.inl): mean + map^T (scale * code + middle), a code the sum of what its nibbles add to each coordinate
+
+struct QjlDecode {
+    QjlCodes codes;
+    const void* scales;   // [groups][64] in each block: uint8 logarithms where there are units, else float16
+    const void* middles;  // likewise float16, or null
+    int64_t scale_stride[3], middle_stride[3];  // over batch, head and block
+    const float* units;                         // [heads], or null
+    int64_t dim, groups;          // coordinates, cut into groups that have one code
+    const int16_t* coordinates;   // [heads or 1][nibbles of a group][slots]
+    const float* entries;         // [heads or 1][nibbles of a group][slots][16]
+    int64_t slots, code_stride;   // heads share a code: 0, each has its own: 1
+    const float* map;             // [heads or 1][head_dim][dim], heads `map_stride` apart; null for the identity
+    int64_t map_stride;
+    const float* mean;       // [heads][head_dim], or null
+    const int32_t* turns;    // [2][pairs]: first and second coordinate of each pair of the mean that turns
+    const float *cos, *sin;  // [batch][pairs][blocks * 64]
+    int64_t pairs;
+    float* out;  // [batch][heads][blocks * 64][head_dim]
+    int64_t head_dim;
+    float* room;  // on a boundary of 64 bytes
+    int64_t room_bytes;
+};
+
+QJL_EXPORT int64_t qjl_decode(const QjlDecode* operation, int64_t threads);
 
 // The fused decode step (step.inl)
 

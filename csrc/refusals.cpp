@@ -40,7 +40,7 @@ constexpr const char* WORDS[] = {
     "a table names a page that is not in the pool",
     "a row has more exact tokens than its slots",
     "a row names a slot that is not in the pool",
-    "a job has one encoder",
+    "a job has one recipe",
     "head_dim must be a multiple of 8",
     "m must be 128 or a multiple of 256 up to 2048, and the tokens a multiple of 4",
 };
@@ -118,15 +118,15 @@ Rules of_part(const QjlPart& part) {
     }
 }
 
-Rules of_parts(const QjlEncode& operation) {
+Rules of_parts(const QjlRecipe& recipe) {
     Rules rules;
     int64_t dim = 0, nibbles = 0;
-    for (int64_t i = 0; i < operation.part_count; ++i) {
-        rules.then(of_part(operation.parts[i]));
-        dim += operation.parts[i].dim, nibbles += operation.parts[i].nibbles;
+    for (int64_t i = 0; i < recipe.part_count; ++i) {
+        rules.then(of_part(recipe.parts[i]));
+        dim += recipe.parts[i].dim, nibbles += recipe.parts[i].nibbles;
     }
-    return rules.require(PARTS, [&] { return dim == operation.map.rows; }).require(CODES, [&] {
-        return nibbles == 2 * operation.codes.bytes;
+    return rules.require(PARTS, [&] { return dim == recipe.map.rows; }).require(CODES, [&] {
+        return nibbles == 2 * recipe.codes.bytes;
     });
 }
 
@@ -134,14 +134,36 @@ Rules of_mean(const QjlMean& mean, int64_t dim) {
     return Rules().require(TURNS, [&] { return mean.pairs >= 0 && 2 * mean.pairs <= dim; });
 }
 
-Rules of_job(const QjlEncodePages& operation, const QjlJob& job) {
+Rules of_recipe(const QjlRecipe& recipe) {
+    return Rules()
+        .require(TYPES, [&] { return is_type(recipe.tokens.type); })
+        .then(of_map(recipe.map, recipe.tokens.dim))
+        .then(of_mean(recipe.mean, recipe.tokens.dim))
+        .require(GAINS, [&] { return recipe.gain_count > 0; })
+        .then(of_parts(recipe));
+}
+
+Rules of_grid(const QjlGridRecipe& grid) {
+    const int64_t dim = grid.tokens.dim;
+    return Rules()
+        .require(TYPES, [&] { return is_type(grid.tokens.type); })
+        .require(DIMS, [&] { return is_dim(dim); })
+        .require(GROUPS, [&] { return grid.groups > 0 && dim % grid.groups == 0; })
+        .require(GRIDS, [&] {
+            return 1 <= grid.bits && grid.bits <= 8 && is_power_of_two(grid.size) && dim % grid.size == 0;
+        })
+        .require(CODES, [&] { return dim * grid.bits == 8 * grid.codes.bytes; });
+}
+
+Rules of_job(const QjlEncode& operation, const QjlJob& job) {
     Rules rules;
-    rules.require(JOBS, [&] { return !job.encode != !job.grid; });
+    rules.require(JOBS, [&] { return !job.recipe != !job.grid; });
     if (rules) return rules;
-    const QjlCodes& codes = job.encode ? job.encode->codes : job.grid->codes;
-    const QjlTokens& tokens = job.encode ? job.encode->tokens : job.grid->tokens;
-    return rules.then(job.encode ? refusal(*job.encode) : refusal(*job.grid))
-        .require(TURNS, [&] { return !job.encode || !job.encode->mean.pairs || (job.cos && job.sin); })
+    const QjlCodes& codes = job.recipe ? job.recipe->codes : job.grid->codes;
+    const QjlTokens& tokens = job.recipe ? job.recipe->tokens : job.grid->tokens;
+    return rules.then(of_codes(codes))
+        .then(job.recipe ? of_recipe(*job.recipe) : of_grid(*job.grid))
+        .require(TURNS, [&] { return !job.recipe || !job.recipe->mean.pairs || (job.cos && job.sin); })
         .require(SLOTS, [&] { return are_among(operation.slots, 0, operation.blocks * BLOCK, 0, tokens.slot_count); })
         .require(TABLES, [&] { return are_among(operation.pages, 0, operation.blocks, 0, codes.blocks); });
 }
@@ -204,47 +226,26 @@ Rules of_rows(const QjlStep& step) {
 
 }  // namespace
 
-int64_t refusal(const QjlPack& operation) { return of_codes(operation.codes); }
-
-int64_t refusal(const QjlScan& operation) {
-    return of_codes(operation.codes).require(SIZES, [&] { return operation.rows >= 0; });
-}
-
-int64_t refusal(const QjlExpand& operation) {
-    return of_codes(operation.codes).require(SIZES, [&] { return operation.width >= 0; });
-}
-
 int64_t refusal(const QjlEncode& operation) {
-    return of_codes(operation.codes)
-        .require(TYPES, [&] { return is_type(operation.tokens.type); })
-        .then(of_map(operation.map, operation.tokens.dim))
-        .then(of_mean(operation.mean, operation.tokens.dim))
-        .require(GAINS, [&] { return operation.gain_count > 0; })
-        .then(of_parts(operation))
-        .require(ROOM, [&] { return is_aligned(operation.room); });
-}
-
-int64_t refusal(const QjlEncodeGrid& operation) {
-    const int64_t dim = operation.tokens.dim;
-    return of_codes(operation.codes)
-        .require(TYPES, [&] { return is_type(operation.tokens.type); })
-        .require(DIMS, [&] { return is_dim(dim); })
-        .require(GROUPS, [&] { return operation.groups > 0 && dim % operation.groups == 0; })
-        .require(GRIDS, [&] {
-            return 1 <= operation.bits && operation.bits <= 8 && is_power_of_two(operation.size) &&
-                   dim % operation.size == 0;
-        })
-        .require(CODES, [&] { return dim * operation.bits == 8 * operation.codes.bytes; })
-        .require(ROOM, [&] { return is_aligned(operation.room); });
-}
-
-int64_t refusal(const QjlEncodePages& operation) {
     Rules rules;
     rules.require(SIZES, [&] { return none_negative(operation.job_count, operation.blocks); }).require(ROOM, [&] {
         return is_aligned(operation.room);
     });
     for (int64_t i = 0; !rules && i < operation.job_count; ++i) rules.then(of_job(operation, operation.jobs[i]));
     return rules;
+}
+
+int64_t refusal(const QjlDecode& operation) {
+    const int64_t dim = operation.dim, groups = operation.groups;
+    return of_codes(operation.codes)
+        .require(SIZES, [&] { return none_negative(operation.slots, operation.pairs); })
+        .require(GROUPS, [&] { return groups > 0 && dim % groups == 0 && operation.codes.bytes % groups == 0; })
+        .require(DIMS, [&] { return is_dim(dim / groups) && operation.head_dim > 0; })
+        .require(MAPS, [&] { return operation.map || operation.head_dim == dim; })
+        .require(TURNS, [&] {
+            return !operation.pairs || (operation.mean && 2 * operation.pairs <= operation.head_dim);
+        })
+        .require(ROOM, [&] { return is_aligned(operation.room); });
 }
 
 int64_t refusal(const QjlStep& step) {

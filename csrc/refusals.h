@@ -11,12 +11,8 @@ namespace qjl {
 extern const QjlLimits limits;
 
 // 0, or what qjl_refusal puts into words.
-int64_t refusal(const QjlPack& operation);
-int64_t refusal(const QjlScan& operation);
-int64_t refusal(const QjlExpand& operation);
 int64_t refusal(const QjlEncode& operation);
-int64_t refusal(const QjlEncodeGrid& operation);
-int64_t refusal(const QjlEncodePages& operation);
+int64_t refusal(const QjlDecode& operation);
 int64_t refusal(const QjlStep& operation);
 int64_t refusal(const QjlFlashDecode& operation);
 int64_t refusal(const QjlPopcountScan& operation);

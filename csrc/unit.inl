@@ -1,28 +1,21 @@
 // What the unit of every instruction set is made of; included within its namespace.
 
-#include "codes.inl"
 #include "step.inl"
 
 #include "encode.inl"
 
-#include "encode/grid.inl"
+#include "decode.inl"
 
 constexpr Kernels table_named(const char* name) {
     return {
         .name = name,
-        .pack = codes::pack,
-        .unpack = codes::unpack,
-        .scan = codes::scan,
-        .expand = codes::expand,
         .step_room = step::room_bytes,
         .step_ask = step::ask_item,
         .step_packed = step::packed_item,
         .step_finish = step::finish_item,
-        .encode_room = encode::encode_room,
-        .encode_grid_room = encode::encode_grid_room,
+        .encode_room = encode::room_floats,
         .encode = encode::encode,
-        .encode_grid = encode::encode_grid,
-        .encode_pages = encode::encode_pages,
-        .encode_grid_pages = encode::encode_grid_pages,
+        .decode_room = decode::room_floats,
+        .decode = decode::decode,
     };
 }

@@ -6,12 +6,13 @@ error of the decoded tokens against theirs. Both on the tokens of ``conftest.Mod
 
 import numpy as np
 import pytest
+import torch
 
 import oracles
-from qjl import ops
-from qjl.codebook import MAX_BITS, lloyd_max, sign_sum
+from qjl.codebook import MAX_BITS, NIBBLE, lloyd_max, sign_sum
 from qjl.methods.balanced import Balanced
-from qjl.methods.base import POSITIONS, RIDGE
+from qjl.methods.base import POSITIONS, RIDGE, LayerContext
+from qjl.methods.bitpacking import unpack_tokens
 from qjl.methods.calibquant import CalibQuant
 from qjl.methods.identity import Identity
 from qjl.methods.int8_fp8 import Fp8, Int8
@@ -260,8 +261,21 @@ def centred(case, role, head, row, centre=True):
 
 def decoded_codes(case):
     """What the packed codes stand for, in the space of the codes."""
-    code = case.codec.code
-    return float64(code.scatter(ops.expand(code.entries.expand(2, -1, -1, -1), case.blocks["codes"])))
+    return float64(sums_of_entries(case.codec.code, unpack_tokens(case.blocks["codes"], NIBBLE)))
+
+
+def sums_of_entries(code, nibbles):
+    """What nibbles ``[B, H, T, N]`` of a ``NibbleCode`` stand for, ``float32 [B, H, T, D]``."""
+    heads, count = nibbles.shape[1], nibbles.shape[3]
+    entries, coordinates = (x.expand(heads, *x.shape[1:]) for x in (code.entries.float(), code.coordinates.long()))
+    terms = entries[torch.arange(heads)[:, None, None], torch.arange(count), nibbles.long()].flatten(3)
+    index = coordinates.flatten(1)[:, None].expand(terms.shape)
+    return torch.zeros(*nibbles.shape[:3], code.dim).scatter_add_(3, index, terms)
+
+
+def without_statistics(quantizer, heads=1, head_dim=64):
+    """The codec of keys of a method that learns nothing."""
+    return quantizer.fit(LayerContext("key", heads, head_dim, torch.device("cpu"), torch.float32))
 
 
 def moments(case, head):

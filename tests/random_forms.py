@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from qjl.ops import reference
+from qjl.methods.bitpacking import unpack_tokens
 from qjl.ops.forms import NibbleForm, Turn
 from qjl.packed import BLOCK
 
@@ -123,7 +123,7 @@ class Maker:
 
 def decoded(form, blocks):
     """``map^T (scale * code + middle)``: ``[B, H, T, D]``."""
-    nibbles = reference.unpack(blocks["codes"]).long()
+    nibbles = unpack_tokens(blocks["codes"], 4).long()
     batch, heads, tokens, _ = nibbles.shape
     nibbles = nibbles.unflatten(3, (form.groups, -1))
     code = torch.zeros(batch, heads, tokens, form.groups, form.code_dim // form.groups, dtype=torch.float64)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qjl.methods.base import Codec, Quantizer, block_positions
-from qjl.packed import BLOCK, Field, blocks_of_tokens
+from qjl.methods.base import Codec, Quantizer
+from qjl.packed import BLOCK, Field, block_positions, blocks_of_tokens
 
 
 @dataclass(frozen=True)

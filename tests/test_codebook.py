@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from qjl import ops
+from method_cases import sums_of_entries
 from qjl.codebook import MAX_BITS, distortion, lloyd_max, scalar_code, scalar_distortion, sign_code, sign_sum
 
 
@@ -76,7 +76,7 @@ def test_any_widths_encode_to_the_nearest_level_and_decode_to_it(widths, seed):
     nibbles, chosen = code.encode(z)
     assert nibbles.shape == (1, 1, 64, sum(widths) // 4)
     assert nibbles.max() < 16
-    decoded = code.decoder.scatter(ops.expand(code.decoder.entries, ops.pack(nibbles)))
+    decoded = sums_of_entries(code.decoder, nibbles)
     torch.testing.assert_close(decoded, chosen, atol=2e-3, rtol=1e-3)
     split = code.kinds[0] > MAX_BITS
     assert not chosen[..., torch.tensor(widths) == 0].any()
@@ -109,14 +109,14 @@ def test_heads_may_spend_their_bits_differently():
     assert torch.equal(chosen[0, 0, :, 2:], torch.zeros(64, 6))
     assert chosen[0, 0, :, 0].unique().numel() == 16
     assert chosen[0, 1].abs().unique().numel() == 1
-    decoded = code.decoder.scatter(ops.expand(code.decoder.entries, ops.pack(nibbles)))
+    decoded = sums_of_entries(code.decoder, nibbles)
     torch.testing.assert_close(decoded, chosen, atol=2e-3, rtol=1e-3)
 
 
 def test_a_sign_code_decodes_four_signs_per_nibble_lowest_first():
     code = sign_code(8).decoder
     nibbles = torch.tensor([0b0001, 0b1110], dtype=torch.uint8).expand(1, 1, 64, 2)
-    decoded = code.scatter(ops.expand(code.entries, ops.pack(nibbles)))
+    decoded = sums_of_entries(code, nibbles)
     assert decoded[0, 0, 0].tolist() == [1, -1, -1, -1, -1, 1, 1, 1]
 
 

@@ -1,4 +1,4 @@
-"""encode and encode_grid of every backend that has them against the codecs' own composition of torch operations.
+"""encode of every backend that has kernels against what defines it: the codecs' own composition of torch operations.
 
 Sums in another order may turn a tie over: few tokens differ, and those are coded as well as before.
 """
@@ -6,18 +6,17 @@ Sums in another order may turn a tie over: few tokens differ, and those are code
 import pytest
 import torch
 
-from conftest import Model, using_backend
-from method_cases import every_head_dim, label, of_type
-from qjl import ops
-from qjl.codebook import SignCode, joined_code, refined_sign_code, scalar_code, sign_code
+from conftest import Model
+from method_cases import every_head_dim, of_type, sums_of_entries
+from qjl.codebook import NIBBLE, SignCode, joined_code, refined_sign_code, scalar_code, sign_code
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import LayerContext
+from qjl.methods.bitpacking import unpack_tokens
 from qjl.methods.grid import Extremes, RotatedGridCodec, block_hadamard, block_size, grid_layout
 from qjl.methods.mapped import MappedCodec
 from qjl.methods.nibble import LogScale, Mean
 from qjl.methods.qjl import QJL, SignCodec
 from qjl.methods.quarot import QuaRot
-from qjl.methods.rabitq import RaBitQ
 from qjl.methods.saw import SAW
 from qjl.methods.transform import GAINS, Transform
 from qjl.ops.triton import runtime
@@ -33,17 +32,6 @@ FEW = 0.005  # of the tokens
 FEW_OF_FINE_CODES = 2e-4  # for each nibble, where there are more than 3 bits per coordinate: candidates lie close
 
 
-@pytest.fixture
-def reference_blocks():
-    """The blocks that the reference makes of tokens."""
-
-    def quantize(codec, x, first):
-        with using_backend("reference"):
-            return codec.quantize(x, first)
-
-    return quantize
-
-
 def _firsts(x, start=4):
     """Positions of the first tokens of blocks: other ones in every row."""
     rows = start + 1000 * torch.arange(x.shape[0])[:, None]
@@ -52,9 +40,7 @@ def _firsts(x, start=4):
 
 def _coded(codec, x, first, blocks):
     """Tokens of unit rms in the metric of the code and what their codes stand for, float64 ``[B, H, T, D']``."""
-    code = codec.code
-    entries = code.entries.expand(x.shape[1], -1, -1, -1)
-    decoded = code.scatter(ops.expand(entries, blocks["codes"])).double()
+    decoded = sums_of_entries(codec.code, unpack_tokens(blocks["codes"], NIBBLE)).double()
     positions = (first[..., None] + torch.arange(BLOCK)).flatten(1)
     residual = x.float() - (codec.mean.at(positions) if codec.mean else 0)
     z = residual.double() @ getattr(codec, "key_map", codec.query_map).double().transpose(1, 2)
@@ -85,8 +71,8 @@ def _sine_squared(x, y):
     return 1 - (x * y).sum(-1).square() / (x.square().sum(-1) * y.square().sum(-1)).clamp(min=1e-30)
 
 
-def _check(codec, x, first, reference_blocks):
-    expected, found = reference_blocks(codec, x, first), codec.quantize(x, first)
+def _check(codec, x, first):
+    expected, found = codec.quantize(x, first), codec.encode_tokens(x, first)
     assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
         name: (t.shape, t.dtype) for name, t in expected.items()
     }
@@ -114,22 +100,22 @@ GRIDS = [*of_type(QuaRot), *of_type(SAW)]
 
 @every_head_dim
 @pytest.mark.parametrize(("role", "quantizer"), NIBBLES)
-def test_codes_and_scales_are_those_of_the_reference(role, quantizer, head_dim, fitted, reference_blocks):
+def test_codes_and_scales_are_those_of_the_reference(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     assert case.codec.recipe is not None
-    _check(case.codec, case.x, case.first, reference_blocks)
+    _check(case.codec, case.x, case.first)
 
 
 @every_head_dim
 @pytest.mark.parametrize(("role", "quantizer"), GRIDS)
-def test_grids_are_those_of_the_reference(role, quantizer, head_dim, fitted, reference_blocks):
+def test_grids_are_those_of_the_reference(role, quantizer, head_dim, fitted):
     case = fitted(role, quantizer, head_dim)
     assert case.codec.recipe is not None
-    _check_grid(case.codec, case.x, case.first, reference_blocks)
+    _check_grid(case.codec, case.x, case.first)
 
 
-def _check_grid(codec, x, first, reference_blocks):
-    expected, found = reference_blocks(codec, x, first), codec.quantize(x, first)
+def _check_grid(codec, x, first):
+    expected, found = codec.quantize(x, first), codec.encode_tokens(x, first)
     assert (found["codes"] != expected["codes"]).float().mean() <= FEW
     spread = expected["step"].float()[:, :, :, :1]
     for name in ("step", "middle"):
@@ -178,12 +164,12 @@ def _tokens(batch, heads, blocks, dim, generator):
 
 @every_encoder
 @pytest.mark.parametrize("dim", [8, 24, 40] if IS_SLOW else [8, 16, 24, 40, 72, 136, 512])
-def test_any_dimension(encoder, dim, generator, reference_blocks):
+def test_any_dimension(encoder, dim, generator):
     if encoder == "refined" and dim > 136:
         dim = 200
     codec = _codec(encoder, dim, 2, generator, half=dim % 16 == 0)
     x = _tokens(1, 2, 2, dim, generator)
-    _check(codec, x, _firsts(x), reference_blocks)
+    _check(codec, x, _firsts(x))
 
 
 SKETCHES = [(8, 8), (40, 24)] if IS_SLOW else [(8, 8), (8, 96), (128, 64), (200, 72), (640, 512), (1000, 24)]
@@ -191,15 +177,15 @@ SKETCHES = [(8, 8), (40, 24)] if IS_SLOW else [(8, 8), (8, 96), (128, 64), (200,
 
 @pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "hadamard"])
 @pytest.mark.parametrize(("m", "dim"), SKETCHES)
-def test_signs_of_any_sketch(kind, m, dim, generator, reference_blocks):
+def test_signs_of_any_sketch(kind, m, dim, generator):
     sketch = Sketch(m, dim, kind)
     x = _tokens(2, 2, 1, dim, generator)
     x[..., 1] *= 10 ** torch.linspace(-3, 3, BLOCK)
     x[..., 5, :] = 0
-    _check(SignCodec(sketch, sketch.matrix, 2), x, _firsts(x), reference_blocks)
+    _check(SignCodec(sketch, sketch.matrix, 2), x, _firsts(x))
 
 
-def test_signs_of_a_product_near_zero(generator, reference_blocks):
+def test_signs_of_a_product_near_zero(generator):
     """Tokens at right angles to a row but for a thousandth: integers of 16 bits alone cannot tell."""
     sketch = Sketch(256, 128)
     row = sketch.matrix[17] / 128**0.5
@@ -207,30 +193,30 @@ def test_signs_of_a_product_near_zero(generator, reference_blocks):
     side = torch.linspace(-1e-3, 1e-3, 4 * BLOCK)[:, None] * x.norm(dim=-1, keepdim=True)
     x += (side - x @ row[:, None]) * row
     codec = SignCodec(sketch, sketch.matrix, 2)
-    found = codec.quantize(x, _firsts(x))
-    bits = ops.unpack(found["codes"])[..., 17 // 4] >> 17 % 4 & 1
+    found = codec.encode_tokens(x, _firsts(x))
+    bits = unpack_tokens(found["codes"], 1)[..., 17]
     assert torch.equal(bits.bool(), side.squeeze(-1) > 0)
-    _check(codec, x, _firsts(x), reference_blocks)
+    _check(codec, x, _firsts(x))
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
 @pytest.mark.parametrize(("dim", "group_size"), [(8, 8), (24, 128), (40, 8), (512, 64)])
-def test_grids_of_any_dimension(num_bits, dim, group_size, generator, reference_blocks):
+def test_grids_of_any_dimension(num_bits, dim, group_size, generator):
     layout, size = grid_layout(dim, num_bits, group_size), block_size(dim)
     rotation = block_hadamard(dim, size, CPU).expand(2, -1, -1)
     x = _tokens(1, 2, 2, dim, generator)
-    _check_grid(RotatedGridCodec(layout, rotation, num_bits, Extremes(0.9), size), x, _firsts(x), reference_blocks)
+    _check_grid(RotatedGridCodec(layout, rotation, num_bits, Extremes(0.9), size), x, _firsts(x))
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rotary", "scaling"), [(40, 1.0), (16, 1.19)])
-def test_the_mean_turns_with_rope(interleaved, rotary, scaling, generator, reference_blocks):
+def test_the_mean_turns_with_rope(interleaved, rotary, scaling, generator):
     rope = Rope(10000.0 ** (-torch.arange(0, rotary, 2) / rotary), scaling, interleaved)
     mean = Mean(5 * torch.randn(3, 40, generator=generator), rope)
     codec = _codec("three-bits", 40, 3, generator, mean)
     x = _tokens(2, 3, 2, 40, generator)
     first = torch.tensor([[3, 67], [70000, 5]])
-    _check(codec, x, first, reference_blocks)
+    _check(codec, x, first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -239,7 +225,7 @@ def test_tokens_of_any_type_and_stride(dtype, generator):
     codec = _codec("scalar", dim, 2, generator)
     x = _tokens(2, 2, blocks, dim, generator).to(dtype)
     first = _firsts(x)
-    expected = codec.quantize(x.float().contiguous(), first)
+    expected = codec.encode_tokens(x.float().contiguous(), first)
     views = (
         x,
         x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -248,7 +234,7 @@ def test_tokens_of_any_type_and_stride(dtype, generator):
         x[:1].expand(2, -1, -1, -1),
     )
     for view in views:
-        found = codec.quantize(view, first)
+        found = codec.encode_tokens(view, first)
         rows = slice(1) if view is views[-1] else slice(None)
         assert all(torch.equal(found[name][rows], expected[name][rows]) for name in expected)
 
@@ -259,19 +245,19 @@ def test_extreme_halves_are_widened_exactly(value, encoder, generator):
     codec = _codec(encoder, 16, 1, generator)
     x = torch.full((1, 1, BLOCK, 16), value, dtype=torch.float16)
     x[..., ::3] *= -1
-    low, high = codec.quantize(x, _firsts(x)), codec.quantize(x.float(), _firsts(x))
+    low, high = codec.encode_tokens(x, _firsts(x)), codec.encode_tokens(x.float(), _firsts(x))
     assert all(torch.equal(low[name], high[name]) for name in low)
 
 
 @every_encoder
 @pytest.mark.parametrize("constant", [0.0, 1.0, -300.0, 1e-20])
-def test_tokens_of_one_number(encoder, constant, generator, reference_blocks):
+def test_tokens_of_one_number(encoder, constant, generator):
     """And of zeros, whose scale is zero whatever their codes."""
     codec = _codec(encoder, 24, 2, generator, half=False)
     x = torch.full((1, 2, BLOCK, 24), constant)
-    found = codec.quantize(x, _firsts(x))
+    found = codec.encode_tokens(x, _firsts(x))
     assert torch.isfinite(codec.dequantize(found, _firsts(x))).all()
-    assert (found["scale"].int() - reference_blocks(codec, x, _firsts(x))["scale"].int()).abs().max() <= 1
+    assert (found["scale"].int() - codec.quantize(x, _firsts(x))["scale"].int()).abs().max() <= 1
     if not constant:
         assert not found["scale"].any()
 
@@ -280,10 +266,10 @@ def test_tokens_of_one_number(encoder, constant, generator, reference_blocks):
 def test_no_tokens_and_no_rows(shape, generator):
     batch, heads, blocks = shape
     x = torch.empty(batch, heads, blocks * BLOCK, 16)
-    codes, scales = ops.encode(x, _codec("scalar", 16, heads, generator).recipe)
-    assert codes.shape[:3] == scales.shape[:3] == shape
-    for tensor in ops.encode_grid(x, QuaRot().fit(LayerContext("key", heads, 16, CPU, torch.float32)).recipe):
-        assert tensor.shape[:3] == shape
+    grids = QuaRot().fit(LayerContext("key", heads, 16, CPU, torch.float32))
+    for codec in (_codec("scalar", 16, heads, generator), grids):
+        for field in codec.encode_tokens(x, _firsts(x)).values():
+            assert field.shape[:3] == shape
 
 
 # In any company
@@ -296,56 +282,21 @@ def test_threads_and_company_change_nothing(encoder, generator):
     codec = _codec(encoder, dim, heads, generator, Mean(torch.randn(heads, dim, generator=generator), rope))
     x = _tokens(2, heads, blocks, dim, generator)
     first = _firsts(x)
-    expected = codec.quantize(x, first)
+    expected = codec.encode_tokens(x, first)
     before = torch.get_num_threads()
     try:
         for threads in () if IS_SLOW else (2, 5):
             torch.set_num_threads(threads)
-            found = codec.quantize(x, first)
+            found = codec.encode_tokens(x, first)
             assert all(torch.equal(found[name], expected[name]) for name in expected)
     finally:
         torch.set_num_threads(before)
     for block in range(blocks):
-        alone = codec.quantize(x[1:, :, block * BLOCK : (block + 1) * BLOCK], first[1:, block : block + 1])
+        alone = codec.encode_tokens(x[1:, :, block * BLOCK : (block + 1) * BLOCK], first[1:, block : block + 1])
         assert all(torch.equal(alone[name][0, :, 0], expected[name][1, :, block]) for name in expected)
 
 
-# Who encodes
-
-
-def _operations_called(monkeypatch, codec, x):
-    called = []
-    for name in ("encode", "encode_grid"):
-        operation = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, op=operation, name=name: called.append(name) or op(*args))
-    codec.quantize(x, _firsts(x))
-    return called
-
-
-@pytest.mark.parametrize(
-    ("quantizer", "expected"),
-    [
-        (QJL(2), ["encode"]),
-        (Balanced(2, "signs"), ["encode"]),
-        (Transform(3), ["encode"]),
-        (QuaRot(4), ["encode_grid"]),
-        (RaBitQ(1), []),
-        (QJL(2, outliers=8), []),
-    ],
-    ids=lambda x: label("key", x) if not isinstance(x, list) else None,
-)
-def test_codecs_hand_over_what_the_operations_know(quantizer, expected, fitted, monkeypatch):
-    case = fitted("key", quantizer, 64)
-    assert _operations_called(monkeypatch, case.codec, case.x) == expected
-
-
-def test_the_reference_composes(fitted, monkeypatch):
-    case = fitted("key", Transform(3), 64)
-    ops.use_backend("reference")
-    assert _operations_called(monkeypatch, case.codec, case.x) == []
-
-
-def test_an_even_trellis_of_two_parts_fills_both(generator, reference_blocks):
+def test_an_even_trellis_of_two_parts_fills_both(generator):
     """3.5 bits: half of the coordinates on a trellis of 4 bits, half on levels of 3."""
     code = even_trellis(7 * 128 // 2, 128, CPU)
     assert len(code.parts) == 2
@@ -353,4 +304,4 @@ def test_an_even_trellis_of_two_parts_fills_both(generator, reference_blocks):
     rotation = haar_rotation(128).expand(2, -1, -1)
     codec = MappedCodec(rotation, rotation, code, scale, None, GAINS)
     x = Model(head_dim=128).first_tokens(4 * BLOCK).values
-    _check(codec, x, _firsts(x), reference_blocks)
+    _check(codec, x, _firsts(x))

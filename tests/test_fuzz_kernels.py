@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from guarded import PAGE, Guarded
 from qjl import ops
 from qjl.codebook import refined_sign_code, scalar_code
-from qjl.ops import reference
-from qjl.ops.recipe import DenseMap, GridRecipe, Recipe, Turn
+from qjl.ops.forms import EncodeJob
+from qjl.ops.recipe import DenseMap, GridRecipe, Recipe
 from qjl.packed import BLOCK
+from qjl.rope import Rope
 from qjl.sketch import Sketch
 from qjl.trellis import even_trellis
 
@@ -22,50 +23,8 @@ pytest_plugins = "guarded"
 pytestmark = pytest.mark.usefixtures("compiled")
 
 CPU = torch.device("cpu")
-batches = st.integers(0, 3)
 heads = st.integers(1, 3)
-blocks = st.integers(0, 5)
-rows = st.integers(1, 9)
-nibbles = st.one_of(st.integers(1, 20), st.integers(1, 256), st.just(512)).map(lambda half: 2 * half)
-widths = st.integers(1, 9)
 seeds = st.integers(0, 2**32)
-
-
-def _nibbles(*shape, seed):
-    batch, heads, blocks, count = shape
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 16, (batch, heads, 64 * blocks, count), dtype=torch.uint8, generator=generator)
-
-
-@given(batches, heads, blocks, nibbles, seeds)
-def test_pack_and_unpack(guarded, batch, heads, blocks, count, seed):
-    plain = guarded(_nibbles(batch, heads, blocks, count, seed=seed))
-    codes = ops.pack(plain)
-    assert torch.equal(codes, reference.pack(plain))
-    assert torch.equal(ops.unpack(codes), plain)
-
-
-@given(batches, heads, blocks, nibbles, rows, seeds)
-def test_scan(guarded, batch, heads, blocks, count, rows, seed):
-    codes = guarded(reference.pack(_nibbles(batch, heads, blocks, count, seed=seed)))
-    tables = guarded(torch.randn(batch, heads, rows, count, 16, generator=torch.Generator().manual_seed(seed)))
-    expected = reference.scan(tables, codes)
-    largest = float(expected.abs().max()) if expected.numel() else 0
-    torch.testing.assert_close(ops.scan(tables, codes), expected, rtol=0, atol=1e-5 * largest)
-
-
-@given(batches, heads, blocks, nibbles, widths, seeds)
-def test_expand(guarded, batch, heads, blocks, count, width, seed):
-    codes = guarded(reference.pack(_nibbles(batch, heads, blocks, count, seed=seed)))
-    entries = guarded(torch.randn(heads, count, 16, width, generator=torch.Generator().manual_seed(seed)))
-    assert torch.equal(ops.expand(entries, codes), reference.expand(entries, codes))
-
-
-@given(heads, blocks, nibbles, seeds)
-def test_a_tile_at_the_end_of_its_storage(guarded, heads, blocks, count, seed):
-    storage = guarded(reference.pack(_nibbles(2, heads, blocks + 2, count, seed=seed)))
-    tile = storage[1:, :, 2:]
-    assert torch.equal(ops.unpack(tile), reference.unpack(tile))
 
 
 # Encoders: what they leave in their own arrays, whatever lies beside them
@@ -96,9 +55,33 @@ ENCODERS = {
 dims = st.one_of(st.integers(1, 20), st.sampled_from([64, 128])).map(lambda eighth: 8 * eighth)
 
 
-@given(st.sampled_from(sorted(ENCODERS)), batches, heads, st.integers(0, 2), dims, st.booleans(), seeds)
-def test_encode(guarded, encoder, batch, heads, blocks, dim, is_exact, seed):
-    """Codes from guarded memory are those from memory of any kind, which test_encoding.py compares."""
+def _encoded(recipe, tokens, slots, first, pages, rope, fields):
+    """What a pool of poison holds then."""
+    job = EncodeJob(tokens, fields, None, "tokens", recipe, rope)
+    ops.encode([job], slots, first, pages)
+    return fields
+
+
+def _pool(make, heads, pages, shapes):
+    """Fields ``[pages, heads, *shape]``, as ``make`` places them."""
+    return {name: make(torch.zeros(pages, heads, *shape, 64, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
+
+
+def _assert_guarded(guarded, recipe, tokens, rope, shapes, generator):
+    """Codes from guarded memory to guarded memory are those of memory of any kind, which test_encoding.py compares."""
+    slots, heads = tokens.shape[:2]
+    blocks = slots // BLOCK
+    chosen = torch.randperm(slots, generator=generator)[: blocks * BLOCK].int()
+    first = torch.randint(0, 10**6, (blocks,), generator=generator)
+    pages = torch.randperm(blocks + 1, generator=generator)[:blocks].int()
+    expected = _encoded(recipe, tokens, chosen, first, pages, rope, _pool(lambda x: x, heads, blocks + 1, shapes))
+    given = (guarded(x) for x in (tokens, chosen, first, pages))
+    found = _encoded(_in_guarded_memory(guarded, recipe), *given, rope, _pool(guarded, heads, blocks + 1, shapes))
+    assert all(torch.equal(found[name], field) for name, field in expected.items())
+
+
+@given(st.sampled_from(sorted(ENCODERS)), heads, st.integers(0, 200), dims, st.booleans(), seeds)
+def test_encode(guarded, encoder, heads, slots, dim, is_exact, seed):
     dim = dim if encoder != "signs" else min(dim, 256)  # whose gram is [2 dim, 2 dim]
     generator = torch.Generator().manual_seed(seed)
     code = ENCODERS[encoder](dim)
@@ -111,23 +94,24 @@ def test_encode(guarded, encoder, batch, heads, blocks, dim, is_exact, seed):
         gains=(0.8, 1.0) if encoder == "levels" else (1.0,),
         units=torch.ones(heads) if is_exact else None,
     )
-    tokens = torch.randn(batch, heads, blocks * BLOCK, dim, generator=generator)
-    half = dim // 2
-    angles = torch.randn(batch, half, blocks * BLOCK, generator=generator)
-    turn = Turn(angles.cos(), angles.sin(), bool(seed % 3))
-    expected = ops.encode(tokens, recipe, turn)
-    found = ops.encode(guarded(tokens), *(_in_guarded_memory(guarded, x) for x in (recipe, turn)))
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    tokens = torch.randn(slots, heads, dim, generator=generator)
+    rope = Rope(torch.rand(dim // 2, generator=generator), 1.1, bool(seed % 3))
+    shapes = {
+        "codes": ((code.decoder.nibbles // 2,), torch.uint8),
+        "scale": ((), torch.uint8 if is_exact else torch.half),
+    }
+    _assert_guarded(guarded, recipe, tokens, rope, shapes, generator)
 
 
-@given(batches, heads, st.integers(0, 2), dims, st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 8]), seeds)
-def test_encode_grid(guarded, batch, heads, blocks, dim, bits, width, seed):
+@given(heads, st.integers(0, 200), dims, st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 8]), seeds)
+def test_encode_on_grids(guarded, heads, slots, dim, bits, width, seed):
     """Up to 512 groups, of as few as two channels."""
-    tokens = torch.randn(batch, heads, blocks * BLOCK, dim, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
     recipe = GridRecipe(dim & -dim, dim // (width if width > 1 else dim), bits, 0.9)
-    expected = ops.encode_grid(tokens, recipe)
-    found = ops.encode_grid(guarded(tokens), recipe)
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    tokens = torch.randn(slots, heads, dim, generator=generator)
+    constants = ((recipe.groups,), torch.half)
+    shapes = {"codes": ((dim * bits // 8,), torch.uint8), "step": constants, "middle": constants}
+    _assert_guarded(guarded, recipe, tokens, None, shapes, generator)
 
 
 @pytest.mark.parametrize("edge", ["first", "last"])

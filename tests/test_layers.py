@@ -155,7 +155,7 @@ def test_few_rooms_import_transformers():
 
 def test_the_imports_of_a_file_are_found():
     """The reader of imports itself: every form of import is seen."""
-    assert "qjl.ops" in set(_imports(SOURCE / "methods" / "nibble.py"))
+    assert "qjl.ops" in set(_imports(SOURCE / "methods" / "base.py"))
     assert {"qjl.errors", "torch"} <= set(_imports(SOURCE / "packed.py"))
     assert "transformers" in {name.split(".")[0] for name in _imports(SOURCE / "compat.py")}
 

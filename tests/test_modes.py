@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from method_cases import one_of_each_codec
+from method_cases import one_of_each_codec, without_statistics
 from qjl import ops
 from qjl.methods.base import LayerContext
+from qjl.methods.quarot import QuaRot
 from qjl.ops.forms import ExactPool, Pool, Rows
 from qjl.packed import BLOCK
 from qjl.presets import PRESETS
@@ -98,7 +99,7 @@ def _of_layer(preset, model):
         for role, quantizer, x in (("key", preset.key, tokens.keys), ("value", preset.value, tokens.values)):
             context = LayerContext(role, HEADS, DIM, torch.device("cpu"), torch.float32, statistics, model.rope)
             codec = quantizer.fit(context)
-            blocks = codec.quantize(x, first)
+            blocks = codec.encode_tokens(x, first)
             given |= {f"{role} {name}": field for name, field in blocks.items()}
             given[f"{role} decoded"] = codec.dequantize(blocks, first)
             forms.append((blocks, codec.form))
@@ -170,21 +171,14 @@ def test_statistics_are_the_same_in_every_mode(model_of):
         _assert_same(found, expected)
 
 
-def _operands(dtype):
-    generator = torch.Generator().manual_seed(3)
-    nibbles = torch.randint(0, 16, (1, HEADS, BLOCK, 32), dtype=torch.uint8, generator=generator)
-    tables = torch.randn(1, HEADS, 3, 32, 16, generator=generator).to(dtype)
-    entries = torch.randn(HEADS, 32, 16, 2, generator=generator).to(dtype)
-    return nibbles, tables, entries
-
-
 @pytest.mark.parametrize("mode", [*MODES, "device"])
 def test_ops_are_the_same_in_every_mode(backend, mode):
-    nibbles, tables, entries = _operands(torch.float32)
+    codec, x = without_statistics(QuaRot(3, 8), HEADS), torch.randn(1, HEADS, BLOCK, DIM)
+    first = torch.zeros(1, 1, dtype=torch.int64)
 
     def run():
-        codes = ops.pack(nibbles)
-        return codes, ops.unpack(codes), ops.scan(tables, codes), ops.expand(entries, codes)
+        blocks = codec.encode_tokens(x, first)
+        return *blocks.values(), codec.dequantize(blocks, first)
 
     expected = run()
     if mode == "device" and backend == "reference":
@@ -192,18 +186,6 @@ def test_ops_are_the_same_in_every_mode(backend, mode):
     with torch.device("meta") if mode == "device" else MODES[mode]():
         found = run()
     assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_ops_take_every_float_type(backend, dtype):
-    nibbles, tables, entries = _operands(dtype)
-    codes = ops.pack(nibbles)
-    for found, expected in (
-        (ops.scan(tables, codes), ops.scan(tables.float(), codes)),
-        (ops.expand(entries, codes), ops.expand(entries.float(), codes)),
-    ):
-        assert found.dtype == torch.float32
-        assert torch.equal(found, expected)
 
 
 def test_a_new_method_is_guarded_as_ours_are():

@@ -10,7 +10,9 @@ import sys
 import pytest
 import torch
 
+from method_cases import without_statistics
 from qjl import ops
+from qjl.methods.qjl import QJL
 from qjl.ops.cpu import library, structs
 
 HAS_COMPILER = any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
@@ -30,6 +32,11 @@ def unsettled(monkeypatch):
     _forget()
     if before:
         library.use_instruction_set(before)
+
+
+def _compute():
+    first = torch.zeros(1, 1, dtype=torch.int64)
+    without_statistics(QJL(2)).encode_tokens(torch.ones(1, 1, 64, 64), first)
 
 
 def _forget():
@@ -62,7 +69,7 @@ def test_the_kernels_are_chosen_where_they_are_there(unsettled, caplog):
 
 def test_without_kernels_the_reference_computes_and_that_is_said_once(uncompiled, caplog):
     for _ in range(3):
-        ops.pack(torch.zeros(1, 1, 64, 2, dtype=torch.uint8))
+        _compute()
     ops.use_backend("auto")
     assert ops.backends() == ["reference"]
     assert ops.active_backend() == "reference"
@@ -212,7 +219,7 @@ def test_where_no_copy_fits_one_sentence_says_to_reinstall(unsettled, tmp_path, 
 def test_structs_of_another_version_meet_no_kernel(unsettled, refuses):
     unsettled.setattr(structs, "MEANING", structs.MEANING + 1)
     with refuses("was built from another version of qjl"):
-        ops.pack(torch.zeros(1, 1, 64, 2, dtype=torch.uint8))
+        _compute()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files that cannot be read are Linux's here")

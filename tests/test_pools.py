@@ -38,7 +38,7 @@ def _fields(codec):
     """A pool that lies head by head, with poison in it."""
     fields = {}
     for name, field in codec.layout.items():
-        poison = torch.nan if field.dtype.is_floating_point else 255
+        poison = torch.nan if field.dtype.is_floating_point else 127
         fields[name] = torch.full((HEADS, PAGES, *field.shape), poison, dtype=field.dtype).transpose(0, 1)
     return fields
 
@@ -54,14 +54,14 @@ def _slots(generator):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_pages_hold_what_each_codec_makes(backend, name, dtype, generator):
-    codecs = [codec for codec in _codecs(name) if codec.recipe is not None]
+    codecs = _codecs(name)
     slots, jobs = _slots(generator), []
     for codec in codecs * 2:  # of two layers
         jobs.append(codec.job(_exact(generator, dtype), _fields(codec), f"tokens {len(jobs)}"))
     for _ in range(2):  # with what the first call has made
-        ops.encode_pages(jobs, slots, FIRST, INTO)
+        ops.encode(jobs, slots, FIRST, INTO)
         for codec, job in zip(codecs * 2, jobs, strict=True):
-            blocks = codec.quantize(job.tokens[slots.long()].transpose(0, 1)[None], FIRST[None])
+            blocks = codec.encode_tokens(job.tokens[slots.long()].transpose(0, 1)[None], FIRST[None])
             others = [page for page in range(PAGES) if page not in INTO.tolist()]
             untouched = _fields(codec)
             for field, expected in blocks.items():
@@ -91,7 +91,7 @@ def test_tokens_that_are_not_finite(backend, name, number, generator, refuses):
     jobs, slots = _jobs(generator, name), _slots(generator)
     jobs[1].tokens[int(slots[70]), 1, 3] = jobs[3].tokens[int(slots[0]), 0, 0] = number
     with refuses("values of layer 0 contain NaN or Inf: check the model's weights, its dtype and the prompt."):
-        ops.encode_pages(jobs, slots, FIRST, INTO)
+        ops.encode(jobs, slots, FIRST, INTO)
 
 
 def test_what_is_not_encoded_may_be_anything(backend, generator):
@@ -100,20 +100,20 @@ def test_what_is_not_encoded_may_be_anything(backend, generator):
     unused[slots.long()] = False
     for job in jobs:
         job.tokens[unused] = torch.nan
-    ops.encode_pages(jobs, slots, FIRST, INTO)
+    ops.encode(jobs, slots, FIRST, INTO)
 
 
 def test_nothing_to_encode(backend, generator):
     none = torch.zeros(0, dtype=torch.int32)
-    ops.encode_pages(_jobs(generator), none, none.long(), none)
-    ops.encode_pages([], _slots(generator), FIRST, INTO)
+    ops.encode(_jobs(generator), none, none.long(), none)
+    ops.encode([], _slots(generator), FIRST, INTO)
 
 
 def test_threads_change_no_byte(cpu_kernels, generator):
     jobs, slots, given = _jobs(generator, "b2", 3), _slots(generator), []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        ops.encode_pages(jobs, slots, FIRST, INTO)
+        ops.encode(jobs, slots, FIRST, INTO)
         given.append([field[INTO.long()].clone() for job in jobs for field in job.fields.values()])
     torch.set_num_threads(1)
     assert all(torch.equal(one, other) for one, other in zip(*given, strict=True))
@@ -122,14 +122,14 @@ def test_threads_change_no_byte(cpu_kernels, generator):
 def test_blocks_that_do_not_fit_are_refused(generator, refuses):
     jobs, slots = _jobs(generator), _slots(generator)
     with refuses("slots of blocks to encode should be"):
-        ops.encode_pages(jobs, slots[:-1], FIRST, INTO)
+        ops.encode(jobs, slots[:-1], FIRST, INTO)
     with refuses("positions of blocks to encode should be"):
-        ops.encode_pages(jobs, slots, FIRST.int(), INTO)
+        ops.encode(jobs, slots, FIRST.int(), INTO)
     with refuses("codes of keys of layer 0 should be"):
         short = {**jobs[0].fields, "codes": jobs[0].fields["codes"][:, :, 2:]}
-        ops.encode_pages([replace(jobs[0], fields=short)], slots, FIRST, INTO)
+        ops.encode([replace(jobs[0], fields=short)], slots, FIRST, INTO)
     with refuses("the recipe is not for 1 heads"):
-        ops.encode_pages([replace(jobs[0], tokens=jobs[0].tokens[:, :1])], slots, FIRST, INTO)
+        ops.encode([replace(jobs[0], tokens=jobs[0].tokens[:, :1])], slots, FIRST, INTO)
 
 
 def test_slots_and_pages_outside_their_pools_are_refused(cpu_kernels, generator, refuses):
@@ -138,7 +138,7 @@ def test_slots_and_pages_outside_their_pools_are_refused(cpu_kernels, generator,
         outside = slots.clone()
         outside[3] = place
         with refuses("a row names a slot that is not in the pool"):
-            ops.encode_pages(jobs, outside, FIRST, INTO)
+            ops.encode(jobs, outside, FIRST, INTO)
     for page in (-1, PAGES):
         with refuses("a table names a page that is not in the pool"):
-            ops.encode_pages(jobs, slots, FIRST, torch.tensor([0, page, 1], dtype=torch.int32))
+            ops.encode(jobs, slots, FIRST, torch.tensor([0, page, 1], dtype=torch.int32))

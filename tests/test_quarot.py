@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import bit_stream, float64, of_type, scores_of, sized, token_major
+from method_cases import bit_stream, float64, of_type, scores_of, sized, sums_of_entries, token_major
 from qjl.codebook import uniform_code
 from qjl.methods.base import LayerContext
 from qjl.methods.bitpacking import repack
@@ -63,8 +63,7 @@ def test_a_stream_of_codes_wastes_no_bit_and_decodes_to_the_levels_of_the_grid(n
     nibbles = repack(codes, num_bits, 4)
     assert nibbles.shape == (5, 24 * num_bits // 4)
     code = uniform_code(24, num_bits)
-    entries = code.entries[0, torch.arange(code.nibbles), nibbles.long()]  # [5, N, w]
-    decoded = code.scatter(entries.float().flatten(1)[None, None])[0, 0]
+    decoded = sums_of_entries(code, nibbles[None, None])[0, 0]
     assert torch.equal(decoded, codes - (2**num_bits - 1) / 2)
 
 

@@ -10,10 +10,11 @@ from pages import Extent, expected, operands, paged
 from qjl import ops
 from qjl.methods.uniform import TokenUniform
 from qjl.ops.cpu import decoding, library, structs
-from qjl.ops.forms import Derived, NibbleForm
-from qjl.ops.recipe import DenseMap, GridRecipe, Recipe, SignsPart, Turn
+from qjl.ops.forms import Derived, EncodeJob, NibbleForm
+from qjl.ops.recipe import DenseMap, GridRecipe, Recipe, SignsPart
 from qjl.packed import BLOCK
 from qjl.presets import PRESETS
+from qjl.rope import Rope
 
 pytestmark = pytest.mark.skipif(not library.is_installed(), reason="the kernels were not compiled")
 
@@ -64,34 +65,50 @@ def test_a_form_that_adds_to_coordinates_beside_it(step, refuses, place):
         replace(step, pool=replace(step.pool, value_form=form)).attend()
 
 
-def test_codes_and_tables_of_other_shapes(backend, refuses):
-    nibbles = torch.zeros(1, 2, BLOCK, 8, dtype=torch.uint8)
-    codes = ops.pack(nibbles)
-    for wrong in (nibbles[:, :, :60], nibbles[..., :7], nibbles.int(), nibbles[0]):
-        with refuses("nibbles should be"):
-            ops.pack(wrong)
-    with refuses("codes should be"):
-        ops.unpack(codes[..., :32])
-    for shape in ((1, 2, 3, 6, 16), (1, 1, 3, 8, 16), (1, 2, 3, 8, 15)):
-        with refuses("tables of scores should be"):
-            ops.scan(torch.zeros(shape), codes)
-    for shape in ((1, 8, 16, 2), (2, 6, 16, 2), (2, 8, 16)):
-        with refuses("entries of codes should be"):
-            ops.expand(torch.zeros(shape), codes)
+def test_blocks_that_decode_does_not_take(backend, fitted, refuses):
+    case = fitted("key", PRESETS["b3"].key, 64)
+    form, blocks, codes, first = case.codec.form, case.blocks, case.blocks["codes"], case.first
+    short = {name: field[..., :32].contiguous() for name, field in blocks.items()}
+    for given, positions, what in (
+        (blocks, first[:, 1:], "positions of blocks to decode should be"),
+        (blocks, first.int(), "positions of blocks to decode should be"),
+        (blocks | {"codes": codes[0]}, first, "codes of packed tokens should be [B, H, n, bytes, 64]"),
+        (blocks | {"codes": codes[:, :, :, 2:]}, first, "codes of packed tokens should be"),
+        (short, first, "codes of packed tokens should be"),
+    ):
+        with refuses(what):
+            ops.decode(given, form, positions)
 
 
-def test_tokens_that_do_not_fit_their_recipe(kernels, refuses):
-    recipe = Recipe(DenseMap(torch.ones(2, 16, 8)), (SignsPart(16, None, 0, 0),))
-    for shape in ((1, 2, BLOCK, 16), (1, 3, BLOCK, 8)):
-        with refuses("the recipe is not for"):
-            ops.encode(torch.zeros(shape), recipe)
-    with refuses("tokens to encode should be"):
-        ops.encode(torch.zeros(1, 2, BLOCK + 1, 8), recipe)
-    with refuses("angles of the mean should be"):
-        ops.encode(torch.zeros(1, 2, BLOCK, 8), recipe, Turn(torch.zeros(1, 4, 32), torch.zeros(1, 4, 32), False))
-    for grid in (GridRecipe(8, 3, 4, 1.0), GridRecipe(16, 1, 4, 1.0), GridRecipe(8, 0, 4, 1.0)):
-        with refuses("the grids do not divide head_dim 8"):
-            ops.encode_grid(torch.zeros(1, 2, BLOCK, 8), grid)
+def _job(recipe, shape=(BLOCK, 2, 8), rope=None, dtype=torch.float32):
+    codes, constants = torch.zeros(1, 2, 4, BLOCK, dtype=torch.uint8), torch.zeros(1, 2, 1, BLOCK, dtype=torch.half)
+    fields = {"codes": codes, "scale": constants[:, :, 0], "step": constants, "middle": constants}
+    return EncodeJob(torch.zeros(shape, dtype=dtype), fields, None, "keys", recipe, rope)
+
+
+def _encode(job, slots=BLOCK):
+    ops.encode([job], torch.zeros(slots, dtype=torch.int32), torch.zeros(1).long(), torch.zeros(1, dtype=torch.int32))
+
+
+def test_tokens_that_do_not_fit_their_recipe(backend, refuses):
+    recipe, parts = Recipe(DenseMap(torch.ones(2, 16, 8)), (SignsPart(16, None, 0, 0),)), "the recipe is not for"
+    for job, what in (
+        (_job(recipe, (BLOCK, 2, 16)), parts),
+        (_job(recipe, (BLOCK, 3, 8)), parts),
+        (_job(recipe, (1, BLOCK, 2, 8)), "keys should be floats [slots, H, D]"),
+        (_job(recipe, dtype=torch.int64), "keys should be floats [slots, H, D]"),
+        (_job(recipe, dtype=torch.float64), "keys should be float32, bfloat16 or float16 that lie side by side"),
+        (_job(recipe, rope=Rope(torch.ones(5))), "a mean of dimension 8 cannot turn in 5 pairs"),
+        (_job(recipe), "codes of keys should be"),
+        *((_job(grid), "the grids do not divide head_dim 8") for grid in BAD_GRIDS),
+    ):
+        with refuses(what):
+            _encode(job)
+    with refuses("slots of blocks to encode should be"):
+        _encode(_job(recipe), slots=BLOCK + 1)
+
+
+BAD_GRIDS = [GridRecipe(8, 3, 4, 1.0), GridRecipe(16, 1, 4, 1.0), GridRecipe(8, 0, 4, 1.0)]
 
 
 def test_parts_that_do_not_make_up_a_map(refuses):
@@ -129,23 +146,38 @@ def _step(**changes):
     return step
 
 
-def _encode(**changes):
-    part = structs.Part(kind=2, dim=32, nibbles=8)
-    operation = structs.Encode(codes=_codes(), gain_count=1, part_count=1)
-    operation.tokens.dim, operation.map.rows, operation.map.size = 32, 32, 32
+def _changed(struct, changes, **parts):
+    """With other fields, as ``part__field`` where the part is a struct."""
     for place, value in changes.items():
         at, _, name = place.rpartition("__")
-        setattr(part if at == "part" else getattr(operation, at) if at else operation, name, value)
-    operation.parts = ctypes.pointer(part)
+        setattr(parts[at] if at in parts else getattr(struct, at) if at else struct, name, value)
+    return struct
+
+
+def _of_job(**recipes):
+    """One block, of a recipe that nothing else keeps."""
+    job = structs.Job(**{name: ctypes.addressof(recipe) for name, recipe in recipes.items()})
+    numbers = (ctypes.c_int32 * BLOCK)()
+    operation = structs.Encode(ctypes.pointer(job), 1, *[ctypes.addressof(numbers)] * 2, blocks=1)
+    operation.kept = (recipes, numbers)
     return operation
+
+
+def _recipe(**changes):
+    part = structs.Part(kind=2, dim=32, nibbles=8)
+    recipe = structs.Recipe(codes=_codes(), gain_count=1, part_count=1, parts=ctypes.pointer(part))
+    recipe.tokens.dim, recipe.tokens.slot_count, recipe.map.rows, recipe.map.size = 32, 1, 32, 32
+    return _of_job(recipe=_changed(recipe, changes, part=part))
 
 
 def _grid(**changes):
-    operation = structs.EncodeGrid(codes=_codes(16), size=32, groups=4, bits=4)
-    operation.tokens.dim = 32
-    for name, value in changes.items():
-        setattr(operation, name, value)
-    return operation
+    grid = structs.GridRecipe(codes=_codes(16), size=32, groups=4, bits=4)
+    grid.tokens.dim, grid.tokens.slot_count = 32, 1
+    return _of_job(grid=_changed(grid, changes))
+
+
+def _decode(**changes):
+    return _changed(structs.Decode(codes=_codes(), dim=8, groups=1, head_dim=8), changes)
 
 
 REFUSED = {
@@ -161,24 +193,28 @@ REFUSED = {
     "exact type": ("qjl_step", _step(exact__dtype=3)),
     "page size": ("qjl_step", _step(page_tokens=48)),
     "query type": ("qjl_step", _step(query_type=3)),
-    "no encoder": ("qjl_encode_pages", structs.EncodePages(ctypes.pointer(structs.Job()), 1)),
+    "no recipe": ("qjl_encode", _of_job()),
+    "slots of tokens": ("qjl_encode", _recipe(tokens__slot_count=0)),
+    "pages": ("qjl_encode", _recipe(codes__blocks=0)),
     "unaligned": ("qjl_step", _step(room=8)),
-    "trellis of three": ("qjl_encode", _encode(part__kind=1, part__width=3)),
-    "trellis of four": ("qjl_encode", _encode(part__kind=1, part__width=2)),
-    "no part": ("qjl_encode", _encode(part__kind=7)),
-    "parts": ("qjl_encode", _encode(map__rows=64)),
-    "bytes": ("qjl_encode", _encode(codes=_codes(5))),
-    "sketch": ("qjl_encode", _encode(map__size=16)),
-    "no gains": ("qjl_encode", _encode(gain_count=0)),
-    "type": ("qjl_encode", _encode(tokens__type=3)),
-    "pairs": ("qjl_encode", _encode(mean__pairs=17)),
-    "bits": ("qjl_encode_grid", _grid(bits=9)),
-    "grid groups": ("qjl_encode_grid", _grid(groups=5)),
-    "grid size": ("qjl_encode_grid", _grid(size=12)),
-    "grid bytes": ("qjl_encode_grid", _grid(codes=_codes(15))),
-    "blocks": ("qjl_pack", structs.Pack(codes=structs.Codes(blocks=-1))),
-    "rows": ("qjl_scan", structs.Scan(rows=-1)),
-    "width": ("qjl_expand", structs.Expand(width=-1)),
+    "trellis of three": ("qjl_encode", _recipe(part__kind=1, part__width=3)),
+    "trellis of four": ("qjl_encode", _recipe(part__kind=1, part__width=2)),
+    "no part": ("qjl_encode", _recipe(part__kind=7)),
+    "parts": ("qjl_encode", _recipe(map__rows=64)),
+    "bytes": ("qjl_encode", _recipe(codes=_codes(5))),
+    "sketch": ("qjl_encode", _recipe(map__size=16)),
+    "no gains": ("qjl_encode", _recipe(gain_count=0)),
+    "type": ("qjl_encode", _recipe(tokens__type=3)),
+    "pairs": ("qjl_encode", _recipe(mean__pairs=17)),
+    "bits": ("qjl_encode", _grid(bits=9)),
+    "grid groups": ("qjl_encode", _grid(groups=5)),
+    "grid size": ("qjl_encode", _grid(size=12)),
+    "grid bytes": ("qjl_encode", _grid(codes=_codes(15))),
+    "blocks": ("qjl_decode", _decode(codes__blocks=-1)),
+    "groups that cut a byte": ("qjl_decode", _decode(groups=3)),
+    "no map back": ("qjl_decode", _decode(head_dim=32)),
+    "slots of a code": ("qjl_decode", _decode(slots=-1)),
+    "a turn without a mean": ("qjl_decode", _decode(pairs=1)),
     "head_dim": ("qjl_flash_decode", structs.FlashDecode(heads=1, group=1, tokens=4, head_dim=12)),
     "m": ("qjl_popcount_scan", structs.PopcountScan(heads=1, group=1, tokens=4, m=4096)),
     "count": ("qjl_read", structs.Read(count=-1)),
@@ -193,12 +229,12 @@ def test_the_library_refuses_by_a_code_and_python_by_words(case, refuses):
         library.call(function, operation)
 
 
-IN_ROOM = {"qjl_step": _step, "qjl_encode": _encode, "qjl_encode_grid": _grid}
+IN_ROOM = {"qjl_step": [_step], "qjl_encode": [_recipe, _grid], "qjl_decode": [_decode]}
 
 
-@pytest.mark.parametrize("function", IN_ROOM)
-def test_the_library_tells_the_room_that_it_lacks_and_does_nothing(cpu_kernels, function):
-    operation = IN_ROOM[function]()
+@pytest.mark.parametrize(("function", "make"), [(name, make) for name, makers in IN_ROOM.items() for make in makers])
+def test_the_library_tells_the_room_that_it_lacks_and_does_nothing(cpu_kernels, function, make):
+    operation = make()
     needed = _runs(function, operation)
     assert needed > 0
     operation.room, operation.room_bytes = 64, needed - 1

@@ -12,7 +12,6 @@ import torch
 
 from conftest import Model
 from pages import Extent, operands, paged
-from qjl import ops
 from qjl.methods.base import LayerContext
 from qjl.ops.cpu import library
 from qjl.ops.forms import Derived
@@ -96,22 +95,6 @@ def test_steps_over_pages_that_all_share(backend, team, made):
             _assert_same(found, expected)
 
 
-def test_codes_that_all_scan(backend, team):
-    generator = torch.Generator().manual_seed(1)
-    nibbles = torch.randint(0, 16, (2, 2, 8 * BLOCK, 64), dtype=torch.uint8, generator=generator)
-    tables = torch.randn(2, 2, 3, 64, 16, generator=generator)
-    entries = torch.randn(2, 64, 16, 2, generator=generator)
-
-    def run(_=None):
-        codes = ops.pack(nibbles)
-        return codes, ops.unpack(codes), ops.scan(tables, codes), ops.expand(entries, codes)
-
-    expected = run()
-    for _ in range(ROUNDS):
-        for found in at_once(run):
-            _assert_same(found, expected)
-
-
 @pytest.mark.parametrize("preset", ["b3", "qjl-2", "quarot-4", "turboquant-3"])
 def test_codecs_that_all_fit_and_encode(backend, preset):
     if backend not in ("reference", f"cpu-{library.instruction_sets()[-1]}"):
@@ -129,7 +112,7 @@ def test_codecs_that_all_fit_and_encode(backend, preset):
     def encode(codecs):
         given = []
         for role, x in (("key", tokens.keys), ("value", tokens.values)):
-            blocks = codecs[role].quantize(x, first)
+            blocks = codecs[role].encode_tokens(x, first)
             given += [*blocks.values(), codecs[role].dequantize(blocks, first)]
         return given
 
@@ -192,12 +175,11 @@ torch.set_num_threads(4)
 preset = PRESETS["b3"]
 made = operands(preset.key, preset.value, tokens=1500)
 step = paged(made, 64, Extent.of([1400]), torch.Generator())
-generator = torch.Generator().manual_seed(1)
-nibbles = torch.randint(0, 16, (2, 4, 16 * 64, 64), dtype=torch.uint8, generator=generator)
-tables = torch.randn(2, 4, 3, 64, 16, generator=generator)
+codec, x = made.packed.key_codec, torch.randn(1, 2, 16 * 64, 64)
+first = torch.arange(16)[None] * 64
 
 def work():
-    scores, out = ops.scan(tables, ops.pack(nibbles)), step.attend()[0]
+    scores, out = codec.dequantize(codec.encode_tokens(x, first), first), step.attend()[0]
     return [float(scores.double().sum()), float(out.double().sum())]
 
 def busy():

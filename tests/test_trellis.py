@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import oracles
-from method_cases import float64
-from qjl import ops
+from method_cases import float64, sums_of_entries
 from qjl.trellis import POINTS, WIDTHS, best_nibbles, decode, even_trellis, points, train, trellis_code
 
 every_width = pytest.mark.parametrize("width", WIDTHS)
@@ -81,8 +80,7 @@ def test_packed_nibbles_expand_to_what_was_chosen(width, dim):
     assert nibbles.shape == (2, 3, 128, dim // width)
     assert nibbles.dtype == torch.uint8
     assert nibbles.max() < POINTS
-    entries = code.decoder.entries.expand(3, -1, -1, -1)
-    decoded = code.decoder.scatter(ops.expand(entries, ops.pack(nibbles)))
+    decoded = sums_of_entries(code.decoder, nibbles)
     torch.testing.assert_close(decoded, chosen, atol=1e-6, rtol=0)
     assert torch.equal(code.nearest(z), chosen)
     oracle = oracles.Trellis(*(float64(x) for x in points(width)))
@@ -97,7 +95,7 @@ def test_a_nibble_moves_its_own_coordinates_and_the_next_ones(width):
     for value in (3, 9):
         for place in (2, 64 // width - 1):  # one amid the others, and the last, which nothing follows
             nibbles[:, :, :, place] = value
-        decoded.append(code.scatter(ops.expand(code.entries, ops.pack(nibbles)))[0, 0, 0])
+        decoded.append(sums_of_entries(code, nibbles)[0, 0, 0])
     moved = torch.nonzero(decoded[0] != decoded[1]).flatten().tolist()
     assert moved == [*range(2 * width, 4 * width), *range(64 - width, 64)]
 
@@ -122,8 +120,7 @@ def test_bits_are_spread_evenly_the_first_coordinates_get_those_left(bits, width
     z = _normal(1, 2, 640, 64)
     nibbles, chosen = code.encode(z)
     assert nibbles.shape == (1, 2, 640, bits // 4)
-    entries = code.decoder.entries.expand(2, -1, -1, -1)
-    decoded = code.decoder.scatter(ops.expand(entries, ops.pack(nibbles)))
+    decoded = sums_of_entries(code.decoder, nibbles)
     torch.testing.assert_close(decoded, chosen, atol=2e-3, rtol=0)
     assert torch.equal(code.nearest(z), chosen)
     left = bits % 64

@@ -8,7 +8,6 @@ import torch
 from pages import Extent, error, expected, operands, paged
 from qjl import ops
 from qjl.methods.balanced import Balanced
-from qjl.methods.grid import RotatedGridCodec
 from qjl.methods.qjl import QJL
 from qjl.methods.quarot import QuaRot
 from qjl.methods.transform import Transform
@@ -107,14 +106,12 @@ def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, mon
 
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_operations_on_codes_compile(capability, monkeypatch):
-    codes, nibbles = torch.zeros(1, 2, 1, 8, 64, dtype=torch.uint8), torch.zeros(1, 2, 64, 16, dtype=torch.uint8)
+@pytest.mark.parametrize("quantizer", [Transform(3), QuaRot(3, 32)])
+def test_decode_compiles(quantizer, capability, fitted, monkeypatch):
+    case = fitted("key", quantizer, 64)
     with recorded(monkeypatch) as launches:
-        triton_ops.pack(nibbles)
-        triton_ops.unpack(codes)
-        triton_ops.scan(torch.zeros(1, 2, 3, 16, 16), codes)
-        triton_ops.expand(torch.zeros(2, 16, 16, 3), codes)
-    assert len(launches) == 4
+        triton_ops.decode(case.blocks, case.codec.form, case.first)
+    assert [launch.name for launch in launches] == ["_decode"]
     _compile(launches, capability)
 
 
@@ -133,13 +130,13 @@ ENCODERS = {
 def test_the_encoders_compile(name, capability, fitted, monkeypatch):
     quantizer, dtype = ENCODERS[name]
     codec = fitted("key", quantizer, 64).codec
-    tokens = torch.zeros(1, 2, 64, 64, dtype=dtype)
+    fields = {
+        name: torch.zeros(1, 2, *field.shape, dtype=field.dtype) for name, field in quantizer.layout(64, dtype).items()
+    }
+    job = codec.job(torch.zeros(64, 2, 64, dtype=dtype), fields, "keys")
     with recorded(monkeypatch) as launches:
-        if isinstance(codec, RotatedGridCodec):
-            triton_ops.encode_grid(tokens, codec.recipe)
-        else:
-            turn = codec.mean.turn(torch.arange(64)[None]) if codec.mean else None
-            triton_ops.encode(tokens, codec.recipe, turn)
+        triton_ops.encode([job], torch.arange(64), torch.zeros(1).long(), torch.zeros(1).long())
+    assert launches
     _compile(launches, capability)
 
 
@@ -204,13 +201,14 @@ def test_without_triton_it_says_so(refuses, monkeypatch):
 
 
 @compiled
-def test_tensors_on_a_cpu_are_not_taken(refuses, monkeypatch):
+def test_tensors_on_a_cpu_are_not_taken(refuses, monkeypatch, fitted):
+    case = fitted("key", QuaRot(3, 32), 64)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = ops.active_backend()
     ops.use_backend("triton")
     try:
         with refuses("the triton backend takes tensors on a GPU"):
-            ops.unpack(torch.zeros(1, 1, 1, 1, 64, dtype=torch.uint8))
+            ops.decode(case.blocks, case.codec.form, case.first)
     finally:
         ops.use_backend(before)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import oracles
-from method_cases import float64, of_type, scores_of, sized, token_major
-from qjl import ops
-from qjl.codebook import MAX_BITS, sign_sum
+from method_cases import float64, of_type, scores_of, sized, sums_of_entries, token_major
+from qjl.codebook import MAX_BITS, NIBBLE, sign_sum
 from qjl.methods.base import POSITIONS, LayerContext, storage_bytes
+from qjl.methods.bitpacking import unpack_tokens
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
 from qjl.packed import BLOCK
@@ -38,8 +38,7 @@ def _oracle(encoder, rotation):
 
 def _chosen(codec, codes):
     """The levels that codes stand for, ``[B, H, T, d]``."""
-    entries = codec.code.entries.expand(2, -1, -1, -1)
-    return float64(codec.code.scatter(ops.expand(entries, codes)))
+    return float64(sums_of_entries(codec.code, unpack_tokens(codes, NIBBLE)))
 
 
 def _assert_levels(codec, codes, oracle, x, margin):

@@ -70,4 +70,4 @@ def test_decode_steps_wait_for_nothing_but_the_names_of_pages(fresh, gpu):
         _, planning, attending = carried_out(server, [(one, fresh) for one in rows])
         assert planning.waits == ["steps.of_device: a copy to the host"]
         assert not attending.waits
-        assert attending.launches.count("_put_tokens") == 2
+        assert attending.launches.count("put") == 2

@@ -117,7 +117,7 @@ class Server:
         exact = x.float().transpose(0, 1)[None]
         padded = torch.nn.functional.pad(exact, (0, 0, 0, -len(x) % 64))
         first = torch.arange(0, padded.shape[2], 64)[None]
-        decoded = codec.dequantize(codec.quantize(padded.to(self.dtype), first), first)
+        decoded = codec.dequantize(codec.encode_tokens(padded.to(self.dtype), first), first)
         return torch.cat([exact[:, :, :begin], decoded[:, :, begin:end], exact[:, :, end:]], dim=2)
 
 

@@ -1,8 +1,8 @@
-// encode_grid (src/qjl/ops/__init__.py): rotated tokens on a uniform grid of their own.
+// Rotated tokens on a uniform grid of their own.
 
 namespace encode {
 
-int64_t encode_grid_room(const QjlEncodeGrid& operation) {
+inline int64_t grid_floats(const QjlGridRecipe& operation) {
     return operation.tokens.dim * (BLOCK + BLOCK / static_cast<int64_t>(sizeof(float)));
 }
 
@@ -51,38 +51,22 @@ inline void pack_numbers(const uint8_t* numbers, int64_t count, int64_t bits, ui
     }
 }
 
-inline void encode_grid_rows(const QjlEncodeGrid& operation, Place to, float* rows) {
-    const int64_t dim = operation.tokens.dim, channels = dim / operation.groups;
+// Whether all tokens are finite.
+inline bool encode_on_grid(const QjlGridRecipe& operation, const Tokens& tokens, int64_t page, float* rows) {
+    const bool is_finite = load_finite_rows(tokens, rows);
+    const int64_t head = tokens.head, dim = operation.tokens.dim, channels = dim / operation.groups;
     const float top = static_cast<float>((1 << operation.bits) - 1);
     auto* const numbers = reinterpret_cast<uint8_t*>(rows + dim * BLOCK);
     hadamard_blocks(rows, dim, operation.size);
     for (int64_t group = 0; group < operation.groups; ++group) {
         const int64_t first = group * channels;
         const Grid grid = fit_grid(rows + first * BLOCK, channels, operation.clip, top,
-                                   operation.steps + along(operation.step_stride, to) + group * BLOCK,
-                                   operation.middles + along(operation.middle_stride, to) + group * BLOCK);
+                                   operation.steps + along(operation.step_stride, head, page) + group * BLOCK,
+                                   operation.middles + along(operation.middle_stride, head, page) + group * BLOCK);
         for (int64_t i = first; i < first + channels; ++i) round_row(rows + i * BLOCK, grid, top, numbers + i * BLOCK);
     }
-    pack_numbers(numbers, dim, operation.bits, block_at(operation.codes, to));
-}
-
-void encode_grid(const QjlEncodeGrid& operation, Range range, float* room) {
-    for (int64_t index = range.first; index < range.last; ++index) {
-        const Place at = place_of(operation.codes, index);
-        load_rows(operation.tokens, at, room);
-        encode_grid_rows(operation, at, room);
-    }
-}
-
-// As `encode_pages` does.
-bool encode_grid_pages(const QjlEncodeGrid& operation, const QjlEncodePages& all, int64_t head, Range range,
-                       float* room) {
-    for (int64_t block = range.first; block < range.last; ++block) {
-        load_rows(operation.tokens, {0, head, block}, room);
-        if (!are_finite(room, operation.tokens.dim)) return false;
-        encode_grid_rows(operation, {0, head, all.pages[block]}, room);
-    }
-    return true;
+    pack_numbers(numbers, dim, operation.bits, page_of(operation.codes, head, page));
+    return is_finite;
 }
 
 }  // namespace encode

@@ -44,12 +44,13 @@ float product(const float* row, const Stored* token, int64_t dim) {
     return total;
 }
 
-inline float product(const float* row, const QjlTokens& tokens, Place at, int64_t t) {
-    const int64_t first = offset(tokens, at, t);
-    switch (tokens.type) {
-        case QJL_FLOAT32: return product(row, static_cast<const float*>(tokens.data) + first, tokens.dim);
-        case QJL_BFLOAT16: return product(row, static_cast<const Bfloat16*>(tokens.data) + first, tokens.dim);
-        default: return product(row, static_cast<const Half*>(tokens.data) + first, tokens.dim);
+inline float product(const float* row, const Tokens& tokens, int64_t t) {
+    const QjlTokens& pool = tokens.pool;
+    const int64_t first = tokens.offset(t);
+    switch (pool.type) {
+        case QJL_FLOAT32: return product(row, static_cast<const float*>(pool.data) + first, pool.dim);
+        case QJL_BFLOAT16: return product(row, static_cast<const Bfloat16*>(pool.data) + first, pool.dim);
+        default: return product(row, static_cast<const Half*>(pool.data) + first, pool.dim);
     }
 }
 
@@ -81,14 +82,14 @@ inline void over_bits(const uint8_t* bytes, Function function) {
             function(t + __builtin_ctzll(left) / 8, __builtin_ctzll(left) % 8);
 }
 
-inline void pack_product_signs(const int32_t* sums, const float* matrix, int64_t count, const QjlTokens& tokens,
-                               Place at, uint8_t* codes) {
-    const float dim = static_cast<float>(tokens.dim);
+inline void pack_product_signs(const int32_t* sums, const float* matrix, int64_t count, const Tokens& tokens,
+                               uint8_t* codes) {
+    const float dim = static_cast<float>(tokens.pool.dim);
     const auto doubtful = static_cast<int32_t>(__builtin_sqrtf(dim) * NORM + dim / 4) + 1;
     for (int64_t j = 0; j < count / 8; ++j) {
         SignsAndDoubts found = signs_of(sums + 8 * j * BLOCK, doubtful);
         over_bits(found.doubts, [&](int t, int place) {
-            const bool is_positive = product(matrix + (8 * j + place) * tokens.dim, tokens, at, t) >= 0;
+            const bool is_positive = product(matrix + (8 * j + place) * tokens.pool.dim, tokens, t) >= 0;
             found.signs[t] = static_cast<uint8_t>((found.signs[t] & ~(1 << place)) | is_positive << place);
         });
         __builtin_memcpy(codes + j * BLOCK, found.signs, BLOCK);

@@ -2,8 +2,6 @@
 
 namespace encode {
 
-using codes::Place;
-
 constexpr int WIDTH = LANES < 4 ? 4 : LANES;         // floats in a vector
 constexpr int TILE = LANES == 1 ? 2 : VECTORS;       // vectors that loops over tokens keep in registers
 constexpr int64_t TILE_TOKENS = TILE * WIDTH;
@@ -137,6 +135,22 @@ inline float widened(uint16_t half) {
 
 // Tokens to rows
 
+template <int N, class Vector>
+void transpose(Vector (&rows)[N]) {
+    using Lanes = typename Count<N>::Up;
+#pragma GCC unroll 8
+    for (int stage = 1; stage < N; stage *= 2) {
+        Vector turned[N];
+#pragma GCC unroll 16
+        for (int i = 0; i < N / 2; ++i) {
+            turned[2 * i] = in_turn<0>(rows[i], rows[i + N / 2], Lanes());
+            turned[2 * i + 1] = in_turn<N / 2>(rows[i], rows[i + N / 2], Lanes());
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < N; ++i) rows[i] = turned[i];
+    }
+}
+
 // The first `count` numbers, and zeros.
 template <class Stored>
 inline Wide first_widened(const Stored* from, int64_t count) {
@@ -155,11 +169,14 @@ inline void widen(const Half* from, int64_t count, float* to) {
     for (int64_t i = 0; i < count; i += WIDTH) store_first(to + i, first_widened(from + i, count - i), count - i);
 }
 
-// Where a token of a block lies.
-inline int64_t offset(const QjlTokens& tokens, Place at, int64_t t) {
-    const int64_t token = at.block * BLOCK + t, place = tokens.slots ? tokens.slots[token] : token;
-    return at.batch * tokens.batch_stride + at.head * tokens.head_stride + place * tokens.token_stride;
-}
+// 64 tokens of one head.
+struct Tokens {
+    const QjlTokens& pool;
+    int64_t head;
+    const int32_t* slots;
+
+    int64_t offset(int64_t t) const { return head * pool.head_stride + slots[t] * pool.slot_stride; }
+};
 
 // `dim` numbers of each of 64 tokens to as many rows; `from(t)` is where a token lies.
 template <class From>
@@ -170,7 +187,7 @@ inline void load_rows(From from, int64_t dim, float* rows) {
             Wide square[WIDTH];
             for (int lane = 0; lane < WIDTH; ++lane)
                 square[lane] = first_widened(from(t + lane) + i, count);
-            codes::transpose(square);
+            transpose(square);
             for (int lane = 0; lane < count; ++lane) store(rows + (i + lane) * BLOCK + t, square[lane]);
         }
     }
@@ -183,7 +200,7 @@ inline void store_tokens(const float* rows, int64_t stride, int64_t dim, float* 
             const int64_t count = dim - i < WIDTH ? dim - i : WIDTH;
             Wide square[WIDTH] = {};
             for (int lane = 0; lane < count; ++lane) square[lane] = wide(rows + (i + lane) * BLOCK + t);
-            codes::transpose(square);
+            transpose(square);
             for (int lane = 0; lane < WIDTH; ++lane)
                 store_first(tokens + (t + lane) * stride + i, square[lane], count);
         }
@@ -191,26 +208,34 @@ inline void store_tokens(const float* rows, int64_t stride, int64_t dim, float* 
 }
 
 template <class Stored>
-void load_rows(const QjlTokens& tokens, Place at, float* rows) {
-    const Stored* data = static_cast<const Stored*>(tokens.data);
-    load_rows([&](int t) { return data + offset(tokens, at, t); }, tokens.dim, rows);
+void load_rows(const Tokens& tokens, float* rows) {
+    const Stored* data = static_cast<const Stored*>(tokens.pool.data);
+    load_rows([&](int t) { return data + tokens.offset(t); }, tokens.pool.dim, rows);
 }
 
-inline void load_rows(const QjlTokens& tokens, Place at, float* rows) {
-    switch (tokens.type) {
-        case QJL_FLOAT32: return load_rows<float>(tokens, at, rows);
-        case QJL_BFLOAT16: return load_rows<Bfloat16>(tokens, at, rows);
-        default: return load_rows<Half>(tokens, at, rows);
-    }
-}
+inline WideInts are_endless(WideInts bits) { return (bits & 0x7f800000) == 0x7f800000; }
 
-inline bool are_finite(const float* rows, int64_t count) {
-    constexpr int32_t ENDLESS = 0x7f800000;
+// Whether all numbers are finite; those that are not become 0.
+inline bool keep_finite(float* rows, int64_t count) {
     WideInts found{};
-    for (int64_t i = 0; i < count * BLOCK; i += WIDTH) found |= (load<WideInts>(rows + i) & ENDLESS) == ENDLESS;
+    for (int64_t i = 0; i < count; i += WIDTH) found |= are_endless(load<WideInts>(rows + i));
     int32_t any = 0;
     for (int lane = 0; lane < WIDTH; ++lane) any |= found[lane];
+    for (int64_t i = 0; any && i < count; i += WIDTH) {
+        const auto bits = load<WideInts>(rows + i);
+        store(rows + i, bits & ~are_endless(bits));
+    }
     return !any;
+}
+
+// Whether all tokens are finite.
+inline bool load_finite_rows(const Tokens& tokens, float* rows) {
+    switch (tokens.pool.type) {
+        case QJL_FLOAT32: load_rows<float>(tokens, rows); break;
+        case QJL_BFLOAT16: load_rows<Bfloat16>(tokens, rows); break;
+        default: load_rows<Half>(tokens, rows);
+    }
+    return keep_finite(rows, tokens.pool.dim * BLOCK);
 }
 
 // The mean, turned to each token's position
@@ -219,6 +244,11 @@ struct Angles {
     const float *cos, *sin;  // of the first pair at the first token of the block
     int64_t stride;          // from one pair to the next
 };
+
+inline Angles angles_of(const QjlEncode& operation, const QjlJob& job, int64_t block) {
+    if (!job.cos) return {};
+    return {job.cos + block * BLOCK, job.sin + block * BLOCK, operation.blocks * BLOCK};
+}
 
 inline void subtract_turned(const QjlMean& mean, const float* vector, const Angles& angles, float* rows) {
     for (int64_t pair = 0; pair < mean.pairs; ++pair) {
@@ -234,11 +264,10 @@ inline void subtract_turned(const QjlMean& mean, const float* vector, const Angl
     }
 }
 
-inline void subtract_mean(const QjlMean& mean, int64_t dim, int64_t blocks, Place at, float* rows) {
+inline void subtract_mean(const QjlMean& mean, int64_t dim, int64_t head, const Angles& angles, float* rows) {
     if (!mean.vector) return;
-    const float* vector = mean.vector + at.head * dim;
-    const int64_t tokens = blocks * BLOCK, first = at.batch * mean.pairs * tokens + at.block * BLOCK;
-    if (mean.pairs) subtract_turned(mean, vector, {mean.cos + first, mean.sin + first, tokens}, rows);
+    const float* vector = mean.vector + head * dim;
+    subtract_turned(mean, vector, angles, rows);
     for (int64_t i = 2 * mean.pairs; i < dim; ++i)
         over_row([&](int t) { store(rows + i * BLOCK + t, wide(rows + i * BLOCK + t) - vector[i]); });
 }

@@ -114,11 +114,6 @@ class NibbleCode:
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.coordinates, self.entries)
 
-    def scatter(self, slots: Tensor) -> Tensor:
-        """Slot sums added onto their coordinates: ``[B, H, R, N * w] -> [B, H, R, D]``."""
-        index = self.coordinates.flatten(1).long()[None, :, None].expand(*slots.shape[:3], -1)
-        return slots.new_zeros((*slots.shape[:3], self.dim)).scatter_add_(3, index, slots)
-
     def to(self, device: torch.device) -> NibbleCode:
         return NibbleCode(self.coordinates.to(device), self.entries.to(device), self.dim)
 
@@ -432,7 +427,7 @@ class Encoder(Protocol):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """The same as plain arrays, for ``ops.encode``."""
+        """The same as plain arrays, for a ``Recipe``."""
 
     def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Nibbles ``uint8 [B, H, T, N]`` and what they decode to, ``float32 [B, H, T, D]``."""

@@ -57,3 +57,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def blocks_of_tokens(x: Tensor) -> Tensor:
     """``[B, H, T, D]`` with T a multiple of 64, viewed as ``[B, H, T / 64, 64, D]``."""
     return x.unflatten(2, (x.shape[2] // BLOCK, BLOCK))
+
+
+def block_positions(first: Tensor) -> Tensor:
+    """Position of every token from that of each block's first: ``[B, blocks] -> [B, blocks * 64]``."""
+    return (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)

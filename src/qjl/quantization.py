@@ -85,7 +85,7 @@ def quantize(
     codec = codecs[role == "value"]
     padded = F.pad(tokens, (0, 0, 0, -tokens.shape[2] % BLOCK), mode="replicate")
     first = _positions(padded.shape[0], padded.shape[2] // BLOCK, x.device)
-    return Quantized(codec.quantize(padded, first), codec, x.shape, x.dtype)
+    return Quantized(codec.encode_tokens(padded, first), codec, x.shape, x.dtype)
 
 
 def _require_floats(x: Tensor, what: str) -> None:

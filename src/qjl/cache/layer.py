@@ -11,12 +11,12 @@ from torch import Tensor
 from qjl import ops
 from qjl.attention import Scoring, Seen, Segment, attend, joined
 from qjl.cache.index import Blocks, Step, TokenIndex
-from qjl.cache.pool import ExactTokens, Pages, run_of
+from qjl.cache.pool import ExactTokens, Pages
 from qjl.cache.reading import Reading
 from qjl.codecs import Pair, TokenShape
 from qjl.copies import Copied
 from qjl.errors import QJLError
-from qjl.methods.base import require_finite
+from qjl.methods.base import require_finite, tokens_to_encode
 from qjl.methods.nibble import EXPAND_FROM_ROWS
 from qjl.ops.forms import EncodeJob, Pool
 from qjl.packed import to_device
@@ -64,7 +64,7 @@ class Layer(Copied):
         self.fresh: Tokens | None = None  # of the pass at hand, as long as they are not stored
         self.replaced: dict[int, Tensor] = {}  # what stands in place of fresh keys (0) and values (1)
         self._is_put = False
-        self._jobs: tuple[object, object, list[EncodeJob | None]] | None = None
+        self._jobs: tuple[object, object, list[EncodeJob]] | None = None
 
     # A pass
 
@@ -163,39 +163,33 @@ class Layer(Copied):
         """Code blocks all of whose tokens are fresh."""
         assert self.step is not None
         assert self.fresh is not None
-        blocks, pages = self.step.direct, self._pages(codecs)
-        run = run_of(blocks.sources)
-        chosen = self._on_device(blocks.sources) if run is None else run
-        for side, (codec, tokens) in enumerate(zip(codecs, self.fresh, strict=True)):
-            pages.write(side, codec.quantize(*self._checked(_by_token(tokens)[chosen], side, blocks)), blocks.pages)
+        keys, values = (tokens_to_encode(x) for x in self.fresh)
+        ops.encode(self._jobs_of(keys, values, codecs), *self.step.direct.on(keys.device))
 
-    def jobs(self, codecs: Pair) -> list[EncodeJob | None]:
-        """How pages are made of tokens in slots, keys and values; None for a codec without a recipe.
-
-        The same objects as long as nothing grows.
-        """
+    def jobs(self, codecs: Pair) -> list[EncodeJob]:
+        """How pages are made of tokens in slots, keys and values; the same objects as long as nothing grows."""
         exact, pages = self._exact(), self._pages(codecs)
         key = (exact.operand, pages.storage)
         if self._jobs is None or self._jobs[0] is not key[0] or self._jobs[1] is not key[1]:
-            sides = zip(codecs, (exact.keys, exact.values), pages.fields, ("keys", "values"), strict=True)
-            jobs = [codec.job(tokens, fields, f"{what} of {self.name}") for codec, tokens, fields, what in sides]
-            self._jobs = (*key, jobs)
+            self._jobs = (*key, self._jobs_of(exact.keys, exact.values, codecs))
         return self._jobs[2]
+
+    def _jobs_of(self, keys: Tensor, values: Tensor, codecs: Pair) -> list[EncodeJob]:
+        sides = zip(codecs, (keys, values), self._pages(codecs).fields, ("keys", "values"), strict=True)
+        return [codec.job(tokens, fields, f"{what} of {self.name}") for codec, tokens, fields, what in sides]
 
     def copy_pages(self, codecs: Pair) -> None:
         """Pages that are to be filled, to where they are filled."""
         assert self.step is not None
         self._pages(codecs).copy(self.step.copies)
 
-    def encode_pooled(self, codecs: Pair, side: int) -> None:
-        """Code keys (0) or values (1) of blocks whose tokens are in slots."""
+    def fill_pages(self, codecs: Pair) -> None:
+        """Code blocks whose tokens are in slots, beside the codes that their pages have."""
         assert self.step is not None
         pages, blocks, exact = self._pages(codecs), self.step.pooled, self._exact()
-        tokens = (exact.keys, exact.values)[side][self._on_device(blocks.sources)]
-        coded = codecs[side].quantize(*self._checked(tokens, side, blocks))
-        if blocks.are_whole:
-            pages.write(side, coded, blocks.pages)
-        else:
+        slots = self._on_device(blocks.sources)
+        for side, (codec, tokens) in enumerate(zip(codecs, (exact.keys, exact.values), strict=True)):
+            coded = codec.encode_tokens(*self._checked(tokens[slots], side, blocks))
             pages.fill(side, coded, blocks.pages, blocks.kept)
 
     def _pages(self, codecs: Pair) -> Pages:

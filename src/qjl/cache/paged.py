@@ -336,20 +336,20 @@ class PagedCache(Copied):
                 )
 
     def _encode_pooled(self, layers: Sequence[Layer]) -> None:
-        """Blocks of all layers, keys and values, at once where codecs have a recipe."""
+        """Blocks of all layers, keys and values, at once where their pages have no codes yet."""
         blocks = self._plan().pooled
         jobs: dict[torch.device, list[EncodeJob]] = {}
         for layer in layers:
             codecs = self.source.of(layer, self)
             if self._plan().copies:
                 layer.copy_pages(codecs)
-            for side, job in enumerate(layer.jobs(codecs)):
-                if job is not None and blocks.are_whole:
-                    jobs.setdefault(job.tokens.device, []).append(job)
-                else:
-                    layer.encode_pooled(codecs, side)
+            if not blocks.are_whole:
+                layer.fill_pages(codecs)
+                continue
+            for job in layer.jobs(codecs):
+                jobs.setdefault(job.tokens.device, []).append(job)
         for device, some in jobs.items():
-            ops.encode_pages(some, *blocks.on(device))
+            ops.encode(some, *blocks.on(device))
 
     def roll_back(self) -> None:
         """The pass at hand never was."""

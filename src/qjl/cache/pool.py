@@ -158,15 +158,8 @@ class Pages:
             for field in side.values():
                 field[:, targets] = field[:, sources]
 
-    def write(self, side: int, blocks: Blocks, pages: Sequence[int]) -> None:
-        """Whole pages: ``blocks [1, H, n, *shape]`` of keys (0) or values (1)."""
-        where = run_of(pages)
-        index = to_device(torch.tensor(pages, dtype=torch.int64), self._device) if where is None else where
-        for name, field in self.storage[side].items():
-            field[:, index] = blocks[name][0]
-
     def fill(self, side: int, blocks: Blocks, pages: Sequence[int], kept: Sequence[int]) -> None:
-        """The same, but the first ``kept`` tokens of each page stay."""
+        """``blocks [1, H, n, *shape]`` of keys (0) or values (1) to pages whose first ``kept`` tokens stay."""
         for place, (page, first) in enumerate(zip(pages, kept, strict=True)):
             for name, field in self.storage[side].items():
                 field[:, page, ..., first:] = blocks[name][0, :, place, ..., first:]
@@ -198,11 +191,6 @@ class BoundPages:
         assert key is not None
         assert value is not None
         return Pool(*self.fields, key, value)
-
-    def write(self, side: int, blocks: Blocks, pages: Tensor) -> None:
-        """Whole pages of 64: ``blocks [1, H, n, *shape]`` of keys (0) or values (1), to ``pages [n]``."""
-        for name, field in self.fields[side].items():
-            field[pages] = blocks[name][0].transpose(0, 1)
 
     def write_tokens(self, side: int, blocks: Blocks, columns: Tensor, pages: Tensor, offsets: Tensor) -> None:
         """Tokens ``columns [m]`` of blocks ``[1, H, n, *shape]`` to places ``offsets [m]`` of ``pages [m]``."""

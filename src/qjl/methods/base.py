@@ -16,11 +16,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qjl import ops
 from qjl.errors import QJLError
 from qjl.modes import for_keeps, in_own_precision
+from qjl.ops.checks import READABLE
 from qjl.ops.forms import EncodeJob, NibbleForm
 from qjl.ops.recipe import GridRecipe, Recipe
-from qjl.packed import BLOCK, Blocks, Layout, block_bits
+from qjl.packed import BLOCK, Blocks, Layout, block_bits, block_positions
 from qjl.rope import Rope
 from qjl.statistics import LayerStatistics
 
@@ -163,7 +165,7 @@ class Codec(ABC):
 
     Shapes: ``x [B, H, T, D]`` with T a multiple of 64; ``first [B, T / 64]`` is the RoPE position of the first
     token of each block. Every estimator is linear in the query: it is ``<q, k_hat>`` of the decoded token, and
-    backends take it from the codes where they have a ``form``.
+    backends take it from the codes where they have a ``form``. A codec with one need not say how it decodes.
     """
 
     layout: Layout
@@ -180,11 +182,13 @@ class Codec(ABC):
 
     @abstractmethod
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
-        """Encode whole blocks."""
+        """Encode whole blocks: the definition, in torch."""
 
-    @abstractmethod
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
-        """Decode to ``float32 [B, H, T, D]``."""
+        """Decode to ``float32 [B, H, T, D]``, by default as the ``form`` says."""
+        if self.form is None:
+            raise QJLError(f"{type(self).__name__} has no form: define how it decodes (dequantize).")
+        return ops.decode(blocks, self.form, first)
 
     @property
     def form(self) -> NibbleForm | None:
@@ -193,7 +197,7 @@ class Codec(ABC):
 
     @property
     def recipe(self) -> Recipe | GridRecipe | None:
-        """What ``quantize`` does as plain arrays, for backends that do it at once; None where they cannot."""
+        """What ``quantize`` does as plain arrays, for kernels that do it at once; None where they cannot."""
         return None
 
     @property
@@ -201,11 +205,33 @@ class Codec(ABC):
         """What turns the mean that the recipe subtracts."""
         return None
 
-    def job(self, tokens: Tensor, fields: Blocks, what: str) -> EncodeJob | None:
-        """How ``ops.encode_pages`` takes exact tokens ``[slots, H, D]`` to pages; None where there is no recipe."""
+    def job(self, tokens: Tensor, fields: Blocks, what: str) -> EncodeJob:
+        """How ``ops.encode`` takes exact tokens ``[slots, H, D]`` to pages."""
         if self.recipe is None:
-            return None
-        return EncodeJob(tokens, fields, self.recipe, self.rope_of_mean, self.quantize, what)
+            return EncodeJob(tokens, fields, self.quantize, what)
+        if tokens.dtype not in READABLE:
+            return EncodeJob(tokens, fields, self.encode_tokens, what)
+        return EncodeJob(tokens, fields, self.quantize, what, self.recipe, self.rope_of_mean)
+
+    def encode_tokens(self, x: Tensor, first: Tensor) -> Blocks:
+        """The codes that ``quantize`` defines, as the backend in use makes them.
+
+        Tokens that a cache keeps go from its exact pool to its pages (``job``); this is for all others, and asks nobody
+        whether they are finite.
+        """
+        if self.recipe is None:
+            return self.quantize(x, first)
+        batch, heads, length, _ = x.shape
+        pages = torch.arange(batch * length // BLOCK, dtype=torch.int32, device=x.device)
+        storage = {
+            name: x.new_empty((heads, len(pages), *field.shape), dtype=field.dtype)
+            for name, field in self.layout.items()
+        }
+        fields = {name: field.transpose(0, 1) for name, field in storage.items()}
+        job = self.job(tokens_to_encode(x if x.dtype in READABLE else x.float()), fields, "tokens")
+        slots = torch.arange(batch * length, dtype=torch.int32, device=x.device)
+        ops.encode([job], slots, first.flatten().long(), pages, are_trusted=True)
+        return {name: field.unflatten(1, (batch, length // BLOCK)).transpose(0, 1) for name, field in storage.items()}
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -222,7 +248,7 @@ class Unrotated(Codec):
         self.layout = codec.layout
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
-        return self.codec.quantize(self.rope.unrotate(x.float(), block_positions(first)), first)
+        return self.codec.encode_tokens(self.rope.unrotate(x.float(), block_positions(first)), first)
 
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
         return self.rope.rotate(self.codec.dequantize(blocks, first), block_positions(first))
@@ -250,9 +276,10 @@ def regularised(moment: Tensor, count: int) -> Tensor:
     return torch.where(level > 0, moment + ridge * level * identity, identity)
 
 
-def block_positions(first: Tensor) -> Tensor:
-    """Position of every token from that of each block's first: ``[B, blocks] -> [B, blocks * 64]``."""
-    return (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)
+def tokens_to_encode(x: Tensor) -> Tensor:
+    """``[B, H, T, D] -> [B * T, H, D]``, numbers of a token side by side, copied where they must be."""
+    by_token = x.transpose(1, 2).flatten(0, 1)
+    return by_token if by_token.stride(2) == 1 else by_token.contiguous()
 
 
 def require_packable(head_dim: int) -> None:

@@ -14,11 +14,9 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from qjl import ops
 from qjl.codebook import uniform_code
 from qjl.methods.base import Codec, require_packable
 from qjl.methods.bitpacking import pack_tokens, token_minor, uniform_grid
-from qjl.methods.nibble import TILE_TOKENS
 from qjl.ops.forms import NibbleForm
 from qjl.ops.recipe import GridRecipe
 from qjl.packed import BLOCK, Blocks, Field, Layout
@@ -89,12 +87,6 @@ class RotatedGridCodec(Codec):
         )
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
-        parts = [self._quantize_tile(tile) for tile in x.split(TILE_TOKENS, 2)]
-        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
-
-    def _quantize_tile(self, x: Tensor) -> Blocks:
-        if self.recipe is not None and ops.offers("encode_grid", x):
-            return dict(zip(("codes", "step", "middle"), ops.encode_grid(x, self.recipe), strict=True))
         y = (x.float() @ self.rotation).unflatten(3, (self.groups, -1))  # [B, H, T, G, D / G]
         low, high = self.bounds(y)
         codes, step, middle = uniform_grid(y, low, high, self.num_bits)
@@ -103,28 +95,6 @@ class RotatedGridCodec(Codec):
             "step": token_minor(step.squeeze(-1)),
             "middle": token_minor(middle.squeeze(-1)),
         }
-
-    def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
-        step, middle = self._constants(blocks)
-        y = self.code.scatter(self._levels(blocks)) * step.transpose(2, 3) + middle.transpose(2, 3)
-        return self._join(y) @ self.rotation.transpose(1, 2)
-
-    def _join(self, y: Tensor) -> Tensor:
-        """Groups side by side again: ``[B, H * G, T, D / G] -> [B, H, T, D]``."""
-        return y.unflatten(1, (-1, self.groups)).transpose(2, 3).flatten(3)
-
-    def _codes(self, blocks: Blocks) -> Tensor:
-        """``[B, H * G, blocks, bytes / G, 64]``."""
-        return blocks["codes"].unflatten(3, (self.groups, -1)).transpose(2, 3).flatten(1, 2)
-
-    def _levels(self, blocks: Blocks) -> Tensor:
-        codes = self._codes(blocks)
-        return ops.expand(self.code.entries.expand(codes.shape[1], -1, -1, -1), codes)
-
-    def _constants(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Step and middle of every group, ``float32 [B, H * G, 1, T]``."""
-        step, middle = (blocks[name].transpose(2, 3).flatten(1, 2).flatten(2) for name in ("step", "middle"))
-        return step.float()[:, :, None], middle.float()[:, :, None]
 
 
 def min_max(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from qjl.errors import QJLError
 from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, Unrotated, require_packable
 from qjl.methods.bitpacking import as_half, channel_field, pack_channels, unpack_channels
 from qjl.methods.kmeans import lloyd, midpoints
-from qjl.methods.nibble import TILE_TOKENS
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
 
 INDICES = 2**15  # that an int16 tells apart
@@ -131,10 +130,7 @@ class KVQuantCodec(Codec):
         return (self.edges, self.levels, *self.channels)
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
-        parts = [self._quantize_tile(tile.float()) for tile in x.split(TILE_TOKENS, 2)]
-        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
-
-    def _quantize_tile(self, x: Tensor) -> Blocks:
+        x = x.float()
         count = self.layout["outlier_index"].shape[0]
         if self.channels:
             middle, reach = self.channels

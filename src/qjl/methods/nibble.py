@@ -14,17 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from qjl import ops
-from qjl.codebook import NibbleCode
-from qjl.methods.base import Arrays, Codec, LayerContext, block_positions
-from qjl.methods.bitpacking import as_half
+from qjl.codebook import NIBBLE, NibbleCode
+from qjl.methods.base import Arrays, Codec, LayerContext
+from qjl.methods.bitpacking import as_half, pack_tokens
 from qjl.ops import forms
-from qjl.ops.recipe import Recipe, Turn
-from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
+from qjl.ops.recipe import Recipe
+from qjl.packed import BLOCK, Blocks, Field, Layout, block_positions, blocks_of_tokens
 from qjl.rope import Rope
 
 EXPAND_FROM_ROWS = 32  # with this many query rows per KV head, decoding a tile beats looking up tables
-TILE_TOKENS = 64 * BLOCK  # encoded at once, so that a long prompt takes little room
 STEPS_PER_OCTAVE = 12
 ZERO_CODE = 0
 UNIT_CODE = 128
@@ -48,11 +46,6 @@ class LogScale:
         codes = (octaves * STEPS_PER_OCTAVE + UNIT_CODE).round().clamp(ZERO_CODE + 1, 255)
         return torch.where(scale > 0, codes, ZERO_CODE).to(torch.uint8)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """``uint8 [B, H, T] -> float32``."""
-        octaves = (codes.float() - UNIT_CODE) / STEPS_PER_OCTAVE
-        return torch.where(codes == ZERO_CODE, 0.0, octaves.exp2()) * self.unit[None, :, None]
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.unit,)
@@ -66,9 +59,6 @@ class HalfScale:
 
     def encode(self, scale: Tensor) -> Tensor:
         return as_half(scale)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return codes.float()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -106,13 +96,6 @@ class Mean:
         if self.rope is None:
             return mean
         return self.rope.rotate_exactly(mean.expand(positions.shape[0], -1, positions.shape[1], -1), positions)
-
-    def turn(self, positions: Tensor) -> Turn | None:
-        """What takes mu to ``R_n mu``."""
-        if self.rope is None:
-            return None
-        angles = self.rope.exact_angles(positions).transpose(1, 2)
-        return Turn(angles.cos() * self.rope.scaling, angles.sin() * self.rope.scaling, self.rope.interleaved)
 
     def turned(self) -> forms.Turn | None:
         """How the fused decode step turns mu."""
@@ -171,40 +154,17 @@ class NibbleCodec(Codec):
         """Nibbles ``uint8 [B, H, T, N]`` and scales ``float [B, H, T]`` of centred tokens."""
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
-        parts = [
-            self._quantize_tile(*tile)
-            for tile in zip(x.split(TILE_TOKENS, 2), first.split(TILE_TOKENS // BLOCK, 1), strict=True)
-        ]
-        return {name: torch.cat([part[name] for part in parts], dim=2) for name in parts[0]}
-
-    def _quantize_tile(self, x: Tensor, first: Tensor) -> Blocks:
-        if self.recipe is not None and ops.offers("encode", x):
-            turn = self.mean.turn(block_positions(first)) if self.mean else None
-            codes, scale = ops.encode(x, self.recipe, turn)
-            return {"codes": codes, "scale": scale}
         residual = x.float() - self.mean.at(block_positions(first)) if self.mean else x.float()
         nibbles, scale = self.encode(residual)
         return {
-            "codes": ops.pack(nibbles),
+            "codes": pack_tokens(nibbles, NIBBLE),
             "scale": blocks_of_tokens(self.scale.encode(scale)[..., None]).squeeze(-1),
         }
-
-    def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
-        decoded = self.code.scatter(self._expand(blocks)) @ self.query_map.float()
-        decoded = decoded * self._scales(blocks)[..., None]
-        return decoded + self.mean.at(block_positions(first)) if self.mean else decoded
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         mean = (self.mean.vector,) if self.mean else ()
         return (self.query_map, *self.code.tensors, *self.scale.tensors, *mean)
-
-    def _expand(self, blocks: Blocks) -> Tensor:
-        entries = self.code.entries.expand(self.query_map.shape[0], -1, -1, -1)
-        return ops.expand(entries, blocks["codes"])
-
-    def _scales(self, blocks: Blocks) -> Tensor:
-        return self.scale.decode(blocks["scale"].flatten(2))
 
 
 def nibble_layout(nibbles: int, scale: Field) -> Layout:

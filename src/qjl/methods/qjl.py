@@ -14,11 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qjl import ops
 from qjl.codebook import NIBBLE, sign_code
 from qjl.errors import QJLError
 from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
-from qjl.methods.bitpacking import as_half, unpack_tokens
+from qjl.methods.bitpacking import as_half, pack_tokens, unpack_tokens
 from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout
 from qjl.ops.recipe import DenseMap, Map, Recipe, SketchMap
 from qjl.packed import BLOCK, Blocks, Field, Layout, blocks_of_tokens
@@ -137,9 +136,9 @@ class OutlierCodec(Codec):
         mask = self._outlier_mask(index)
         inlier, outlier = x * ~mask, x * mask
         return {
-            "codes": ops.pack(self._code.encode(inlier @ self._matrix.T)[0]),
+            "codes": pack_tokens(self._code.encode(inlier @ self._matrix.T)[0], NIBBLE),
             "scale": _norms(inlier),
-            "outlier_codes": ops.pack(self._outlier_code.encode(outlier @ self._outlier_matrix.T)[0]),
+            "outlier_codes": pack_tokens(self._outlier_code.encode(outlier @ self._outlier_matrix.T)[0], NIBBLE),
             "outlier_scale": _norms(outlier),
             "outlier_index": index.to(torch.uint8).unflatten(2, (-1, BLOCK // self.quantizer.group_size)),
         }

@@ -19,6 +19,7 @@ from qjl.errors import QJLError
 from qjl.methods.base import Arrays, Codec, LayerContext, Quantizer, require_packable
 from qjl.methods.nibble import HalfScale, NibbleCodec, nibble_layout
 from qjl.methods.qjl import QJL
+from qjl.ops import reference
 from qjl.packed import Blocks, Layout
 from qjl.sketch import haar_rotation
 
@@ -126,8 +127,8 @@ class Cascade(Codec):
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
         rest, blocks = x.float(), Blocks()
         for prefix, part in self.parts.items():
-            coded = part.quantize(rest, first)
-            rest = rest - part.dequantize(coded, first)
+            coded = part.encode_tokens(rest, first)
+            rest = rest - _decoded(part, coded, first)
             blocks |= {prefix + name: tensor for name, tensor in coded.items()}
         return blocks
 
@@ -138,6 +139,13 @@ class Cascade(Codec):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self.parts.values() for tensor in part.tensors)
+
+
+def _decoded(part: Codec, coded: Blocks, first: Tensor) -> Tensor:
+    """In torch on every backend, and scaled last: no kernel's rounding decides what is left for the next part."""
+    assert part.form is not None
+    unscaled = reference.decode(coded | {"scale": torch.ones_like(coded["scale"])}, part.form, first)
+    return unscaled * coded["scale"].flatten(2).float()[..., None]
 
 
 def _channels_by_energy(context: LayerContext) -> Tensor:

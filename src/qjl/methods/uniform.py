@@ -92,6 +92,8 @@ class TokenUniformCodec(Codec):
         }
 
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:
+        if self.form is not None:
+            return super().dequantize(blocks, first)
         codes = unpack_tokens(blocks["codes"], self.num_bits).float().unflatten(3, (self.groups, -1))
         step, middle = (token_major(blocks[name]).float()[..., None] for name in ("step", "middle"))
         return ((codes - top_code(self.num_bits) / 2) * step + middle).flatten(3)

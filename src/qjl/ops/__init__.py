@@ -1,15 +1,7 @@
 """The operations on packed codes: signatures, shapes and equations. Backends implement them.
 
-Notation: B batch, H key-value heads, R query rows per key-value head (group x query tokens), N nibbles per
-token, w coordinates per nibble, 64 tokens per block.
+Notation: B batch, H key-value heads, R query rows per key-value head (group x query tokens), 64 tokens per block.
 
-- ``pack(nibbles)``: ``uint8 [B, H, T, N] -> uint8 [B, H, T / 64, N / 2, 64]``. Byte j of a token holds
-  nibble 2j in its low half and nibble 2j + 1 in its high half; bytes are token-minor.
-- ``unpack(codes)``: its inverse, ``[B, H, T, N]``.
-- ``scan(tables, codes)``: ``float32 [B, H, R, N, 16], codes -> float32 [B, H, R, T]``,
-  ``out[r, t] = sum_j tables[r, j, nibble_j(t)]``.
-- ``expand(entries, codes)``: ``float32 [H, N, 16, w], codes -> float32 [B, H, T, N * w]``,
-  ``out[t, j] = entries[j, nibble_j(t)]``; the transient tile that serves many queries, or values, at once.
 - ``attend(query, pool, exact, rows, queries, scaling, softcap, bias)``: ``[B, H, R, D]`` float32, bfloat16 or float16
   to ``(out float32 [B, H, R, Dv], log-sum-exp float32 [B, H, R])``: values weighted by the softmax of
   ``softcap * tanh(scaling * <q, k_hat> / softcap) + bias`` (0: no cap) over the tokens of a ``Pool`` and an
@@ -20,18 +12,15 @@ token, w coordinates per nibble, 64 tokens per block.
 - ``append_attend(query, keys, values, pool, exact, rows, scaling, softcap)``: ``[B, Hq, Q, D]``, ``[B, H, Q, D]`` and
   ``[B, H, Q, Dv]`` to ``[B, Q, Hq, Dv]`` of the query's type: keys and values go to the last Q slots of each row, which
   ``counts`` counts already (not to places before the first, nor to slots of -1), then queries attend.
-- ``encode_pages(jobs, slots, first, pages)``: blocks of 64 exact tokens, ``slots int32 [n * 64]``, to pages
-  ``int32 [n]`` of a pool, for each ``EncodeJob``: the bytes are those of its codec; ``first int64 [n]`` are RoPE
-  positions.
-- ``encode(tokens, recipe, turn)``: ``[B, H, T, D]`` of any float type to packed codes and scales, ``uint8`` or
-  ``float16 [B, H, T / 64, 64]``, in one pass; ``recipe`` tells all that is done (``qjl.ops.recipe``).
-- ``encode_grid(tokens, recipe)``: the same onto uniform grids: codes, and steps and middles
-  ``float16 [B, H, T / 64, groups, 64]``.
+- ``encode(jobs, slots, first, pages)``: blocks of 64 exact tokens, ``slots int32 [n * 64]``, to pages ``int32 [n]`` of
+  a pool, for each ``EncodeJob``: the codes are those of its codec; ``first int64 [n]`` are the RoPE positions of the
+  blocks' first tokens. Numbers that are not finite count as 0.
+- ``decode(blocks, form, first)``: packed blocks, ``[B, H, n, *shape]`` per field, to tokens
+  ``float32 [B, H, n * 64, D]`` as a ``NibbleForm`` tells; ``first int64 [B, n]`` are the RoPE positions of the blocks'
+  first tokens.
 
-``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs. A backend may lack
-an op that others make up: ``offers`` tells. ``reference`` lacks the encoders of whole tensors, which the codecs of
-``qjl.methods`` compose and define. ``QJL_BACKEND=reference|cpu|triton|auto``
-chooses. Automatically
+``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs.
+``QJL_BACKEND=reference|cpu|triton|auto`` chooses. Automatically
 tensors on a CPU meet ``cpu`` where that was compiled, and those on a CUDA device ``triton`` where that is installed,
 also if ``cpu`` was chosen; all others meet ``reference``. ``triton`` takes tensors on a CPU under
 ``TRITON_INTERPRET=1`` alone.
@@ -53,9 +42,9 @@ from qjl.errors import QJLError
 from qjl.modes import in_own_precision
 from qjl.ops import checks, cpu, reference
 from qjl.ops.cpu import library
-from qjl.ops.forms import EncodeJob, ExactPool, Pool, Rows
-from qjl.ops.recipe import GridRecipe, Recipe, Turn
+from qjl.ops.forms import EncodeJob, ExactPool, NibbleForm, Pool, Rows
 from qjl.ops.triton import runtime
+from qjl.packed import Blocks
 
 AUTOMATIC = "auto"
 VARIABLE = "QJL_BACKEND"
@@ -96,11 +85,6 @@ def active_backend() -> str:
         use_backend(os.environ.get(VARIABLE, AUTOMATIC))
     assert _chosen is not None
     return _chosen
-
-
-def offers(op: str, tensor: Tensor) -> bool:
-    """Whether the backend that ``tensor`` meets has this op itself."""
-    return hasattr(_backend(tensor), op)
 
 
 def backend_of(device: torch.device) -> str:
@@ -158,57 +142,28 @@ def _automatic() -> str:
 
 
 @in_own_precision
-def pack(nibbles: Tensor) -> Tensor:
-    """Pack nibbles into blocks of 64 tokens; T must be a multiple of 64 and N even."""
-    checks.require_nibbles(nibbles)
-    return _backend(nibbles).pack(nibbles)
-
-
-@in_own_precision
-def unpack(codes: Tensor) -> Tensor:
-    """Nibbles of packed blocks, one per byte."""
-    checks.require_codes(codes)
-    return _backend(codes).unpack(codes)
-
-
-@in_own_precision
-def scan(tables: Tensor, codes: Tensor) -> Tensor:
-    """Sum of table look-ups for every query row and token."""
-    checks.require_tables(tables, codes)
-    return _backend(codes).scan(tables, codes)
-
-
-@in_own_precision
-def expand(entries: Tensor, codes: Tensor) -> Tensor:
-    """Codebook entries of every token in slot order."""
-    checks.require_entries(entries, codes)
-    return _backend(codes).expand(entries, codes)
-
-
-@in_own_precision
-def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of tokens, T a multiple of 64; for backends that ``offers`` says have it."""
-    checks.require_encodable(tokens, recipe, turn)
-    return _backend(tokens).encode(tokens, recipe, turn)
-
-
-@in_own_precision
-def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, steps and middles of tokens on uniform grids; for backends that ``offers`` says have it."""
-    checks.require_gridded(tokens, recipe)
-    return _backend(tokens).encode_grid(tokens, recipe)
-
-
-@in_own_precision
-def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
+def encode(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor, are_trusted: bool = False) -> None:
     """Blocks of exact tokens to pages, the keys and values of all layers at once.
 
+    ``are_trusted``: tokens are not asked whether they are finite, so that nothing waits for a device.
+
     Raises:
-        QJLError: if a token is not finite; what the pages hold then means nothing.
+        QJLError: if a token is not finite.
     """
     checks.require_pages(jobs, slots, first, pages)
-    if jobs and len(pages):
-        _backend(jobs[0].tokens).encode_pages(jobs, slots, first, pages)
+    if not jobs or not len(pages):
+        return
+    are_finite = _backend(slots).encode(jobs, slots, first, pages)
+    if not are_trusted and not are_finite.all():
+        what = jobs[are_finite.tolist().index(False)].what
+        raise QJLError(f"{what} contain NaN or Inf: check the model's weights, its dtype and the prompt.")
+
+
+@in_own_precision
+def decode(blocks: Blocks, form: NibbleForm, first: Tensor) -> Tensor:
+    """The tokens that packed blocks stand for."""
+    checks.require_decodable(blocks, form, first)
+    return _backend(first).decode(blocks, form, first)
 
 
 @in_own_precision

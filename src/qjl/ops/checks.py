@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.ops.forms import EncodeJob, ExactPool, NibbleForm, Pool, Rows, once
-from qjl.ops.recipe import GridRecipe, Recipe, Turn
+from qjl.ops.recipe import GridRecipe, Recipe
 from qjl.packed import BLOCK, Blocks, require_tensor
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,66 +32,12 @@ def require_shape(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
         raise QJLError(f"{what} should be {list(shape)}, not {list(tensor.shape)}.")
 
 
-# Codes
-
-
-def require_nibbles(nibbles: Tensor) -> None:
-    """``uint8 [B, H, T, N]``, T a multiple of 64 and N even."""
-    fits = nibbles.dim() == 4 and nibbles.shape[2] % BLOCK == 0 and nibbles.shape[3] % 2 == 0
-    require(fits and nibbles.dtype == torch.uint8, "nibbles should be uint8 [B, H, T, N], T in blocks of 64 and N even")
-
-
-def require_codes(codes: Tensor) -> None:
-    """``uint8 [B, H, blocks, bytes, 64]``."""
-    fits = codes.dim() == 5 and codes.shape[4] == BLOCK and codes.dtype == torch.uint8
-    require(fits, "codes should be uint8 [B, H, blocks, bytes, 64]")
-
-
-def require_tables(tables: Tensor, codes: Tensor) -> None:
-    """``[B, H, R, N, 16]`` for these codes."""
-    require_codes(codes)
-    batch, heads, _, count, _ = codes.shape
-    rows = tables.shape[2] if tables.dim() == 5 else 0
-    require_shape(tables, (batch, heads, rows, 2 * count, 16), "tables of scores")
-
-
-def require_entries(entries: Tensor, codes: Tensor) -> None:
-    """``[H, N, 16, w]`` for these codes."""
-    require_codes(codes)
-    width = entries.shape[3] if entries.dim() == 4 else 0
-    require_shape(entries, (codes.shape[1], 2 * codes.shape[3], 16, width), "entries of codes")
-
-
 # Encoding
-
-
-def require_encodable(tokens: Tensor, recipe: Recipe, turn: Turn | None) -> None:
-    """``[B, H, T, D]`` of any float type, as the recipe takes them."""
-    require_tokens(tokens)
-    batch, heads, length, dim = tokens.shape
-    require(recipe.takes(heads, dim), f"the recipe is not for {heads} heads of dimension {dim}")
-    if turn is not None:
-        require(2 * turn.cos.shape[1] <= dim, f"a mean of dimension {dim} cannot turn in {turn.cos.shape[1]} pairs")
-        for angles in (turn.cos, turn.sin):
-            require_shape(angles, (batch, turn.cos.shape[1], length), "angles of the mean")
-            require(angles.dtype == torch.float32, "angles of the mean should be float32")
-
-
-def require_gridded(tokens: Tensor, recipe: GridRecipe) -> None:
-    """``[B, H, T, D]`` of any float type that groups and Hadamard matrices divide."""
-    require_tokens(tokens)
-    _require_grid(recipe, tokens.shape[3])
 
 
 def _require_grid(recipe: GridRecipe, dim: int) -> None:
     divides = recipe.groups > 0 and dim % recipe.groups == 0 and dim % recipe.size == 0
     require(divides and dim * recipe.num_bits % 8 == 0, f"the grids do not divide head_dim {dim} into whole bytes")
-
-
-def require_tokens(tokens: Tensor) -> None:
-    """Whole blocks of floats."""
-    fits = tokens.dim() == 4 and tokens.shape[2] % BLOCK == 0 and tokens.is_floating_point()
-    require(fits, "tokens to encode should be floats [B, H, T, D], T a multiple of 64")
 
 
 def require_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
@@ -106,9 +52,17 @@ def require_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages
 
 def _require_job(job: EncodeJob) -> bool:
     """True, so that it is known."""
-    tokens, recipe, codes = job.tokens, job.recipe, job.fields["codes"]
+    tokens, recipe = job.tokens, job.recipe
+    require(tokens.dim() == 3 and tokens.is_floating_point(), f"{job.what} should be floats [slots, H, D]")
+    if recipe is None:
+        return True
     heads, dim = tokens.shape[1:]
-    require(tokens.dtype in READABLE and tokens.stride(2) == 1, f"{job.what} should be floats that lie side by side")
+    codes = job.fields["codes"]
+    fits = tokens.dtype in READABLE and tokens.stride(2) == 1
+    require(fits, f"{job.what} should be float32, bfloat16 or float16 that lie side by side")
+    if job.rope is not None:
+        pairs = job.rope.inv_freq.shape[0]
+        require(2 * pairs <= dim, f"a mean of dimension {dim} cannot turn in {pairs} pairs")
     constants: dict[str, tuple[tuple[int, ...], torch.dtype]]
     if isinstance(recipe, Recipe):
         require(recipe.takes(heads, dim), f"the recipe is not for {heads} heads of dimension {dim}")
@@ -124,6 +78,19 @@ def _require_job(job: EncodeJob) -> bool:
     for field in job.fields.values():
         require(not field.numel() or field[0, 0].is_contiguous(), f"a page of {job.what} should lie together in memory")
     return True
+
+
+# Decoding
+
+
+def require_decodable(blocks: Blocks, form: NibbleForm, first: Tensor) -> None:
+    """Blocks ``[B, H, n, *shape]`` of this form, and a position for each."""
+    codes = blocks["codes"]
+    require(codes.dim() == 5, "codes of packed tokens should be [B, H, n, bytes, 64]")
+    batch, heads, count = codes.shape[:3]
+    require_tensor(first, (batch, count), torch.int64, "positions of blocks to decode")
+    _require_fields(form, blocks, (batch, heads, count), BLOCK)
+    once(form, f"head_dim of {heads}", partial(_head_dim, heads))
 
 
 # The fused decode step

@@ -144,19 +144,22 @@ class Rotation(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class EncodeJob:
-    """The keys or the values of one layer that ``encode_pages`` takes from exact tokens to pages.
+    """The keys or the values of one layer that ``encode`` takes from exact tokens to pages.
 
-    ``tokens [slots, H, D]`` is one side of an ``ExactPool`` and ``fields`` that of a ``Pool`` with pages of 64.
-    ``recipe`` tells how its codec encodes, ``rope`` what turns the mean that the recipe subtracts, ``quantize`` does
-    the same with whole tokens, for backends that have no encoder; ``what`` names the tokens in an error.
+    - ``tokens [slots, H, D]``: one side of an ``ExactPool``.
+    - ``fields``: those of one side of a ``Pool`` with pages of 64.
+    - ``quantize``: what defines the codes, ``Codec.quantize``.
+    - ``recipe``, ``rope``: the same as kernels read it, and what turns the mean that it subtracts. Without a recipe
+      every backend calls ``quantize``.
+    - ``what``: names the tokens in an error.
     """
 
     tokens: Tensor
     fields: Blocks
-    recipe: Recipe | GridRecipe
-    rope: Rotation | None
     quantize: Callable[[Tensor, Tensor], Blocks]
     what: str
+    recipe: Recipe | GridRecipe | None = None
+    rope: Rotation | None = None
     derived: dict[str, Any] = field(default_factory=Derived, init=False)
 
 

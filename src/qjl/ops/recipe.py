@@ -161,18 +161,9 @@ class Recipe:
         return fit and self.map.takes(heads, dim) and all(part.takes(heads) for part in self.parts)
 
 
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """How RoPE turns the pairs of coordinates of the mean: ``cos`` and ``sin`` float32 [B, F, T]."""
-
-    cos: Tensor
-    sin: Tensor
-    interleaved: bool
-
-
 @dataclass(frozen=True)
 class GridRecipe:
-    """What ``encode_grid`` does: orthonormal Hadamard matrices of ``size`` along the diagonal, then a grid per group.
+    """Orthonormal Hadamard matrices of ``size`` along the diagonal, then a grid per group.
 
     It has ``2**num_bits`` levels, from ``clip`` times the least to ``clip`` times the greatest channel of the group.
     """

@@ -3,44 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qjl.errors import QJLError
 from qjl.ops.forms import EncodeJob, ExactPool, NibbleForm, Pool, Rows, Turn
-from qjl.packed import BLOCK, Blocks
+from qjl.packed import BLOCK, Blocks, block_positions
+
+TILE_BLOCKS = 64  # encoded at once
 
 
-def pack(nibbles: Tensor) -> Tensor:
-    low, high = nibbles[..., 0::2], nibbles[..., 1::2]
-    token_major = low | (high << 4)  # [B, H, T, N / 2]
-    return token_major.unflatten(2, (-1, BLOCK)).transpose(3, 4).contiguous()
+def decode(blocks: Blocks, form: NibbleForm, first: Tensor) -> Tensor:
+    """Row by row."""
+    codes = blocks["codes"]
+    code = codes.new_empty((*codes.shape[:2], codes.shape[2] * BLOCK, form.code_dim), dtype=torch.float32)
+    for row in range(codes.shape[0]):
+        code[row] = _in_code_space(form, {name: x[row].movedim(1, -2).flatten(-2) for name, x in blocks.items()})
+    return tokens_of(code, form, first)
 
 
-def unpack(codes: Tensor) -> Tensor:
-    token_major = codes.transpose(3, 4).flatten(2, 3)
-    return torch.stack([token_major & 15, token_major >> 4], dim=-1).flatten(3)
+def tokens_of(code: Tensor, form: NibbleForm, first: Tensor) -> Tensor:
+    """``mean + map^T code`` of codes ``[B, H, T, D']`` that are scaled."""
+    tokens = code if form.map is None else code @ form.map.float()
+    if form.mean is None:
+        return tokens
+    positions = block_positions(first)
+    if form.turn is None:
+        return tokens + form.mean.float()[:, None]
+    turned = [_turned(form.mean, form.turn, positions[row]) for row in range(len(positions))]
+    return tokens + torch.stack(turned) if turned else tokens
 
 
-def scan(tables: Tensor, codes: Tensor) -> Tensor:
-    batch, heads, rows, nibbles, _ = tables.shape
-    flat = tables.float().permute(0, 1, 3, 4, 2).reshape(batch * heads * nibbles * 16, rows)
-    first = torch.arange(batch * heads * nibbles, device=codes.device, dtype=torch.int32) * 16
-    index = unpack(codes).int() + first.view(batch, heads, 1, nibbles)
-    sums = F.embedding_bag(index.flatten(0, 2), flat, mode="sum")
-    return sums.view(batch, heads, index.shape[2], rows).transpose(2, 3)
+def _looked_up(entries: Tensor, codes: Tensor) -> Tensor:
+    """Entries of every token in slot order, ``[H, N, 16, w], [H, N / 2, t] -> [H, t, N w]``.
 
-
-def expand(entries: Tensor, codes: Tensor) -> Tensor:
-    """Looks up whole bytes: a table of 256 pairs of nibbles halves the number of look-ups."""
+    Looks up whole bytes: a table of 256 pairs of nibbles halves the number of look-ups.
+    """
     heads, nibbles, _, width = entries.shape
     pairs = _byte_entries(entries.float())  # [H, N / 2, 256, 2w]
     first = torch.arange(heads * nibbles // 2, device=codes.device, dtype=torch.int32) * 256
-    index = codes.transpose(3, 4).flatten(2, 3).int() + first.view(heads, 1, nibbles // 2)
-    return F.embedding(index, pairs.view(-1, 2 * width)).flatten(3)
+    index = codes.transpose(1, 2).int() + first.view(heads, 1, nibbles // 2)
+    return F.embedding(index, pairs.view(-1, 2 * width)).flatten(2)
 
 
 def _byte_entries(entries: Tensor) -> Tensor:
@@ -106,18 +111,25 @@ def append_attend(
     return out.view(batch, query_heads, queries, value_dim).transpose(1, 2).contiguous().to(query.dtype)
 
 
-def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
-    """One job after the other; tokens that are not finite show at the end, so that a device is waited for once."""
+def encode(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> Tensor:
+    """Whether all tokens of each job are finite, ``bool [jobs]``."""
+    return torch.stack([encode_by(job.quantize, job, slots, first, pages) for job in jobs])
+
+
+def encode_by(
+    quantize: Callable[[Tensor, Tensor], Blocks], job: EncodeJob, slots: Tensor, first: Tensor, pages: Tensor
+) -> Tensor:
+    """One job, some blocks at once, so that a long prompt takes little room: ``bool []``."""
     finite = []
-    for job in jobs:
-        tokens = job.tokens[slots.long()].transpose(0, 1)[None]
+    for of_slots, of_first, of_pages in zip(
+        slots.long().split(TILE_BLOCKS * BLOCK), first.split(TILE_BLOCKS), pages.long().split(TILE_BLOCKS), strict=True
+    ):
+        tokens = job.tokens[of_slots].transpose(0, 1)[None]
         is_finite = tokens.isfinite()
         finite.append(is_finite.all())
-        for name, field in job.quantize(tokens.where(is_finite, 0), first[None]).items():
-            job.fields[name][pages.long()] = field[0].transpose(0, 1)
-    if finite and not torch.stack(finite).all():
-        name = next(job.what for job, is_finite in zip(jobs, finite, strict=True) if not is_finite)
-        raise QJLError(f"{name} contain NaN or Inf: check the model's weights, its dtype and the prompt.")
+        for name, field in quantize(tokens.where(is_finite, 0), of_first[None]).items():
+            job.fields[name][of_pages] = field[0].transpose(0, 1)
+    return torch.stack(finite).all()
 
 
 def _packed_tokens(pool: Pool, rows: Rows, row: int) -> Tensor:
@@ -170,14 +182,19 @@ def _weighted(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decoded(form: NibbleForm, block: Blocks) -> Tensor:
     """``map^T (scale * code + middle)`` of a block of any size, without batch: ``[H, t, D]``."""
+    code = _in_code_space(form, block)
+    return code if form.map is None else code @ form.map.float()
+
+
+def _in_code_space(form: NibbleForm, block: Blocks) -> Tensor:
+    """``scale * code + middle`` of a block of any size, without batch: ``[H, t, D']``."""
     codes = block["codes"]
     heads, _, tokens = codes.shape
     by_group = (heads, form.groups, tokens, 1)
     code = _code(form, codes) * _scale(form, block[form.scale]).reshape(by_group)
     if form.middle is not None:
         code = code + block[form.middle].float().reshape(by_group)
-    joined = code.transpose(1, 2).flatten(2)
-    return joined if form.map is None else joined @ form.map.float()
+    return code.transpose(1, 2).flatten(2)
 
 
 def _code(form: NibbleForm, codes: Tensor) -> Tensor:
@@ -187,7 +204,7 @@ def _code(form: NibbleForm, codes: Tensor) -> Tensor:
     entries, places = (
         x.expand(heads, *x.shape[1:]).repeat_interleave(form.groups, 0) for x in (form.entries, form.coordinates)
     )
-    terms = expand(entries, of_groups[None, :, None])[0]
+    terms = _looked_up(entries, of_groups)
     sums = terms.new_zeros((heads * form.groups, tokens, form.code_dim // form.groups))
     index = places.flatten(1).long()[:, None].expand(-1, tokens, -1)
     return sums.scatter_add_(2, index, terms).unflatten(0, (heads, form.groups))
@@ -206,9 +223,15 @@ def _turned(mean: Tensor, turn: Turn | None, positions: Tensor) -> Tensor:
     turned = mean.float()[:, None].repeat(1, positions.shape[0], 1)
     if turn is None:
         return turned
-    angles = (positions.double()[:, None] * turn.inv_freq.to(positions.device).double()).remainder(math.tau).float()
-    cos, sin = angles.cos() * turn.scaling, angles.sin() * turn.scaling
+    cos, sin = turns(turn, positions)
     first, second = (x.to(positions.device).long() for x in (turn.first, turn.second))
     one, other = turned[..., first], turned[..., second]
     turned[..., first], turned[..., second] = one * cos - other * sin, other * cos + one * sin
     return turned
+
+
+def turns(turn: Turn, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled cosines and sines ``float32 [..., F]`` of exact angles at positions ``[...]``."""
+    angles = positions.double()[..., None] * turn.inv_freq.to(positions.device).double()
+    angles = angles.remainder(math.tau).float()
+    return angles.cos() * turn.scaling, angles.sin() * turn.scaling

@@ -132,13 +132,15 @@ class PagedLayer:
     def _encode(self, targets: Targets | None, tokens: Tokens) -> None:
         if targets is None:
             return
+        if targets.columns is None or targets.offsets is None:
+            sides = zip(self.codecs, tokens, self.pages.fields, ("keys", "values"), strict=True)
+            jobs = [codec.job(source, fields, what) for codec, source, fields, what in sides]
+            ops.encode(jobs, targets.sources.int(), targets.first, targets.pages.int(), are_trusted=True)
+            return
         for side, (codec, source) in enumerate(zip(self.codecs, tokens, strict=True)):
             chosen = source.index_select(0, targets.sources).transpose(0, 1)[None]
-            blocks = codec.quantize(chosen, targets.first[None])
-            if targets.columns is None or targets.offsets is None:
-                self.pages.write(side, blocks, targets.pages)
-            else:
-                self.pages.write_tokens(side, blocks, targets.columns, targets.pages, targets.offsets)
+            blocks = codec.encode_tokens(chosen, targets.first[None])
+            self.pages.write_tokens(side, blocks, targets.columns, targets.pages, targets.offsets)
 
     def before(self, one: Alone) -> Iterator[Tokens]:
         """Keys and values ``[t, H, D]`` of tokens before a sequence's fresh ones, part by part: exact, or decoded."""

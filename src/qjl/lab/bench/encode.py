@@ -57,7 +57,7 @@ def time_encoding(
     subject = x if sampled else _repeated(x, _whole_blocks(tokens))
     first = _positions(subject)
     works: dict[str, Sequence[Work]] = {
-        OURS: [partial(codec.quantize, subject.clone(), first) for _ in range(copies_for(subject.nbytes, place))],
+        OURS: [partial(codec.encode_tokens, subject.clone(), first) for _ in range(copies_for(subject.nbytes, place))],
         LIMIT: [limit],
     }
     prefills = _some_queries(tokens, settings) if sampled else {FLASH: whole_prefill(tokens, settings)}
@@ -83,7 +83,7 @@ def encoding_error(codec: Codec, x: Tensor, first: Tensor, threads: int) -> floa
     """How much more of the tokens is lost than in the reference's codes. Codes may differ where two are as good."""
 
     def lost() -> float:
-        return float((codec.dequantize(codec.quantize(x, first), first) - x.float()).norm())
+        return float((codec.dequantize(codec.encode_tokens(x, first), first) - x.float()).norm())
 
     with use_threads(threads), torch.no_grad():
         ours = lost()

@@ -158,7 +158,7 @@ class _Repeating(Codec):
 
     def quantize(self, x: Tensor, first: Tensor) -> Blocks:
         if x.shape[2] not in self._known:
-            self._known[x.shape[2]] = self.codec.quantize(x, first)
+            self._known[x.shape[2]] = self.codec.encode_tokens(x, first)
         return self._known[x.shape[2]]
 
     def dequantize(self, blocks: Blocks, first: Tensor) -> Tensor:

@@ -1,51 +1,74 @@
-"""pack, unpack, scan and expand in C++ (``csrc/codes.inl``)."""
+"""decode in C++ (``csrc/decode.inl``)."""
 
 from __future__ import annotations
+
+from ctypes import c_int64
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qjl.ops import reference
 from qjl.ops.cpu import library
-from qjl.ops.cpu.structs import CPU, Codes, Expand, Pack, Scan
-from qjl.packed import BLOCK
+from qjl.ops.cpu.structs import CPU, Codes, Decode
+from qjl.ops.forms import NibbleForm
+from qjl.packed import BLOCK, Blocks, block_positions
 
 
-def with_whole_blocks(codes: Tensor) -> Tensor:
-    """The same codes, copied where ``[bytes, 64]`` of a block do not lie together."""
-    return codes if codes.stride()[3:] == (BLOCK, 1) else codes.contiguous()
+def decode(blocks: Blocks, form: NibbleForm, first: Tensor) -> Tensor:
+    codes, scales = blocks["codes"], blocks[form.scale]
+    batch, heads, count = codes.shape[:3]
+    operation = Decode(Codes(codes.data_ptr(), *codes.shape[:4], *codes.stride()[:3]), dim=form.code_dim)
+    operation.scales, operation.scale_stride = scales.data_ptr(), _strides(scales)
+    if form.middle is not None:
+        middles = blocks[form.middle]
+        operation.middles, operation.middle_stride = middles.data_ptr(), _strides(middles)
+    kept = {**_put_code(operation, form), **_put_map(operation, form), **_put_mean(operation, form, first)}
+    out = torch.empty((batch, heads, count * BLOCK, operation.head_dim), dtype=torch.float32, device=CPU)
+    operation.out = out.data_ptr()
+    library.call_in_room("qjl_decode", operation, lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=CPU))
+    del kept
+    return out
 
 
-def pack(nibbles: Tensor) -> Tensor:
-    nibbles = nibbles.contiguous()
-    batch, heads, tokens, count = nibbles.shape
-    codes = torch.empty((batch, heads, tokens // BLOCK, count // 2, BLOCK), dtype=torch.uint8, device=CPU)
-    library.call("qjl_pack", Pack(Codes.of(codes), nibbles.data_ptr()))
-    return codes
+def _strides(field: Tensor) -> Any:
+    """Over batch, head and block."""
+    return (c_int64 * 3)(*field.stride()[:3])
 
 
-def unpack(codes: Tensor) -> Tensor:
-    codes = with_whole_blocks(codes)
-    batch, heads, blocks, count, _ = codes.shape
-    nibbles = torch.empty((batch, heads, blocks * BLOCK, 2 * count), dtype=torch.uint8, device=CPU)
-    library.call("qjl_unpack", Pack(Codes.of(codes), nibbles.data_ptr()))
-    return nibbles
+def _pointed(operation: Decode, **tensors: Tensor) -> dict[str, Tensor]:
+    """The tensors that the fields of these names point to, which must be kept until the call is over."""
+    for name, tensor in tensors.items():
+        setattr(operation, name, tensor.data_ptr())
+    return tensors
 
 
-def scan(tables: Tensor, codes: Tensor) -> Tensor:
-    codes, tables = with_whole_blocks(codes), tables.float().contiguous()
-    batch, heads, rows = tables.shape[:3]
-    scores = torch.empty((batch, heads, rows, codes.shape[2] * BLOCK), dtype=torch.float32, device=CPU)
-    library.call("qjl_scan", Scan(Codes.of(codes), tables.data_ptr(), scores.data_ptr(), rows))
-    return scores
+def _put_code(operation: Decode, form: NibbleForm) -> dict[str, Tensor]:
+    operation.groups, operation.slots = form.groups, form.entries.shape[3]
+    operation.code_stride = int(form.entries.shape[0] > 1)
+    units = {} if form.unit is None else {"units": form.unit.float().contiguous()}
+    entries = form.entries.float().transpose(2, 3).contiguous()
+    return _pointed(operation, coordinates=form.coordinates.short().contiguous(), entries=entries, **units)
 
 
-def expand(entries: Tensor, codes: Tensor) -> Tensor:
-    codes = with_whole_blocks(codes)
-    heads, nibbles, _, width = entries.shape
-    are_shared = entries.stride(0) == 0
-    entries = (entries[:1] if are_shared else entries).float().contiguous()
-    size = (codes.shape[0], heads, codes.shape[2] * BLOCK, nibbles * width)
-    expanded = torch.empty(size, dtype=torch.float32, device=CPU)
-    head_stride = 0 if are_shared else nibbles * 16 * width
-    library.call("qjl_expand", Expand(Codes.of(codes), entries.data_ptr(), expanded.data_ptr(), head_stride, width))
-    return expanded
+def _put_map(operation: Decode, form: NibbleForm) -> dict[str, Tensor]:
+    operation.head_dim = form.code_dim
+    if form.map is None:
+        return {}
+    is_shared = form.map.shape[0] == 1 or form.map.stride(0) == 0
+    back = (form.map[:1] if is_shared else form.map).float().transpose(1, 2).contiguous()
+    operation.head_dim = back.shape[1]
+    operation.map_stride = 0 if is_shared else back.stride(0)
+    return _pointed(operation, map=back)
+
+
+def _put_mean(operation: Decode, form: NibbleForm, first: Tensor) -> dict[str, Tensor]:
+    if form.mean is None:
+        return {}
+    mean = form.mean.float().contiguous()
+    if form.turn is None:
+        return _pointed(operation, mean=mean)
+    cos, sin = (x.transpose(1, 2).contiguous() for x in reference.turns(form.turn, block_positions(first)))
+    turns = torch.stack([form.turn.first, form.turn.second]).int().contiguous()
+    operation.pairs = turns.shape[1]
+    return _pointed(operation, mean=mean, turns=turns, cos=cos, sin=sin)

@@ -1,15 +1,15 @@
-"""encode and encode_grid in C++ (``csrc/encode.inl``, ``csrc/encode/grid.inl``)."""
+"""encode in C++ (``csrc/encode.inl``, ``csrc/encode/grid.inl``)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import addressof, c_float
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qjl.errors import QJLError
+from qjl.ops import reference
 from qjl.ops.cpu import library, structs
 from qjl.ops.cpu.structs import CPU
 from qjl.ops.forms import EncodeJob, once
@@ -22,7 +22,6 @@ from qjl.ops.recipe import (
     Recipe,
     SignsPart,
     TrellisPart,
-    Turn,
 )
 from qjl.packed import BLOCK
 
@@ -30,47 +29,30 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # QjlType
 _LEVELS, _TRELLIS, _SIGNS = range(3)  # QjlPartKind
 
 
-def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Tensor, Tensor]:
-    tokens = _readable(tokens)
-    if turn is not None:
-        turn = replace(turn, cos=turn.cos.contiguous(), sin=turn.sin.contiguous())
-    codes = _empty_codes(tokens, sum(part.nibbles for part in recipe.parts) // 2)
-    dtype = torch.float16 if recipe.units is None else torch.uint8
-    scales = torch.empty((*codes.shape[:3], BLOCK), dtype=dtype, device=CPU)
-    operation = _encoder(recipe)
-    operation.codes, operation.tokens, operation.mean = structs.Codes.of(codes), _tokens(tokens), _mean(recipe, turn)
-    operation.scales, operation.scale_stride = scales.data_ptr(), scales.stride()[:3]
-    library.call_in_room("qjl_encode", operation, _room)
-    return codes, scales
+def encode(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> Tensor:
+    """One call for all jobs with a recipe, which gathers tokens as it reads them and writes into the pages."""
+    finite: list[Tensor | bool] = [
+        job.recipe is not None or reference.encode_by(job.quantize, job, slots, first, pages) for job in jobs
+    ]
+    of_kernels = [place for place, job in enumerate(jobs) if job.recipe is not None]
+    if of_kernels:
+        not_finite = _encode([jobs[place] for place in of_kernels], slots.contiguous(), first, pages.contiguous())
+        if not_finite >= 0:
+            finite[of_kernels[not_finite]] = False
+    return torch.tensor(finite, dtype=torch.bool, device=CPU)
 
 
-def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = _readable(tokens)
-    codes = _empty_codes(tokens, tokens.shape[3] * recipe.num_bits // 8)
-    steps = torch.empty((*codes.shape[:3], recipe.groups, BLOCK), dtype=torch.float16, device=CPU)
-    middles = torch.empty(steps.shape, dtype=torch.float16, device=CPU)
-    operation = _grid_encoder(recipe)
-    operation.codes, operation.tokens = structs.Codes.of(codes), _tokens(tokens)
-    operation.steps, operation.step_stride = steps.data_ptr(), steps.stride()[:3]
-    operation.middles, operation.middle_stride = middles.data_ptr(), middles.stride()[:3]
-    library.call_in_room("qjl_encode_grid", operation, _room)
-    return codes, steps, middles
-
-
-def encode_pages(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> None:
-    """One call for all jobs, which gathers tokens as it reads them and writes into the pages."""
-    slots, pages = slots.contiguous(), pages.contiguous()
+def _encode(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> int:
+    """The first job with tokens that are not finite, or -1."""
     array, turns = (structs.Job * len(jobs))(), _Turns(first)
     for place, job in enumerate(jobs):
         made = once(job, "struct", _job)
         array[place] = made.struct
         if made.rope is not None:
             array[place].cos, array[place].sin = turns.of(job, made.rope)
-    operation = structs.EncodePages(array, len(jobs), slots.data_ptr(), pages.data_ptr(), len(pages), -1)
-    library.call_in_room("qjl_encode_pages", operation, _room)
-    if operation.not_finite >= 0:
-        what = jobs[operation.not_finite].what
-        raise QJLError(f"{what} contain NaN or Inf: check the model's weights, its dtype and the prompt.")
+    operation = structs.Encode(array, len(jobs), slots.data_ptr(), pages.data_ptr(), len(pages), -1)
+    library.call_in_room("qjl_encode", operation, _room)
+    return operation.not_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,19 +60,21 @@ class _MadeJob:
     """A job's struct, that it points to, and what tells its RoPE from others where its mean turns."""
 
     struct: structs.Job
-    operation: structs.Encode | structs.EncodeGrid
+    operation: structs.Recipe | structs.GridRecipe
     rope: tuple[bytes, float, bool] | None
 
 
 def _job(job: EncodeJob) -> _MadeJob:
     fields, tokens, recipe = job.fields, job.tokens, job.recipe
+    assert recipe is not None
     codes = fields["codes"]
     heads, dim = tokens.shape[1:]
     target = structs.Codes(
         codes.data_ptr(), 1, heads, codes.shape[0], codes.shape[2], 0, codes.stride(1), codes.stride(0)
     )
-    source = structs.Tokens(tokens.data_ptr(), _TYPES[tokens.dtype], dim, 0, tokens.stride(1), tokens.stride(0))
-    source.slot_count = tokens.shape[0]
+    source = structs.Tokens(
+        tokens.data_ptr(), _TYPES[tokens.dtype], dim, tokens.stride(1), tokens.stride(0), tokens.shape[0]
+    )
     if isinstance(recipe, GridRecipe):
         grid = _grid_encoder(recipe)
         grid.codes, grid.tokens = target, source
@@ -98,26 +82,26 @@ def _job(job: EncodeJob) -> _MadeJob:
         grid.middles, grid.middle_stride = fields["middle"].data_ptr(), _page_strides(fields["middle"])
         return _MadeJob(structs.Job(grid=addressof(grid)), grid, None)
     encoder = _encoder(recipe)
-    encoder.codes, encoder.tokens, encoder.mean = target, source, _mean(recipe, None)
+    encoder.codes, encoder.tokens, encoder.mean = target, source, structs.Mean(vector=_pointer(recipe.mean))
     encoder.scales, encoder.scale_stride = fields["scale"].data_ptr(), _page_strides(fields["scale"])
     rope = None if recipe.mean is None else job.rope
     if rope is None:
-        return _MadeJob(structs.Job(encode=addressof(encoder)), encoder, None)
+        return _MadeJob(structs.Job(recipe=addressof(encoder)), encoder, None)
     encoder.mean.pairs, encoder.mean.interleaved = rope.inv_freq.shape[0], rope.interleaved
     key = (rope.inv_freq.cpu().numpy().tobytes(), rope.scaling, rope.interleaved)
-    return _MadeJob(structs.Job(encode=addressof(encoder)), encoder, key)
+    return _MadeJob(structs.Job(recipe=addressof(encoder)), encoder, key)
 
 
-def _page_strides(field: Tensor) -> tuple[int, int, int]:
-    """Over nothing, head and page."""
-    return 0, field.stride(1), field.stride(0)
+def _page_strides(field: Tensor) -> tuple[int, int]:
+    """Over head and page."""
+    return field.stride(1), field.stride(0)
 
 
 class _Turns:
     """Cosines and sines of every RoPE for the tokens of some blocks, which jobs share."""
 
     def __init__(self, first: Tensor) -> None:
-        self._positions = (first[:, None] + torch.arange(BLOCK)).flatten()[None]
+        self._positions = (first[:, None] + torch.arange(BLOCK, device=first.device)).flatten()[None]
         self._made: dict[tuple[bytes, float, bool], tuple[Tensor, Tensor]] = {}
 
     def of(self, job: EncodeJob, key: tuple[bytes, float, bool]) -> tuple[int, int]:
@@ -131,9 +115,9 @@ class _Turns:
         return cos.data_ptr(), sin.data_ptr()
 
 
-def _encoder(recipe: Recipe) -> structs.Encode:
+def _encoder(recipe: Recipe) -> structs.Recipe:
     """What a recipe does, whatever the tokens."""
-    return structs.Encode(
+    return structs.Recipe(
         map=_map(recipe.map),
         parts=(structs.Part * len(recipe.parts))(*map(_part, recipe.parts)),
         part_count=len(recipe.parts),
@@ -145,36 +129,12 @@ def _encoder(recipe: Recipe) -> structs.Encode:
     )
 
 
-def _grid_encoder(recipe: GridRecipe) -> structs.EncodeGrid:
-    return structs.EncodeGrid(size=recipe.size, groups=recipe.groups, bits=recipe.num_bits, clip=recipe.clip)
+def _grid_encoder(recipe: GridRecipe) -> structs.GridRecipe:
+    return structs.GridRecipe(size=recipe.size, groups=recipe.groups, bits=recipe.num_bits, clip=recipe.clip)
 
 
 def _room(nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=CPU)
-
-
-def _readable(tokens: Tensor) -> Tensor:
-    """The same numbers, copied where a token's do not lie together or are of another type."""
-    if tokens.dtype not in _TYPES:
-        tokens = tokens.float()
-    return tokens if tokens.stride(3) == 1 else tokens.contiguous()
-
-
-def _empty_codes(tokens: Tensor, count: int) -> Tensor:
-    batch, heads, length, _ = tokens.shape
-    return torch.empty((batch, heads, length // BLOCK, count, BLOCK), dtype=torch.uint8, device=CPU)
-
-
-def _tokens(tokens: Tensor) -> structs.Tokens:
-    return structs.Tokens(tokens.data_ptr(), _TYPES[tokens.dtype], tokens.shape[3], *tokens.stride()[:3])
-
-
-def _mean(recipe: Recipe, turn: Turn | None) -> structs.Mean:
-    if turn is None:
-        return structs.Mean(vector=_pointer(recipe.mean))
-    return structs.Mean(
-        _pointer(recipe.mean), turn.cos.data_ptr(), turn.sin.data_ptr(), turn.cos.shape[1], turn.interleaved
-    )
 
 
 def _map(chosen: Map) -> structs.Map:

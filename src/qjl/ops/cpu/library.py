@@ -27,8 +27,7 @@ PATH_VARIABLE = "QJL_CPU_LIBRARY"
 _REINSTALL = "`pip install --force-reinstall --no-cache-dir --no-deps qjl`"
 _RETURNS = {
     **dict.fromkeys(("qjl_supported", "qjl_selected", "qjl_refusal"), c_char_p),
-    **dict.fromkeys((f"qjl_{name}" for name in ("pack", "unpack", "scan", "expand")), c_int64),
-    **dict.fromkeys((f"qjl_{name}" for name in ("encode", "encode_grid", "encode_pages", "step")), c_int64),
+    **dict.fromkeys((f"qjl_{name}" for name in ("encode", "decode", "step")), c_int64),
     **dict.fromkeys((f"qjl_{name}" for name in ("flash_decode", "popcount_scan", "read")), c_int64),
 }
 

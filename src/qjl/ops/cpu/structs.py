@@ -10,7 +10,6 @@ from ctypes import POINTER, Structure, c_float, c_int8, c_int32, c_int64, c_void
 from struct import Struct
 
 import torch
-from torch import Tensor
 
 CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
 MEANING = 3  # raised where a function or a field means something else, and no size tells so
@@ -29,29 +28,6 @@ class Codes(Structure):
         *((name, c_int64) for name in ("batch_stride", "head_stride", "block_stride")),
     )
 
-    @classmethod
-    def of(cls, codes: Tensor) -> Codes:
-        """Those of a tensor whose blocks are contiguous (``with_whole_blocks``)."""
-        return cls(codes.data_ptr(), *codes.shape[:4], *codes.stride()[:3])
-
-
-class Pack(Structure):
-    _fields_ = (("codes", Codes), ("nibbles", c_void_p))
-
-
-class Scan(Structure):
-    _fields_ = (("codes", Codes), ("tables", c_void_p), ("scores", c_void_p), ("rows", c_int64))
-
-
-class Expand(Structure):
-    _fields_ = (
-        ("codes", Codes),
-        ("entries", c_void_p),
-        ("expanded", c_void_p),
-        ("head_stride", c_int64),
-        ("width", c_int64),
-    )
-
 
 # Encoding
 
@@ -59,17 +35,12 @@ class Expand(Structure):
 class Tokens(Structure):
     _fields_ = (
         ("data", c_void_p),
-        *((name, c_int64) for name in ("type", "dim", "batch_stride", "head_stride", "token_stride")),
-        ("slots", c_void_p),
-        ("slot_count", c_int64),
+        *((name, c_int64) for name in ("type", "dim", "head_stride", "slot_stride", "slot_count")),
     )
 
 
 class Mean(Structure):
-    _fields_ = (
-        *((name, c_void_p) for name in ("vector", "cos", "sin")),
-        *((name, c_int64) for name in ("pairs", "interleaved")),
-    )
+    _fields_ = (("vector", c_void_p), *((name, c_int64) for name in ("pairs", "interleaved")))
 
 
 class Map(Structure):
@@ -95,7 +66,7 @@ class Part(Structure):
     )
 
 
-class Encode(Structure):
+class Recipe(Structure):
     _fields_ = (
         ("codes", Codes),
         ("tokens", Tokens),
@@ -108,35 +79,51 @@ class Encode(Structure):
         *((name, c_void_p) for name in ("weights", "units")),
         ("norm_factor", c_float),
         ("scales", c_void_p),
-        ("scale_stride", c_int64 * 3),
-        ("room", c_void_p),
-        ("room_bytes", c_int64),
+        ("scale_stride", c_int64 * 2),
     )
 
 
-class EncodeGrid(Structure):
+class GridRecipe(Structure):
     _fields_ = (
         ("codes", Codes),
         ("tokens", Tokens),
         *((name, c_int64) for name in ("size", "groups", "bits")),
         ("clip", c_float),
         *((name, c_void_p) for name in ("steps", "middles")),
-        *((name, c_int64 * 3) for name in ("step_stride", "middle_stride")),
-        ("room", c_void_p),
-        ("room_bytes", c_int64),
+        *((name, c_int64 * 2) for name in ("step_stride", "middle_stride")),
     )
 
 
 class Job(Structure):
-    _fields_ = tuple((name, c_void_p) for name in ("encode", "grid", "cos", "sin"))
+    _fields_ = tuple((name, c_void_p) for name in ("recipe", "grid", "cos", "sin"))
 
 
-class EncodePages(Structure):
+class Encode(Structure):
     _fields_ = (
         ("jobs", POINTER(Job)),
         ("job_count", c_int64),
         *((name, c_void_p) for name in ("slots", "pages")),
         *((name, c_int64) for name in ("blocks", "not_finite")),
+        ("room", c_void_p),
+        ("room_bytes", c_int64),
+    )
+
+
+class Decode(Structure):
+    _fields_ = (
+        ("codes", Codes),
+        *((name, c_void_p) for name in ("scales", "middles")),
+        *((name, c_int64 * 3) for name in ("scale_stride", "middle_stride")),
+        ("units", c_void_p),
+        *((name, c_int64) for name in ("dim", "groups")),
+        *((name, c_void_p) for name in ("coordinates", "entries")),
+        *((name, c_int64) for name in ("slots", "code_stride")),
+        ("map", c_void_p),
+        ("map_stride", c_int64),
+        *((name, c_void_p) for name in ("mean", "turns", "cos", "sin")),
+        ("pairs", c_int64),
+        ("out", c_void_p),
+        ("head_dim", c_int64),
         ("room", c_void_p),
         ("room_bytes", c_int64),
     )
@@ -257,8 +244,8 @@ class Read(Structure):
 
 
 ALL: tuple[type[Structure], ...] = (
-    *(Limits, Codes, Pack, Scan, Expand),
-    *(Tokens, Mean, Map, Part, Encode, EncodeGrid, Job, EncodePages),
+    *(Limits, Codes, Decode),
+    *(Tokens, Mean, Map, Part, Recipe, GridRecipe, Job, Encode),
     *(Pair, Side, Exact, Fresh, Rows, Turn, Step),
     *(FlashDecode, PopcountScan, Read),
 )

@@ -1,147 +1,104 @@
-"""pack, unpack, scan and expand in Triton."""
+"""decode in Triton: codes to the space of the codes; torch's matrix product maps them back."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qjl.packed import BLOCK
+from qjl.ops import reference
+from qjl.ops.forms import NibbleForm, once
+from qjl.ops.triton.pairs import pairs_of
+from qjl.packed import BLOCK, Blocks
 
-SHARE: tl.constexpr = tl.constexpr(16)  # nibbles that one program takes, or takes at once
+SHARE: tl.constexpr = tl.constexpr(16)  # pairs of coordinates of one program
 TOKENS: tl.constexpr = tl.constexpr(BLOCK)
 
 
-class Codes(NamedTuple):
-    """Packed codes ``[B, H, blocks, bytes, 64]`` where they lie, with strides in elements."""
+class Coded(NamedTuple):
+    """A field of packed blocks where it lies, ``[B, H, n, rows, 64]``, with strides in elements."""
 
     data: Tensor
     batch: int
     head: int
     block: int
-    byte: int
-    token: int
+    row: int
 
     @classmethod
-    def of(cls, codes: Tensor) -> Codes:
-        return cls(codes, *codes.stride())
+    def of(cls, field: Tensor) -> Coded:
+        """Of one without rows too."""
+        batch, head, block, *inner = field.stride()
+        return cls(field, batch, head, block, inner[0] if len(inner) > 1 else 0)
 
 
-class Rows(NamedTuple):
-    """Numbers per token, ``[B, H, T, N]``, with strides in elements."""
+class PairTables(NamedTuple):
+    """The fields of ``Pairs``; ``per_head`` is 1 where heads have codes of their own."""
 
-    data: Tensor
-    batch: int
-    head: int
-    token: int
-    column: int
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Rows:
-        return cls(rows, *rows.stride())
+    sources: Tensor
+    tables: Tensor
+    coordinates: Tensor
+    groups: Tensor
+    width: int  # P
+    per_head: int
 
 
-def pack(nibbles: Tensor) -> Tensor:
-    batch, heads, tokens, count = nibbles.shape
-    codes = nibbles.new_empty((batch, heads, tokens // BLOCK, count // 2, BLOCK))
-    _pack[_grid(codes, count)](Rows.of(nibbles), Codes.of(codes), heads, count // 2)
-    return codes
-
-
-def unpack(codes: Tensor) -> Tensor:
-    batch, heads, blocks, count, _ = codes.shape
-    nibbles = codes.new_empty((batch, heads, blocks * BLOCK, 2 * count))
-    _unpack[_grid(codes, 2 * count)](Codes.of(codes), Rows.of(nibbles), heads, count)
-    return nibbles
-
-
-def scan(tables: Tensor, codes: Tensor) -> Tensor:
-    tables = tables.float().contiguous()
-    batch, heads, rows, nibbles, _ = tables.shape
-    scores = tables.new_empty((batch, heads, rows, codes.shape[2] * BLOCK))
-    _scan[(codes.shape[2], batch * heads, rows)](tables, Codes.of(codes), scores, heads, nibbles)
-    return scores
-
-
-def expand(entries: Tensor, codes: Tensor) -> Tensor:
-    entries = entries.float()
-    heads, nibbles, _, width = entries.shape
-    expanded = entries.new_empty((codes.shape[0], heads, codes.shape[2] * BLOCK, nibbles * width))
-    _expand[_grid(codes, nibbles)](entries, entries.stride(), Codes.of(codes), Rows.of(expanded), heads, nibbles, width)
-    return expanded
-
-
-def _grid(codes: Tensor, nibbles: int) -> tuple[int, int, int]:
-    batch, heads, blocks = codes.shape[:3]
-    return blocks, batch * heads, triton.cdiv(nibbles, SHARE.value)
+def decode(blocks: Blocks, form: NibbleForm, first: Tensor) -> Tensor:
+    codes, pairs = blocks["codes"], once(form, "pairs of decode", pairs_of)
+    batch, heads, count = codes.shape[:3]
+    # zeros: coordinates without bits are no pairs
+    code = codes.new_zeros((batch, heads, count * BLOCK, form.code_dim), dtype=torch.float32)
+    tables = PairTables(
+        pairs.sources, pairs.tables, pairs.coordinates, pairs.groups, pairs.count, int(pairs.sources.shape[0] > 1)
+    )
+    middle = None if form.middle is None else Coded.of(blocks[form.middle])
+    if code.numel():
+        _decode[(count, batch * heads, triton.cdiv(pairs.count, SHARE.value))](
+            Coded.of(codes), Coded.of(blocks[form.scale]), middle, form.unit, tables, code, heads, form.code_dim,
+            TERMS=pairs.terms,
+        )  # fmt: skip
+    return reference.tokens_of(code, form, first)
 
 
 @triton.jit
-def _place(codes, heads):
-    """Where the codes of this program's block begin."""
+def _begin(field, heads):
+    """Where this program's block begins."""
     row, head, block = tl.program_id(1) // heads, tl.program_id(1) % heads, tl.program_id(0).to(tl.int64)
-    return codes.data + row.to(tl.int64) * codes.batch + head.to(tl.int64) * codes.head + block * codes.block
+    return field.data + row.to(tl.int64) * field.batch + head.to(tl.int64) * field.head + block * field.block
 
 
 @triton.jit
-def _numbers_at(rows, heads, columns):
-    """Pointers ``[64, columns]`` to the numbers of this program's tokens."""
-    row, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    begin = rows.data + row.to(tl.int64) * rows.batch + head.to(tl.int64) * rows.head
-    return begin + token[:, None] * rows.token + columns[None, :] * rows.column
-
-
-@triton.jit
-def _nibbles_at(begin, codes, nibbles, present):
-    """Nibbles of all tokens of a block, ``int32 [64, nibbles]``."""
+def _decode(codes, scale, middle, unit, pairs, code, heads, dim, TERMS: tl.constexpr):
+    """``grid (blocks, B * H, pairs / SHARE)``: both coordinates of some pairs, scaled."""
+    pair = tl.program_id(2) * SHARE + tl.arange(0, SHARE)
     token = tl.arange(0, TOKENS)
-    at = begin + (nibbles // 2)[None, :] * codes.byte + token[:, None] * codes.token
-    byte = tl.load(at, mask=present[None, :], other=0).to(tl.int32)
-    return (byte >> ((nibbles % 2) * 4)[None, :]) & 15
-
-
-@triton.jit
-def _pack(nibbles, codes, heads, count):
-    byte = tl.program_id(2) * (SHARE // 2) + tl.arange(0, SHARE // 2)
-    present = (byte < count)[None, :]
-    low = tl.load(_numbers_at(nibbles, heads, 2 * byte), mask=present, other=0)
-    high = tl.load(_numbers_at(nibbles, heads, 2 * byte + 1), mask=present, other=0)
-    token = tl.arange(0, TOKENS)
-    to = _place(codes, heads) + byte[None, :] * codes.byte + token[:, None] * codes.token
-    tl.store(to, low | (high << 4), mask=present)
-
-
-@triton.jit
-def _unpack(codes, nibbles, heads, count):
-    nibble = tl.program_id(2) * SHARE + tl.arange(0, SHARE)
-    present = nibble < 2 * count
-    unpacked = _nibbles_at(_place(codes, heads), codes, nibble, present)
-    tl.store(_numbers_at(nibbles, heads, nibble), unpacked.to(tl.uint8), mask=present[None, :])
-
-
-@triton.jit
-def _scan(tables, codes, scores, heads, count):
-    begin = _place(codes, heads)
-    row = tl.program_id(1).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
-    sums = tl.zeros([TOKENS], tl.float32)
-    for start in range(0, count, SHARE):
-        nibble = start + tl.arange(0, SHARE)
-        present = nibble < count
-        chosen = (row * count + nibble)[None, :] * 16 + _nibbles_at(begin, codes, nibble, present)
-        sums += tl.sum(tl.load(tables + chosen, mask=present[None, :], other=0.0), axis=1)
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    tl.store(scores + row * tl.num_programs(0) * TOKENS + token, sums)
-
-
-@triton.jit
-def _expand(entries, stride, codes, expanded, heads, count, width):
-    nibble = tl.program_id(2) * SHARE + tl.arange(0, SHARE)
-    present = nibble < count
-    entry = _nibbles_at(_place(codes, heads), codes, nibble, present)
-    table = entries + (tl.program_id(1) % heads) * stride[0] + nibble[None, :] * stride[1] + entry * stride[2]
-    for slot in range(width):
-        looked_up = tl.load(table + slot * stride[3], mask=present[None, :], other=0.0)
-        tl.store(_numbers_at(expanded, heads, nibble * width + slot), looked_up, mask=present[None, :])
+    is_pair = pair < pairs.width
+    of_head = (tl.program_id(1) % heads) * pairs.per_head
+    low = tl.zeros([SHARE, TOKENS], tl.float32)
+    high = tl.zeros([SHARE, TOKENS], tl.float32)
+    for term in range(TERMS):
+        place = (of_head * TERMS + term) * pairs.width + pair
+        source = tl.load(pairs.sources + place, mask=is_pair, other=-1)
+        wanted = (source >= 0)[:, None]
+        at = _begin(codes, heads) + (source // 2)[:, None] * codes.row + token[None, :]
+        byte = tl.load(at, mask=wanted, other=0).to(tl.int32)
+        nibble = (byte >> ((source % 2) * 4)[:, None]) & 15
+        both = tl.load(pairs.tables + place[:, None] * 16 + nibble, mask=wanted, other=0)
+        low += (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        high += (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    group = tl.load(pairs.groups + of_head * pairs.width + pair, mask=is_pair, other=0)[:, None]
+    stored = tl.load(_begin(scale, heads) + group * scale.row + token[None, :]).to(tl.float32)
+    if unit is not None:
+        of_unit = tl.load(unit + tl.program_id(1) % heads)
+        stored = tl.where(stored == 0, 0.0, tl.exp2((stored - 128) / 12)) * of_unit
+    low, high = low * stored, high * stored
+    if middle is not None:
+        added = tl.load(_begin(middle, heads) + group * middle.row + token[None, :]).to(tl.float32)
+        low, high = low + added, high + added
+    to = code + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * TOKENS * dim
+    for half in tl.static_range(2):
+        coordinate = tl.load(pairs.coordinates + (of_head * 2 + half) * pairs.width + pair, mask=is_pair, other=-1)
+        numbers = low if half == 0 else high
+        tl.store(to + token[None, :] * dim + coordinate[:, None], numbers, mask=(coordinate >= 0)[:, None])

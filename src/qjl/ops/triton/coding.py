@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qjl.ops.triton.codes import Rows
 from qjl.packed import BLOCK
 
 TOKENS = tl.constexpr(BLOCK)
@@ -24,6 +23,20 @@ STEPS_PER_OCTAVE = tl.constexpr(12)
 UNIT_CODE = tl.constexpr(128)
 TINY = tl.constexpr(1e-30)
 LARGEST_HALF = tl.constexpr(65504.0)
+
+
+class Rows(NamedTuple):
+    """Numbers per token, ``[B, H, T, N]``, with strides in elements."""
+
+    data: Tensor
+    batch: int
+    head: int
+    token: int
+    column: int
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Rows:
+        return cls(rows, *rows.stride())
 
 
 class Mean(NamedTuple):

@@ -1,31 +1,46 @@
-"""encode and encode_grid in Triton: a few kernels over the new tokens, with numbers between them in scratch memory."""
+"""encode in Triton: a few kernels over the new tokens, with numbers between them in scratch memory."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 import triton
 from torch import Tensor
 
-from qjl.ops.recipe import GridRecipe, LevelsPart, Map, Part, Recipe, SignsPart, SketchMap, TrellisPart, Turn
+from qjl.ops import reference
+from qjl.ops.forms import EncodeJob, Rotation
+from qjl.ops.recipe import GridRecipe, LevelsPart, Map, Part, Recipe, SignsPart, SketchMap, TrellisPart
 from qjl.ops.triton import coding
-from qjl.ops.triton.codes import Rows
-from qjl.packed import BLOCK
+from qjl.packed import BLOCK, Blocks
 
 NIBBLE = 4
 LEAST = 16  # what a matrix product takes
 
 
-def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Tensor, Tensor]:
-    tokens = _readable(tokens)
+def encode(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> Tensor:
+    """Whether all tokens of each job are finite, ``bool [jobs]``."""
+    return torch.stack([reference.encode_by(_quantizer(job), job, slots, first, pages) for job in jobs])
+
+
+def _quantizer(job: EncodeJob) -> Callable[[Tensor, Tensor], Blocks]:
+    """What takes tokens ``[1, H, T, D]`` and the positions of their blocks ``[1, T / 64]`` to codes."""
+    if job.recipe is None:
+        return job.quantize
+    if isinstance(job.recipe, GridRecipe):
+        return partial(_on_grids, job.recipe)
+    return partial(_encoded, job.recipe, job.rope)
+
+
+def _encoded(recipe: Recipe, rope: Rotation | None, tokens: Tensor, first: Tensor) -> Blocks:
     batch, heads, length, dim = tokens.shape
     sites, rows = (batch, heads, length // BLOCK), recipe.map.rows
     grid = sites[2], batch * heads
     mapped = tokens.new_empty((*sites, rows, BLOCK), dtype=torch.float32)
     norms = None if recipe.units is not None else tokens.new_empty((*sites, BLOCK), dtype=torch.float32)
     coding.transform[(*grid, triton.cdiv(rows, coding.CHUNK.value))](
-        Rows.of(tokens), _mean(recipe.mean, turn), _map(recipe.map), mapped, norms, heads, rows, dim
+        coding.Rows.of(tokens), _mean(recipe.mean, rope, first), _map(recipe.map), mapped, norms, heads, rows, dim
     )
     sizes = coding.Sizes(*(torch.empty_like(mapped[:, :, :, 0]) for _ in range(3)))
     coding.sizes[grid](mapped, recipe.weights, sizes, heads, rows)
@@ -36,36 +51,33 @@ def encode(tokens: Tensor, recipe: Recipe, turn: Turn | None = None) -> tuple[Te
     else:
         scale = mapped.new_empty((*sites, BLOCK), dtype=torch.uint8)
         coding.log_scales[grid](sizes, recipe.units, scale, heads)
-    return codes, scale
+    return {"codes": codes, "scale": scale}
 
 
-def encode_grid(tokens: Tensor, recipe: GridRecipe) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = _readable(tokens)
+def _on_grids(recipe: GridRecipe, tokens: Tensor, first: Tensor) -> Blocks:
     batch, heads, length, dim = tokens.shape
     sites, width = (batch, heads, length // BLOCK), dim // recipe.groups
     numbers = tokens.new_empty((*sites, dim, BLOCK), dtype=torch.uint8)
     steps, middles = (tokens.new_empty((*sites, recipe.groups, BLOCK), dtype=torch.float16) for _ in range(2))
     room = max(LEAST, triton.next_power_of_2(width))
     coding.grids[(sites[2], batch * heads, recipe.groups)](
-        Rows.of(tokens), numbers, steps, middles, heads, dim, recipe.size, recipe.size**-0.5, recipe.clip, width,
+        coding.Rows.of(tokens), numbers, steps, middles, heads, dim, recipe.size, recipe.size**-0.5, recipe.clip, width,
         WIDTH=room, TOP=2**recipe.num_bits - 1, num_warps=8 if room > 64 else 4,
     )  # fmt: skip
     codes = tokens.new_empty((*sites, dim * recipe.num_bits // 8, BLOCK), dtype=torch.uint8)
     _pack(numbers, _side_by_side(dim * recipe.num_bits, recipe.num_bits, tokens.device), codes, 0)
-    return codes, steps, middles
+    return {"codes": codes, "step": steps, "middle": middles}
 
 
-def _readable(tokens: Tensor) -> Tensor:
-    return tokens.float() if tokens.dtype == torch.float64 else tokens
-
-
-def _mean(vector: Tensor | None, turn: Turn | None) -> coding.Mean | None:
+def _mean(vector: Tensor | None, rope: Rotation | None, first: Tensor) -> coding.Mean | None:
     if vector is None:
         return None
-    if turn is None:
+    if rope is None:
         return coding.Mean(vector, None, None, 0, 0)
-    cos, sin = turn.cos.contiguous(), turn.sin.contiguous()
-    return coding.Mean(vector, cos, sin, cos.shape[1], int(turn.interleaved))
+    positions = (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)
+    angles = rope.exact_angles(positions).transpose(1, 2)
+    cos, sin = ((x * rope.scaling).contiguous() for x in (angles.cos(), angles.sin()))
+    return coding.Mean(vector, cos, sin, cos.shape[1], int(rope.interleaved))
 
 
 def _map(chosen: Map) -> coding.Transform:

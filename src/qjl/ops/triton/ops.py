@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qjl.ops import reference
 from qjl.ops.triton import codes, decoding, encoding
 
 
@@ -17,19 +16,14 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, which may be another than that of the first tensor."""
 
     @wraps(op)
-    def run(tensor: Tensor, *args: Any) -> Any:
-        with torch.cuda.device_of(tensor):
-            return op(tensor, *args)
+    def run(*args: Any) -> Any:
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            return op(*args)
 
     return run
 
 
-pack = _on_its_device(codes.pack)
-unpack = _on_its_device(codes.unpack)
-scan = _on_its_device(codes.scan)
-expand = _on_its_device(codes.expand)
+decode = _on_its_device(codes.decode)
 encode = _on_its_device(encoding.encode)
-encode_grid = _on_its_device(encoding.encode_grid)
 attend = _on_its_device(decoding.attend)
 append_attend = _on_its_device(decoding.append_attend)
-encode_pages = reference.encode_pages  # whose codecs use the encoders here
