@@ -5,8 +5,8 @@ CMAKE ?= cmake
 WORKERS ?= 2
 # Neighbours stay with one worker, which fits their codecs once.
 BY_ALL = -n $(WORKERS) --dist worksteal
-KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py attend.py pools.py refusals.py fuzz_kernels.py fuzz_pools.py)
-GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py decoding.py attend.py pools.py fuzz_pools.py triton.py triton_benches.py devices.py vllm_layer.py)
+KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.py pools.py refusals.py fuzz_kernels.py fuzz_pools.py)
+GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.py pools.py fuzz_pools.py triton.py triton_benches.py devices.py vllm_layer.py)
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 THREAD_SANITIZER = $(foreach name,libtsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 CROSS_CXX ?= aarch64-linux-gnu-g++

@@ -11,7 +11,7 @@ from qjl.methods.balanced import Balanced
 from qjl.methods.qjl import QJL
 from qjl.methods.quarot import QuaRot
 from qjl.methods.transform import Transform
-from qjl.ops.cpu import decoding
+from qjl.ops.cpu import attention
 from qjl.ops.forms import ExactPool, Rows
 from qjl.ops.triton import runtime
 from qjl.packed import BLOCK
@@ -259,7 +259,7 @@ def test_what_rows_name_outside_the_pools_is_refused(cpu_kernels, two_rows, refu
 
 
 def test_neither_threads_nor_other_rows_change_a_row(cpu_kernels, monkeypatch, generator):
-    monkeypatch.setattr(decoding, "SPLIT_BLOCKS", 2)
+    monkeypatch.setattr(attention, "SPLIT_BLOCKS", 2)
     made = operands(Transform(3), TRELLIS, tokens=3000)
     step = paged(made, 16, Extent.of([2900, 2100, 300], [4, 0, 131], [0, 0, 0]), generator)
     alone = zip(*(_row(step, row).attend() for row in range(3)), strict=True)
@@ -278,13 +278,13 @@ def _row(step, row):
 
 
 def test_room_is_bounded(cpu_kernels, monkeypatch, generator):
-    monkeypatch.setattr(decoding, "SPLIT_BLOCKS", 1)
+    monkeypatch.setattr(attention, "SPLIT_BLOCKS", 1)
     made = operands(QuaRot(2), QuaRot(2), tokens=6000)
     sizes = []
     for length in (2100, 5800):
-        decoding.release()
+        attention.release()
         paged(made, 64, Extent.of([length]), generator).attend()
-        sizes.append(decoding.held_bytes())
+        sizes.append(attention.held_bytes())
     assert sizes[0] == sizes[1]
 
 
@@ -292,7 +292,7 @@ def test_scores_alone(cpu_kernels, generator):
     made = operands(Transform(3), TRELLIS)
     extent = Extent.of([300], [4])
     step = paged(made, 16, extent, generator)
-    scores = decoding.score(step.query, step.pool, step.exact, step.rows)[..., 4:300]
+    scores = attention.score(step.query, step.pool, step.exact, step.rows)[..., 4:300]
     keys = made.packed.key_codec.dequantize(made.packed.keys, made.packed.first)[..., 4:300, :]
     truth = step.query.double() @ keys.double().transpose(2, 3)
     assert (scores - truth).abs().max() < TOLERANCE * truth.std()

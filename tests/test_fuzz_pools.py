@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from qjl import ops
-from qjl.ops.cpu import decoding
+from qjl.ops.cpu import attention
 from qjl.ops.forms import ExactPool, Pool, Rows
 from qjl.ops.triton import runtime
 from random_forms import DTYPES, Maker, Side, decoded, mean_at, sides
@@ -194,10 +194,10 @@ def _tolerance(case):
 
 def _split(case, monkeypatch):
     if runtime.is_interpreted():
-        from qjl.ops.triton import decoding as on_gpus
+        from qjl.ops.triton import attention as on_gpus
 
         monkeypatch.setattr(on_gpus, "_processors", lambda device: case.blocks_per_split)
-    monkeypatch.setattr(decoding, "SPLIT_BLOCKS", case.blocks_per_split)
+    monkeypatch.setattr(attention, "SPLIT_BLOCKS", case.blocks_per_split)
 
 
 def _attended(made):
@@ -210,10 +210,10 @@ def _attended(made):
 @given(cases)
 def test_attend(guarded, monkeypatch, case):
     _split(case, monkeypatch)
-    decoding.release()
+    attention.release()
     made = made_from(case, guarded)
     out, lse = _attended(made)
-    decoding.release()
+    attention.release()
     assert out.shape == (case.batch, case.heads, case.group * case.queries, case.values.head_dim)
     assert out.dtype == lse.dtype == torch.float32
     for row in range(case.batch):
@@ -229,7 +229,7 @@ def test_append_attend(guarded, monkeypatch, case):
     """Tokens lie in the pool as they came, and what comes out is what ``attend`` gives, rounded."""
     case = replace(case, bias="none")
     _split(case, monkeypatch)
-    decoding.release()
+    attention.release()
     made = made_from(case, guarded)
     make = Maker(guarded, case.seed + 1)
     fresh = [
@@ -248,7 +248,7 @@ def test_append_attend(guarded, monkeypatch, case):
     for kept, tokens in zip(expected, (made.exact.keys, made.exact.values), strict=True):
         torch.testing.assert_close(tokens, kept, rtol=0, atol=0, equal_nan=True)
     out, _ = _attended(made)
-    decoding.release()
+    attention.release()
     out = out.reshape(*query.shape[:3], case.values.head_dim).transpose(1, 2)
     assert given_out.is_contiguous()
     cut = 2**-7 if runtime.is_interpreted() and query.dtype == torch.bfloat16 else 0  # where a GPU rounds

@@ -9,7 +9,7 @@ import torch
 from pages import Extent, expected, operands, paged
 from qjl import ops
 from qjl.methods.uniform import TokenUniform
-from qjl.ops.cpu import decoding, library, structs
+from qjl.ops.cpu import attention, library, structs
 from qjl.ops.forms import Derived, EncodeJob, NibbleForm
 from qjl.ops.recipe import DenseMap, GridRecipe, Recipe, SignsPart
 from qjl.packed import BLOCK
@@ -121,7 +121,7 @@ def test_more_coordinates_than_the_library_takes(cpu_kernels, refuses):
     coordinates, entries = torch.zeros(1, 2, 1, dtype=torch.int16), torch.zeros(1, 2, 16, 1)
     form = NibbleForm(None, coordinates, entries, code_dim=most + 1, scale="scale")
     with refuses(f"use at most {most}"):
-        decoding._constants(form)
+        attention._constants(form)
 
 
 # The library itself, whoever calls it

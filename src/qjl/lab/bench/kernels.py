@@ -36,7 +36,7 @@ from qjl.lab.results import Row
 from qjl.methods.base import Codec, Quantizer
 from qjl.methods.qjl import QJL
 from qjl.methods.turboquant import TurboQuant
-from qjl.ops.cpu import decoding
+from qjl.ops.cpu import attention
 from qjl.ops.forms import ExactPool, Pool, Rows
 from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
@@ -137,7 +137,7 @@ def scores(queries: Tensor, packed: PackedKeys) -> Tensor:
     """``<q, k>`` of ``queries [1, H, group, D]`` and all packed keys, as the backend in use takes them."""
     if ops.active_backend() == REFERENCE:
         return queries.float() @ packed.decoded().transpose(2, 3)
-    return decoding.score(queries, packed.pool, packed.exact, packed.rows)
+    return attention.score(queries, packed.pool, packed.exact, packed.rows)
 
 
 def _score_error(queries: Tensor, packed: PackedKeys, threads: int) -> float:

@@ -1,364 +1,104 @@
-"""The fused decode step in Triton, over rows of pools.
-
-It fills a workspace whose size depends on batch, heads and query rows, never on the context, and waits for nothing:
-lengths and counts are read on the device, so that a captured CUDA graph serves all of them up to the capacity of the
-tables. Numbers are multiplied as the exact tokens lie: in float16 on tensor cores beside half precision (2e-3 of a
-row's norm off the reference), as float32 otherwise (1e-4).
-"""
+"""decode in Triton: codes to the space of the codes; torch's matrix product maps them back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache, cached_property
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
-from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, Turn, once, shared_strides
-from qjl.ops.triton import runtime, step
-from qjl.ops.triton.pairs import Pairs, pairs_of
+from qjl.ops import reference
+from qjl.ops.forms import NibbleForm, once
+from qjl.ops.triton.pairs import pairs_of
 from qjl.packed import BLOCK, Blocks
 
-MOST_SPLITS = 64  # of one KV head
-MOST_NUMBERS = 64 * 128  # of a tile of tokens in half precision, so that shared memory holds what a program needs
-MOST_ROWS = 64  # that share what a program decodes
-LEAST = 16  # what a matrix product takes
+SHARE: tl.constexpr = tl.constexpr(16)  # pairs of coordinates of one program
+TOKENS: tl.constexpr = tl.constexpr(BLOCK)
 
 
-def attend(
-    query: Tensor,
-    pool: Pool,
-    exact: ExactPool,
-    rows: Rows,
-    queries: int,
-    scaling: float,
-    softcap: float,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:3], exact.values.shape[2]), dtype=torch.float32)
-    work = _Work(_by_head(query, queries), pool, exact, rows, queries, scaling, softcap, bias)
-    return out, work.into(_by_head(out, queries))
+class Coded(NamedTuple):
+    """A field of packed blocks where it lies, ``[B, H, n, rows, 64]``, with strides in elements."""
+
+    data: Tensor
+    batch: int
+    head: int
+    block: int
+    row: int
+
+    @classmethod
+    def of(cls, field: Tensor) -> Coded:
+        """Of one without rows too."""
+        batch, head, block, *inner = field.stride()
+        return cls(field, batch, head, block, inner[0] if len(inner) > 1 else 0)
 
 
-def append_attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    pool: Pool,
-    exact: ExactPool,
-    rows: Rows,
-    scaling: float,
-    softcap: float,
-) -> Tensor:
-    """Reads and writes the model's types where they lie."""
-    batch, query_heads, queries, _ = query.shape
-    of_rows = _rows(rows)
-    _put(keys, exact.keys, of_rows)
-    _put(values, exact.values, of_rows)
-    out = query.new_empty((batch, queries, query_heads, exact.values.shape[2]))
-    _Work(query, pool, exact, rows, queries, scaling, softcap, None).into(out.transpose(1, 2))
-    return out
+class PairTables(NamedTuple):
+    """The fields of ``Pairs``; ``per_head`` is 1 where heads have codes of their own."""
+
+    sources: Tensor
+    tables: Tensor
+    coordinates: Tensor
+    groups: Tensor
+    width: int  # P
+    per_head: int
 
 
-def _by_head(x: Tensor, queries: int) -> Tensor:
-    """``[B, H, R, D] -> [B, Hq, Q, D]``."""
-    return x.unflatten(2, (-1, queries)).flatten(1, 2)
-
-
-def _put(fresh: Tensor, pool: Tensor, rows: step.Rows) -> None:
-    batch, heads, queries, dim = fresh.shape
-    if batch * queries:
-        step.put[(batch * queries, heads)](
-            fresh, fresh.stride(), pool, pool.stride(), rows, queries, dim, DIM=triton.next_power_of_2(dim)
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """One step of ``query [B, Hq, Q, D]``."""
-
-    query: Tensor
-    pool: Pool
-    exact: ExactPool
-    rows: Rows
-    queries: int
-    scaling: float
-    softcap: float
-    bias: Tensor | None
-
-    def into(self, out: Tensor) -> Tensor:
-        """Leave what comes out in ``[B, Hq, Q, Dv]``; returns the log-sum-exps ``float32 [B, H, R]``."""
-        packed, exact = self._packed_parts(), self._exact_parts()
-        values, value_dim = self.values, out.shape[3]
-        lse = self._empty(*self._sizes)
-        step.join[(self.tiles, self._programs, triton.cdiv(value_dim, step.CHUNK.value))](
-            packed, exact, _side(self.pool.value_form, self.pool.values, values), values.map, values.mean,
-            step.ByQuery(out, out.stride()), lse, self.heads, self.count, self.queries,
-            ROWS=self.tile, PAIRS=values.pairs.count,
+def decode(blocks: Blocks, form: NibbleForm, first: Tensor) -> Tensor:
+    codes, pairs = blocks["codes"], once(form, "pairs of decode", pairs_of)
+    batch, heads, count = codes.shape[:3]
+    # zeros: coordinates without bits are no pairs
+    code = codes.new_zeros((batch, heads, count * BLOCK, form.code_dim), dtype=torch.float32)
+    tables = PairTables(
+        pairs.sources, pairs.tables, pairs.coordinates, pairs.groups, pairs.count, int(pairs.sources.shape[0] > 1)
+    )
+    middle = None if form.middle is None else Coded.of(blocks[form.middle])
+    if code.numel():
+        _decode[(count, batch * heads, triton.cdiv(pairs.count, SHARE.value))](
+            Coded.of(codes), Coded.of(blocks[form.scale]), middle, form.unit, tables, code, heads, form.code_dim,
+            TERMS=pairs.terms,
         )  # fmt: skip
-        return lse
-
-    @cached_property
-    def keys(self) -> _Constants:
-        return once(self.pool.key_form, "triton", _constants)
-
-    @cached_property
-    def values(self) -> _Constants:
-        return once(self.pool.value_form, "triton", _constants)
-
-    @property
-    def heads(self) -> int:
-        return self.exact.keys.shape[1]
-
-    @property
-    def count(self) -> int:
-        """Query rows of a KV head."""
-        return self.query.shape[1] // self.heads * self.queries
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.query.shape[0], self.heads, self.count
-
-    @property
-    def _programs(self) -> int:
-        return self.query.shape[0] * self.heads
-
-    @property
-    def is_half(self) -> bool:
-        """Whether codes are decoded to float16, which holds them exactly: where exact tokens are in half precision."""
-        return self.exact.keys.itemsize == 2
-
-    @cached_property
-    def tile(self) -> int:
-        """Query rows that a program takes."""
-        pairs = (self.keys.pairs.count, self.values.pairs.count)
-        widest = max(*pairs, self.keys.map.head_dim // 2, self.values.map.head_dim // 2) * 2
-        most_rows = MOST_ROWS if widest * (2 if self.is_half else 4) <= 256 else LEAST
-        return min(most_rows, max(LEAST, triton.next_power_of_2(self.count)))
-
-    @property
-    def tiles(self) -> int:
-        return triton.cdiv(self.count, self.tile)
-
-    def _empty(self, *size: int) -> Tensor:
-        return self.query.new_empty(size, dtype=torch.float32)
-
-    def _parts(self, tokens: int, *width: int) -> step.Parts:
-        """Room for what splits of so many tokens give.
-
-        There are so many that all processors work; how many depends on shapes alone.
-        """
-        wanted = triton.cdiv(2 * _processors(self.query.device), max(1, self._programs * self.tiles))
-        splits = max(1, min(wanted, triton.cdiv(tokens, BLOCK), MOST_SPLITS))
-        batch, heads, count = self._sizes
-        size = (batch, heads, splits, count)
-        return step.Parts(self._empty(*size, *width), self._empty(*size), splits)
-
-    def _grid(self, parts: step.Parts) -> tuple[int, int, int]:
-        return parts.splits, self._programs, self.tiles
-
-    @cached_property
-    def _by_query(self) -> step.ByQuery:
-        return step.ByQuery(self.query, self.query.stride())
-
-    @cached_property
-    def _added(self) -> step.ByQuery | None:
-        return None if self.bias is None else step.ByQuery(self.bias, shared_strides(self.bias))
-
-    @property
-    def _columns(self) -> int:
-        """Of packed tokens."""
-        return self.rows.table.shape[1] * self.pool.page
-
-    def _packed_parts(self) -> step.Parts:
-        keys, values, pool = self.keys, self.values, self.pool
-        key_side = _side(pool.key_form, pool.keys, keys)
-        parts = self._parts(self._columns, 2, values.pairs.count)
-        step.packed_part[self._grid(parts)](
-            key_side,
-            _side(pool.value_form, pool.values, values),
-            self._projected(key_side),
-            keys.turned,
-            _rows(self.rows),
-            self._added,
-            parts,
-            self.heads,
-            self.count,
-            self.queries,
-            self.scaling,
-            self.softcap,
-            ROWS=self.tile,
-            TILE=_tokens_at_once(2 * max(keys.pairs.count, values.pairs.count), 2 if self.is_half else 4),
-            KEY_PAIRS=keys.pairs.count,
-            KEY_TERMS=keys.pairs.terms,
-            KEYS_GROUPED=keys.is_grouped,
-            VALUE_PAIRS=values.pairs.count,
-            VALUE_TERMS=values.pairs.terms,
-            VALUES_GROUPED=values.is_grouped,
-            F=keys.frequencies,
-            PAGE=pool.page,
-            DTYPE=tl.float16 if self.is_half else tl.float32,
-            PRECISION=_precision(self.is_half),
-            num_warps=8 if max(keys.pairs.count, values.pairs.count, self.tile) > 64 else 4,
-            num_stages=1,  # looking ahead would copy every look-up through shared memory
-        )
-        return parts
-
-    def _projected(self, side: step.Side) -> step.Projected:
-        keys, pairs = self.keys, self.keys.pairs.count
-        projected = step.Projected(
-            mapped=self._empty(*self._sizes, 2, pairs),
-            turning=None if keys.turned is None else self._empty(*self._sizes, 2, keys.frequencies),
-            rest=None if keys.still_mean is None else self._empty(*self._sizes),
-        )
-        step.project[(self.tiles, self._programs, 4 * pairs // step.CHUNK.value)](
-            self._by_query, side, keys.map, keys.still_mean, keys.turned, projected, self.heads, self.count,
-            self.queries, ROWS=self.tile, PAIRS=pairs, F=keys.frequencies,
-        )  # fmt: skip
-        return projected
-
-    def _exact_parts(self) -> step.Parts | None:
-        keys, values = self.exact.keys, self.exact.values
-        if not self.rows.slots.shape[1] or not keys.shape[0]:
-            return None
-        key_dim, value_dim = keys.shape[2], values.shape[2]
-        parts = self._parts(self.rows.slots.shape[1], value_dim)
-        step.exact_part[self._grid(parts)](
-            self._by_query,
-            step.Exact(keys, keys.stride(), values, values.stride()),
-            _rows(self.rows),
-            self._added,
-            parts,
-            self.heads,
-            self.count,
-            self.queries,
-            self._columns,
-            key_dim,
-            value_dim,
-            self.scaling,
-            self.softcap,
-            ROWS=self.tile,
-            TILE=_tokens_at_once(max(key_dim, value_dim), 4),
-            KEY_DIM=max(LEAST, triton.next_power_of_2(key_dim)),
-            VALUE_DIM=max(LEAST, triton.next_power_of_2(value_dim)),
-            PRECISION=_precision(keys.dtype == torch.bfloat16),
-            num_warps=8 if max(key_dim, value_dim) > 128 else 4,
-            num_stages=1,  # ahead of the products there is no room
-        )
-        return parts
+    return reference.tokens_of(code, form, first)
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+@triton.jit
+def _begin(field, heads):
+    """Where this program's block begins."""
+    row, head, block = tl.program_id(1) // heads, tl.program_id(1) % heads, tl.program_id(0).to(tl.int64)
+    return field.data + row.to(tl.int64) * field.batch + head.to(tl.int64) * field.head + block * field.block
 
 
-def _tokens_at_once(dims: int, itemsize: int) -> int:
-    """A block of 64, or half of one where its numbers take too much room."""
-    return BLOCK if dims * BLOCK * itemsize <= 2 * MOST_NUMBERS else BLOCK // 2
-
-
-def _precision(is_half: bool) -> str:
-    """How float32 numbers are multiplied on tensor cores, 16 or 21 bits of each; the interpreter knows the latter."""
-    return "bf16x3" if is_half and not runtime.is_interpreted() else "tf32x3"
-
-
-def _rows(rows: Rows) -> step.Rows:
-    return step.Rows(
-        rows.table,
-        rows.table.shape[1],
-        rows.lengths,
-        rows.skip,
-        rows.origins,
-        rows.slots,
-        rows.slots.shape[1],
-        rows.counts,
-    )
-
-
-# What is the same in all steps
-
-
-@dataclass(frozen=True, eq=False)
-class _Constants:
-    """Of a form; ``still_mean [H, D]`` is the mean without what turns."""
-
-    pairs: Pairs
-    map: step.Map
-    unit: Tensor | None
-    mean: Tensor | None
-    still_mean: Tensor | None
-    turned: step.Turned | None
-    frequencies: int
-    is_grouped: bool
-
-
-def _constants(form: NibbleForm) -> _Constants:
-    maps = form.map
-    if maps is None:
-        maps = torch.eye(form.code_dim, device=form.entries.device, dtype=torch.float32)[None]
-    strides = (maps.stride(0) if maps.shape[0] > 1 else 0, *maps.stride()[1:])
-    mean = None if form.mean is None else form.mean.float().contiguous()
-    still, turned = mean, None
-    if form.turn is not None and mean is not None:
-        still, turned = _turned(form.turn, mean)
-    return _Constants(
-        pairs=pairs_of(form),
-        map=step.Map(maps, strides, maps.shape[2]),
-        unit=None if form.unit is None else form.unit.float().contiguous(),
-        mean=mean,
-        still_mean=still,
-        turned=turned,
-        frequencies=LEAST if turned is None else turned.inv_freq.shape[0],
-        is_grouped=form.groups > 1 or form.middle is not None,
-    )
-
-
-def _turned(turn: Turn, mean: Tensor) -> tuple[Tensor, step.Turned]:
-    """What does not turn, and what does: padded to a power of two with pairs of no mean."""
-    device = mean.device
-    first, second = (x.to(device, torch.int64) for x in (turn.first, turn.second))
-    room = max(LEAST, triton.next_power_of_2(len(first))) - len(first)
-    still = mean.clone()
-    still[:, first] = still[:, second] = 0
-    inv_freq = pad(turn.inv_freq.to(device).float(), (0, room))
-    angles = inv_freq[:, None] * torch.arange(BLOCK, device=device)
-    return still, step.Turned(
-        first=pad(first, (0, room)).int(),
-        second=pad(second, (0, room)).int(),
-        mean_first=pad(mean[:, first] * turn.scaling, (0, room)),
-        mean_second=pad(mean[:, second] * turn.scaling, (0, room)),
-        inv_freq=inv_freq,
-        cos=angles.cos(),
-        sin=angles.sin(),
-    )
-
-
-def _side(form: NibbleForm, fields: Blocks, constants: _Constants) -> step.Side:
-    scale, middle = fields[form.scale], None if form.middle is None else fields[form.middle]
-    pairs = constants.pairs
-    return step.Side(
-        codes=fields["codes"],
-        codes_stride=_strides(fields["codes"]),
-        scale=scale,
-        scale_stride=_strides(scale),
-        middle=middle,
-        middle_stride=_strides(middle),
-        unit=constants.unit,
-        sources=pairs.sources,
-        tables=pairs.tables,
-        coordinates=pairs.coordinates,
-        groups=pairs.groups,
-        per_head=int(pairs.sources.shape[0] > 1),
-    )
-
-
-def _strides(field: Tensor | None) -> tuple[int, ...]:
-    """Of page, head, byte or group, and token."""
-    if field is None:
-        return (0,) * 4
-    page, head, *inner = field.stride()
-    return (page, head, *((0,) if len(inner) == 1 else ()), *inner)
+@triton.jit
+def _decode(codes, scale, middle, unit, pairs, code, heads, dim, TERMS: tl.constexpr):
+    """``grid (blocks, B * H, pairs / SHARE)``: both coordinates of some pairs, scaled."""
+    pair = tl.program_id(2) * SHARE + tl.arange(0, SHARE)
+    token = tl.arange(0, TOKENS)
+    is_pair = pair < pairs.width
+    of_head = (tl.program_id(1) % heads) * pairs.per_head
+    low = tl.zeros([SHARE, TOKENS], tl.float32)
+    high = tl.zeros([SHARE, TOKENS], tl.float32)
+    for term in range(TERMS):
+        place = (of_head * TERMS + term) * pairs.width + pair
+        source = tl.load(pairs.sources + place, mask=is_pair, other=-1)
+        wanted = (source >= 0)[:, None]
+        at = _begin(codes, heads) + (source // 2)[:, None] * codes.row + token[None, :]
+        byte = tl.load(at, mask=wanted, other=0).to(tl.int32)
+        nibble = (byte >> ((source % 2) * 4)[:, None]) & 15
+        both = tl.load(pairs.tables + place[:, None] * 16 + nibble, mask=wanted, other=0)
+        low += (both & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        high += (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    group = tl.load(pairs.groups + of_head * pairs.width + pair, mask=is_pair, other=0)[:, None]
+    stored = tl.load(_begin(scale, heads) + group * scale.row + token[None, :]).to(tl.float32)
+    if unit is not None:
+        of_unit = tl.load(unit + tl.program_id(1) % heads)
+        stored = tl.where(stored == 0, 0.0, tl.exp2((stored - 128) / 12)) * of_unit
+    low, high = low * stored, high * stored
+    if middle is not None:
+        added = tl.load(_begin(middle, heads) + group * middle.row + token[None, :]).to(tl.float32)
+        low, high = low + added, high + added
+    to = code + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * TOKENS * dim
+    for half in tl.static_range(2):
+        coordinate = tl.load(pairs.coordinates + (of_head * 2 + half) * pairs.width + pair, mask=is_pair, other=-1)
+        numbers = low if half == 0 else high
+        tl.store(to + token[None, :] * dim + coordinate[:, None], numbers, mask=(coordinate >= 0)[:, None])

@@ -12,7 +12,7 @@ from torch import Tensor
 from qjl.ops import reference
 from qjl.ops.forms import EncodeJob, Rotation
 from qjl.ops.recipe import GridRecipe, LevelsPart, Map, Part, Recipe, SignsPart, SketchMap, TrellisPart
-from qjl.ops.triton import coding
+from qjl.ops.triton import encoding_kernels as kernels
 from qjl.packed import BLOCK, Blocks
 
 NIBBLE = 4
@@ -39,18 +39,18 @@ def _encoded(recipe: Recipe, rope: Rotation | None, tokens: Tensor, first: Tenso
     grid = sites[2], batch * heads
     mapped = tokens.new_empty((*sites, rows, BLOCK), dtype=torch.float32)
     norms = None if recipe.units is not None else tokens.new_empty((*sites, BLOCK), dtype=torch.float32)
-    coding.transform[(*grid, triton.cdiv(rows, coding.CHUNK.value))](
-        coding.Rows.of(tokens), _mean(recipe.mean, rope, first), _map(recipe.map), mapped, norms, heads, rows, dim
+    kernels.transform[(*grid, triton.cdiv(rows, kernels.CHUNK.value))](
+        kernels.Rows.of(tokens), _mean(recipe.mean, rope, first), _map(recipe.map), mapped, norms, heads, rows, dim
     )
-    sizes = coding.Sizes(*(torch.empty_like(mapped[:, :, :, 0]) for _ in range(3)))
-    coding.sizes[grid](mapped, recipe.weights, sizes, heads, rows)
+    sizes = kernels.Sizes(*(torch.empty_like(mapped[:, :, :, 0]) for _ in range(3)))
+    kernels.sizes[grid](mapped, recipe.weights, sizes, heads, rows)
     codes = _encode_parts(mapped, recipe, sizes)
     if recipe.units is None:
         scale = mapped.new_empty((*sites, BLOCK), dtype=torch.float16)
-        coding.half_scales[grid](norms, recipe.norm_factor, scale)
+        kernels.half_scales[grid](norms, recipe.norm_factor, scale)
     else:
         scale = mapped.new_empty((*sites, BLOCK), dtype=torch.uint8)
-        coding.log_scales[grid](sizes, recipe.units, scale, heads)
+        kernels.log_scales[grid](sizes, recipe.units, scale, heads)
     return {"codes": codes, "scale": scale}
 
 
@@ -60,34 +60,34 @@ def _on_grids(recipe: GridRecipe, tokens: Tensor, first: Tensor) -> Blocks:
     numbers = tokens.new_empty((*sites, dim, BLOCK), dtype=torch.uint8)
     steps, middles = (tokens.new_empty((*sites, recipe.groups, BLOCK), dtype=torch.float16) for _ in range(2))
     room = max(LEAST, triton.next_power_of_2(width))
-    coding.grids[(sites[2], batch * heads, recipe.groups)](
-        coding.Rows.of(tokens), numbers, steps, middles, heads, dim, recipe.size, recipe.size**-0.5, recipe.clip, width,
-        WIDTH=room, TOP=2**recipe.num_bits - 1, num_warps=8 if room > 64 else 4,
+    kernels.grids[(sites[2], batch * heads, recipe.groups)](
+        kernels.Rows.of(tokens), numbers, steps, middles, heads, dim, recipe.size, recipe.size**-0.5, recipe.clip,
+        width, WIDTH=room, TOP=2**recipe.num_bits - 1, num_warps=8 if room > 64 else 4,
     )  # fmt: skip
     codes = tokens.new_empty((*sites, dim * recipe.num_bits // 8, BLOCK), dtype=torch.uint8)
     _pack(numbers, _side_by_side(dim * recipe.num_bits, recipe.num_bits, tokens.device), codes, 0)
     return {"codes": codes, "step": steps, "middle": middles}
 
 
-def _mean(vector: Tensor | None, rope: Rotation | None, first: Tensor) -> coding.Mean | None:
+def _mean(vector: Tensor | None, rope: Rotation | None, first: Tensor) -> kernels.Mean | None:
     if vector is None:
         return None
     if rope is None:
-        return coding.Mean(vector, None, None, 0, 0)
+        return kernels.Mean(vector, None, None, 0, 0)
     positions = (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)
     angles = rope.exact_angles(positions).transpose(1, 2)
     cos, sin = ((x * rope.scaling).contiguous() for x in (angles.cos(), angles.sin()))
-    return coding.Mean(vector, cos, sin, cos.shape[1], int(rope.interleaved))
+    return kernels.Mean(vector, cos, sin, cos.shape[1], int(rope.interleaved))
 
 
-def _map(chosen: Map) -> coding.Transform:
+def _map(chosen: Map) -> kernels.Transform:
     if isinstance(chosen, SketchMap):
-        return coding.Transform(None, (0, 0, 0), chosen.flips, chosen.order, chosen.size)
+        return kernels.Transform(None, (0, 0, 0), chosen.flips, chosen.order, chosen.size)
     head = chosen.matrix.stride(0) if chosen.matrix.shape[0] > 1 else 0
-    return coding.Transform(chosen.matrix, (head, *chosen.matrix.stride()[1:]), None, None, 0)
+    return kernels.Transform(chosen.matrix, (head, *chosen.matrix.stride()[1:]), None, None, 0)
 
 
-def _encode_parts(mapped: Tensor, recipe: Recipe, sizes: coding.Sizes) -> Tensor:
+def _encode_parts(mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes) -> Tensor:
     count = sum(part.nibbles for part in recipe.parts) // 2
     codes = mapped.new_empty((*mapped.shape[:3], count, BLOCK), dtype=torch.uint8)
     coordinate, byte = 0, 0
@@ -98,7 +98,7 @@ def _encode_parts(mapped: Tensor, recipe: Recipe, sizes: coding.Sizes) -> Tensor
     return codes
 
 
-def _numbers(part: Part, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, first: int) -> Tensor:
+def _numbers(part: Part, mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes, first: int) -> Tensor:
     """What the bits of a part's nibbles are taken from, ``uint8 [B, H, blocks, numbers, 64]``."""
     if isinstance(part, LevelsPart):
         return _levels(part, mapped, recipe, sizes, first)
@@ -107,31 +107,31 @@ def _numbers(part: Part, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, fi
     return _signs(part, mapped, recipe, sizes, first)
 
 
-def _levels(part: LevelsPart, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, first: int) -> Tensor:
+def _levels(part: LevelsPart, mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes, first: int) -> Tensor:
     numbers, heads, rows = _room(mapped, part.dim), mapped.shape[1], mapped.shape[3]
     tables, per_head = part.tables, int(part.kinds.shape[0] > 1)
-    search = coding.Search(part.kinds, tables.tree, tables.levels, tables.patterns, per_head)
-    coding.levels[_blocks(mapped)](
+    search = kernels.Search(part.kinds, tables.tree, tables.levels, tables.patterns, per_head)
+    kernels.levels[_blocks(mapped)](
         mapped, recipe.weights, sizes, search, _gains(recipe.gains, mapped.device), len(recipe.gains), numbers, heads,
         first, rows, part.dim, DEPTH=part.widest,
     )  # fmt: skip
     return numbers
 
 
-def _trellis(part: TrellisPart, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, first: int) -> Tensor:
+def _trellis(part: TrellisPart, mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes, first: int) -> Tensor:
     numbers, heads, rows = _room(mapped, part.nibbles), mapped.shape[1], mapped.shape[3]
     came = _room(mapped, part.nibbles * len(part.own))
-    coding.trellis[_blocks(mapped)](
+    kernels.trellis[_blocks(mapped)](
         mapped, recipe.weights, sizes, _points(part), came, numbers, heads, first, rows, part.nibbles,
         WIDTH=part.own.shape[1],
     )  # fmt: skip
     return numbers
 
 
-def _signs(part: SignsPart, mapped: Tensor, recipe: Recipe, sizes: coding.Sizes, first: int) -> Tensor:
+def _signs(part: SignsPart, mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes, first: int) -> Tensor:
     numbers, heads, rows = _room(mapped, part.dim), mapped.shape[1], mapped.shape[3]
     refined = None if part.gram is None else _refined(mapped[:, :, :, first : first + part.dim], part)
-    coding.signs[_blocks(mapped)](mapped, recipe.weights, sizes, refined, numbers, heads, first, rows, part.dim)
+    kernels.signs[_blocks(mapped)](mapped, recipe.weights, sizes, refined, numbers, heads, first, rows, part.dim)
     return numbers
 
 
@@ -161,27 +161,27 @@ def _refined(y: Tensor, part: SignsPart) -> Tensor:
     return signs
 
 
-def _pack(numbers: Tensor, places: coding.Places, codes: Tensor, first: int) -> None:
+def _pack(numbers: Tensor, places: kernels.Places, codes: Tensor, first: int) -> None:
     batch, heads, blocks, count, _ = numbers.shape
     nibbles = places.number.shape[1]
-    coding.pack_bits[(blocks, batch * heads, triton.cdiv(nibbles // 2, coding.CHUNK.value))](
+    kernels.pack_bits[(blocks, batch * heads, triton.cdiv(nibbles // 2, kernels.CHUNK.value))](
         numbers, places, codes, heads, count, first, nibbles, codes.shape[3]
     )
 
 
-def _places(part: Part, device: torch.device) -> coding.Places:
+def _places(part: Part, device: torch.device) -> kernels.Places:
     if isinstance(part, LevelsPart):
-        return coding.Places(part.bit_coordinate, part.bit_index, int(part.bit_coordinate.shape[0] > 1))
+        return kernels.Places(part.bit_coordinate, part.bit_index, int(part.bit_coordinate.shape[0] > 1))
     if isinstance(part, TrellisPart):
         return _side_by_side(NIBBLE * part.nibbles, NIBBLE, device)
     return _side_by_side(part.dim, 1, device)
 
 
 @lru_cache(maxsize=64)
-def _side_by_side(bits: int, width: int, device: torch.device) -> coding.Places:
+def _side_by_side(bits: int, width: int, device: torch.device) -> kernels.Places:
     """Of numbers of ``width`` bits, one after the other."""
     stream = torch.arange(bits, device=device).view(1, -1, NIBBLE)
-    return coding.Places((stream // width).short(), (stream % width).short(), 0)
+    return kernels.Places((stream // width).short(), (stream % width).short(), 0)
 
 
 @lru_cache(maxsize=64)
@@ -190,6 +190,6 @@ def _gains(gains: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _points(part: TrellisPart) -> coding.Points:
+def _points(part: TrellisPart) -> kernels.Points:
     pair_cost = (part.own[None] + part.next[:, None]).square().sum(-1)  # [previous, current]
-    return coding.Points(part.own, torch.nn.functional.pad(part.next, (0, 0, 0, 1)), pair_cost)
+    return kernels.Points(part.own, torch.nn.functional.pad(part.next, (0, 0, 0, 1)), pair_cost)

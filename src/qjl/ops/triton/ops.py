@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qjl.ops.triton import codes, decoding, encoding
+from qjl.ops.triton import attention, decoding, encoding
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,7 +23,7 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-decode = _on_its_device(codes.decode)
+decode = _on_its_device(decoding.decode)
 encode = _on_its_device(encoding.encode)
-attend = _on_its_device(decoding.attend)
-append_attend = _on_its_device(decoding.append_attend)
+attend = _on_its_device(attention.attend)
+append_attend = _on_its_device(attention.append_attend)

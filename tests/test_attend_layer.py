@@ -14,7 +14,7 @@ from qjl.methods.grid import RotatedGridCodec
 from qjl.methods.nibble import NibbleCodec
 from qjl.methods.transform import Transform
 from qjl.methods.uniform import TokenUniform
-from qjl.ops.cpu import decoding
+from qjl.ops.cpu import attention
 from qjl.ops.triton import runtime
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -172,7 +172,7 @@ def test_memory_of_a_step_hardly_grows_with_the_context(cpu_kernels):
     sizes = []
     for tokens in (500, 3000):
         asked = _asked(Transform(2), Balanced(2, metric=False), tokens, batch=8)
-        decoding.release()
+        attention.release()
         asked.attend()
-        sizes.append(decoding.held_bytes())
+        sizes.append(attention.held_bytes())
     assert sizes[1] < 1.2 * sizes[0]

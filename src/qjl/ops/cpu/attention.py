@@ -1,0 +1,407 @@
+"""The fused decode step in C++ (``csrc/step.inl``)."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from ctypes import c_int64
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qjl.errors import QJLError
+from qjl.ops.cpu import library, structs
+from qjl.ops.cpu.structs import CPU
+from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, once, shared_strides
+from qjl.packed import BLOCK, Blocks
+
+SPLIT_BLOCKS = 32  # at least, whatever the threads: splitting alike makes results alike
+MOST_SPLITS = 32  # of a row, so that room does not grow with the context
+TOP = 127
+SPAN = 2 * BLOCK  # tokens for which the mean is turned at once
+ANCHOR = 8  # such turns in float32 follow one in double precision
+RANK = 4  # functions that slow frequencies share
+TOLERANCE = 4e-6
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PAIR = np.dtype(structs.Pair)
+_room = threading.local()
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A struct, and the arrays that it points to."""
+
+    struct: Any
+    kept: Any
+
+
+def _packed_part(pool: Pool) -> _Made:
+    """What is the same whatever exact tokens and rows there are."""
+    keys, values = once(pool.key_form, "side", _constants), once(pool.value_form, "side", _constants)
+    step = structs.Step(keys=_side(keys, pool.key_form, pool.keys), values=_side(values, pool.value_form, pool.values))
+    step.page_tokens, step.page_count = pool.page, pool.keys["codes"].shape[0]
+    turn = None
+    if pool.key_form.turn is not None:
+        turn = once(pool.key_form, "turn", _turn)
+        step.turn = ctypes.pointer(turn.struct)
+    return _Made(step, (keys, values, turn))
+
+
+def attend(
+    query: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
+    queries: int,
+    scaling: float,
+    softcap: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A row's result does not depend on the other rows, nor on threads."""
+    query = query.contiguous()
+    out = torch.empty((*query.shape[:3], exact.values.shape[2]), dtype=torch.float32, device=CPU)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=CPU)
+    step = _grouped_step(query, out, pool, exact, rows, queries)
+    step.scaling, step.softcap, step.lse = scaling, softcap, lse.data_ptr()
+    if bias is not None:
+        step.bias, step.bias_stride = bias.data_ptr(), (c_int64 * 4)(*shared_strides(bias))
+    _run(step)
+    return out, lse
+
+
+def score(query: Tensor, pool: Pool, exact: ExactPool, rows: Rows) -> Tensor:
+    """``<q, k_hat>`` of packed tokens alone, ``float32 [B, H, R, n P]`` by the places of the table.
+
+    A benchmark's: no cache needs it. What a row does not have holds anything.
+    """
+    query = query.contiguous()
+    scores = torch.empty((*query.shape[:3], rows.table.shape[1] * pool.page), dtype=torch.float32, device=CPU)
+    step = _grouped_step(query, query, pool, exact, rows, 1)
+    step.scores = scores.data_ptr()
+    _run(step)
+    return scores
+
+
+def _grouped_step(query: Tensor, out: Tensor, pool: Pool, exact: ExactPool, rows: Rows, queries: int) -> structs.Step:
+    """Of contiguous ``query [B, H, R, D]`` and ``out [B, H, R, Dv]``."""
+    batch, heads, count, dim = query.shape
+    value_dim = out.shape[3]
+    step = structs.Step.from_buffer_copy(_layer(pool, exact).struct)
+    step.change(
+        *(once(rows, "struct", _rows).address, _splits(rows.longest), batch, count, queries),
+        *(query.data_ptr(), _DTYPES[query.dtype], heads * count * dim, queries * dim, dim),
+        *(out.data_ptr(), _DTYPES[out.dtype], heads * count * value_dim, queries * value_dim, value_dim),
+        *_NO_FRESH,
+    )
+    return step
+
+
+def append_attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pool: Pool,
+    exact: ExactPool,
+    rows: Rows,
+    scaling: float,
+    softcap: float,
+) -> Tensor:
+    """One call, which copies the fresh tokens, and reads and writes the model's types where they lie."""
+    query, keys, values = _whole(query, query.dtype), _whole(keys, exact.keys.dtype), _whole(values, exact.keys.dtype)
+    batch, query_heads, queries, _ = query.shape
+    value_dim, kind = values.shape[3], _DTYPES[query.dtype]
+    out = torch.empty((batch, queries, query_heads, value_dim), dtype=query.dtype, device=CPU)
+    layer = _layer(pool, exact).struct
+    step = structs.Step.from_buffer_copy(layer)
+    of_token = query_heads * value_dim
+    step.change(
+        *(once(rows, "struct", _rows).address, _splits(rows.longest)),
+        *(batch, query_heads // layer.heads * queries, queries),
+        *(query.data_ptr(), kind, *query.stride()[:3]),
+        *(out.data_ptr(), kind, queries * of_token, value_dim, of_token),
+        *(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3], *values.stride()[:3]),
+    )
+    step.scaling, step.softcap = scaling, softcap
+    _run(step)
+    return out
+
+
+_NO_FRESH = (0,) * (ctypes.sizeof(structs.Fresh) // 8)
+
+
+def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in this type, copied where the numbers of a token do not lie together."""
+    if tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _splits(longest: int) -> int:
+    """Of a row, at most."""
+    return min(MOST_SPLITS, -(-longest // (SPLIT_BLOCKS * BLOCK)))
+
+
+def _layer(pool: Pool, exact: ExactPool) -> _Made:
+    """A step over two pools, made anew where exact tokens have moved."""
+    made = pool.derived.get("step")
+    if made is None or made.kept[0] is not exact:
+        part = once(pool, "packed part", _packed_part)
+        step = structs.Step.from_buffer_copy(part.struct)
+        step.heads, step.blocks_per_split, step.exact = exact.keys.shape[1], SPLIT_BLOCKS, _exact(exact)
+        made = pool.derived["step"] = _Made(step, (exact, part))
+    return made
+
+
+def _exact(exact: ExactPool) -> structs.Exact:
+    keys, values = exact.keys, exact.values
+    strides = ((tokens.stride(1), tokens.stride(0)) for tokens in (keys, values))
+    return structs.Exact(keys.data_ptr(), values.data_ptr(), *strides, keys.shape[0], _DTYPES[keys.dtype])
+
+
+@dataclass(frozen=True, eq=False)
+class _MadeRows:
+    """A struct, and where it lies."""
+
+    struct: structs.Rows
+    address: int
+
+
+def _rows(rows: Rows) -> _MadeRows:
+    """Tensors keep their places while their contents change."""
+    tensors = (rows.table, rows.lengths, rows.skip, rows.origins, rows.slots, rows.counts)
+    struct = structs.Rows(*(x.data_ptr() for x in tensors), rows.table.shape[1], rows.slots.shape[1])
+    return _MadeRows(struct, ctypes.addressof(struct))
+
+
+def _run(step: structs.Step) -> None:
+    if (kept := _kept_room()) is not None:
+        step.room, step.room_bytes = kept.data_ptr(), kept.nbytes
+    library.call_in_room("qjl_step", step, _grown_room)
+
+
+def _kept_room() -> Tensor | None:
+    """Room that this thread keeps from step to step."""
+    return getattr(_room, "bytes", None)
+
+
+def _grown_room(nbytes: int) -> Tensor:
+    _room.bytes = torch.empty(nbytes, dtype=torch.uint8, device=CPU)
+    return _room.bytes
+
+
+def held_bytes() -> int:
+    """Of the room that this thread keeps."""
+    kept = _kept_room()
+    return 0 if kept is None else kept.nbytes
+
+
+def release() -> None:
+    """Give that room back."""
+    _room.bytes = None
+
+
+def _side(constants: _Made, form: NibbleForm, fields: Blocks) -> structs.Side:
+    side = structs.Side.from_buffer_copy(constants.struct)
+    for place, name in (("codes", "codes"), ("scale", form.scale), ("middle", form.middle)):
+        if name is not None:
+            field = fields[name]
+            setattr(side, place, field.data_ptr())
+            strides = (field.stride(1) * field.itemsize, field.stride(0) * field.itemsize)
+            setattr(side, f"{place}_stride", (c_int64 * 2)(*strides))
+    return side
+
+
+def _constants(form: NibbleForm) -> _Made:
+    """What is the same in all steps."""
+    code_heads, nibbles, _, slots = form.entries.shape
+    if form.code_dim // form.groups > (most := library.limits().dim):
+        raise QJLError(f"a code of {form.code_dim // form.groups} coordinates is not for kernels: use at most {most}.")
+    kept: dict[str, Any] = {
+        "coordinates": form.coordinates.contiguous(),
+        "entries": form.entries.half().transpose(2, 3).contiguous(),
+        "pairs": _pairs(form) if form.has_shared_code else None,
+    }
+    side = structs.Side(
+        code_stride=int(code_heads > 1), slots=slots, nibbles=nibbles * form.groups, groups=form.groups,
+        code_dim=form.code_dim, head_dim=form.code_dim,
+    )  # fmt: skip
+    side.coordinates, side.entries = kept["coordinates"].data_ptr(), kept["entries"].data_ptr()
+    if kept["pairs"] is not None:
+        side.pairs, side.pair_count = kept["pairs"].ctypes.data, len(kept["pairs"])
+    if form.map is not None:
+        is_shared = form.map.stride(0) == 0 or form.map.shape[0] == 1
+        kept["map"] = (form.map[:1] if is_shared else form.map).contiguous()
+        side.map, side.map_is_half = kept["map"].data_ptr(), kept["map"].dtype == torch.float16
+        side.head_dim = form.map.shape[2]
+        side.map_stride = 0 if is_shared else form.map.shape[1] * form.map.shape[2]
+    for name in ("unit", "mean"):
+        if (tensor := getattr(form, name)) is not None:
+            kept[name] = tensor.float().contiguous()
+            setattr(side, name, kept[name].data_ptr())
+    return _Made(side, kept)
+
+
+# Values: 8-bit levels
+
+
+def _pairs(form: NibbleForm) -> np.ndarray:
+    """``QjlPair`` of every two coordinates, group by group."""
+    dim = form.code_dim // form.groups
+    rows = [_pair(*two) for two in _two_by_two(_terms(form, dim))]
+    one = np.array(rows, dtype=_PAIR)
+    groups = np.tile(one, (form.groups, 1))
+    for group, pairs in enumerate(groups):
+        pairs["group"] = group
+        pairs["sources"] += group * form.entries.shape[1]
+        pairs["coordinates"] = np.where(one["coordinates"] < 0, -1, one["coordinates"] + group * dim)
+    return groups.reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Term:
+    """``step * sum of tables[k][nibble sources[k]]``, a part of one coordinate; one or two tables."""
+
+    coordinate: int
+    sources: tuple[int, ...]
+    tables: list[np.ndarray]
+    step: float
+
+
+def _terms(form: NibbleForm, dim: int) -> list[_Term]:
+    tables = _tables_by_coordinate(form, dim)
+    exact = _exact_step(tables)
+    terms = []
+    for coordinate, by_source in enumerate(tables):
+        sources = sorted(by_source)
+        for place in range(0, len(sources), 2):
+            two = tuple(sources[place : place + 2])
+            for step, levels in _levels([by_source[source] for source in two], exact):
+                terms.append(_Term(coordinate, two, levels, step))
+    return terms
+
+
+def _tables_by_coordinate(form: NibbleForm, dim: int) -> list[dict[int, np.ndarray]]:
+    coordinates, entries = form.coordinates[0].cpu().numpy(), form.entries[0].double().cpu().numpy()
+    tables: list[dict[int, np.ndarray]] = [{} for _ in range(dim)]
+    for source, (places, of_slots) in enumerate(zip(coordinates, entries.transpose(0, 2, 1), strict=True)):
+        for place, table in zip(places, of_slots, strict=True):
+            if table.any():
+                tables[place][source] = tables[place].get(source, 0) + table
+    return tables
+
+
+def _exact_step(tables: list[dict[int, np.ndarray]]) -> float | None:
+    """A power of two of which all entries are small multiples, if there is one."""
+    every = np.array([table for by_source in tables for table in by_source.values()])
+    for exponent in range(3, 8):
+        step = 2.0**-exponent
+        if (every / step == np.round(every / step)).all() and _largest_sum(tables) <= TOP * step:
+            return step
+    return None
+
+
+def _largest_sum(tables: list[dict[int, np.ndarray]]) -> float:
+    return max((sum(np.abs(table).max() for table in by_source.values()) for by_source in tables), default=0)
+
+
+def _levels(tables: list[np.ndarray], exact: float | None) -> list[tuple[float, list[np.ndarray]]]:
+    """Tables in steps: one where they are exact multiples, otherwise a coarse and a fine one."""
+    if exact is not None:
+        return [(exact, [np.round(table / exact) for table in tables])]
+    coarse = max(sum(np.abs(table).max() for table in tables) / (TOP - 2), 1e-30)
+    fine = coarse * len(tables) / (2 * TOP - 2)
+    whole = [np.round(table / coarse) for table in tables]
+    rest = [np.round((table - coarse * high) / fine) for table, high in zip(tables, whole, strict=True)]
+    return [(coarse, whole), (fine, rest)]
+
+
+def _two_by_two(terms: list[_Term]) -> list[tuple[_Term, _Term | None]]:
+    """Terms that read the same nibbles side by side, then those with equally many, in units of the same step."""
+    pairs: list[tuple[_Term, _Term | None]] = []
+    left: dict[Any, _Term] = {}
+    for same in (lambda term: (term.sources, term.step), lambda term: (len(term.sources), term.step)):
+        waiting, left = (terms if not pairs and not left else list(left.values())), {}
+        alone: dict[Any, list[_Term]] = {}
+        for term in waiting:
+            alone.setdefault(same(term), []).append(term)
+        for group in alone.values():
+            pairs.extend(zip(group[0::2], group[1::2], strict=False))
+            if len(group) % 2:
+                left[id(group[-1])] = group[-1]
+    return pairs + [(term, None) for term in left.values()]
+
+
+def _pair(first: _Term, second: _Term | None) -> tuple[Any, ...]:
+    nothing = np.zeros(16)
+    other = second or _Term(-1, first.sources, [nothing] * len(first.sources), first.step)
+    tables = [*_padded(first.tables), *_padded(other.tables)]
+    sources = [*_padded_sources(first.sources), *_padded_sources(other.sources)]
+    kind = 1 if len(first.sources) == 1 else 0 if first.sources == other.sources else 2
+    return tables, sources, [first.coordinate, other.coordinate], 0, first.step, kind
+
+
+def _padded(tables: list[np.ndarray]) -> list[np.ndarray]:
+    return tables if len(tables) == 2 else [tables[0], np.zeros(16)]
+
+
+def _padded_sources(sources: tuple[int, ...]) -> tuple[int, ...]:
+    return sources if len(sources) == 2 else (sources[0], sources[0])
+
+
+# The mean that RoPE turns
+
+
+def _turn(form: NibbleForm) -> _Made:
+    """Fast frequencies come first, with a table each; the others share a product of two."""
+    assert form.turn is not None
+    order = np.argsort(-form.turn.inv_freq.double().abs().cpu().numpy(), kind="stable")
+    frequencies = form.turn.inv_freq.double().cpu().numpy()[order]
+    steps = np.arange(SPAN // 2).reshape(-1, 4).T.reshape(-1)  # as the kernels keep tokens: by four
+    angles = frequencies[:, None] * (steps + 0.5)
+    direct = _fast(angles)
+    slow = [_product(table[direct:]) for table in (np.cos(angles), np.sin(angles))]
+    down = np.stack([_by_four(down) for down, _ in slow], axis=1)  # [F / 4, 2, RANK, 4]
+    up = np.concatenate([np.stack([np.cos(angles), np.sin(angles)], 1)[:direct], np.stack([up for _, up in slow], 1)])
+    coordinates = np.stack([x.cpu().numpy()[order] for x in (form.turn.first, form.turn.second)])
+    arrays = {
+        "inv_freq": form.turn.inv_freq.float().cpu().numpy()[order],
+        "step": _phasors(SPAN * frequencies).astype(np.float32),
+        "anchor_step": _phasors(ANCHOR * SPAN * frequencies),
+        "coordinates": coordinates.astype(np.int32),
+        "down": down.astype(np.float32),
+        "up": up.astype(np.float32),
+    }
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    pointers = {name: array.ctypes.data for name, array in arrays.items()}
+    return _Made(structs.Turn(**pointers, pairs=len(order), direct=direct, scaling=form.turn.scaling), arrays)
+
+
+def _by_four(down: np.ndarray) -> np.ndarray:
+    """``[F, RANK]`` as ``[F / 4, RANK, 4]``, filled up with zeros."""
+    filled = np.concatenate([down, np.zeros((-len(down) % 4, RANK))])
+    return filled.reshape(-1, 4, RANK).transpose(0, 2, 1)
+
+
+def _phasors(angles: np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(angles), np.sin(angles)])
+
+
+def _fast(angles: np.ndarray) -> int:
+    """How many frequencies need a table of their own, so that the product serves the others."""
+    for count in range(len(angles)):
+        tables = np.cos(angles[count:]), np.sin(angles[count:])
+        if all(np.abs(down @ up - table).max() < TOLERANCE for table in tables for down, up in [_product(table)]):
+            return count
+    return len(angles)
+
+
+def _product(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``table [F, 32]`` as ``[F, RANK] @ [RANK, 32]``, its best approximation."""
+    u, s, v = np.linalg.svd(table, full_matrices=False)
+    rank = min(RANK, len(s))
+    down, up = np.zeros((len(table), RANK)), np.zeros((RANK, table.shape[1]))
+    down[:, :rank], up[:rank] = u[:, :rank] * s[:rank], v[:rank]
+    return down, up
