@@ -425,7 +425,7 @@ def test_wrong_scores_get_no_speed(monkeypatch):
 @pytest.mark.usefixtures("compiled")
 def test_worse_codes_are_an_error():
     codec = SimpleNamespace(
-        quantize=lambda x, first: x if ops.active_backend() == "reference" else 0.99 * x,
+        encode_tokens=lambda x, first: x if ops.active_backend() == "reference" else 0.99 * x,
         dequantize=lambda blocks, first: 0.5 * blocks,
     )
     error = encode.encoding_error(codec, torch.ones(1, 1, 64, 8), torch.zeros(1, 1), 1)
