@@ -34,8 +34,8 @@ def _blocks(count, heads=3, generator=None):
 
 def _write(pages, blocks, numbers):
     """To the keys' fields, as ops do."""
-    for name, tensor in blocks.items():
-        pages.fields[0][name][numbers] = tensor[0].transpose(0, 1)
+    for name, field in pages.fields[0].items():
+        field[numbers] = blocks[name][0].transpose(0, 1)
 
 
 def _require(pages, numbers, blocks):
