@@ -35,6 +35,7 @@ class Reading:
         self.begin = index.columns if step is None or step.columns else index.lengths[self.rows[0]]
         self.is_short = step is not None and self._is_even(step) and self.queries < BLOCK
         self.is_whole = step is not None and sum(step.counts[row] for row in self.rows) == sum(step.counts)
+        self._has_uneven_pages = index.has_uneven_pages
         self._plain: tuple[Tensor, bool] | None = None
         self._bias: tuple[Tensor | None, Tensor] | None = None
 
@@ -76,7 +77,7 @@ class Reading:
         Looking would stall a device other than a CPU, so there only no mask is plain. Nor is one where pages are
         partly filled, since lengths do not tell which tokens are read.
         """
-        if self.index.has_uneven_pages:
+        if self._has_uneven_pages:
             return False
         if mask is None:
             return True
