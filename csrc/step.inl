@@ -38,11 +38,12 @@ inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_
                           float* scores) {
     const QjlStep& s = h.s;
     for (int64_t r = 0; r < rows; ++r) {
+        const float* bias = s.bias ? h.bias(first_row + r, block * 64) : nullptr;
         for (int64_t i = 0; i < blocks * 64; ++i) {
             float& score = scores[r * TILE * 64 + i];
             if (s.softcap > 0) score = capped(score, s.softcap) * LOG2E;
-            const int64_t token = block * 64 + token_at(i);
-            if (s.bias && h.has(token)) score += *h.bias(first_row + r, token) * LOG2E;
+            const int64_t token = token_at(i);
+            if (bias && h.has(block * 64 + token)) score += bias[token * s.bias_stride[3]] * LOG2E;
         }
     }
 }
@@ -50,7 +51,7 @@ inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_
 // Hides what a row does not have.
 inline void hide_scores(const Head& h, int64_t rows, int64_t block, int64_t blocks, float* scores) {
     for (int64_t b = 0; b < blocks; ++b) {
-        if (h.has_all(block + b, 1)) continue;
+        if (h.has_all(block + b)) continue;
         for (int64_t i = b * 64; i < b * 64 + 64; ++i) {
             if (h.has(block * 64 + token_at(i))) continue;
             for (int64_t r = 0; r < rows; ++r) scores[r * TILE * 64 + i] = -__builtin_inff();

@@ -23,9 +23,9 @@ struct Head {
         return s.of_rows->table[batch * s.of_rows->capacity + (token >> __builtin_ctzll(s.page_tokens))];
     }
     bool has(int64_t token) const { return first_token() <= token && token < end_token() && page_of(token) >= 0; }
-    bool has_all(int64_t block, int64_t blocks) const {
-        if (block * 64 < first_token() || end_token() < (block + blocks) * 64) return false;
-        for (int64_t token = block * 64; token < (block + blocks) * 64; token += s.page_tokens) {
+    bool has_all(int64_t block) const {
+        if (block * 64 < first_token() || end_token() < block * 64 + 64) return false;
+        for (int64_t token = block * 64; token < block * 64 + 64; token += s.page_tokens) {
             if (page_of(token) < 0) return false;
         }
         return true;

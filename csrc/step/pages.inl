@@ -26,7 +26,7 @@ struct Gather {
           last(fewer(block * 64 + 64, h.end_token())) {}
 
     Place into(uint8_t* room) const {
-        if (!h.has_all(first / 64, 1)) __builtin_memset(room, 0, block_bytes(side));
+        if (!h.has_all(first / 64)) __builtin_memset(room, 0, block_bytes(side));
         uint8_t* scale = room + side.nibbles / 2 * 64;
         uint8_t* middle = scale + side.groups * scale_size(side) * 64;
         gather(room, side.codes, side.codes_stride, side.nibbles / 2, 1);
@@ -55,7 +55,7 @@ struct Gather {
 };
 
 inline Place place_of(const Head& h, const QjlSide& side, int64_t block, uint8_t* room) {
-    if (h.s.page_tokens == 64 && h.has_all(block, 1)) return in_place(h, side, h.page_of(block * 64));
+    if (h.s.page_tokens == 64 && h.has_all(block)) return in_place(h, side, h.page_of(block * 64));
     return Gather{h, side, block}.into(room);
 }
 

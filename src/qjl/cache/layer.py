@@ -17,7 +17,7 @@ from qjl.codecs import Pair, TokenShape
 from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.methods.base import require_finite, tokens_to_encode
-from qjl.methods.nibble import EXPAND_FROM_ROWS
+from qjl.methods.nibble import DECODE_FROM_ROWS
 from qjl.ops.forms import EncodeJob, Pool
 from qjl.packed import to_device
 
@@ -118,7 +118,7 @@ class Layer(Copied):
         if self.pages is None or not reading.is_short or query.dtype == torch.float64:  # which no kernel reads
             return None
         rows = query.shape[1] // self.pages.heads * query.shape[2]
-        is_worth_it = rows < EXPAND_FROM_ROWS or ops.backend_of(query.device) != "cpu"
+        is_worth_it = rows < DECODE_FROM_ROWS or ops.backend_of(query.device) != "cpu"
         return self.pages.operand if is_worth_it else None
 
     def _exact(self) -> ExactTokens:

@@ -20,10 +20,9 @@ Notation: B batch, H key-value heads, R query rows per key-value head (group x q
   first tokens.
 
 ``reference`` (torch) is the living definition of every op; ``cpu`` is C++; ``triton`` is for GPUs.
-``QJL_BACKEND=reference|cpu|triton|auto`` chooses. Automatically
-tensors on a CPU meet ``cpu`` where that was compiled, and those on a CUDA device ``triton`` where that is installed,
-also if ``cpu`` was chosen; all others meet ``reference``. ``triton`` takes tensors on a CPU under
-``TRITON_INTERPRET=1`` alone.
+``QJL_BACKEND=reference|cpu|triton|auto`` chooses. Automatically tensors on a CPU meet ``cpu`` where that was compiled,
+and those on a CUDA device ``triton`` where that is installed, also if ``cpu`` was chosen; all others meet
+``reference``. ``triton`` takes tensors on a CPU under ``TRITON_INTERPRET=1`` alone.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from qjl.attention import Scoring
 from qjl.codecs import TokenShape
 from qjl.errors import QJLError
-from qjl.methods.nibble import EXPAND_FROM_ROWS
+from qjl.methods.nibble import DECODE_FROM_ROWS
 from qjl.packed import BLOCK
 from qjl.vllm import compat
 from qjl.vllm.block_planner import PoolShape
@@ -92,7 +92,7 @@ class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
         settings, pages = compat.settings(vllm_config), compat.pages(kv_cache_spec)
         _require_served(settings)
         config = chosen_config()
-        most_queries = max(1, (EXPAND_FROM_ROWS - 1) // (settings.heads // pages.heads))
+        most_queries = max(1, (DECODE_FROM_ROWS - 1) // (settings.heads // pages.heads))
         shape = PoolShape.of(pages.tokens, config.sinks, config.recent, settings.sequences, most_queries)
         self._steps = Steps(shape, config.recent, most_queries, device)
         layers = [_paged_layer(settings, name, pages, shape, device) for name in layer_names]

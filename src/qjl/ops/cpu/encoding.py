@@ -23,7 +23,7 @@ from qjl.ops.recipe import (
     SignsPart,
     TrellisPart,
 )
-from qjl.packed import BLOCK
+from qjl.packed import block_positions
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # QjlType
 _LEVELS, _TRELLIS, _SIGNS = range(3)  # QjlPartKind
@@ -101,7 +101,7 @@ class _Turns:
     """Cosines and sines of every RoPE for the tokens of some blocks, which jobs share."""
 
     def __init__(self, first: Tensor) -> None:
-        self._positions = (first[:, None] + torch.arange(BLOCK, device=first.device)).flatten()[None]
+        self._positions = block_positions(first[None])
         self._made: dict[tuple[bytes, float, bool], tuple[Tensor, Tensor]] = {}
 
     def of(self, job: EncodeJob, key: tuple[bytes, float, bool]) -> tuple[int, int]:

@@ -56,25 +56,17 @@ def append_attend(
 ) -> Tensor:
     """Reads and writes the model's types where they lie."""
     batch, query_heads, queries, _ = query.shape
-    of_rows = _rows(rows)
-    _put(keys, exact.keys, of_rows)
-    _put(values, exact.values, of_rows)
+    work = _Work(query, pool, exact, rows, queries, scaling, softcap, None)
+    work.put(keys, exact.keys)
+    work.put(values, exact.values)
     out = query.new_empty((batch, queries, query_heads, exact.values.shape[2]))
-    _Work(query, pool, exact, rows, queries, scaling, softcap, None).into(out.transpose(1, 2))
+    work.into(out.transpose(1, 2))
     return out
 
 
 def _by_head(x: Tensor, queries: int) -> Tensor:
     """``[B, H, R, D] -> [B, Hq, Q, D]``."""
     return x.unflatten(2, (-1, queries)).flatten(1, 2)
-
-
-def _put(fresh: Tensor, pool: Tensor, rows: kernels.Rows) -> None:
-    batch, heads, queries, dim = fresh.shape
-    if batch * queries:
-        kernels.put[(batch * queries, heads)](
-            fresh, fresh.stride(), pool, pool.stride(), rows, queries, dim, DIM=triton.next_power_of_2(dim)
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +82,21 @@ class _Work:
     softcap: float
     bias: Tensor | None
 
+    def put(self, fresh: Tensor, pool: Tensor) -> None:
+        """Store fresh keys or values ``[B, H, Q, D]`` in their slots."""
+        batch, heads, queries, dim = fresh.shape
+        if batch * queries:
+            kernels.put[(batch * queries, heads)](
+                fresh, fresh.stride(), pool, pool.stride(), self._of_rows, queries, dim, DIM=triton.next_power_of_2(dim)
+            )
+
     def into(self, out: Tensor) -> Tensor:
         """Leave what comes out in ``[B, Hq, Q, Dv]``; returns the log-sum-exps ``float32 [B, H, R]``."""
         packed, exact = self._packed_parts(), self._exact_parts()
         values, value_dim = self.values, out.shape[3]
         lse = self._empty(*self._sizes)
         kernels.join[(self.tiles, self._programs, triton.cdiv(value_dim, kernels.CHUNK.value))](
-            packed, exact, _side(self.pool.value_form, self.pool.values, values), values.map, values.mean,
+            packed, exact, self._value_side, values.map, values.mean,
             kernels.ByQuery(out, out.stride()), lse, self.heads, self.count, self.queries,
             ROWS=self.tile, PAIRS=values.pairs.count,
         )  # fmt: skip
@@ -162,6 +162,14 @@ class _Work:
         return parts.splits, self._programs, self.tiles
 
     @cached_property
+    def _value_side(self) -> kernels.Side:
+        return _side(self.pool.value_form, self.pool.values, self.values)
+
+    @cached_property
+    def _of_rows(self) -> kernels.Rows:
+        return _rows(self.rows)
+
+    @cached_property
     def _by_query(self) -> kernels.ByQuery:
         return kernels.ByQuery(self.query, self.query.stride())
 
@@ -180,10 +188,10 @@ class _Work:
         parts = self._parts(self._columns, 2, values.pairs.count)
         kernels.packed_part[self._grid(parts)](
             key_side,
-            _side(pool.value_form, pool.values, values),
+            self._value_side,
             self._projected(key_side),
             keys.turned,
-            _rows(self.rows),
+            self._of_rows,
             self._added,
             parts,
             self.heads,
@@ -230,7 +238,7 @@ class _Work:
         kernels.exact_part[self._grid(parts)](
             self._by_query,
             kernels.Exact(keys, keys.stride(), values, values.stride()),
-            _rows(self.rows),
+            self._of_rows,
             self._added,
             parts,
             self.heads,
@@ -307,7 +315,7 @@ def _constants(form: NibbleForm) -> _Constants:
     if form.turn is not None and mean is not None:
         still, turned = _turned(form.turn, mean)
     return _Constants(
-        pairs=pairs_of(form),
+        pairs=once(form, "pairs", pairs_of),
         map=kernels.Map(maps, strides, maps.shape[2]),
         unit=None if form.unit is None else form.unit.float().contiguous(),
         mean=mean,

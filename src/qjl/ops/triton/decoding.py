@@ -46,7 +46,7 @@ class PairTables(NamedTuple):
 
 
 def decode(blocks: Blocks, form: NibbleForm, first: Tensor) -> Tensor:
-    codes, pairs = blocks["codes"], once(form, "pairs of decode", pairs_of)
+    codes, pairs = blocks["codes"], once(form, "pairs", pairs_of)
     batch, heads, count = codes.shape[:3]
     # zeros: coordinates without bits are no pairs
     code = codes.new_zeros((batch, heads, count * BLOCK, form.code_dim), dtype=torch.float32)

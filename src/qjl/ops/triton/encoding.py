@@ -13,7 +13,7 @@ from qjl.ops import reference
 from qjl.ops.forms import EncodeJob, Rotation
 from qjl.ops.recipe import GridRecipe, LevelsPart, Map, Part, Recipe, SignsPart, SketchMap, TrellisPart
 from qjl.ops.triton import encoding_kernels as kernels
-from qjl.packed import BLOCK, Blocks
+from qjl.packed import BLOCK, Blocks, block_positions
 
 NIBBLE = 4
 LEAST = 16  # what a matrix product takes
@@ -74,8 +74,7 @@ def _mean(vector: Tensor | None, rope: Rotation | None, first: Tensor) -> kernel
         return None
     if rope is None:
         return kernels.Mean(vector, None, None, 0, 0)
-    positions = (first[..., None] + torch.arange(BLOCK, device=first.device)).flatten(1)
-    angles = rope.exact_angles(positions).transpose(1, 2)
+    angles = rope.exact_angles(block_positions(first)).transpose(1, 2)
     cos, sin = ((x * rope.scaling).contiguous() for x in (angles.cos(), angles.sin()))
     return kernels.Mean(vector, cos, sin, cos.shape[1], int(rope.interleaved))
 
