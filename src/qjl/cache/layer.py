@@ -135,7 +135,7 @@ class Layer(Copied):
         if fresh is not None:
             exact.append(Segment(*fresh, reading.own))
         if reading.packed is None:
-            return exact, None
+            return _as_one_run(exact), None
         assert self.pages is not None
         return exact, _Codes(self.pages, *reading.packed)
 
@@ -279,6 +279,17 @@ class Layer(Copied):
     def allocated_nbytes(self) -> int:
         """Bytes allocated, room for growth included."""
         return sum(of.nbytes for of in (self.exact, self.pages) if of is not None)
+
+
+def _as_one_run(exact: list[Segment]) -> list[Segment]:
+    """Tokens that follow each other in all rows, in one piece: torch's own kernel reads them at once."""
+    if len(exact) < 2 or any(one.seen.valid is not None for one in exact):
+        return exact
+    before, own = exact
+    if before.seen.columns != 0 or own.seen.columns != before.tokens:
+        return exact
+    keys, values = (torch.cat(pair, 2) for pair in ((before.keys, own.keys), (before.values, own.values)))
+    return [Segment(keys, values, before.seen)]
 
 
 def _by_row(bias: Tensor, query: Tensor) -> Tensor:

@@ -395,7 +395,7 @@ class Throughput(OfModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(OfModel):
-    """Decoding beside other caches and engines; ``attention_ms_per_layer`` beyond that of a step over 16 tokens."""
+    """Decoding beside other caches and engines; ``attention_ms_per_layer`` beyond a step over 16 tokens in full precision."""
 
     case: ClassVar[str] = "generate"
     alike: ClassVar[tuple[str, ...]] = ("model", "machine", "device", "threads")

@@ -1,13 +1,15 @@
 """Decoding with a whole model: a token's time over a cache of so many tokens, beside other caches and engines.
 
 All transformers caches are filled from one prefill in full precision; llama.cpp prefills for itself. What attention
-takes is the time beyond that of a step over ``BASE`` tokens, timed in the same rounds, shared out over the layers.
+takes is the time beyond that of the engine's own step over ``BASE`` tokens in full precision, timed in the same rounds,
+shared out over the layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qjl import corpora, models, ops
-from qjl.architecture import layer_shapes
+from qjl.architecture import layer_shapes, text_config
 from qjl.compat import cache_argument
 from qjl.errors import QJLError
 from qjl.hf import KVCache
@@ -104,7 +106,8 @@ class Race:
         self.name, self.threads = name, threads
         self.shapes = layer_shapes(network.config)
         self.contestants: dict[str, Contestant] = {}
-        self.bases: dict[str, Contestant] = {}
+        self.bases: dict[str, Contestant] = {}  # one for all caches of a model
+        self.base_of: dict[str, str] = {}
         ids = _ids(tokenizer, max(longest, caches.FITTED))
         with use_threads(threads):
             exact = _states(prefill(network, ids))
@@ -125,14 +128,19 @@ class Race:
         made = caches.makers(model, presets, peers)
         for preset in presets:
             caches.warm(model, made[preset.name], ids)
-        for side in (self.contestants, self.bases):
-            side |= {f"{name} {label}": Transformer(model, make, exact) for name, make in made.items()}
+        base = f"{label}, {BASE} tokens"
+        self.bases[base] = Transformer(model, partial(DynamicCache, config=text_config(model.config)), exact)
+        for name, make in made.items():
+            self._add(f"{name} {label}", Transformer(model, make, exact), base)
 
     def _add_llamas(self, path: Path, ids: list[int]) -> None:
-        base = llama.Llama(path, llama.CACHES[0], ids[:BASE], self.threads)
+        base = f"{LLAMA}, {BASE} tokens"
+        self.bases[base] = llama.Llama(path, llama.CACHES[0], ids[:BASE], self.threads)
         for kind in llama.CACHES:
-            self.contestants[f"{LLAMA} {kind}"] = llama.Llama(path, kind, ids, self.threads)
-            self.bases[f"{LLAMA} {kind}"] = base
+            self._add(f"{LLAMA} {kind}", llama.Llama(path, kind, ids, self.threads), base)
+
+    def _add(self, name: str, one: Contestant, base: str) -> None:
+        self.contestants[name], self.base_of[name] = one, base
 
     def measure(
         self, contexts: Sequence[int], repeats: int, on_round: Callable[[], None] = lambda: None
@@ -150,7 +158,7 @@ class Race:
                 for base in self.bases.values():
                     base.fill(BASE)
             works: dict[str, Sequence[Work]] = {name: [one.step] for name, one in self.contestants.items()}
-            works |= {_base(name): [base.step] for name, base in self.bases.items()}
+            works |= {name: [base.step] for name, base in self.bases.items()}
             timings = interleave(works, repeats, self.threads, on_round, wall_ms)
             for name in self.contestants:
                 yield self._row(name, context, repeats, timings, errors.get(name))
@@ -172,7 +180,7 @@ class Race:
         return error
 
     def _row(self, name: str, context: int, repeats: int, timings: Timings, error: float | None) -> Row:
-        ms, beyond = timings.ms(name), timings.difference(name, _base(name))
+        ms, beyond = timings.ms(name), timings.difference(name, self.base_of[name])
         low, attention, high = (part / len(self.shapes) for part in (beyond.low, beyond.median, beyond.high))
         ratios = {label: timings.ratio(f"{caches.DYNAMIC} {label}", name) for label in DTYPES}
         return (
@@ -185,10 +193,6 @@ class Race:
             | {"machine": machine.describe()}
             | {"versions": machine.versions((*machine.PACKAGES, *caches.EXTRA_PACKAGES))}
         )
-
-
-def _base(name: str) -> str:
-    return f"{name}, {BASE} tokens"
 
 
 def _states(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
