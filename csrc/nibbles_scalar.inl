@@ -1,65 +1,81 @@
-// Look-ups and weighted sums in plain C++.
+// Look-ups and weighted sums in plain C++: what the other instruction sets do.
 
 namespace nibbles {
 
 constexpr int MAX_ROWS = 4;
-constexpr int TILE = 8;  // blocks whose weights are summed up at once
-constexpr float WEIGHT_TOP = 32767;
+constexpr int TILE = 16;  // blocks whose weights are summed up at once
+constexpr int FACTOR_TOP = 127;
+constexpr int WEIGHT_TOP = 255;
 
-inline void put_table(uint8_t* to, const int16_t* low, const int16_t* high) {
-    __builtin_memcpy(to, low, 32);
-    __builtin_memcpy(to + 32, high, 32);
-}
+// Which lane of a token's number; lane 16 k + 4 L + i has token 16 L + 4 k + i.
+inline int lane_of(int token) { return token / 4 % 4 * 16 + token / 16 * 4 + token % 4; }
 
-// codes [bytes][64], tables [bytes][ROWS][64 bytes], factors [(bytes + 1) / 2][ROWS][2] -> sums [ROWS][64] by four;
-// `soon` is what will be read next: as many bytes as codes
-template <int ROWS>
-void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors, int32_t* sums,
-                const uint8_t* soon) {
-    for (int64_t j = 0; j < bytes; ++j) __builtin_prefetch(soon + j * 64);
-    __builtin_memset(sums, 0, ROWS * 64 * sizeof(int32_t));
-    for (int64_t j = 0; j < bytes; ++j) {
-        for (int r = 0; r < ROWS; ++r) {
-            const auto* low = reinterpret_cast<const int16_t*>(tables + (j * ROWS + r) * 64);
-            const int32_t factor = factors[(j / 2 * ROWS + r) * 2];
-            int32_t* row = sums + r * 64;
-            for (int t = 0; t < 64; ++t) {
-                const uint8_t byte = codes[j * 64 + t];
-                row[t % 4 * 16 + t / 4] += (low[byte & 15] + low[16 + (byte >> 4)]) * factor;
-            }
-        }
-    }
-}
-
-inline void put_weights(uint8_t* to, const I16 (&by_four)[4]) {
+// 64 bytes as numbers, by lanes.
+inline void put_in_lanes(const uint8_t* bytes, I16 (&lanes)[4]) {
     int32_t numbers[64];
-    __builtin_memcpy(numbers, by_four, sizeof numbers);
-    auto* weights = reinterpret_cast<int16_t*>(to);
-    for (int t = 0; t < 64; ++t) weights[t] = int16_t(numbers[t % 4 * 16 + t / 4]);
+    for (int t = 0; t < 64; ++t) numbers[lane_of(t)] = bytes[t];
+    __builtin_memcpy(lanes, numbers, sizeof numbers);
 }
 
-inline int level(const QjlPair& pair, int k, const uint8_t* codes, int t) {
-    const int32_t source = pair.sources[k];
-    return pair.tables[k][codes[source / 2 * (TILE * 64) + t] >> (source % 2 * 4) & 15];
+// Numbers from 0 to 255 as 64 bytes.
+inline void put_in_order(const I16 (&lanes)[4], uint8_t* bytes) {
+    int32_t numbers[64];
+    __builtin_memcpy(numbers, lanes, sizeof numbers);
+    for (int t = 0; t < 64; ++t) bytes[t] = uint8_t(numbers[lane_of(t)]);
 }
 
-// codes [bytes][TILE][64], weights [blocks][ROWS][128 bytes] -> sums [2][4]
+// sum[i] + a[2 i] * two[0] + a[2 i + 1] * two[1]
+inline I16 add_words(const I16& sum, const int16_t* a, const int16_t* two) {
+    int32_t numbers[16];
+    __builtin_memcpy(numbers, &sum, sizeof numbers);
+    for (int i = 0; i < 16; ++i) numbers[i] += a[2 * i] * two[0] + a[2 * i + 1] * two[1];
+    return load<I16>(numbers);
+}
+
+// Sums of look-ups over a block. `quads [count]` say which four bytes of a token are looked up: where their 64 codes
+// begin. tables [count][low nibbles, high ones][ROWS][4][16], which `factors` of the same [count][2][ROWS][4] multiply.
+// first [ROWS], sums [ROWS][64] by lanes.
 template <int ROWS>
-void add_pair(const QjlPair& pair, const uint8_t* codes, int64_t blocks, const uint8_t* weights,
-              float* sums) {
-    int64_t totals[8]{};
-    for (int64_t b = 0; b < blocks; ++b, codes += 64) {
-        const auto* of_rows = reinterpret_cast<const int16_t*>(weights + b * ROWS * 128);
-        for (int t = 0; t < 64; ++t) {
-            const int first = level(pair, 0, codes, t) + level(pair, 1, codes, t);
-            const int second = level(pair, 2, codes, t) + level(pair, 3, codes, t);
+void scan_block(const uint8_t* codes, const Quad* quads, int64_t count, const uint8_t* tables, const uint8_t* factors,
+                const int32_t* first, int32_t* sums, Ahead ahead) {
+    for (int r = 0; r < ROWS; ++r) {
+        for (int i = 0; i < 64; ++i) sums[r * 64 + i] = first[r];
+    }
+    for (int64_t q = 0; q < count; ++q, tables += 2 * ROWS * 64, factors += 2 * ROWS * 4) {
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead.next());
+        for (int i = 0; i < 4; ++i) {
+            const uint8_t* bytes = codes + quads[q].at[i];
             for (int r = 0; r < ROWS; ++r) {
-                totals[r] += of_rows[r * 64 + t] * first;
-                totals[4 + r] += of_rows[r * 64 + t] * second;
+                const uint8_t *low = tables + (r * 4 + i) * 16, *high = low + ROWS * 64;
+                const int low_factor = factors[r * 4 + i], high_factor = factors[(ROWS + r) * 4 + i];
+                for (int t = 0; t < 64; ++t) {
+                    sums[r * 64 + lane_of(t)] += low[bytes[t] & 15] * low_factor + high[bytes[t] >> 4] * high_factor;
+                }
             }
         }
     }
-    for (int i = 0; i < 8; ++i) sums[i] = float(totals[i]);
+}
+
+// Weighted sums of four coordinates over blocks. codes [blocks]: where those of a block begin; weights
+// [blocks][ROWS][64] of up to WEIGHT_TOP, sums [4 coordinates][MAX_ROWS]. `ahead [blocks]` are read later, from
+// `ahead_at` on.
+template <int ROWS>
+void add_quad(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights, int32_t* sums,
+              const uint8_t* const* ahead, int64_t ahead_at) {
+    __builtin_memset(sums, 0, 4 * MAX_ROWS * sizeof(int32_t));
+    for (int64_t b = 0; b < blocks; ++b, weights += ROWS * 64) {
+        __builtin_prefetch(ahead[b] + ahead_at);
+        const auto level = [&](int k, int t) {
+            const int32_t source = quad.sources[k];
+            return quad.tables[k][codes[b][source / 2 * 64 + t] >> (source % 2 * 4) & 15];
+        };
+        for (int t = 0; t < 64; ++t) {
+            for (int c = 0; c < 4; ++c) {
+                const int number = level(2 * c, t) + level(2 * c + 1, t);
+                for (int r = 0; r < ROWS; ++r) sums[c * MAX_ROWS + r] += weights[r * 64 + t] * number;
+            }
+        }
+    }
 }
 
 }  // namespace nibbles

@@ -25,19 +25,31 @@ struct QjlSide {
     const uint16_t* entries;     // float16 [heads or 1][nibbles][slots][16]
     int64_t slots;
 
-    // Values: each pair adds integers by nibble to two coordinates
-    const struct QjlPair* pairs;
-    int64_t pair_count;
+    // Values, group by group; a coordinate may be in several
+    const struct QjlQuad* quads;
+    int64_t quad_count;
+
+    double tolerance;  // of what scores and weights may differ in relation to themselves
 };
 
-// first = tables[0][s0] + tables[1][s1], second = tables[2][s2] + tables[3][s3], s the nibbles `sources`.
-struct QjlPair {
-    int8_t tables[4][16];
-    int32_t sources[4];
-    int32_t coordinates[2];  // -1: none
+// Four coordinates of values: coordinate c is step * (tables[2 c][nibble sources[2 c]] + tables[2 c + 1][...]).
+struct QjlQuad {
+    int8_t tables[8][16];    // whose sums of two fit 8 bits
+    int32_t sources[8];      // nibbles
+    int32_t coordinates[4];  // -1: none
     int32_t group;
     float step;
-    int32_t kind;  // 0: s0 = s2, s1 = s3; 1: tables 1 and 3 are zero; 2: neither
+    int32_t kind;  // which look-ups read the same nibbles, see QjlKind
+};
+
+// a, b, ...: nibbles of the quad, as they come. Look-ups without a nibble are of tables of zeros.
+enum QjlKind : int32_t {
+    QJL_ANY,         // eight nibbles
+    QJL_TWO_CHAIN,   // (a, b) (a, b) (b, c) (b, c)
+    QJL_TWO_LEVELS,  // (a) (a) (b) (b)
+    QJL_LEVELS,      // (a) (b) (c) (d)
+    QJL_FOUR_CHAIN,  // (a, b) four times
+    QJL_ONE_CHAIN,   // (a, b) (b, c) (c, d) (d, e)
 };
 
 // Tokens in full precision by slot, strides in numbers over head and slot.
