@@ -14,7 +14,7 @@ struct Sums {
     const uint8_t* ahead[TILE];  // keys of the next tile
     Place places[TILE];
     static constexpr int BASE = WEIGHT_TOP + 1, BITS = BASE == 256 ? 8 : 7;
-    static constexpr float COARSE = 12;  // times the tolerance: as errors of some tiles are among many
+    static constexpr float COARSE = 4.8f;  // times the tolerance: as errors of some tiles are among many
 
     Sums(const Head& h, Scratch& room, int64_t first_row, int64_t rows)
         : h(h), side(h.s.values), room(room), first_row(first_row), rows(rows) {
@@ -68,22 +68,22 @@ struct Sums {
 
     void add_group(int64_t g, int64_t first_quad, int64_t last_quad, const float* scores, int64_t blocks,
                    const ByRow& decay, const ByRow& power) {
-        const float bound = put_scales(g, blocks);
-        const float unit = bound / WEIGHT_TOP, inverse = bound > 0 ? WEIGHT_TOP / bound : 0;
-        const int64_t bytes = side.nibbles / side.groups / 2;
-        for (int64_t b = 0; b < blocks; ++b) codes[b] = places[b].codes + g * bytes * 64;
+        put_scales(g, blocks);
+        for (int64_t b = 0; b < blocks; ++b) codes[b] = places[b].codes;
+        ByRow units = {}, inverses;
         bool is_coarse = false;
         for (int64_t r = 0; r < rows; ++r) {
-            const float squares = put_weights(scores + r * TILE * 64, blocks, r, inverse), of_one = unit * power[r];
+            const float bound = multiply(scores + r * TILE * 64, blocks, room.products + r * TILE * 64);
+            inverses[r] = bound > 0 ? WEIGHT_TOP / bound : 0;
+            const float squares = put_weights(r, blocks, inverses[r]);
+            units[r] = bound / WEIGHT_TOP * power[r];
             float& energy = room.energy[g * MAX_ROWS + r];
-            energy = energy * decay[r] * decay[r] + squares * of_one * of_one;
+            energy = energy * decay[r] * decay[r] + squares * units[r] * units[r];
             const float error = COARSE * float(side.tolerance);
-            is_coarse |= of_one * of_one * float(blocks * 64) / 12 > error * error * energy;
+            is_coarse |= units[r] * units[r] * float(blocks * 64) / 12 > error * error * energy;
         }
-        ByRow units;
-        for (int64_t r = 0; r < MAX_ROWS; ++r) units[r] = unit * power[r];
         if (is_coarse) {
-            for (int64_t r = 0; r < rows; ++r) put_fine_weights(scores + r * TILE * 64, blocks, r, inverse);
+            for (int64_t r = 0; r < rows; ++r) put_fine_weights(r, blocks, inverses[r]);
             add_quads(first_quad, last_quad, blocks, room.weights, units, decay);
             for (float& of_row : units) of_row /= BASE;
             add_quads(first_quad, last_quad, blocks, room.weights + TILE * MAX_ROWS * 64, units, {1, 1, 1, 1});
@@ -93,28 +93,33 @@ struct Sums {
         if (side.middle) add_middles(scores, g, blocks, decay, power);
     }
 
-    // Scales of a tile; the largest of them.
-    __attribute__((noinline)) float put_scales(int64_t g, int64_t blocks) const {
-        F16 most{};
+    __attribute__((noinline)) void put_scales(int64_t g, int64_t blocks) const {
         for (int64_t b = 0; b < blocks; ++b) {
             F16 scales[4];
             decode_scales(side, h.head, places[b].scale, g, scales);
-            for (int k = 0; k < 4; ++k) {
-                store(room.scales + b * 64 + k * 16, scales[k]);
-                most = larger(most, scales[k]);
-            }
+            for (int k = 0; k < 4; ++k) store(room.scales + b * 64 + k * 16, scales[k]);
         }
-        return largest(most);
     }
 
-    // Powers times scales as integers up to WEIGHT_TOP; the sum of their squares.
-    __attribute__((noinline)) float put_weights(const float* powers, int64_t blocks, int64_t r, float factor) const {
+    // Powers times scales; the largest of them.
+    __attribute__((noinline)) float multiply(const float* powers, int64_t blocks, float* products) const {
+        F16 most{}, other{};
+        for (int64_t i = 0; i < blocks * 64; i += 32) {
+            const F16 a = load<F16>(powers + i) * load<F16>(room.scales + i);
+            const F16 b = load<F16>(powers + i + 16) * load<F16>(room.scales + i + 16);
+            store(products + i, a), store(products + i + 16, b);
+            most = larger(most, a), other = larger(other, b);
+        }
+        return largest(larger(most, other));
+    }
+
+    // Products as integers up to WEIGHT_TOP; the sum of their squares.
+    __attribute__((noinline)) float put_weights(int64_t r, int64_t blocks, float factor) const {
         F16 squares{};
         for (int64_t b = 0; b < blocks; ++b) {
             I16 weights[4];
             for (int k = 0; k < 4; ++k) {
-                const int64_t at = b * 64 + k * 16;
-                const F16 product = load<F16>(powers + at) * load<F16>(room.scales + at) * factor;
+                const F16 product = load<F16>(room.products + (r * TILE + b) * 64 + k * 16) * factor;
                 squares += product * product;
                 weights[k] = round(product);
             }
@@ -124,12 +129,11 @@ struct Sums {
     }
 
     // The same with two digits each.
-    __attribute__((noinline)) void put_fine_weights(const float* powers, int64_t blocks, int64_t r, float factor) const {
+    __attribute__((noinline)) void put_fine_weights(int64_t r, int64_t blocks, float factor) const {
         for (int64_t b = 0; b < blocks; ++b) {
             I16 high[4], low[4];
             for (int k = 0; k < 4; ++k) {
-                const int64_t at = b * 64 + k * 16;
-                const F16 product = load<F16>(powers + at) * load<F16>(room.scales + at) * factor;
+                const F16 product = load<F16>(room.products + (r * TILE + b) * 64 + k * 16) * factor;
                 const I16 all = round(product * float(BASE));
                 high[k] = all >> BITS, low[k] = all & WEIGHT_TOP;
             }
