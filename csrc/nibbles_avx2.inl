@@ -1,238 +1,293 @@
-// Look-ups and weighted sums with AVX2.
+// Look-ups and weighted sums with AVX2, and, of bytes by four, with AVX-VNNI.
 
 namespace nibbles {
 
 constexpr int MAX_ROWS = 4;
-constexpr int TILE = 8;  // blocks whose weights are summed up at once
-constexpr float WEIGHT_TOP = 32767;
+constexpr int TILE = 16;  // blocks whose weights are summed up at once
+#ifdef __AVXVNNI__
+constexpr int FACTOR_TOP = 127;
+constexpr int WEIGHT_TOP = 255;
+#else
+constexpr int FACTOR_TOP = 32;  // eight look-ups fit 16 bits
+constexpr int WEIGHT_TOP = 127;
+#endif
 
-// Low bytes and high bytes of both tables: a byte shuffle looks up one of them.
-inline void put_table(uint8_t* to, const int16_t* low, const int16_t* high) {
-    for (int i = 0; i < 16; ++i) {
-        to[i] = uint8_t(low[i]), to[16 + i] = uint8_t(low[i] >> 8);
-        to[32 + i] = uint8_t(high[i]), to[48 + i] = uint8_t(high[i] >> 8);
-    }
-}
+QJL_INLINE __m256i at(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
+QJL_INLINE void leave(void* bytes, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(bytes), x); }
 
 QJL_INLINE __m256i twice(const void* sixteen_bytes) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(sixteen_bytes)));
 }
 
-// Low and high nibbles of 32 tokens.
-struct Places {
-    __m256i low, high;
-
-    explicit QJL_INLINE Places(const uint8_t* codes) {
-        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-        low = _mm256_and_si256(bytes, _mm256_set1_epi8(15));
-        high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
-    }
-};
-
-// Of tokens 0 to 7 and 16 to 23, then of the other 16.
-struct Words {
-    __m256i low, high;
-
-    QJL_INLINE void add(const Words& more) {
-        low = _mm256_add_epi16(low, more.low);
-        high = _mm256_add_epi16(high, more.high);
-    }
-};
-
-// The table of one nibble.
-struct Entries {
-    __m256i low_bytes, high_bytes;
-
-    explicit QJL_INLINE Entries(const uint8_t* table) : low_bytes(twice(table)), high_bytes(twice(table + 16)) {}
-
-    QJL_INLINE Words at(__m256i places) const {
-        const __m256i low = _mm256_shuffle_epi8(low_bytes, places), high = _mm256_shuffle_epi8(high_bytes, places);
-        return {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
-    }
-};
-
-// Sums of the entries of a block.
-struct BlockWords {
-    Words first, second;
-
-    QJL_INLINE BlockWords(const Places& a, const Places& b, const uint8_t* table) {
-        const Entries entries(table);
-        first = entries.at(a.low), second = entries.at(b.low);
-        add(a.high, b.high, table + 32);
-    }
-
-    QJL_INLINE void add(const Places& a, const Places& b, const uint8_t* table) {
-        add(a.low, b.low, table);
-        add(a.high, b.high, table + 32);
-    }
-
-    QJL_INLINE void add(__m256i a, __m256i b, const uint8_t* table) {
-        const Entries entries(table);
-        first.add(entries.at(a));
-        second.add(entries.at(b));
-        keep(first.low, first.high, second.low, second.high);
-    }
-};
-
-// Sums of one row over 32 tokens: of even and odd words of the low ones, then of the high ones.
-struct HalfSums {
-    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
-
-    QJL_INLINE void add(const Words& words, __m256i even, __m256i odd) {
-        a = _mm256_add_epi32(a, _mm256_madd_epi16(words.low, even));
-        b = _mm256_add_epi32(b, _mm256_madd_epi16(words.low, odd));
-        c = _mm256_add_epi32(c, _mm256_madd_epi16(words.high, even));
-        d = _mm256_add_epi32(d, _mm256_madd_epi16(words.high, odd));
-    }
-
-    QJL_INLINE void leave(int32_t* by_four) const {
-        leave((F8)a, (F8)c, by_four);
-        leave((F8)b, (F8)d, by_four + 16);
-    }
-
-    static QJL_INLINE void leave(F8 low, F8 high, int32_t* to) {
-        store(to, _mm256_shuffle_ps(low, high, 0x88));
-        store(to + 32, _mm256_shuffle_ps(low, high, 0xdd));
-    }
-};
-
-struct RowSums {
-    HalfSums first, second;
-
-    QJL_INLINE void add(const BlockWords& words, const int32_t* factors) {
-        const __m256i even = _mm256_set1_epi32(factors[0]), odd = _mm256_set1_epi32(factors[1]);
-        first.add(words.first, even, odd);
-        second.add(words.second, even, odd);
-    }
-};
-
-// Sums of many rows do not fit the registers; GCC 12 would spill them twice.
-template <int ROWS>
-QJL_INLINE void leave_in_memory([[maybe_unused]] RowSums (&rows)[ROWS]) {
-    if constexpr (ROWS > 1) asm volatile("" : "+m"(rows));
+template <class Number>
+QJL_INLINE Number number_at(const void* bytes) {
+    Number number;
+    __builtin_memcpy(&number, bytes, sizeof number);
+    return number;
 }
 
-// codes [bytes][64], tables [bytes][ROWS][64 bytes], factors [(bytes + 1) / 2][ROWS][2] -> sums [ROWS][64] by four;
-// `soon` is what will be read next: as many bytes as codes
-template <int ROWS>
-__attribute__((noinline)) void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables,
-                                          const int32_t* factors, int32_t* sums, const uint8_t* soon) {
-    constexpr int64_t NEXT = ROWS * 64;
-    const int64_t ahead = bytes * 64;  // the next block, as a rule
-    RowSums rows[ROWS];
-    int64_t j = 0;
-    for (; j + 2 <= bytes; j += 2, codes += 128, tables += 2 * NEXT, factors += 2 * ROWS) {
-        const Places a(codes), b(codes + 32), c(codes + 64), d(codes + 96);
-        __builtin_prefetch(codes + ahead);
-        __builtin_prefetch(codes + ahead + 64);
-        __builtin_prefetch(soon + j * 64);
-        __builtin_prefetch(soon + j * 64 + 64);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r) {
-            BlockWords words(a, b, tables + r * 64);
-            words.add(c, d, tables + NEXT + r * 64);
-            rows[r].add(words, factors + r * 2);
-            leave_in_memory(rows);
+// Two vectors in turn: by 16 tokens, the first eight and the others.
+struct Halves {
+    __m256i first, second;
+};
+
+QJL_INLINE Halves bytes_in_turn(__m256i a, __m256i b) {
+    return {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
+}
+QJL_INLINE Halves words_in_turn(__m256i a, __m256i b) {
+    return {_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b)};
+}
+
+// 64 bytes as numbers: vector k has tokens 4 k to 4 k + 3 of every 16.
+inline void put_in_lanes(const uint8_t* bytes, I16 (&lanes)[4]) {
+    const __m256i zero = _mm256_setzero_si256();
+    for (int half = 0; half < 2; ++half) {
+        const Halves words = bytes_in_turn(at(bytes + 32 * half), zero);
+        const Halves a = words_in_turn(words.first, zero), b = words_in_turn(words.second, zero);
+        const __m256i numbers[] = {a.first, a.second, b.first, b.second};
+        for (int k = 0; k < 4; ++k) __builtin_memcpy(reinterpret_cast<uint8_t*>(lanes + k) + 32 * half, numbers + k, 32);
+    }
+}
+
+// Numbers from 0 to 255 as 64 bytes.
+inline void put_in_order(const I16 (&lanes)[4], uint8_t* bytes) {
+    const auto in_order = [](auto a, auto b, auto c, auto d) {
+        return _mm256_packus_epi16(_mm256_packs_epi32((__m256i)a, (__m256i)b), _mm256_packs_epi32((__m256i)c, (__m256i)d));
+    };
+    leave(bytes, in_order(lanes[0].low, lanes[1].low, lanes[2].low, lanes[3].low));
+    leave(bytes + 32, in_order(lanes[0].high, lanes[1].high, lanes[2].high, lanes[3].high));
+}
+
+// sum[i] + a[2 i] * two[0] + a[2 i + 1] * two[1]
+QJL_INLINE I16 add_words(const I16& sum, const int16_t* a, const int16_t* two) {
+    using Half = decltype(sum.low);
+    const __m256i factors = _mm256_set1_epi32(number_at<int32_t>(two));
+    return {sum.low + (Half)_mm256_madd_epi16(at(a), factors), sum.high + (Half)_mm256_madd_epi16(at(a + 16), factors)};
+}
+
+// Nibbles of the four bytes of a quad.
+struct Places {
+    __m256i low[4][2], high[4][2];
+
+    QJL_INLINE void put(const uint8_t* codes, const Quad& quad) {
+        const __m256i mask = _mm256_set1_epi8(15);
+        for (int i = 0; i < 4; ++i) {
+            for (int half = 0; half < 2; ++half) {
+                const __m256i bytes = at(codes + quad.at[i] + 32 * half);
+                low[i][half] = _mm256_and_si256(bytes, mask);
+                high[i][half] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+            }
         }
     }
-    if (j < bytes) {
-        const Places a(codes), b(codes + 32);
-        for (int r = 0; r < ROWS; ++r) rows[r].add({a, b, tables + r * 64}, factors + r * 2);
-    }
-    for (int r = 0; r < ROWS; ++r) {
-        rows[r].first.leave(sums + r * 64);
-        rows[r].second.leave(sums + r * 64 + 8);
-    }
+};
+
+#ifdef __AVXVNNI__
+QJL_INLINE __m256i plus_products(__m256i sum, __m256i bytes, __m256i factors) {
+    return _mm256_dpbusd_avx_epi32(sum, bytes, factors);
 }
 
-// Weights of even tokens as words, then those of odd tokens.
-inline void put_weights(uint8_t* to, const I16 (&by_four)[4]) {
-    const I16 even = by_four[0] | by_four[2] << 16, odd = by_four[1] | by_four[3] << 16;
-    store(to, even);
-    store(to + 64, odd);
+struct RowSums {
+    __m256i of[2][4];
+
+    QJL_INLINE void begin(int32_t first) {
+        for (auto& half : of) {
+            for (auto& sum : half) sum = _mm256_set1_epi32(first);
+        }
+    }
+
+    QJL_INLINE void add(const __m256i (&places)[4][2], const uint8_t* table, const uint8_t* factors) {
+        const __m256i four = _mm256_set1_epi32(number_at<int32_t>(factors));
+        const __m256i a = twice(table), b = twice(table + 16), c = twice(table + 32), d = twice(table + 48);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const Halves ab = bytes_in_turn(_mm256_shuffle_epi8(a, places[0][half]), _mm256_shuffle_epi8(b, places[1][half]));
+            const Halves cd = bytes_in_turn(_mm256_shuffle_epi8(c, places[2][half]), _mm256_shuffle_epi8(d, places[3][half]));
+            const Halves first = words_in_turn(ab.first, cd.first), second = words_in_turn(ab.second, cd.second);
+            of[half][0] = plus_products(of[half][0], first.first, four);
+            of[half][1] = plus_products(of[half][1], first.second, four);
+            of[half][2] = plus_products(of[half][2], second.first, four);
+            of[half][3] = plus_products(of[half][3], second.second, four);
+        }
+    }
+
+    template <int ROWS>
+    QJL_INLINE void add(const Places& places, const uint8_t* tables, const uint8_t* factors) {
+        add(places.low, tables, factors);
+        add(places.high, tables + ROWS * 64, factors + ROWS * 4);
+    }
+
+    QJL_INLINE void leave_by_lanes(int32_t* sums) const {
+        for (int half = 0; half < 2; ++half) {
+            for (int k = 0; k < 4; ++k) leave(sums + 16 * k + 8 * half, of[half][k]);
+        }
+    }
+};
+#else
+// Sums of one row. Two tokens share 32 bits: sums of both as they lie, and of the second.
+struct RowSums {
+    __m256i both[2][2], second[2][2];
+    int32_t first;
+
+    QJL_INLINE void begin(int32_t number) {
+        first = number;
+        for (int half = 0; half < 2; ++half) {
+            for (int k = 0; k < 2; ++k) both[half][k] = second[half][k] = _mm256_setzero_si256();
+        }
+    }
+
+    static QJL_INLINE void add_two(Halves (&words)[2], const __m256i (&a)[2], const __m256i (&b)[2], const uint8_t* tables,
+                                   const uint8_t* factors) {
+        const __m256i of_a = twice(tables), of_b = twice(tables + 16), two = _mm256_set1_epi16(number_at<int16_t>(factors));
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            const Halves x = bytes_in_turn(_mm256_shuffle_epi8(of_a, a[half]), _mm256_shuffle_epi8(of_b, b[half]));
+            words[half].first = _mm256_add_epi16(words[half].first, _mm256_maddubs_epi16(x.first, two));
+            words[half].second = _mm256_add_epi16(words[half].second, _mm256_maddubs_epi16(x.second, two));
+        }
+    }
+
+    template <int ROWS>
+    QJL_INLINE void add(const Places& places, const uint8_t* tables, const uint8_t* factors) {
+        Halves words[2]{};
+        add_two(words, places.low[0], places.low[1], tables, factors);
+        add_two(words, places.low[2], places.low[3], tables + 32, factors + 2);
+        add_two(words, places.high[0], places.high[1], tables + ROWS * 64, factors + ROWS * 4);
+        add_two(words, places.high[2], places.high[3], tables + ROWS * 64 + 32, factors + ROWS * 4 + 2);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) add_words(words[half], both[half], second[half]);
+    }
+
+    static QJL_INLINE void add_words(const Halves& words, __m256i (&both)[2], __m256i (&second)[2]) {
+        both[0] = _mm256_add_epi32(both[0], words.first);
+        both[1] = _mm256_add_epi32(both[1], words.second);
+        second[0] = _mm256_add_epi32(second[0], _mm256_srli_epi32(words.first, 16));
+        second[1] = _mm256_add_epi32(second[1], _mm256_srli_epi32(words.second, 16));
+    }
+
+    QJL_INLINE void leave_by_lanes(int32_t* sums) const {
+        for (int half = 0; half < 2; ++half) {
+            for (int k = 0; k < 2; ++k) {
+                const __m256i start = _mm256_set1_epi32(first), odd = second[half][k];
+                const __m256i even = _mm256_sub_epi32(both[half][k], _mm256_slli_epi32(odd, 16));
+                const __m256i a = _mm256_add_epi32(even, start), b = _mm256_add_epi32(odd, start);
+                leave(sums + 32 * k + 8 * half, _mm256_unpacklo_epi32(a, b));
+                leave(sums + 32 * k + 16 + 8 * half, _mm256_unpackhi_epi32(a, b));
+            }
+        }
+    }
+};
+#endif
+
+// Sums of look-ups over a block, see nibbles_scalar.inl.
+template <int ROWS>
+__attribute__((noinline)) void scan_block(const uint8_t* codes, const Quad* quads, int64_t count, const uint8_t* tables,
+                                          const uint8_t* factors, const int32_t* first, int32_t* sums, Ahead ahead) {
+    RowSums rows[ROWS];
+    for (int r = 0; r < ROWS; ++r) rows[r].begin(first[r]);
+    for (int64_t q = 0; q < count; ++q, tables += 2 * ROWS * 64, factors += 2 * ROWS * 4) {
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead.next());
+        Places places;
+        places.put(codes, quads[q]);
+        asm volatile("" : "+m"(places));
+        for (int r = 0; r < ROWS; ++r) {
+            rows[r].template add<ROWS>(places, tables + r * 64, factors + r * 4);
+        }
+        asm volatile("" : "+m"(rows));
+    }
+    for (int r = 0; r < ROWS; ++r) rows[r].leave_by_lanes(sums + r * 64);
 }
+
+// Values
+
+#ifndef __AVXVNNI__
+QJL_INLINE __m256i plus_products(__m256i sum, __m256i weights, __m256i levels) {
+    const __m256i words = _mm256_maddubs_epi16(weights, levels);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+}
+#endif
+
+// Which look-ups of two coordinates read the same nibbles.
+enum TwoKind { FOUR_NIBBLES, SAME_TWO, SAME_ONE, ONE_EACH, CHAIN };
 
 struct Levels {
-    __m256i table;
-    __m128i shift;
-    const uint8_t* bytes;
+    __m256i table, shift;
+    int64_t at_byte;
 
-    Levels(const QjlPair& pair, int k, const uint8_t* codes)
-        : table(twice(pair.tables[k])),
-          shift(_mm_cvtsi32_si128(pair.sources[k] % 2 * 4)),
-          bytes(codes + pair.sources[k] / 2 * (TILE * 64)) {}
+    QJL_INLINE Levels(const QjlQuad& quad, int k)
+        : table(twice(quad.tables[k])),
+          shift(_mm256_set1_epi32(quad.sources[k] % 2 * 4)),
+          at_byte(quad.sources[k] / 2 * 64) {}
 
-    QJL_INLINE __m256i nibbles(int64_t place) const {
-        const __m256i codes = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes + place));
-        return _mm256_and_si256(_mm256_srl_epi16(codes, shift), _mm256_set1_epi8(15));
+    QJL_INLINE __m256i nibbles(const uint8_t* codes) const {
+        return _mm256_and_si256(_mm256_srlv_epi32(at(codes + at_byte), shift), _mm256_set1_epi8(15));
     }
     QJL_INLINE __m256i of(__m256i nibbles) const { return _mm256_shuffle_epi8(table, nibbles); }
 };
 
-// Levels of 32 tokens.
-struct LevelWords {
-    __m256i even, odd;
-
-    explicit QJL_INLINE LevelWords(__m256i bytes)
-        : even(_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8)), odd(_mm256_srai_epi16(bytes, 8)) {}
-};
-
-// The weighted sums of both coordinates in one row.
-struct PairSums {
+struct TwoSums {
     __m256i first = _mm256_setzero_si256(), second = first;
 
-    QJL_INLINE void add(__m256i weights, __m256i firsts, __m256i seconds) {
-        first = _mm256_add_epi32(first, _mm256_madd_epi16(weights, firsts));
-        second = _mm256_add_epi32(second, _mm256_madd_epi16(weights, seconds));
+    QJL_INLINE void add(const uint8_t* weights, __m256i firsts, __m256i seconds) {
+        const __m256i row = at(weights);
+        first = plus_products(first, row, firsts);
+        second = plus_products(second, row, seconds);
         keep(first, second);
-    }
-
-    QJL_INLINE void add(const uint8_t* weights, const LevelWords& firsts, const LevelWords& seconds) {
-        const auto* row = reinterpret_cast<const __m256i*>(weights);
-        add(_mm256_load_si256(row), firsts.even, seconds.even);
-        add(_mm256_load_si256(row + 2), firsts.odd, seconds.odd);
     }
 };
 
-QJL_INLINE F4 sums_of(__m256i a, __m256i b, __m256i c, __m256i d) {
-    const auto floats = [](__m256i x) { return (F8)_mm256_cvtepi32_ps(x); };
-    return sums(floats(a), floats(b), floats(c), floats(d));
+QJL_INLINE __m128i sums_of(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i four = _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+    return _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
 }
 
-template <int ROWS, int KIND>
-__attribute__((noinline)) void add_pair_of(const QjlPair& pair, const uint8_t* codes, int64_t blocks,
-                                           const uint8_t* weights, float* to) {
-    const Levels a(pair, 0, codes), b(pair, 1, codes), c(pair, 2, codes), d(pair, 3, codes);
-    PairSums row0, row1, row2, row3;
-    for (int64_t place = 0; place < blocks * 64; weights += ROWS * 128) {
-        for (const uint8_t* half = weights; half < weights + 64; half += 32, place += 32) {
-            const __m256i at_a = a.nibbles(place);
-            const __m256i at_c = KIND == 0 ? at_a : c.nibbles(place);
+template <int ROWS, TwoKind KIND>
+__attribute__((noinline)) void add_two(const QjlQuad& quad, int k, const uint8_t* const* codes, int64_t blocks,
+                                       const uint8_t* weights, int32_t* sums) {
+    const Levels a(quad, k), b(quad, k + 1), c(quad, k + 2), d(quad, k + 3);
+    TwoSums row0, row1, row2, row3;
+    for (int64_t block = 0; block < blocks; ++block, weights += ROWS * 64) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 64; half += 32) {
+            const uint8_t* from = codes[block] + half;
+            const __m256i at_a = a.nibbles(from);
+            const __m256i at_c = KIND == SAME_TWO || KIND == SAME_ONE ? at_a : c.nibbles(from);
             __m256i first = a.of(at_a), second = c.of(at_c);
-            if constexpr (KIND != 1) {
-                const __m256i at_b = b.nibbles(place);
+            if constexpr (KIND != SAME_ONE && KIND != ONE_EACH) {
+                const __m256i at_b = KIND == CHAIN ? at_c : b.nibbles(from);
                 first = _mm256_add_epi8(first, b.of(at_b));
-                second = _mm256_add_epi8(second, d.of(KIND == 0 ? at_b : d.nibbles(place)));
+                second = _mm256_add_epi8(second, d.of(KIND == SAME_TWO ? at_b : d.nibbles(from)));
             }
-            const LevelWords firsts(first), seconds(second);
-            row0.add(half, firsts, seconds);
-            if constexpr (ROWS > 1) row1.add(half + 128, firsts, seconds);
-            if constexpr (ROWS > 2) row2.add(half + 256, firsts, seconds);
-            if constexpr (ROWS > 3) row3.add(half + 384, firsts, seconds);
+            keep(first, second);
+            row0.add(weights + half, first, second);
+            if constexpr (ROWS > 1) row1.add(weights + 64 + half, first, second);
+            if constexpr (ROWS > 2) row2.add(weights + 128 + half, first, second);
+            if constexpr (ROWS > 3) row3.add(weights + 192 + half, first, second);
         }
     }
-    store(to, sums_of(row0.first, row1.first, row2.first, row3.first));
-    store(to + 4, sums_of(row0.second, row1.second, row2.second, row3.second));
+    auto* to = reinterpret_cast<__m128i*>(sums);
+    _mm_storeu_si128(to, sums_of(row0.first, row1.first, row2.first, row3.first));
+    _mm_storeu_si128(to + 1, sums_of(row0.second, row1.second, row2.second, row3.second));
 }
 
-// codes [bytes][TILE][64], weights [blocks][ROWS][128 bytes] -> sums [2][4]
+template <int ROWS, TwoKind KIND>
+QJL_INLINE void add_four(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights,
+                         int32_t* sums) {
+    add_two<ROWS, KIND>(quad, 0, codes, blocks, weights, sums);
+    add_two<ROWS, KIND>(quad, 4, codes, blocks, weights, sums + 2 * MAX_ROWS);
+}
+
+// Weighted sums of four coordinates over blocks, see nibbles_scalar.inl.
 template <int ROWS>
-void add_pair(const QjlPair& pair, const uint8_t* codes, int64_t blocks, const uint8_t* weights,
-              float* sums) {
-    switch (pair.kind) {
-        case 0: return add_pair_of<ROWS, 0>(pair, codes, blocks, weights, sums);
-        case 1: return add_pair_of<ROWS, 1>(pair, codes, blocks, weights, sums);
-        default: return add_pair_of<ROWS, 2>(pair, codes, blocks, weights, sums);
+void add_quad(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights, int32_t* sums,
+              const uint8_t* const* ahead, int64_t ahead_at) {
+    for (int64_t b = 0; b < blocks; ++b) __builtin_prefetch(ahead[b] + ahead_at);
+    switch (quad.kind) {
+        case QJL_TWO_CHAIN:
+        case QJL_FOUR_CHAIN: return add_four<ROWS, SAME_TWO>(quad, codes, blocks, weights, sums);
+        case QJL_TWO_LEVELS: return add_four<ROWS, SAME_ONE>(quad, codes, blocks, weights, sums);
+        case QJL_LEVELS: return add_four<ROWS, ONE_EACH>(quad, codes, blocks, weights, sums);
+        case QJL_ONE_CHAIN: return add_four<ROWS, CHAIN>(quad, codes, blocks, weights, sums);
+        default: return add_four<ROWS, FOUR_NIBBLES>(quad, codes, blocks, weights, sums);
     }
 }
 
