@@ -87,8 +87,7 @@ QJL_INLINE void add_products(__m256i& sum, __m256i positive, __m256i other) {
 struct Places {
     __m256i a, b, c, d;
 
-    // As GCC 12 would look them up from memory.
-    QJL_INLINE void stay() { asm volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d)); }
+    QJL_INLINE void stay_in_registers() { asm volatile("" : "+x"(a), "+x"(b), "+x"(c), "+x"(d)); }
 };
 
 struct BothPlaces {
@@ -103,7 +102,7 @@ struct BothPlaces {
         put(0, low.a, high.a), put(1, low.b, high.b), put(2, low.c, high.c), put(3, low.d, high.d);
     }
 
-    QJL_INLINE void stay() { low.stay(), high.stay(); }
+    QJL_INLINE void stay_in_registers() { low.stay_in_registers(), high.stay_in_registers(); }
 };
 
 // Entries for two nibbles, side by side.
@@ -194,10 +193,9 @@ struct RowSums {
 };
 #endif
 
-// Sums of many rows do not fit the registers; GCC 12 would spill them twice.
-template <int ROWS>
-QJL_INLINE void leave_in_memory(RowSums (&rows)[2][ROWS]) {
-    asm volatile("" : "+m"(rows));
+// Keeps GCC 12 from loading what lies there once for both halves, and spilling it.
+QJL_INLINE void look_again(const uint8_t*& tables, const uint8_t*& factors) {
+    asm volatile("" : "+r"(tables), "+r"(factors));
 }
 
 // Sums of look-ups over a block. `quads [count]` say which four bytes of a token are looked up: where their 64 codes
@@ -212,11 +210,11 @@ __attribute__((noinline)) void scan_block(const uint8_t* codes, const Quad* quad
         for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead.next());
         for (int half = 0; half < 2; ++half) {
             BothPlaces places(codes + 32 * half, quads[q]);
+            look_again(tables, factors);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) {
-                places.stay();
+                places.stay_in_registers();
                 rows[half][r].template add<ROWS>(places, tables + r * 64, factors + r * 4);
-                leave_in_memory(rows);
             }
         }
     }
