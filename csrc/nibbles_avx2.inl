@@ -301,8 +301,8 @@ __attribute__((noinline)) void add_two(const QjlQuad& quad, const uint8_t* const
 }
 
 template <int ROWS, int KIND>
-void add_quad_of(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights, int32_t* sums,
-                 const uint8_t* const* ahead, int64_t ahead_at) {
+void add_quad_of(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights,
+                 int32_t* sums, const uint8_t* const* ahead, int64_t ahead_at) {
     add_two<ROWS, KIND, 0>(quad, codes, blocks, weights, sums, ahead, ahead_at);
     add_two<ROWS, KIND, 2>(quad, codes, blocks, weights, sums, ahead, ahead_at);
 }
