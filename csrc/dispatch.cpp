@@ -27,10 +27,20 @@ bool runs_avx2() {
 
 namespace {
 
+#ifdef QJL_HAS_AVXVNNI
+bool runs_avxvnni() {
+    unsigned a, b, c, d;  // nor does it know AVX-VNNI
+    return runs_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVXVNNI);
+}
+#endif
+
 std::vector<const Kernels*> runnable() {
     std::vector<const Kernels*> tables = {&scalar_kernels};
 #ifdef QJL_HAS_AVX2
     if (runs_avx2()) tables.push_back(&avx2_kernels);
+#endif
+#ifdef QJL_HAS_AVXVNNI
+    if (runs_avxvnni()) tables.push_back(&avxvnni_kernels);
 #endif
 #ifdef QJL_HAS_AVX512
     const bool has_avx512 = runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -127,33 +127,6 @@ QJL_INLINE __m512i table_of(const QjlQuad& quad, int k) {
     return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(quad.tables[k])));
 }
 
-// Which of the nibbles that a kind reads each look-up reads (-1: its table is of zeros), and whether they are the high
-// ones of their bytes (-1: any).
-template <int KIND>
-struct Reads {
-    static constexpr int COUNT = 8, OF[8] = {0, 1, 2, 3, 4, 5, 6, 7}, IS_HIGH[] = {-1, -1, -1, -1, -1, -1, -1, -1};
-};
-template <>
-struct Reads<QJL_TWO_CHAIN> {
-    static constexpr int COUNT = 3, OF[8] = {0, 1, 0, 1, 1, 2, 1, 2}, IS_HIGH[] = {1, 0, 1};
-};
-template <>
-struct Reads<QJL_TWO_LEVELS> {
-    static constexpr int COUNT = 2, OF[8] = {0, -1, 0, -1, 1, -1, 1, -1}, IS_HIGH[] = {0, 1};
-};
-template <>
-struct Reads<QJL_ONE_LEVELS> {
-    static constexpr int COUNT = 4, OF[8] = {0, -1, 1, -1, 2, -1, 3, -1}, IS_HIGH[] = {0, 1, 0, 1};
-};
-template <>
-struct Reads<QJL_FOUR_CHAIN> {
-    static constexpr int COUNT = 2, OF[8] = {0, 1, 0, 1, 0, 1, 0, 1}, IS_HIGH[] = {-1, -1};
-};
-template <>
-struct Reads<QJL_ONE_CHAIN> {
-    static constexpr int COUNT = 5, OF[8] = {0, 1, 1, 2, 2, 3, 3, 4}, IS_HIGH[] = {1, 0, 1, 0, 1};
-};
-
 // Where the nibbles are that a quad reads.
 template <int KIND>
 struct Sources {
