@@ -47,6 +47,12 @@ struct Four {
     uint32x4_t a, b, c, d;
 };
 
+QJL_INLINE uint8x8_t four_factors(const uint8_t* factors) {
+    uint32_t four;
+    __builtin_memcpy(&four, factors, sizeof four);
+    return vcreate_u8(four);
+}
+
 #ifdef __ARM_FEATURE_DOTPROD
 
 // One nibble of each of four bytes: those of two bytes in turn, as places in their two tables.
@@ -67,9 +73,9 @@ struct Nibbles {
 
     static QJL_INLINE uint8x16_t second_table() { return vreinterpretq_u8_u16(vdupq_n_u16(0x1000)); }
     static QJL_INLINE uint8x16_t low_place(uint8x16_t bytes) {
-        return vbslq_u8(vdupq_n_u8(15), bytes, second_table());
+        return vorrq_u8(vandq_u8(bytes, vdupq_n_u8(15)), second_table());
     }
-    static QJL_INLINE uint8x16_t high_place(uint8x16_t bytes) { return vsriq_n_u8(second_table(), bytes, 4); }
+    static QJL_INLINE uint8x16_t high_place(uint8x16_t bytes) { return vorrq_u8(vshrq_n_u8(bytes, 4), second_table()); }
 };
 
 QJL_INLINE void look_up(Four& sums, const Places& places, const uint8_t* tables, const uint8_t* factors) {
@@ -77,13 +83,12 @@ QJL_INLINE void look_up(Four& sums, const Places& places, const uint8_t* tables,
     const auto found = [](const uint8x16x2_t& two, uint8x16_t at) { return vreinterpretq_u16_u8(vqtbl2q_u8(two, at)); };
     const uint16x8_t a = found(first, places.a), b = found(first, places.b);
     const uint16x8_t c = found(second, places.c), d = found(second, places.d);
-    uint32_t four;
-    __builtin_memcpy(&four, factors, sizeof four);
-    const uint8x16_t factor = vreinterpretq_u8_u32(vdupq_n_u32(four));
-    sums.a = vdotq_u32(sums.a, vreinterpretq_u8_u16(vzip1q_u16(a, c)), factor);
-    sums.b = vdotq_u32(sums.b, vreinterpretq_u8_u16(vzip2q_u16(a, c)), factor);
-    sums.c = vdotq_u32(sums.c, vreinterpretq_u8_u16(vzip1q_u16(b, d)), factor);
-    sums.d = vdotq_u32(sums.d, vreinterpretq_u8_u16(vzip2q_u16(b, d)), factor);
+    const uint8x8_t four = four_factors(factors);
+    sums.a = vdotq_lane_u32(sums.a, vreinterpretq_u8_u16(vzip1q_u16(a, c)), four, 0);
+    sums.b = vdotq_lane_u32(sums.b, vreinterpretq_u8_u16(vzip2q_u16(a, c)), four, 0);
+    sums.c = vdotq_lane_u32(sums.c, vreinterpretq_u8_u16(vzip1q_u16(b, d)), four, 0);
+    sums.d = vdotq_lane_u32(sums.d, vreinterpretq_u8_u16(vzip2q_u16(b, d)), four, 0);
+    keep(sums.a, sums.b, sums.c, sums.d);
 }
 
 #else
@@ -104,20 +109,22 @@ struct Nibbles {
     }
 };
 
-// Two products fit 16 bits.
-QJL_INLINE void look_up_two(Four& sums, uint8x16_t first, uint8x16_t second, const uint8_t* tables,
-                            const uint8_t* factors) {
-    const uint8x16_t a = vqtbl1q_u8(vld1q_u8(tables), first), b = vqtbl1q_u8(vld1q_u8(tables + 16), second);
-    const uint8x16_t x = vld1q_dup_u8(factors), y = vld1q_dup_u8(factors + 1);
-    const uint16x8_t low = vmull_u8(vget_low_u8(a), vget_low_u8(x)), high = vmull_high_u8(a, x);
-    const uint16x8_t lows = vmlal_u8(low, vget_low_u8(b), vget_low_u8(y)), highs = vmlal_high_u8(high, b, y);
+// Adds look-ups of two bytes, whose products fit 16 bits.
+QJL_INLINE void add_two(Four& sums, uint8x16_t first, uint8x16_t second, uint8x16_t factor, uint8x16_t other) {
+    const uint16x8_t low = vmull_u8(vget_low_u8(first), vget_low_u8(factor)), high = vmull_high_u8(first, factor);
+    const uint16x8_t lows = vmlal_u8(low, vget_low_u8(second), vget_low_u8(other));
+    const uint16x8_t highs = vmlal_high_u8(high, second, other);
     sums.a = vaddw_u16(sums.a, vget_low_u16(lows)), sums.b = vaddw_high_u16(sums.b, lows);
     sums.c = vaddw_u16(sums.c, vget_low_u16(highs)), sums.d = vaddw_high_u16(sums.d, highs);
+    keep(sums.a, sums.b, sums.c, sums.d);
 }
 
 QJL_INLINE void look_up(Four& sums, const Places& places, const uint8_t* tables, const uint8_t* factors) {
-    look_up_two(sums, places.a, places.b, tables, factors);
-    look_up_two(sums, places.c, places.d, tables + 32, factors + 2);
+    const auto found = [&](int i, uint8x16_t at) { return vqtbl1q_u8(vld1q_u8(tables + 16 * i), at); };
+    uint8x8_t four = four_factors(factors);
+    keep(four);
+    add_two(sums, found(0, places.a), found(1, places.b), vdupq_lane_u8(four, 0), vdupq_lane_u8(four, 1));
+    add_two(sums, found(2, places.c), found(3, places.d), vdupq_lane_u8(four, 2), vdupq_lane_u8(four, 3));
 }
 
 #endif
@@ -276,6 +283,7 @@ __attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* c
         for (int place = 0; place < 64; place += 16) {
             uint8x16_t found[4];
             numbers.find(codes[b] + place, found);
+            keep(found[0], found[1], found[2], found[3]);
             rows[0].add(weights + place, found);
             if constexpr (ROWS > 1) rows[1].add(weights + 64 + place, found);
             if constexpr (ROWS > 2) rows[2].add(weights + 128 + place, found);
