@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr uint64_t MEANING = 3;  // raised where a function or a field means something else, and no size tells so
+constexpr uint64_t MEANING = 4;  // raised where a function or a field means something else, and no size tells so
 
 constexpr uint64_t PRIME = 0x100000001b3;  // FNV-1a
 
@@ -56,9 +56,9 @@ constexpr uint64_t ABI =
     QJL_STRUCT(QjlJob, recipe, grid, cos, sin) +
     QJL_STRUCT(QjlEncode, jobs, job_count, slots, pages, blocks, not_finite, room, room_bytes) +
     QJL_STRUCT(QjlSide, codes, scale, middle, unit, map, mean, codes_stride, scale_stride, middle_stride, map_stride,
-               map_is_half, nibbles, groups, code_dim, head_dim, code_stride, coordinates, entries, slots, pairs,
-               pair_count) +
-    QJL_STRUCT(QjlPair, tables, sources, coordinates, group, step, kind) +
+               map_is_half, nibbles, groups, code_dim, head_dim, code_stride, coordinates, entries, slots, quads,
+               quad_count, tolerance) +
+    QJL_STRUCT(QjlQuad, tables, sources, coordinates, group, step, kind) +
     QJL_STRUCT(QjlExact, keys, values, key_stride, value_stride, slots, dtype) +
     QJL_STRUCT(QjlFresh, keys, values, key_stride, value_stride) +
     QJL_STRUCT(QjlTurn, inv_freq, step, anchor_step, coordinates, down, up, pairs, direct, scaling) +

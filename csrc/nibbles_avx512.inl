@@ -1,204 +1,224 @@
 // Look-ups and weighted sums with AVX-512 VBMI and VNNI.
 
+#include "step/lookups.inl"
+
 namespace nibbles {
 
 constexpr int MAX_ROWS = 4;
 constexpr int TILE = 16;  // blocks whose weights are summed up at once
-constexpr float WEIGHT_TOP = 65535;
+constexpr int FACTOR_TOP = 127;
+constexpr int WEIGHT_TOP = 255;
 
-inline void put_table(uint8_t* to, const int16_t* low, const int16_t* high) {
-    __builtin_memcpy(to, low, 32);
-    __builtin_memcpy(to + 32, high, 32);
+// Two levels of unpacking: lane 16 k + 4 L + i has token 16 L + 4 k + i.
+QJL_INLINE void put_in_lanes(const uint8_t* bytes, I16 (&lanes)[4]) {
+    const __m512i x = _mm512_loadu_si512(bytes), zero = _mm512_setzero_si512();
+    const __m512i low = _mm512_unpacklo_epi8(x, zero), high = _mm512_unpackhi_epi8(x, zero);
+    lanes[0] = (I16)_mm512_unpacklo_epi16(low, zero), lanes[1] = (I16)_mm512_unpackhi_epi16(low, zero);
+    lanes[2] = (I16)_mm512_unpacklo_epi16(high, zero), lanes[3] = (I16)_mm512_unpackhi_epi16(high, zero);
 }
 
-// Places in a table of 32 words, of the low and high nibbles of even and odd tokens.
+// Numbers from 0 to 255 as 64 bytes.
+QJL_INLINE void put_in_order(const I16 (&lanes)[4], uint8_t* bytes) {
+    const __m512i low = _mm512_packus_epi32((__m512i)lanes[0], (__m512i)lanes[1]);
+    const __m512i high = _mm512_packus_epi32((__m512i)lanes[2], (__m512i)lanes[3]);
+    _mm512_storeu_si512(bytes, _mm512_packus_epi16(low, high));
+}
+
+// sum[i] + a[2 i] * two[0] + a[2 i + 1] * two[1]
+QJL_INLINE I16 add_words(const I16& sum, const int16_t* a, const int16_t* two) {
+    int32_t both;
+    __builtin_memcpy(&both, two, sizeof both);
+    return (I16)_mm512_dpwssd_epi32((__m512i)sum, _mm512_loadu_si512(a), _mm512_set1_epi32(both));
+}
+
+struct Four {
+    __m512i a, b, c, d;
+};
+
+// One nibble of each of four bytes, 16 tokens in each vector: places in a register that holds their four tables.
 struct Places {
-    __m512i even_low, even_high, odd_low, odd_high;
+    Four low, high;
 
-    explicit Places(const uint8_t* bytes) {
-        const __m512i words = _mm512_loadu_si512(bytes), mask = _mm512_set1_epi16(15), upper = _mm512_set1_epi16(16);
-        even_low = _mm512_and_si512(words, mask);
-        even_high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4), mask, upper, 0xEA);  // (a & b) | c
-        odd_low = _mm512_and_si512(_mm512_srli_epi16(words, 8), mask);
-        odd_high = _mm512_or_si512(_mm512_srli_epi16(words, 12), upper);
+    QJL_INLINE Places(const uint8_t* codes, const Quad& quad) {
+        const auto at = [&](int i) { return _mm512_loadu_si512(codes + quad.at[i]); };
+        const __m512i x = at(0), y = at(1), z = at(2), w = at(3);
+        const __m512i first = _mm512_unpacklo_epi8(x, y), second = _mm512_unpackhi_epi8(x, y);
+        const __m512i third = _mm512_unpacklo_epi8(z, w), fourth = _mm512_unpackhi_epi8(z, w);
+        const Four bytes{_mm512_unpacklo_epi16(first, third), _mm512_unpackhi_epi16(first, third),
+                         _mm512_unpacklo_epi16(second, fourth), _mm512_unpackhi_epi16(second, fourth)};
+        low = {place(bytes.a), place(bytes.b), place(bytes.c), place(bytes.d)};
+        high = {place(_mm512_srli_epi16(bytes.a, 4)), place(_mm512_srli_epi16(bytes.b, 4)),
+                place(_mm512_srli_epi16(bytes.c, 4)), place(_mm512_srli_epi16(bytes.d, 4))};
+    }
+
+    static QJL_INLINE __m512i place(__m512i bytes) {
+        return _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(15), _mm512_set1_epi32(0x30201000), 0xEA);  // (a & b) | c
     }
 };
 
-inline __attribute__((always_inline)) void add_words(__m512i& even, __m512i& odd, const Places& at, __m512i table) {
-    even = _mm512_add_epi16(even, _mm512_add_epi16(_mm512_permutexvar_epi16(at.even_low, table),
-                                                   _mm512_permutexvar_epi16(at.even_high, table)));
-    odd = _mm512_add_epi16(odd, _mm512_add_epi16(_mm512_permutexvar_epi16(at.odd_low, table),
-                                                 _mm512_permutexvar_epi16(at.odd_high, table)));
+QJL_INLINE void look_up(Four& sums, const Four& places, const uint8_t* tables, const uint8_t* factors) {
+    int32_t four;
+    __builtin_memcpy(&four, factors, sizeof four);
+    const __m512i table = _mm512_loadu_si512(tables), factor = _mm512_set1_epi32(four);
+    sums.a = _mm512_dpbusd_epi32(sums.a, _mm512_permutexvar_epi8(places.a, table), factor);
+    sums.b = _mm512_dpbusd_epi32(sums.b, _mm512_permutexvar_epi8(places.b, table), factor);
+    sums.c = _mm512_dpbusd_epi32(sums.c, _mm512_permutexvar_epi8(places.c, table), factor);
+    sums.d = _mm512_dpbusd_epi32(sums.d, _mm512_permutexvar_epi8(places.d, table), factor);
+    keep(sums.a, sums.b, sums.c, sums.d);
 }
 
-// Sums of one row, by four.
-struct RowSums {
-    __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
-
-    inline __attribute__((always_inline)) void add(__m512i even, __m512i odd, const int32_t* factor) {
-        const __m512i low = _mm512_set1_epi32(factor[0]), high = _mm512_set1_epi32(factor[1]);
-        a = _mm512_dpwssd_epi32(a, even, low);
-        b = _mm512_dpwssd_epi32(b, odd, low);
-        c = _mm512_dpwssd_epi32(c, even, high);
-        d = _mm512_dpwssd_epi32(d, odd, high);
-        keep(a, b, c, d);
-    }
-
-    inline __attribute__((always_inline)) void add(const Places& at, const uint8_t* tables, const int32_t* factor) {
-        __m512i even = _mm512_setzero_si512(), odd = even;
-        add_words(even, odd, at, _mm512_load_si512(tables));
-        add(even, odd, factor);
-    }
-
-    inline __attribute__((always_inline)) void add(const Places& first, const Places& second, const uint8_t* tables,
-                                                   int64_t next, const int32_t* factor) {
-        const __m512i table = _mm512_load_si512(tables);
-        __m512i even = _mm512_add_epi16(_mm512_permutexvar_epi16(first.even_low, table),
-                                        _mm512_permutexvar_epi16(first.even_high, table));
-        __m512i odd = _mm512_add_epi16(_mm512_permutexvar_epi16(first.odd_low, table),
-                                       _mm512_permutexvar_epi16(first.odd_high, table));
-        add_words(even, odd, second, _mm512_load_si512(tables + next));
-        add(even, odd, factor);
-    }
-
-    void leave(int32_t* to) const {
-        _mm512_store_si512(to, a);
-        _mm512_store_si512(to + 16, b);
-        _mm512_store_si512(to + 32, c);
-        _mm512_store_si512(to + 48, d);
-    }
-};
-
-// codes [bytes][64], tables [bytes][ROWS][64 bytes], factors [(bytes + 1) / 2][ROWS][2] -> sums [ROWS][64] by four;
-// `soon` is what will be read next: as many bytes as codes
 template <int ROWS>
-__attribute__((noinline)) void scan_block(const uint8_t* codes, int64_t bytes, const uint8_t* tables,
-                                          const int32_t* factors, int32_t* sums, const uint8_t* soon) {
-    constexpr int64_t NEXT = ROWS * 64;
-    const int64_t ahead = bytes * 64;  // the next block, as a rule
-    RowSums first, second, third, fourth;
-    int64_t j = 0;
-    for (; j + 2 <= bytes; j += 2, codes += 128, tables += 2 * NEXT, factors += 2 * ROWS) {
-        const Places even(codes), odd(codes + 64);
-        __builtin_prefetch(codes + ahead);
-        __builtin_prefetch(codes + ahead + 64);
-        __builtin_prefetch(soon + j * 64);
-        __builtin_prefetch(soon + j * 64 + 64);
-        first.add(even, odd, tables, NEXT, factors);
-        if constexpr (ROWS > 1) second.add(even, odd, tables + 64, NEXT, factors + 2);
-        if constexpr (ROWS > 2) third.add(even, odd, tables + 128, NEXT, factors + 4);
-        if constexpr (ROWS > 3) fourth.add(even, odd, tables + 192, NEXT, factors + 6);
-    }
-    if (j < bytes) {
-        const Places last(codes);
-        first.add(last, tables, factors);
-        if constexpr (ROWS > 1) second.add(last, tables + 64, factors + 2);
-        if constexpr (ROWS > 2) third.add(last, tables + 128, factors + 4);
-        if constexpr (ROWS > 3) fourth.add(last, tables + 192, factors + 6);
-    }
-    first.leave(sums);
-    if constexpr (ROWS > 1) second.leave(sums + 64);
-    if constexpr (ROWS > 2) third.leave(sums + 128);
-    if constexpr (ROWS > 3) fourth.leave(sums + 192);
+QJL_INLINE void look_up(Four (&rows)[4], const Four& places, const uint8_t* tables, const uint8_t* factors) {
+    look_up(rows[0], places, tables, factors);
+    if constexpr (ROWS > 1) look_up(rows[1], places, tables + 64, factors + 4);
+    if constexpr (ROWS > 2) look_up(rows[2], places, tables + 128, factors + 8);
+    if constexpr (ROWS > 3) look_up(rows[3], places, tables + 192, factors + 12);
 }
 
-// High bytes of 64 weights, then low bytes.
-inline void put_weights(uint8_t* to, const I16 (&by_four)[4]) {
-    const I16 low = (by_four[0] & 255) | (by_four[1] & 255) << 8 | (by_four[2] & 255) << 16 | by_four[3] << 24;
-    const I16 high = by_four[0] >> 8 | (by_four[1] >> 8) << 8 | (by_four[2] >> 8) << 16 | (by_four[3] >> 8) << 24;
-    _mm512_store_si512(to, (__m512i)high);
-    _mm512_store_si512(to + 64, (__m512i)low);
+// Sums of look-ups over a block. `quads [count]` say which four bytes of a token are looked up: where their 64 codes
+// begin. tables [count][low nibbles, high ones][ROWS][4][16], which `factors` of the same [count][2][ROWS][4] multiply.
+// first [ROWS], sums [ROWS][64] by lanes.
+template <int ROWS>
+__attribute__((noinline)) void scan_block(const uint8_t* codes, const Quad* quads, int64_t count,
+                                          const uint8_t* tables, const uint8_t* factors, const int32_t* first,
+                                          int32_t* sums, Ahead ahead) {
+    Four rows[4];
+    for (int r = 0; r < ROWS; ++r) rows[r].a = rows[r].b = rows[r].c = rows[r].d = _mm512_set1_epi32(first[r]);
+    for (int64_t q = 0; q < count; ++q, tables += 2 * ROWS * 64, factors += 2 * ROWS * 4) {
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead.next());
+        const Places places(codes, quads[q]);
+        look_up<ROWS>(rows, places.low, tables, factors);
+        look_up<ROWS>(rows, places.high, tables + ROWS * 64, factors + ROWS * 4);
+    }
+    for (int r = 0; r < ROWS; ++r, sums += 64) {
+        _mm512_storeu_si512(sums, rows[r].a), _mm512_storeu_si512(sums + 16, rows[r].b);
+        _mm512_storeu_si512(sums + 32, rows[r].c), _mm512_storeu_si512(sums + 48, rows[r].d);
+    }
 }
 
-// The sums of eight vectors.
-inline F8 sums_of(const __m512 (&x)[8]) {
-    __m512 fours[2];
-    for (int i = 0; i < 2; ++i) {
-        const __m512 *v = x + 4 * i;
-        const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-        const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-        const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-        const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    }
-    const __m512 pairs = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
-                                       _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
-    const __m256 low = _mm512_castps512_ps256(_mm512_shuffle_f32x4(pairs, pairs, 0x08));
-    const __m256 high = _mm512_castps512_ps256(_mm512_shuffle_f32x4(pairs, pairs, 0x0d));
-    return (F8)_mm256_add_ps(low, high);
+// Weighted sums
+
+QJL_INLINE __m512i table_of(const QjlQuad& quad, int k) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(quad.tables[k])));
 }
 
-// The weighted sums of both coordinates in one row, by high and low bytes of the weights.
-struct PairSums {
-    __m512i high_first = _mm512_setzero_si512(), low_first = high_first, high_second = high_first,
-            low_second = high_first;
-
-    inline __attribute__((always_inline)) void add(const uint8_t* weights, __m512i first, __m512i second) {
-        const __m512i high = _mm512_load_si512(weights), low = _mm512_load_si512(weights + 64);
-        high_first = _mm512_dpbusd_epi32(high_first, high, first);
-        high_second = _mm512_dpbusd_epi32(high_second, high, second);
-        low_first = _mm512_dpbusd_epi32(low_first, low, first);
-        low_second = _mm512_dpbusd_epi32(low_second, low, second);
-        keep(high_first, low_first, high_second, low_second);
-    }
-
-    static __m512 joined(__m512i high, __m512i low) {
-        return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-    }
-    __m512 first() const { return joined(high_first, low_first); }
-    __m512 second() const { return joined(high_second, low_second); }
+// Which of the nibbles that a kind reads each look-up reads (-1: its table is of zeros), and whether they are the high
+// ones of their bytes (-1: any).
+template <int KIND>
+struct Reads {
+    static constexpr int COUNT = 8, OF[8] = {0, 1, 2, 3, 4, 5, 6, 7}, IS_HIGH[] = {-1, -1, -1, -1, -1, -1, -1, -1};
+};
+template <>
+struct Reads<QJL_TWO_CHAIN> {
+    static constexpr int COUNT = 3, OF[8] = {0, 1, 0, 1, 1, 2, 1, 2}, IS_HIGH[] = {1, 0, 1};
+};
+template <>
+struct Reads<QJL_TWO_LEVELS> {
+    static constexpr int COUNT = 2, OF[8] = {0, -1, 0, -1, 1, -1, 1, -1}, IS_HIGH[] = {0, 1};
+};
+template <>
+struct Reads<QJL_ONE_LEVELS> {
+    static constexpr int COUNT = 4, OF[8] = {0, -1, 1, -1, 2, -1, 3, -1}, IS_HIGH[] = {0, 1, 0, 1};
+};
+template <>
+struct Reads<QJL_FOUR_CHAIN> {
+    static constexpr int COUNT = 2, OF[8] = {0, 1, 0, 1, 0, 1, 0, 1}, IS_HIGH[] = {-1, -1};
+};
+template <>
+struct Reads<QJL_ONE_CHAIN> {
+    static constexpr int COUNT = 5, OF[8] = {0, 1, 1, 2, 2, 3, 3, 4}, IS_HIGH[] = {1, 0, 1, 0, 1};
 };
 
-struct Levels {
-    __m512i table;
-    __m512i shift;
-    const uint8_t* bytes;
+// Where the nibbles are that a quad reads.
+template <int KIND>
+struct Sources {
+    int64_t byte[Reads<KIND>::COUNT];
+    __m128i shift[Reads<KIND>::COUNT];
 
-    Levels(const QjlPair& pair, int k, const uint8_t* codes)
-        : table(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pair.tables[k])))),
-          shift(_mm512_set1_epi16(int16_t(pair.sources[k] % 2 * 4))),
-          bytes(codes + pair.sources[k] / 2 * (TILE * 64)) {}
-
-    __m512i nibbles(int64_t place) const {
-        return _mm512_and_si512(_mm512_srlv_epi16(_mm512_loadu_si512(bytes + place), shift), _mm512_set1_epi8(15));
+    QJL_INLINE explicit Sources(const QjlQuad& quad) {
+        for (int k = 0; k < 8; ++k) {
+            const int n = Reads<KIND>::OF[k];
+            if (n < 0) continue;
+            byte[n] = quad.sources[k] / 2 * 64;
+            shift[n] = _mm_cvtsi32_si128(quad.sources[k] % 2 * 4);
+        }
     }
-    __m512i of(__m512i nibbles) const { return _mm512_shuffle_epi8(table, nibbles); }
+
+    QJL_INLINE __m512i nibbles(const uint8_t* codes, int n) const {
+        __m512i bytes = _mm512_loadu_si512(codes + byte[n]);
+        if (Reads<KIND>::IS_HIGH[n] == 1) bytes = _mm512_srli_epi16(bytes, 4);
+        if (Reads<KIND>::IS_HIGH[n] == -1) bytes = _mm512_srl_epi16(bytes, shift[n]);
+        return _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+    }
 };
+
+QJL_INLINE __m512i sums_of_16(const Four& a, const Four& b, const Four& c, const Four& d) {
+    const auto two = [](__m512i x, __m512i y) {
+        return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    };
+    const auto four = [&](const Four& x) {
+        const __m512i first = two(x.a, x.b), last = two(x.c, x.d);
+        return _mm512_add_epi32(_mm512_unpacklo_epi64(first, last), _mm512_unpackhi_epi64(first, last));
+    };
+    const auto lanes = [](__m512i x, __m512i y) {
+        return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
+    };
+    return lanes(lanes(four(a), four(b)), lanes(four(c), four(d)));
+}
 
 template <int ROWS, int KIND>
-__attribute__((noinline)) void add_pair_of(const QjlPair& pair, const uint8_t* codes, int64_t blocks,
-                                           const uint8_t* weights, float* sums) {
-    const Levels a(pair, 0, codes), b(pair, 1, codes), c(pair, 2, codes), d(pair, 3, codes);
-    PairSums row0, row1, row2, row3;
-    for (int64_t i = 0, place = 0; i < blocks; ++i, place += 64, weights += ROWS * 128) {
-        const __m512i at_a = a.nibbles(place);
-        const __m512i at_c = KIND == 0 ? at_a : c.nibbles(place);
-        __m512i first = a.of(at_a), second = c.of(at_c);
-        if constexpr (KIND != 1) {
-            const __m512i at_b = b.nibbles(place);
-            first = _mm512_add_epi8(first, b.of(at_b));
-            second = _mm512_add_epi8(second, d.of(KIND == 0 ? at_b : d.nibbles(place)));
-        }
-        row0.add(weights, first, second);
-        if constexpr (ROWS > 1) row1.add(weights + 128, first, second);
-        if constexpr (ROWS > 2) row2.add(weights + 256, first, second);
-        if constexpr (ROWS > 3) row3.add(weights + 384, first, second);
+__attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks,
+                                           const uint8_t* weights, int32_t* sums, const uint8_t* const* ahead,
+                                           int64_t ahead_at) {
+    using Of = Reads<KIND>;
+    const Sources<KIND> sources(quad);
+    __m512i tables[8];
+    for (int k = 0; k < 8; ++k) {
+        if (Of::OF[k] >= 0) tables[k] = table_of(quad, k);
     }
-    const __m512 all[8] = {row0.first(),  row1.first(),  row2.first(),  row3.first(),
-                           row0.second(), row1.second(), row2.second(), row3.second()};
-    const F8 totals = sums_of(all);
-    __builtin_memcpy(sums, &totals, sizeof totals);
+    const __m512i zero = _mm512_setzero_si512();
+    Four first{zero, zero, zero, zero}, second = first, third = first, fourth = first;  // by coordinate, members: rows
+    for (int64_t b = 0; b < blocks; ++b, weights += ROWS * 64) {
+        __builtin_prefetch(ahead[b] + ahead_at);
+        __m512i nibbles[Of::COUNT];
+        for (int n = 0; n < Of::COUNT; ++n) nibbles[n] = sources.nibbles(codes[b], n);
+        const auto number = [&](int c) {
+            const __m512i one = _mm512_shuffle_epi8(tables[2 * c], nibbles[Of::OF[2 * c]]);
+            if constexpr (Of::OF[1] < 0) return one;
+            else return _mm512_add_epi8(one, _mm512_shuffle_epi8(tables[2 * c + 1], nibbles[Of::OF[2 * c + 1]]));
+        };
+        const __m512i w = number(0), x = number(1), y = number(2), z = number(3);
+        const auto add = [&](int r, __m512i& a, __m512i& b, __m512i& c, __m512i& d) {
+            const __m512i of_row = _mm512_loadu_si512(weights + r * 64);
+            a = _mm512_dpbusd_epi32(a, of_row, w), b = _mm512_dpbusd_epi32(b, of_row, x);
+            c = _mm512_dpbusd_epi32(c, of_row, y), d = _mm512_dpbusd_epi32(d, of_row, z);
+            keep(a, b, c, d);
+        };
+        add(0, first.a, second.a, third.a, fourth.a);
+        if constexpr (ROWS > 1) add(1, first.b, second.b, third.b, fourth.b);
+        if constexpr (ROWS > 2) add(2, first.c, second.c, third.c, fourth.c);
+        if constexpr (ROWS > 3) add(3, first.d, second.d, third.d, fourth.d);
+    }
+    _mm512_storeu_si512(sums, sums_of_16(first, second, third, fourth));
 }
 
-// codes [bytes][TILE][64], weights [blocks][ROWS][128 bytes] -> sums [2][4]
+// Weighted sums of four coordinates over blocks. codes [blocks]: where those of a block begin; weights
+// [blocks][ROWS][64] of up to WEIGHT_TOP, sums [4 coordinates][MAX_ROWS]. `ahead [blocks]` are read later, from
+// `ahead_at` on.
 template <int ROWS>
-void add_pair(const QjlPair& pair, const uint8_t* codes, int64_t blocks, const uint8_t* weights,
-              float* sums) {
-    switch (pair.kind) {
-        case 0: return add_pair_of<ROWS, 0>(pair, codes, blocks, weights, sums);
-        case 1: return add_pair_of<ROWS, 1>(pair, codes, blocks, weights, sums);
-        default: return add_pair_of<ROWS, 2>(pair, codes, blocks, weights, sums);
-    }
+void add_quad(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights, int32_t* sums,
+              const uint8_t* const* ahead, int64_t ahead_at) {
+    const auto of_kind = [&] {
+        switch (quad.kind) {
+            case QJL_TWO_CHAIN: return add_quad_of<ROWS, QJL_TWO_CHAIN>;
+            case QJL_TWO_LEVELS: return add_quad_of<ROWS, QJL_TWO_LEVELS>;
+            case QJL_ONE_LEVELS: return add_quad_of<ROWS, QJL_ONE_LEVELS>;
+            case QJL_FOUR_CHAIN: return add_quad_of<ROWS, QJL_FOUR_CHAIN>;
+            case QJL_ONE_CHAIN: return add_quad_of<ROWS, QJL_ONE_CHAIN>;
+            default: return add_quad_of<ROWS, QJL_ANY>;
+        }
+    }();
+    of_kind(quad, codes, blocks, weights, sums, ahead, ahead_at);
 }
 
 }  // namespace nibbles

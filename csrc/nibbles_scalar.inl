@@ -1,5 +1,7 @@
 // Look-ups and weighted sums in plain C++: what the other instruction sets do.
 
+#include "step/lookups.inl"
+
 namespace nibbles {
 
 constexpr int MAX_ROWS = 4;

@@ -174,7 +174,7 @@ constexpr int32_t NONE = -1;  // a hole, or a slot without a token
 
 Rules of_side(const QjlSide& side) {
     return Rules()
-        .require(SIZES, [&] { return none_negative(side.nibbles, side.slots, side.pair_count); })
+        .require(SIZES, [&] { return none_negative(side.nibbles, side.slots, side.quad_count); })
         .require(DIMS, [&] { return side.code_dim > 0 && side.head_dim > 0 && side.groups > 0; })
         .require(GROUPS, [&] { return side.code_dim % side.groups == 0 && side.nibbles % (2 * side.groups) == 0; })
         .require(DIMS, [&] { return is_dim(side.code_dim / side.groups); })

@@ -42,14 +42,15 @@ struct QjlQuad {
     int32_t kind;  // which look-ups read the same nibbles, see QjlKind
 };
 
-// a, b, ...: nibbles of the quad, as they come. Look-ups without a nibble are of tables of zeros.
+// Nibbles a, A, b, B, ... of the quad: capital ones are the high ones of their bytes, small ones the low ones, and x and
+// y any. A look-up that is not named has a table of zeros.
 enum QjlKind : int32_t {
-    QJL_ANY,         // eight nibbles
-    QJL_TWO_CHAIN,   // (a, b) (a, b) (b, c) (b, c)
-    QJL_TWO_LEVELS,  // (a) (a) (b) (b)
-    QJL_LEVELS,      // (a) (b) (c) (d)
-    QJL_FOUR_CHAIN,  // (a, b) four times
-    QJL_ONE_CHAIN,   // (a, b) (b, c) (c, d) (d, e)
+    QJL_ANY,         // eight of any
+    QJL_TWO_CHAIN,   // (A, b) (A, b) (b, B) (b, B)
+    QJL_TWO_LEVELS,  // (a) (a) (A) (A)
+    QJL_ONE_LEVELS,  // (a) (A) (b) (B)
+    QJL_FOUR_CHAIN,  // (x, y) four times
+    QJL_ONE_CHAIN,   // (A, b) (b, B) (B, c) (c, C)
 };
 
 // Tokens in full precision by slot, strides in numbers over head and slot.
@@ -74,8 +75,8 @@ struct QjlTurn {
     const double* anchor_step;  // the same of 8 * 128 inv_freq
     const int32_t* coordinates;                  // [2][pairs]: first and second coordinate of each pair
     const float* down;  // [(pairs - direct) / 4, rounded up][cosine, sine][RANK][4 pairs]: slow frequencies
-    const float* up;    // [direct + RANK][cosine, sine][64]: at inv_freq times .5, 4.5, ... 60.5, 1.5, ...; then what
-                        // slow frequencies share
+    const int16_t* up;  // [(RANK + direct) / 2, rounded up][cosine, sine][64][2 functions]: what slow frequencies share,
+                        // then at inv_freq times half a token, one and a half, ... by lanes; 16384 stands for 1
     int64_t pairs, direct;
     float scaling;
 };

@@ -1,10 +1,11 @@
 // The fused decode step over packed blocks: scores, online softmax, weighted sums, all on the codes.
 //
-// Scores: tables of 16-bit integers, one per nibble and query row, each group of four nibbles in units of its own.
-// Values: 8-bit levels by nibble, summed with integer weights. An instruction set gives (nibbles_*.inl)
-//   put_table, scan_block: sums of table entries over a block, for up to MAX_ROWS rows
-//   put_weights, add_pair: weighted sums of two coordinates over the blocks of a tile
-// Numbers of the 64 tokens of a block are kept "by four": token 4 i + c at place 16 c + i, as bytes of words come.
+// Scores: tables of 8-bit integers, one per nibble and query row, with a factor each.
+// Values: 8-bit levels by nibble, summed with 8-bit weights. An instruction set gives (nibbles_*.inl)
+//   scan_block: sums of table entries over a block, for up to MAX_ROWS rows
+//   add_quad: weighted sums of four coordinates over the blocks of a tile
+// Numbers of the 64 tokens of a block lie "by lanes": token 16 L + 4 k + i at place 16 k + 4 L + i, as bytes come that
+// are unpacked twice in lanes of 16.
 
 namespace step {
 
@@ -30,20 +31,21 @@ using namespace nibbles;
 
 // Pieces of work
 
-// Which token of a tile stands at a place.
-inline int64_t token_at(int64_t place) { return place / 64 * 64 + place % 16 * 4 + place % 64 / 16; }
+// Which token of a block stands at a place.
+inline int64_t token_at(int64_t place) { return place % 16 / 4 * 16 + place / 16 * 4 + place % 4; }
 
 // Caps and masks scores; their base is 2 from here on.
 inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_t block, int64_t blocks,
                           float* scores) {
     const QjlStep& s = h.s;
+    const int64_t columns = s.of_rows->capacity * s.page_tokens;
     for (int64_t r = 0; r < rows; ++r) {
-        const float* bias = s.bias ? h.bias(first_row + r, block * 64) : nullptr;
+        const float* bias = s.bias ? h.bias(first_row + r, 0) : nullptr;
         for (int64_t i = 0; i < blocks * 64; ++i) {
             float& score = scores[r * TILE * 64 + i];
             if (s.softcap > 0) score = capped(score, s.softcap) * LOG2E;
-            const int64_t token = token_at(i);
-            if (bias && h.has(block * 64 + token)) score += bias[token * s.bias_stride[3]] * LOG2E;
+            const int64_t token = block * 64 + i / 64 * 64 + token_at(i % 64);
+            if (bias && token < columns) score += bias[token * s.bias_stride[3]] * LOG2E;
         }
     }
 }
@@ -52,25 +54,36 @@ inline void finish_scores(const Head& h, int64_t first_row, int64_t rows, int64_
 inline void hide_scores(const Head& h, int64_t rows, int64_t block, int64_t blocks, float* scores) {
     for (int64_t b = 0; b < blocks; ++b) {
         if (h.has_all(block + b)) continue;
-        for (int64_t i = b * 64; i < b * 64 + 64; ++i) {
-            if (h.has(block * 64 + token_at(i))) continue;
-            for (int64_t r = 0; r < rows; ++r) scores[r * TILE * 64 + i] = -__builtin_inff();
+        bool seen[64];
+        h.find(block + b, seen);
+        for (int64_t i = 0; i < 64; ++i) {
+            if (seen[token_at(i)]) continue;
+            for (int64_t r = 0; r < rows; ++r) scores[(r * TILE + b) * 64 + i] = -__builtin_inff();
         }
     }
 }
 
 // Calls `use(block, blocks)` for every tile of a split, with its scores in the room: [rows][TILE][64].
+//
+// Memory is read at an even pace: lines of the next tile's keys as values are summed up, one in each block and quad; the
+// other lines of them, and those of a tile's values, as its keys are scanned.
 template <class Use>
-void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked, Scratch& room,
-                 const Use& use) {
+void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked, Scratch& room, const Use& use) {
+    const QjlSide &keys = h.s.keys, &values = h.s.values;
     const int64_t first = h.first_block() + split * h.blocks_per_split();
     const int64_t last = fewer(first + h.blocks_per_split(), h.first_block() + h.blocks());
-    const Keys keys{h, h.s.keys, room, asked, rows};
+    const int64_t lines = keys.nibbles / 2, with_values = h.s.scores ? 0 : fewer(values.quad_count, lines);
+    const Keys of_keys{h, keys, room, asked, rows};
     Turn turn(h, room, asked, rows);
     for (int64_t block = first; block < last; block += TILE) {
         const int64_t blocks = fewer(TILE, last - block);
-        for (int64_t b = 0; b < blocks; ++b) keys.score(block + b, room.scores + b * 64, TILE * 64);
-        turn.add(block, blocks, room.scores);
+        turn.put(block, blocks, room.scores);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t soon = block == first ? block + b + 1 : block + b + TILE;
+            const int64_t from = block == first ? 0 : with_values;
+            const Ahead ahead{codes_ahead(h, keys, soon) + from * 64, codes_ahead(h, values, block + b), lines - from};
+            of_keys.add(block + b, ahead, room.scores + b * 64);
+        }
         use(block, blocks);
     }
 }
@@ -98,10 +111,8 @@ inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch&
         score_tiles(h, split, rows, asked_of(s, pair, row), room, [&](int64_t block, int64_t blocks) {
             for (int64_t r = 0; r < rows; ++r) {
                 float* to = s.scores + (pair * s.rows + row + r) * s.of_rows->capacity * s.page_tokens + block * 64;
-                const float* from = room.scores + r * TILE * 64;
-                for (int64_t i = 0; i < blocks * 64; i += 64) {
-                    const auto at = [&](int c) { return load<F16>(from + i + 16 * c); };
-                    store_in_order(to + i, at(0), at(1), at(2), at(3));
+                for (int64_t b = 0; b < blocks; ++b) {
+                    swap_lanes(room.scores + (r * TILE + b) * 64, to + b * 64);
                 }
             }
         });

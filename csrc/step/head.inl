@@ -22,13 +22,21 @@ struct Head {
     int64_t page_of(int64_t token) const {
         return s.of_rows->table[batch * s.of_rows->capacity + (token >> __builtin_ctzll(s.page_tokens))];
     }
-    bool has(int64_t token) const { return first_token() <= token && token < end_token() && page_of(token) >= 0; }
     bool has_all(int64_t block) const {
         if (block * 64 < first_token() || end_token() < block * 64 + 64) return false;
         for (int64_t token = block * 64; token < block * 64 + 64; token += s.page_tokens) {
             if (page_of(token) < 0) return false;
         }
         return true;
+    }
+    // Which tokens of a block there are.
+    void find(int64_t block, bool (&seen)[64]) const {
+        __builtin_memset(seen, 0, sizeof seen);
+        const int64_t first = more(block * 64, first_token()), last = fewer(block * 64 + 64, end_token());
+        for (int64_t token = first, end; token < last; token = end) {
+            end = fewer(last, (token / s.page_tokens + 1) * s.page_tokens);
+            if (page_of(token) >= 0) __builtin_memset(seen + token % 64, 1, end - token);
+        }
     }
     int64_t first_block() const { return first_token() / 64; }
     int64_t blocks() const { return first_token() < end_token() ? (end_token() + 63) / 64 - first_block() : 0; }

@@ -1,19 +1,41 @@
 // Scores of packed keys.
 
+inline void decode_halves(const uint8_t* halves, F16 (&lanes)[4]) {
+    alignas(64) float tokens[64], by_lanes[64];
+    for (int i = 0; i < 4; ++i) store(tokens + 16 * i, floats_of_halves(load<H16>(halves + 32 * i)));
+    swap_lanes(tokens, by_lanes);
+    for (int i = 0; i < 4; ++i) lanes[i] = load<F16>(by_lanes + 16 * i);
+}
+
+inline void decode_scales(const QjlSide& side, int64_t head, const uint8_t* scale, int64_t g, F16 (&lanes)[4]) {
+    if (!side.unit) return decode_halves(scale + g * 128, lanes);
+    I16 codes[4];
+    put_in_lanes(scale + g * 64, codes);
+    const float unit = side.unit[head];
+    for (int k = 0; k < 4; ++k) {
+        lanes[k] = where_any(codes[k], exp2((converted<F16>(codes[k]) - 128.0f) * (1.0f / 12)) * unit);
+    }
+}
+
 // Fills in what rows ask. Scores are linear in the queries, so `factor` scales them once for all.
+//
+// A table has 16 entries of 8 bits above its least, times a factor of its own: units as fine as its range allows. Where
+// that is not fine enough for all of them together, the widest tables have a second one, of what the first leaves.
 struct Question {
     const Head& h;
     const QjlSide& side;
     Scratch& room;
     const Asked& asked;
     int64_t rows;
+    static constexpr float LEAST = 1e-30f;
+    static constexpr float KEY_SHARE = 1;  // of the error of scores in the tolerance
 
     void ask(int64_t first_row, float factor) {
         __builtin_memset(room.queries, 0, MAX_ROWS * side.head_dim * sizeof(float));
         for (int64_t r = 0; r < rows; ++r) h.put_query(first_row + r, factor, room.queries + r * side.head_dim);
         map_queries();
         fill_tables();
-        quantize_tables();
+        for (int64_t g = 0; g < side.groups; ++g) quantize(g);
         meet_mean();
     }
 
@@ -50,63 +72,165 @@ struct Question {
             for (int64_t r = 0; r < rows; ++r) {
                 float total = 0;
                 for (int64_t i = 0; i < group_dim; ++i) total += room.mapped[r * side.code_dim + g * group_dim + i];
-                asked.sums_of_groups[g * rows + r] = total;
+                asked.sums_of_groups[g * MAX_ROWS + r] = total;
             }
         }
     }
 
-    const float* floats(int64_t j, int64_t r) const { return room.tables_of_floats + (j * rows + r) * 16; }
+    // Of the high or low nibble of a byte of a group.
+    const float* table(int64_t g, int64_t byte, int64_t is_high, int64_t r) const {
+        const int64_t nibble = 2 * (g * bytes_of_group(side) + byte) + is_high;
+        return room.tables_of_floats + (nibble * rows + r) * 16;
+    }
 
-    // Four nibbles share a unit in which their sums fit 16 bits; units are integer multiples of the group's least.
-    __attribute__((noinline)) void quantize_tables() {
-        const int64_t group_nibbles = side.nibbles / side.groups, quads = (group_nibbles + 3) / 4;
-        for (int64_t g = 0; g < side.groups; ++g) {
-            int32_t* factors = asked.factors + g * quads * rows * 2;
-            for (int64_t r = 0; r < rows; ++r) {
-                const float unit = choose_units(g * group_nibbles, group_nibbles, r, factors);
-                asked.units[g * rows + r] = unit;
-                for (int64_t j = 0; j < group_nibbles; j += 2) {
-                    const float inverse = 1 / (unit * float(factors[(j / 4 * rows + r) * 2]));
-                    put(g * group_nibbles + j, r, inverse);
+    // Where in the room is what belongs to four nibbles of a row.
+    int64_t four(int64_t quad, int64_t is_high, int64_t r) const { return ((quad * 2 + is_high) * rows + r) * 4; }
+
+    void quantize(int64_t g) const {
+        const int64_t bytes = bytes_of_group(side), quads = (bytes + 3) / 4;
+        measure(g, bytes, quads);
+        for (int64_t r = 0; r < rows; ++r) choose_unit(g, quads, r);
+        for (int64_t byte = 0; byte < bytes; ++byte) put_tables(g, byte);
+        for (int64_t byte = bytes; byte < 4 * quads; ++byte) leave_out(g, byte / 4, byte % 4);
+        asked.counts[g] = quads + refine(g, bytes, quads);
+    }
+
+    // The least entry of each table, and how far it is to the largest.
+    __attribute__((noinline)) void measure(int64_t g, int64_t bytes, int64_t quads) const {
+        for (int64_t q = 0; q < quads; ++q) {
+            for (int64_t is_high = 0; is_high < 2; ++is_high) {
+                for (int64_t r = 0; r < rows; ++r) {
+                    const auto of = [&](int64_t i) {
+                        return 4 * q + i < bytes ? load<F16>(table(g, 4 * q + i, is_high, r)) : F16{};
+                    };
+                    const F16 a = of(0), b = of(1), c = of(2), d = of(3);
+                    const F4 low = -largest_of_each(-a, -b, -c, -d);
+                    store(room.lows + four(q, is_high, r), low);
+                    store(room.ranges + four(q, is_high, r), largest_of_each(a, b, c, d) - low);
                 }
             }
         }
     }
 
-    float choose_units(int64_t first, int64_t count, int64_t r, int32_t* factors) const {
-        float total = 0;
-        for (int64_t quad = 0; quad * 4 < count; ++quad) {
-            float bound = 1e-30f;
-            for (int64_t j = quad * 4; j < quad * 4 + 4 && j < count; ++j) {
-                const F16 table = load<F16>(floats(first + j, r));
-                bound += largest(larger(table, -table));
+    void choose_unit(int64_t g, int64_t quads, int64_t r) const {
+        F4 widest{}, least{}, most{};
+        for (int64_t q = 0; q < 2 * quads; ++q) {
+            const F4 low = load<F4>(room.lows + four(q / 2, q % 2, r));
+            widest = larger(widest, load<F4>(room.ranges + four(q / 2, q % 2, r)));
+            least += low, most += larger(low, -low);
+        }
+        const float by_range = largest(widest) / (255.0f * FACTOR_TOP), by_sum = sum(most) * 0x1p-29f;
+        const float unit = (by_range > by_sum ? by_range : by_sum) + LEAST;
+        asked.units[g * MAX_ROWS + r] = unit;
+        asked.firsts[g * MAX_ROWS + r] = int32_t(__builtin_rintf(sum(least) / unit));
+    }
+
+    uint8_t* factor_at(int64_t g, int64_t q, int64_t is_high, int64_t r, int64_t i) const {
+        return asked.factors + g * most_quads(side) * 2 * rows * 4 + four(q, is_high, r) + i;
+    }
+    uint8_t* table_at(int64_t g, int64_t q, int64_t is_high, int64_t r, int64_t i) const {
+        return asked.tables + (g * most_quads(side) * 2 * rows * 4 + four(q, is_high, r) + i) * 16;
+    }
+    Quad& quad_at(int64_t g, int64_t q) const { return asked.quads[g * most_quads(side) + q]; }
+
+    // A table above its least entry, in units of the row.
+    F16 in_units(int64_t g, int64_t byte, int64_t is_high, int64_t r) const {
+        const float low = room.lows[four(byte / 4, is_high, r) + byte % 4];
+        return (load<F16>(table(g, byte, is_high, r)) - low) * (1 / asked.units[g * MAX_ROWS + r]);
+    }
+
+    static void store_bytes(uint8_t* to, const I16& numbers) {
+        int32_t words[16];
+        store(words, numbers);
+        for (int i = 0; i < 16; ++i) to[i] = uint8_t(words[i] < 255 ? words[i] : 255);
+    }
+
+    // The tables of a byte; how far scores are off by them, squared.
+    void put_tables(int64_t g, int64_t byte) const {
+        const int64_t q = byte / 4, i = byte % 4;
+        quad_at(g, q).at[i] = int32_t(byte * 64);
+        room.errors[byte] = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            const float unit = asked.units[g * MAX_ROWS + r];
+            float squares = 0;
+            for (int64_t is_high = 0; is_high < 2; ++is_high) {
+                const float range = room.ranges[four(q, is_high, r) + i] / unit;
+                const int64_t least = int64_t(range * (1.0f / 255) + 0.9999f);
+                const float factor = float(fewer(more(least, 1), FACTOR_TOP));
+                *factor_at(g, q, is_high, r, i) = uint8_t(factor);
+                store_bytes(table_at(g, q, is_high, r, i), round(in_units(g, byte, is_high, r) * (1 / factor)));
+                squares += factor * factor * (1.0f / 12);
             }
-            room.bounds[quad] = bound;
-            total += bound;
+            const float error = squares * unit * unit;
+            room.errors[byte] = error > room.errors[byte] ? error : room.errors[byte];
         }
-        const float unit = total * 0x1p-29f;
-        for (int64_t quad = 0; quad * 4 < count; ++quad) {
-            const int32_t factor = int32_t(room.bounds[quad] / (unit * 32760.0f)) + 1;
-            factors[(quad * rows + r) * 2] = factor;
-            factors[(quad * rows + r) * 2 + 1] = factor << 16;
-        }
-        return unit;
     }
 
-    void put(int64_t j, int64_t r, float inverse) {
-        int16_t entries[2][16];
-        for (int64_t k = 0; k < 2; ++k) {
-            store(entries[k], converted<S16>(round(load<F16>(floats(j + k, r)) * inverse)));
+    // A place of a quad that no byte takes: it counts nothing.
+    void leave_out(int64_t g, int64_t q, int64_t i) const {
+        quad_at(g, q).at[i] = quad_at(g, q).at[i - 1];
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t is_high = 0; is_high < 2; ++is_high) {
+                *factor_at(g, q, is_high, r, i) = 0;
+                __builtin_memset(table_at(g, q, is_high, r, i), 0, 16);
+            }
         }
-        put_table(asked.tables + (j / 2 * rows + r) * 64, entries[0], entries[1]);
     }
 
-    void meet_mean() {
+    // Second tables for the widest bytes, until scores are as exact as they must be; how many quads that makes.
+    int64_t refine(int64_t g, int64_t bytes, int64_t quads) const {
+        const float allowed = allowed_error(g);
+        float total = 0;
+        for (int64_t byte = 0; byte < bytes; ++byte) total += room.errors[byte];
+        int64_t count = 0;
+        for (; total > allowed && count < 4 * quads; ++count) {
+            int64_t widest = 0;
+            for (int64_t byte = 1; byte < bytes; ++byte) {
+                if (room.errors[byte] > room.errors[widest]) widest = byte;
+            }
+            if (!(room.errors[widest] > 0)) break;
+            put_fine_tables(g, widest, quads + count / 4, count % 4);
+            total -= room.errors[widest];
+            room.errors[widest] = 0;
+        }
+        for (int64_t place = count; place % 4; ++place) leave_out(g, quads + place / 4, place % 4);
+        return (count + 3) / 4;
+    }
+
+    void put_fine_tables(int64_t g, int64_t byte, int64_t q, int64_t i) const {
+        quad_at(g, q).at[i] = int32_t(byte * 64);
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t is_high = 0; is_high < 2; ++is_high) {
+                const float factor = *factor_at(g, byte / 4, is_high, r, byte % 4);
+                const F16 whole = in_units(g, byte, is_high, r);
+                const I16 steps = round(whole * (1 / factor) - 0.5f);
+                store_bytes(table_at(g, byte / 4, is_high, r, byte % 4), steps);
+                store_bytes(table_at(g, q, is_high, r, i), round(whole - converted<F16>(steps) * factor));
+                *factor_at(g, q, is_high, r, i) = 1;
+            }
+        }
+    }
+
+    // Of the sums of a group, squared: where the scales of tokens are as in a block that any row has.
+    float allowed_error(int64_t g) const {
+        const int64_t block = h.first_block() + fewer(1, h.blocks() - 1);
+        if (h.blocks() < 1) return 0;
+        F16 scales[4];
+        decode_scales(side, h.head, place_of(h, side, block, room.block_of_keys).scale, g, scales);
+        F16 squares{};
+        for (const F16& of_lanes : scales) squares += of_lanes * of_lanes;
+        const float error = KEY_SHARE * float(side.tolerance) * (h.s.softcap > 0 ? 1 : LOG2E);
+        return error * error * 64 / (sum(squares) + LEAST) / float(side.groups);
+    }
+
+    void meet_mean() const {
         const float* mean = side.mean ? side.mean + h.head * side.head_dim : nullptr;
         for (int64_t r = 0; r < rows; ++r) {
             asked.constants[r] = mean ? dot(query(r), mean, side.head_dim) : 0;
             if (const QjlTurn* turn = h.s.turn) {
-                asked.constants[r] -= turn_apart(*turn, query(r), mean, asked.turned + r * 2 * turn->pairs);
+                float* turned = asked.turned + r * 2 * turn->pairs;
+                asked.constants[r] -= turn_apart(*turn, query(r), mean, turned);
+                asked.turn_scales[r] = turn_scale(*turn, turned);
             }
         }
     }
@@ -124,6 +248,28 @@ struct Question {
         }
         return total;
     }
+
+    // What coefficients are multiplied by so that they, and their sums, are integers of 16 and 32 bits. The modulus of a
+    // frequency does not change with the position: it bounds them once for all.
+    static float turn_scale(const QjlTurn& t, const float* real) {
+        const float* imaginary = real + t.pairs;
+        float most = LEAST, total = LEAST, shared[RANK]{};
+        for (int64_t f = 0; f < t.pairs; ++f) {
+            const float modulus = __builtin_sqrtf(real[f] * real[f] + imaginary[f] * imaginary[f]);
+            if (f < t.direct) {
+                most = modulus > most ? modulus : most, total += modulus;
+                continue;
+            }
+            const float* down = t.down + (f - t.direct) / 4 * 8 * RANK + (f - t.direct) % 4;
+            for (int k = 0; k < RANK; ++k) {
+                const float cosine = __builtin_fabsf(down[4 * k]), sine = __builtin_fabsf(down[4 * (RANK + k)]);
+                shared[k] += modulus * (cosine > sine ? cosine : sine);
+            }
+        }
+        for (const float of_function : shared) most = of_function > most ? of_function : most, total += of_function;
+        const float by_most = 32000 / most, by_total = 92000 / total;
+        return by_most < by_total ? by_most : by_total;
+    }
 };
 
 // Scores by the tables.
@@ -134,53 +280,38 @@ struct Keys {
     const Asked& asked;
     int64_t rows;
 
-    // Scores of one block, rows `stride` apart.
-    __attribute__((noinline)) void score(int64_t block, float* scores, int64_t stride) const {
+    // Adds the scores of one block to what is there, rows TILE * 64 apart.
+    __attribute__((noinline)) void add(int64_t block, const Ahead& ahead, float* scores) const {
         const auto [codes, scale, middle] = place_of(h, side, block, room.block_of_keys);
-        const int64_t bytes = side.nibbles / side.groups / 2;
-        const uint8_t* soon = codes_ahead(h, h.s.values, block);
         for (int64_t g = 0; g < side.groups; ++g) {
-            scan(codes + g * bytes * 64, bytes, asked.tables + g * bytes * rows * 64,
-                 asked.factors + g * ((bytes + 1) / 2) * rows * 2, soon + g * bytes * 64);
+            scan(g, codes + g * bytes_of_group(side) * 64, g ? Ahead{codes, codes, 0} : ahead);
             F16 scales[4], middles[4]{};
             decode_scales(side, h.head, scale, g, scales);
             if (side.middle) decode_halves(middle + g * 128, middles);
             for (int64_t r = 0; r < rows; ++r) {
-                const float unit = asked.units[g * rows + r];
-                for (int c = 0; c < 4; ++c) {
-                    F16 part = converted<F16>(load<I16>(room.sums + r * 64 + c * 16)) * (scales[c] * unit);
-                    if (side.middle) part += middles[c] * asked.sums_of_groups[g * rows + r];
-                    float* to = scores + r * stride + c * 16;
-                    store(to, g ? load<F16>(to) + part : part + asked.constants[r]);
+                const float unit = asked.units[g * MAX_ROWS + r];
+                for (int k = 0; k < 4; ++k) {
+                    float* to = scores + r * TILE * 64 + k * 16;
+                    F16 score = load<F16>(to);
+                    score += converted<F16>(load<I16>(room.sums + r * 64 + k * 16)) * (scales[k] * unit);
+                    if (side.middle) score += middles[k] * asked.sums_of_groups[g * MAX_ROWS + r];
+                    store(to, score);
                 }
             }
         }
     }
 
-    void scan(const uint8_t* codes, int64_t bytes, const uint8_t* tables, const int32_t* factors,
-              const uint8_t* soon) const {
-        switch (rows) {
-            case 1: return scan_block<1>(codes, bytes, tables, factors, room.sums, soon);
-            case 2: return scan_block<2>(codes, bytes, tables, factors, room.sums, soon);
-            case 3: return scan_block<3>(codes, bytes, tables, factors, room.sums, soon);
-            default: return scan_block<4>(codes, bytes, tables, factors, room.sums, soon);
-        }
-    }
-
-    static void decode_halves(const uint8_t* halves, F16 (&by_four)[4]) {
-        F16 tokens[4];
-        for (int i = 0; i < 4; ++i) tokens[i] = floats_of_halves(load<H16>(halves + 32 * i));
-        arrange_by_four(tokens, by_four);
-    }
-
-    static void decode_scales(const QjlSide& side, int64_t head, const uint8_t* scale, int64_t g, F16 (&by_four)[4]) {
-        if (!side.unit) return decode_halves(scale + g * 128, by_four);
-        const I16 words = load<I16>(scale + g * 64);
-        const float unit = side.unit[head];
-        for (int c = 0; c < 4; ++c) {
-            const I16 codes = (words >> (8 * c)) & 255;
-            const F16 octaves = (converted<F16>(codes) - 128.0f) * (1.0f / 12);
-            by_four[c] = where_any(codes, exp2(octaves) * unit);
-        }
+    void scan(int64_t g, const uint8_t* codes, const Ahead& ahead) const {
+        const auto of_rows = [&] {
+            switch (rows) {
+                case 1: return scan_block<1>;
+                case 2: return scan_block<2>;
+                case 3: return scan_block<3>;
+                default: return scan_block<4>;
+            }
+        }();
+        const int64_t first = g * most_quads(side);
+        of_rows(codes, asked.quads + first, asked.counts[g], asked.tables + first * 2 * rows * 64,
+                asked.factors + first * 2 * rows * 4, asked.firsts + g * MAX_ROWS, room.sums, ahead);
     }
 };

@@ -6,18 +6,11 @@ constexpr float LOWEST = -1e30f;
 inline int64_t fewer(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t more(int64_t a, int64_t b) { return a > b ? a : b; }
 
-QJL_INLINE void arrange_by_four(const F16 (&tokens)[4], F16 (&by_four)[4]) {
-    const F16 even[2] = {evens(tokens[0], tokens[1]), evens(tokens[2], tokens[3])};
-    const F16 odd[2] = {odds(tokens[0], tokens[1]), odds(tokens[2], tokens[3])};
-    by_four[0] = evens(even[0], even[1]), by_four[2] = odds(even[0], even[1]);
-    by_four[1] = evens(odd[0], odd[1]), by_four[3] = odds(odd[0], odd[1]);
-}
-
-QJL_INLINE void store_in_order(float* tokens, const F16& a, const F16& b, const F16& c, const F16& d) {
-    const auto even = in_turn(a, c), odd = in_turn(b, d);
-    const auto first = in_turn(even.low, odd.low), last = in_turn(even.high, odd.high);
-    store(tokens, first.low), store(tokens + 16, first.high);
-    store(tokens + 32, last.low), store(tokens + 48, last.high);
+// Numbers of 64 tokens in their order to lanes, or back: four tokens stay together.
+inline void swap_lanes(const float* from, float* to) {
+    for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) store(to + 16 * i + 4 * j, load<F4>(from + 16 * j + 4 * i));
+    }
 }
 
 template <class Floats>
@@ -44,6 +37,18 @@ QJL_INLINE Floats exp2(Floats x) {
 
 inline float exp2(float x) { return exp2(x - F4{})[0]; }
 
+// With an error of 1e-4, as weights need it.
+template <class Floats>
+QJL_INLINE Floats rough_exp2(Floats x) {
+    x = larger(x, -126.0f - Floats{});
+    const auto whole = round(x);
+    const Floats part = x - converted<Floats>(whole);
+    Floats power = 0.05517166f * part + 0.24261112f;
+    power = power * part + 0.69326098f;
+    power = power * part + 0.99992807f;
+    return as<Floats>(as<decltype(whole)>(power) + (whole << 23));
+}
+
 inline float dot(const float* a, const float* b, int64_t n) {
     F16 total{};
     int64_t i = 0;
@@ -51,6 +56,21 @@ inline float dot(const float* a, const float* b, int64_t n) {
     float rest = 0;
     for (; i < n; ++i) rest += a[i] * b[i];
     return sum(total) + rest;
+}
+
+// The largest of each of four vectors.
+template <class Floats>
+QJL_INLINE F4 largest_of_each(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
+    const auto folded = [](const Floats& x) {
+        const auto [low, high] = halves(x);
+        return larger(low, high);
+    };
+    if constexpr (sizeof(Floats) > sizeof(F4)) {
+        return largest_of_each(folded(a), folded(b), folded(c), folded(d));
+    } else {
+        const F4 ab = larger(evens(a, b), odds(a, b)), cd = larger(evens(c, d), odds(c, d));
+        return larger(evens(ab, cd), odds(ab, cd));
+    }
 }
 
 // <x, r> for four rows r, `stride` apart.

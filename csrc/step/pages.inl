@@ -59,7 +59,8 @@ inline Place place_of(const Head& h, const QjlSide& side, int64_t block, uint8_t
     return Gather{h, side, block}.into(room);
 }
 
-// What `place_of` will read first.
+// What `place_of` will read first, or nearly so where that is no block of the row.
 inline const uint8_t* codes_ahead(const Head& h, const QjlSide& side, int64_t block) {
-    return h.at(side.codes, side.codes_stride, more(h.page_of(more(block * 64, h.first_token())), 0));
+    const int64_t within = fewer(block, h.first_block() + h.blocks() - 1);
+    return h.at(side.codes, side.codes_stride, more(h.page_of(more(within * 64, h.first_token())), 0));
 }

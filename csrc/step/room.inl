@@ -17,36 +17,58 @@ constexpr int RANK = 4;  // functions that slow frequencies share
 // Slow frequencies are read four at a time, from any place on.
 inline int64_t room_for_parts(int64_t pairs) { return (pairs + 4 + 15) / 16 * 16; }
 
+// Functions of the position of a token within two blocks: what slow frequencies share, then the fast ones.
+inline int64_t functions_of(const QjlTurn& t) { return (RANK + t.direct + 1) / 2 * 2; }
+
+inline int64_t bytes_of_group(const QjlSide& side) { return side.nibbles / side.groups / 2; }
+
+// Quads of a group: once for all bytes, and once more for those that are looked up finely.
+inline int64_t most_quads(const QjlSide& side) { return 2 * ((bytes_of_group(side) + 3) / 4); }
+
 // What up to MAX_ROWS query rows ask of the packed keys: prepared once, read by all splits.
 struct Asked {
-    uint8_t* tables;                // [nibbles / 2][rows][64 bytes] of integers
-    int32_t* factors;               // [groups][quads][rows][2]
-    float *units, *sums_of_groups;  // [groups][rows]
-    float* constants;               // [rows]: what of the mean adds to all scores alike
+    Quad* quads;                    // [groups][most_quads]
+    int64_t* counts;                // [groups]: how many of them
+    uint8_t* tables;                // [groups][most_quads][low nibbles, high ones][rows][4][16]
+    uint8_t* factors;               // [groups][most_quads][low nibbles, high ones][rows][4]
+    int32_t* firsts;                // [groups][MAX_ROWS]: what sums of look-ups begin with
+    float *units, *sums_of_groups;  // [groups][MAX_ROWS]
+    float* constants;               // [MAX_ROWS]: what of the mean adds to all scores alike
     float* turned;                  // [rows][real, imaginary][pairs]: what RoPE turns
+    float* turn_scales;             // [MAX_ROWS]: of its coefficients as integers
     uintptr_t end;
 
     Asked(const QjlStep& s, Room room) {
-        tables = room.take<uint8_t>(s.keys.nibbles / 2 * MAX_ROWS * 64);
-        factors = room.take<int32_t>((s.keys.nibbles / 4 + s.keys.groups) * MAX_ROWS * 2);
-        units = room.take<float>(s.keys.groups * MAX_ROWS);
-        sums_of_groups = room.take<float>(s.keys.groups * MAX_ROWS);
+        const int64_t groups = s.keys.groups, count = groups * most_quads(s.keys);
+        quads = room.take<Quad>(count);
+        counts = room.take<int64_t>(groups);
+        tables = room.take<uint8_t>(count * 2 * MAX_ROWS * 64);
+        factors = room.take<uint8_t>(count * 2 * MAX_ROWS * 4);
+        firsts = room.take<int32_t>(groups * MAX_ROWS);
+        units = room.take<float>(groups * MAX_ROWS);
+        sums_of_groups = room.take<float>(groups * MAX_ROWS);
         constants = room.take<float>(MAX_ROWS);
         turned = room.take<float>(s.turn ? MAX_ROWS * 2 * s.turn->pairs : 0);
+        turn_scales = room.take<float>(MAX_ROWS);
         end = room.at;
     }
 };
 
 // What a worker needs.
 struct Scratch {
-    float *row, *queries, *mapped, *tables_of_floats, *bounds;
-    float *scores, *scales, *products, *parts, *shared, *phasors_of_centre, *sums_of_pairs, *sums_of_middles, *energy;
+    float *row, *queries, *mapped;
+    float *tables_of_floats, *lows, *ranges, *errors;  // of a query's tables
+    float *scores, *scales;                            // [MAX_ROWS][TILE][64], [TILE][64]
+    int32_t* sums;                                     // [MAX_ROWS][64]
+    uint8_t* weights;                                  // [high digits, low digits][TILE][MAX_ROWS][64]
+    float *sums_of_quads, *sums_of_middles, *energy;
+    float *parts, *shared, *phasors_of_centre;
     double* phasors;
-    float* outs;      // of up to MAX_ROWS rows
-    int32_t* slots;   // of exact tokens
-    uint8_t *weights, *codes, *nibbles;
+    int16_t* coefficients;  // [even, odd][MAX_ROWS][functions]
+    int32_t* steps;         // [even, odd][MAX_ROWS][64]: parts at each distance from the centre
+    float* outs;            // of up to MAX_ROWS rows
+    int32_t* slots;         // of exact tokens
     uint8_t *block_of_keys, *blocks_of_values;  // put together from pages
-    int32_t* sums;
     uintptr_t end;
 
     Scratch(const QjlStep& s, Room room) {
@@ -55,27 +77,29 @@ struct Scratch {
         row = room.take<float>(more(dim, code_dim) + 16);
         queries = room.take<float>(MAX_ROWS * s.keys.head_dim);
         mapped = room.take<float>(MAX_ROWS * code_dim);
+        const int64_t quads = most_quads(s.keys) / 2;
         tables_of_floats = room.take<float>(s.keys.nibbles * MAX_ROWS * 16);
-        bounds = room.take<float>(s.keys.nibbles / 4 + 1);
-        sums = room.take<int32_t>(MAX_ROWS * 64);
+        lows = room.take<float>(quads * 2 * MAX_ROWS * 4);
+        ranges = room.take<float>(quads * 2 * MAX_ROWS * 4);
+        errors = room.take<float>(quads * 4);
         scores = room.take<float>(MAX_ROWS * TILE * 64);
         scales = room.take<float>(TILE * 64);
-        products = room.take<float>(MAX_ROWS * TILE * 64);
-        weights = room.take<uint8_t>(TILE * MAX_ROWS * 128);
-        codes = room.take<uint8_t>(s.values.nibbles / 2 * TILE * 64);
-        nibbles = room.take<uint8_t>(s.values.nibbles);
-        block_of_keys = room.take<uint8_t>(block_bytes(s.keys));
-        blocks_of_values = room.take<uint8_t>(TILE * block_bytes(s.values));
-        outs = room.take<float>(MAX_ROWS * s.values.head_dim);
-        slots = room.take<int32_t>(64);
-        const int64_t pairs = s.turn ? s.turn->pairs : 0;
-        phasors = room.take<double>(2 * pairs);
-        phasors_of_centre = room.take<float>(2 * pairs);
-        parts = room.take<float>(4 * room_for_parts(pairs));
-        shared = room.take<float>(4 * RANK);
-        sums_of_pairs = room.take<float>(s.values.pair_count * 8);
+        sums = room.take<int32_t>(MAX_ROWS * 64);
+        weights = room.take<uint8_t>(2 * TILE * MAX_ROWS * 64);
+        sums_of_quads = room.take<float>(s.values.quad_count * 16);
         sums_of_middles = room.take<float>(s.values.groups * MAX_ROWS);
         energy = room.take<float>(s.values.groups * MAX_ROWS);
+        const int64_t pairs = s.turn ? s.turn->pairs : 0, functions = s.turn ? functions_of(*s.turn) : 0;
+        parts = room.take<float>(2 * MAX_ROWS * room_for_parts(pairs));
+        shared = room.take<float>(4 * RANK);
+        phasors_of_centre = room.take<float>(2 * pairs);
+        phasors = room.take<double>(2 * pairs);
+        coefficients = room.take<int16_t>(2 * MAX_ROWS * functions);
+        steps = room.take<int32_t>(2 * MAX_ROWS * 64);
+        outs = room.take<float>(MAX_ROWS * s.values.head_dim);
+        slots = room.take<int32_t>(64);
+        block_of_keys = room.take<uint8_t>(block_bytes(s.keys));
+        blocks_of_values = room.take<uint8_t>(TILE * block_bytes(s.values));
         end = room.at;
     }
 };

@@ -7,6 +7,7 @@ struct Turn {
     const Asked& asked;
     int64_t rows;
     static constexpr int64_t SPAN = 2 * 64, ANCHOR = 8;
+    static constexpr float TABLE_TOP = 16384;  // what stands for 1 in the tables of functions
     int64_t next = -1, anchored = -1, turns = 0;
 
     Turn(const Head& h, Scratch& room, const Asked& asked, int64_t rows)
@@ -14,15 +15,16 @@ struct Turn {
 
     const float* of_row(int64_t r) const { return asked.turned + r * 2 * t.pairs; }
 
-    // Adds to the scores of a tile, [rows][TILE][64], two blocks at a time.
-    void add(int64_t first_block, int64_t blocks, float* scores) {
-        if (!t.pairs) return;
+    // Puts what mean and RoPE give into the scores of a tile, [rows][TILE][64], two blocks at a time.
+    void put(int64_t first_block, int64_t blocks, float* scores) {
         for (int64_t b = 0; b < blocks; b += 2) {
             const int64_t spanned = fewer(2, blocks - b);
-            stand_at(h.position(first_block + b));
-            int64_t r = 0;
-            for (; r + 2 <= rows; r += 2) add_rows<2>(r, scores + (r * TILE + b) * 64, spanned);
-            if (r < rows) add_rows<1>(r, scores + (r * TILE + b) * 64, spanned);
+            if (t.pairs) {
+                stand_at(h.position(first_block + b));
+                for (int64_t r = 0; r < rows; r += 2) put_coefficients(r, fewer(2, rows - r));
+                multiply();
+            }
+            for (int64_t r = 0; r < rows; ++r) leave(r, scores + (r * TILE + b) * 64, spanned);
         }
     }
 
@@ -66,33 +68,46 @@ struct Turn {
     }
 
     // Parts that are even and odd about the centre: of each frequency, then of the functions that slow ones share.
-    template <int ROWS>
-    void add_rows(int64_t first, float* scores, int64_t blocks) const {
-        for (int i = 0; i < ROWS; ++i) turn_row(of_row(first + i), even_of(i), odd_of(i));
-        join_slow<ROWS>();
-        add_parts<ROWS>(scores, blocks);
+    void put_coefficients(int64_t first, int64_t count) {
+        for (int64_t r = first; r < first + count; ++r) turn_row(r);
+        count == 2 ? join_slow<2>(first) : join_slow<1>(first);
+        for (int64_t r = first; r < first + count; ++r) {
+            for (int part = 0; part < 2; ++part) {
+                int16_t* to = coefficients(part, r);
+                for (int k = 0; k < RANK; ++k) to[k] = integer(room.shared[4 * k + 2 * (r - first) + part]);
+                for (int64_t f = 0; f < t.direct; ++f) to[RANK + f] = integer(parts(part, r)[f]);
+                if (t.direct % 2) to[RANK + t.direct] = 0;
+            }
+        }
     }
 
-    float* even_of(int row) const { return room.parts + 2 * row * room_for_parts(t.pairs); }
-    float* odd_of(int row) const { return even_of(row) + room_for_parts(t.pairs); }
+    static int16_t integer(float x) { return int16_t(int32_t(x + (x < 0 ? -0.5f : 0.5f))); }
 
-    __attribute__((noinline)) void turn_row(const float* row, float* __restrict even, float* __restrict odd) const {
+    float* parts(int part, int64_t row) const { return room.parts + (2 * row + part) * room_for_parts(t.pairs); }
+    int16_t* coefficients(int part, int64_t row) const {
+        return room.coefficients + (part * MAX_ROWS + row) * functions_of(t);
+    }
+
+    __attribute__((noinline)) void turn_row(int64_t r) const {
+        float *__restrict even = parts(0, r), *__restrict odd = parts(1, r);
         const float *cosine = room.phasors_of_centre, *sine = cosine + t.pairs;
-        const float *real = row, *imaginary = row + t.pairs;
+        const float *real = of_row(r), *imaginary = real + t.pairs;
+        const float scale = asked.turn_scales[r];
         for (int64_t f = 0; f < t.pairs; ++f) {
-            even[f] = real[f] * cosine[f] + imaginary[f] * sine[f];
-            odd[f] = imaginary[f] * cosine[f] - real[f] * sine[f];
+            const float re = real[f] * scale, im = imaginary[f] * scale;
+            even[f] = re * cosine[f] + im * sine[f];
+            odd[f] = im * cosine[f] - re * sine[f];
         }
         for (int64_t f = t.pairs; f < t.pairs + 4; ++f) even[f] = odd[f] = 0;
     }
 
     // Four slow frequencies at a time.
     template <int ROWS>
-    __attribute__((noinline)) void join_slow() const {
+    __attribute__((noinline)) void join_slow(int64_t row) const {
         constexpr int LANES = sizeof(Native) / sizeof(float);
-        alignas(64) float parts[4][4 * RANK]{};
-        const float *even = even_of(0), *odd = odd_of(0);
-        const float *other_even = even_of(ROWS - 1), *other_odd = odd_of(ROWS - 1);
+        alignas(64) float sums_of[4][4 * RANK]{};
+        const float *even = parts(0, row), *odd = parts(1, row);
+        const float *other_even = parts(0, row + ROWS - 1), *other_odd = parts(1, row + ROWS - 1);
         for (int i = 0; i < 4 * RANK; i += LANES) {
             Native a{}, b{}, c{}, d{};
             const float* table = t.down + i;
@@ -102,69 +117,53 @@ struct Turn {
                 if constexpr (ROWS > 1) c += repeated(other_even + f) * cosines, d += repeated(other_odd + f) * sines;
                 keep(a, b, c, d);
             }
-            store(parts[0] + i, a), store(parts[1] + i, b), store(parts[2] + i, c), store(parts[3] + i, d);
+            store(sums_of[0] + i, a), store(sums_of[1] + i, b), store(sums_of[2] + i, c), store(sums_of[3] + i, d);
         }
         for (int k = 0; k < RANK; ++k) {
-            const auto of = [&](int i) { return load<F4>(parts[i] + 4 * k); };
+            const auto of = [&](int i) { return load<F4>(sums_of[i] + 4 * k); };
             store(room.shared + 4 * k, sums(of(0), of(1), of(2), of(3)));
         }
     }
 
-    template <int ROWS>
-    __attribute__((noinline)) void add_parts(float* scores, int64_t blocks) const {
-        constexpr int LANES = sizeof(Native) / sizeof(float);
-        alignas(64) float even[ROWS][64], odd[ROWS][64];
-        for (int step = 0; step < 64; step += 2 * LANES) {
-            Parts first, second;
-            const float *table = t.up + step, *of_function = room.shared;
-            for (int64_t f = 0; f < t.direct; ++f, table += 128) {
-                add_steps<ROWS>(first, second, table, even_of(0)[f], odd_of(0)[f], even_of(ROWS - 1)[f],
-                                odd_of(ROWS - 1)[f]);
-            }
-            for (int k = 0; k < RANK; ++k, table += 128, of_function += 4) {
-                add_steps<ROWS>(first, second, table, of_function[0], of_function[1], of_function[2], of_function[3]);
-            }
-            first.leave(even[0] + step, odd[0] + step);
-            if constexpr (ROWS > 1) second.leave(even[1] + step, odd[1] + step);
-        }
-        for (int i = 0; i < ROWS; ++i) add_mirrored(even[i], odd[i], scores + i * TILE * 64, blocks);
+    void multiply() const {
+        for (int part = 0; part < 2; ++part) rows > 2 ? multiply<4>(part) : rows > 1 ? multiply<2>(part) : multiply<1>(part);
     }
 
-    struct Parts {
-        Native even{}, next_even{}, odd{}, next_odd{};
-
-        inline __attribute__((always_inline)) void add(float even_part, float odd_part, Native cosine,
-                                                       Native next_cosine, Native sine, Native next_sine) {
-            even += even_part * cosine, next_even += even_part * next_cosine;
-            odd += odd_part * sine, next_odd += odd_part * next_sine;
-            keep(even, next_even, odd, next_odd);
-        }
-
-        void leave(float* evens, float* odds) const {
-            store(evens, even), store(evens + sizeof(Native) / 4, next_even);
-            store(odds, odd), store(odds + sizeof(Native) / 4, next_odd);
-        }
-    };
-
+    // Even parts of all rows, or odd ones, at each distance from the centre.
     template <int ROWS>
-    static inline __attribute__((always_inline)) void add_steps(Parts& first, Parts& second, const float* table,
-                                                                float even, float odd, float other_even,
-                                                                float other_odd) {
-        constexpr int LANES = sizeof(Native) / sizeof(float);
-        Native cosine = load<Native>(table), next_cosine = load<Native>(table + LANES);
-        Native sine = load<Native>(table + 64), next_sine = load<Native>(table + 64 + LANES);
-        keep(cosine, next_cosine, sine, next_sine);
-        first.add(even, odd, cosine, next_cosine, sine, next_sine);
-        if constexpr (ROWS > 1) second.add(other_even, other_odd, cosine, next_cosine, sine, next_sine);
+    __attribute__((noinline)) void multiply(int part) const {
+        constexpr int AT_ONCE = sizeof(Native) < 64 ? 1 : ROWS > 2 ? 2 : 4;  // of four vectors: what registers hold
+        const int64_t functions = functions_of(t);
+        int32_t* to = room.steps + part * MAX_ROWS * 64;
+        for (int k = 0; k < 4; k += AT_ONCE) {
+            I16 sums_of[ROWS][AT_ONCE]{};
+            const int16_t* table = t.up + part * 128 + k * 32;
+            for (int64_t f = 0; f < functions; f += 2, table += 256) {
+                for (int r = 0; r < ROWS; ++r) {
+                    for (int i = 0; i < AT_ONCE; ++i) {
+                        sums_of[r][i] = add_words(sums_of[r][i], table + i * 32, coefficients(part, r) + f);
+                    }
+                }
+            }
+            for (int r = 0; r < ROWS; ++r) {
+                for (int i = 0; i < AT_ONCE; ++i) store(to + r * 64 + (k + i) * 16, sums_of[r][i]);
+            }
+        }
     }
 
-    // Steps away from the centre come as tokens do after it, by four.
-    static void add_mirrored(const float* even, const float* odd, float* scores, int64_t blocks) {
-        for (int c = 0; c < 64; c += 16) {
-            const F16 evens = load<F16>(even + c), odds = load<F16>(odd + c);
-            float *before = scores + 48 - c, *behind = scores + 64 + c;
-            store(before, load<F16>(before) + reversed(evens - odds));
-            if (blocks > 1) store(behind, load<F16>(behind) + (evens + odds));
+    // Steps away from the centre come as tokens do after it; before it they come backwards.
+    void leave(int64_t r, float* scores, int64_t blocks) const {
+        const float constant = asked.constants[r];
+        if (!t.pairs) {
+            for (int64_t i = 0; i < blocks * 64; i += 16) store(scores + i, constant + F16{});
+            return;
+        }
+        const float unit = 1 / (asked.turn_scales[r] * TABLE_TOP);
+        const int32_t *even = room.steps + r * 64, *odd = even + MAX_ROWS * 64;
+        for (int i = 0; i < 64; i += 16) {
+            const I16 evens = load<I16>(even + i), odds = load<I16>(odd + i);
+            store(scores + 48 - i, reversed(converted<F16>(evens - odds)) * unit + constant);
+            if (blocks > 1) store(scores + 64 + i, converted<F16>(evens + odds) * unit + constant);
         }
     }
 };

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.ops.cpu import library, structs
+from qjl.ops.cpu.quads import quads_of
 from qjl.ops.cpu.structs import CPU
 from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, once, shared_strides
 from qjl.packed import BLOCK, Blocks
 
 SPLIT_BLOCKS = 32  # at least, whatever the threads: splitting alike makes results alike
 MOST_SPLITS = 32  # of a row, so that room does not grow with the context
-TOP = 127
 SPAN = 2 * BLOCK  # tokens for which the mean is turned at once
 ANCHOR = 8  # such turns in float32 follow one in double precision
 RANK = 4  # functions that slow frequencies share
-TOLERANCE = 4e-6
+TOLERANCE = 1e-4  # of those that stand for slow frequencies
+TABLE_TOP = 1 << 14  # what stands for 1 in tables of functions
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PAIR = np.dtype(structs.Pair)
 _room = threading.local()
 
 
@@ -222,15 +222,15 @@ def _constants(form: NibbleForm) -> _Made:
     kept: dict[str, Any] = {
         "coordinates": form.coordinates.contiguous(),
         "entries": form.entries.half().transpose(2, 3).contiguous(),
-        "pairs": _pairs(form) if form.has_shared_code else None,
+        "quads": quads_of(form) if form.has_shared_code else None,
     }
     side = structs.Side(
         code_stride=int(code_heads > 1), slots=slots, nibbles=nibbles * form.groups, groups=form.groups,
         code_dim=form.code_dim, head_dim=form.code_dim,
     )  # fmt: skip
     side.coordinates, side.entries = kept["coordinates"].data_ptr(), kept["entries"].data_ptr()
-    if kept["pairs"] is not None:
-        side.pairs, side.pair_count = kept["pairs"].ctypes.data, len(kept["pairs"])
+    if kept["quads"] is not None:
+        side.quads, side.quad_count = kept["quads"].ctypes.data, len(kept["quads"])
     if form.map is not None:
         is_shared = form.map.stride(0) == 0 or form.map.shape[0] == 1
         kept["map"] = (form.map[:1] if is_shared else form.map).contiguous()
@@ -244,113 +244,6 @@ def _constants(form: NibbleForm) -> _Made:
     return _Made(side, kept)
 
 
-# Values: 8-bit levels
-
-
-def _pairs(form: NibbleForm) -> np.ndarray:
-    """``QjlPair`` of every two coordinates, group by group."""
-    dim = form.code_dim // form.groups
-    rows = [_pair(*two) for two in _two_by_two(_terms(form, dim))]
-    one = np.array(rows, dtype=_PAIR)
-    groups = np.tile(one, (form.groups, 1))
-    for group, pairs in enumerate(groups):
-        pairs["group"] = group
-        pairs["sources"] += group * form.entries.shape[1]
-        pairs["coordinates"] = np.where(one["coordinates"] < 0, -1, one["coordinates"] + group * dim)
-    return groups.reshape(-1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Term:
-    """``step * sum of tables[k][nibble sources[k]]``, a part of one coordinate; one or two tables."""
-
-    coordinate: int
-    sources: tuple[int, ...]
-    tables: list[np.ndarray]
-    step: float
-
-
-def _terms(form: NibbleForm, dim: int) -> list[_Term]:
-    tables = _tables_by_coordinate(form, dim)
-    exact = _exact_step(tables)
-    terms = []
-    for coordinate, by_source in enumerate(tables):
-        sources = sorted(by_source)
-        for place in range(0, len(sources), 2):
-            two = tuple(sources[place : place + 2])
-            for step, levels in _levels([by_source[source] for source in two], exact):
-                terms.append(_Term(coordinate, two, levels, step))
-    return terms
-
-
-def _tables_by_coordinate(form: NibbleForm, dim: int) -> list[dict[int, np.ndarray]]:
-    coordinates, entries = form.coordinates[0].cpu().numpy(), form.entries[0].double().cpu().numpy()
-    tables: list[dict[int, np.ndarray]] = [{} for _ in range(dim)]
-    for source, (places, of_slots) in enumerate(zip(coordinates, entries.transpose(0, 2, 1), strict=True)):
-        for place, table in zip(places, of_slots, strict=True):
-            if table.any():
-                tables[place][source] = tables[place].get(source, 0) + table
-    return tables
-
-
-def _exact_step(tables: list[dict[int, np.ndarray]]) -> float | None:
-    """A power of two of which all entries are small multiples, if there is one."""
-    every = np.array([table for by_source in tables for table in by_source.values()])
-    for exponent in range(3, 8):
-        step = 2.0**-exponent
-        if (every / step == np.round(every / step)).all() and _largest_sum(tables) <= TOP * step:
-            return step
-    return None
-
-
-def _largest_sum(tables: list[dict[int, np.ndarray]]) -> float:
-    return max((sum(np.abs(table).max() for table in by_source.values()) for by_source in tables), default=0)
-
-
-def _levels(tables: list[np.ndarray], exact: float | None) -> list[tuple[float, list[np.ndarray]]]:
-    """Tables in steps: one where they are exact multiples, otherwise a coarse and a fine one."""
-    if exact is not None:
-        return [(exact, [np.round(table / exact) for table in tables])]
-    coarse = max(sum(np.abs(table).max() for table in tables) / (TOP - 2), 1e-30)
-    fine = coarse * len(tables) / (2 * TOP - 2)
-    whole = [np.round(table / coarse) for table in tables]
-    rest = [np.round((table - coarse * high) / fine) for table, high in zip(tables, whole, strict=True)]
-    return [(coarse, whole), (fine, rest)]
-
-
-def _two_by_two(terms: list[_Term]) -> list[tuple[_Term, _Term | None]]:
-    """Terms that read the same nibbles side by side, then those with equally many, in units of the same step."""
-    pairs: list[tuple[_Term, _Term | None]] = []
-    left: dict[Any, _Term] = {}
-    for same in (lambda term: (term.sources, term.step), lambda term: (len(term.sources), term.step)):
-        waiting, left = (terms if not pairs and not left else list(left.values())), {}
-        alone: dict[Any, list[_Term]] = {}
-        for term in waiting:
-            alone.setdefault(same(term), []).append(term)
-        for group in alone.values():
-            pairs.extend(zip(group[0::2], group[1::2], strict=False))
-            if len(group) % 2:
-                left[id(group[-1])] = group[-1]
-    return pairs + [(term, None) for term in left.values()]
-
-
-def _pair(first: _Term, second: _Term | None) -> tuple[Any, ...]:
-    nothing = np.zeros(16)
-    other = second or _Term(-1, first.sources, [nothing] * len(first.sources), first.step)
-    tables = [*_padded(first.tables), *_padded(other.tables)]
-    sources = [*_padded_sources(first.sources), *_padded_sources(other.sources)]
-    kind = 1 if len(first.sources) == 1 else 0 if first.sources == other.sources else 2
-    return tables, sources, [first.coordinate, other.coordinate], 0, first.step, kind
-
-
-def _padded(tables: list[np.ndarray]) -> list[np.ndarray]:
-    return tables if len(tables) == 2 else [tables[0], np.zeros(16)]
-
-
-def _padded_sources(sources: tuple[int, ...]) -> tuple[int, ...]:
-    return sources if len(sources) == 2 else (sources[0], sources[0])
-
-
 # The mean that RoPE turns
 
 
@@ -359,12 +252,12 @@ def _turn(form: NibbleForm) -> _Made:
     assert form.turn is not None
     order = np.argsort(-form.turn.inv_freq.double().abs().cpu().numpy(), kind="stable")
     frequencies = form.turn.inv_freq.double().cpu().numpy()[order]
-    steps = np.arange(SPAN // 2).reshape(-1, 4).T.reshape(-1)  # as the kernels keep tokens: by four
+    steps = np.arange(SPAN // 2).reshape(4, 4, 4).swapaxes(0, 1).reshape(-1)  # as the kernels keep tokens: by lanes
     angles = frequencies[:, None] * (steps + 0.5)
     direct = _fast(angles)
     slow = [_product(table[direct:]) for table in (np.cos(angles), np.sin(angles))]
     down = np.stack([_by_four(down) for down, _ in slow], axis=1)  # [F / 4, 2, RANK, 4]
-    up = np.concatenate([np.stack([np.cos(angles), np.sin(angles)], 1)[:direct], np.stack([up for _, up in slow], 1)])
+    up = np.concatenate([np.stack([up for _, up in slow], 1), np.stack([np.cos(angles), np.sin(angles)], 1)[:direct]])
     coordinates = np.stack([x.cpu().numpy()[order] for x in (form.turn.first, form.turn.second)])
     arrays = {
         "inv_freq": form.turn.inv_freq.float().cpu().numpy()[order],
@@ -372,7 +265,7 @@ def _turn(form: NibbleForm) -> _Made:
         "anchor_step": _phasors(ANCHOR * SPAN * frequencies),
         "coordinates": coordinates.astype(np.int32),
         "down": down.astype(np.float32),
-        "up": up.astype(np.float32),
+        "up": _two_by_two(up),
     }
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     pointers = {name: array.ctypes.data for name, array in arrays.items()}
@@ -383,6 +276,13 @@ def _by_four(down: np.ndarray) -> np.ndarray:
     """``[F, RANK]`` as ``[F / 4, RANK, 4]``, filled up with zeros."""
     filled = np.concatenate([down, np.zeros((-len(down) % 4, RANK))])
     return filled.reshape(-1, 4, RANK).transpose(0, 2, 1)
+
+
+def _two_by_two(up: np.ndarray) -> np.ndarray:
+    """Functions ``[F, 2, 64]`` as 16-bit integers ``[F / 2, 2, 64, 2]``, filled up with a function of zeros."""
+    filled = np.concatenate([up, np.zeros((len(up) % 2, *up.shape[1:]))])
+    by_twos = filled.reshape(-1, 2, *up.shape[1:]).transpose(0, 2, 3, 1)
+    return np.round(by_twos * TABLE_TOP).astype(np.int16)
 
 
 def _phasors(angles: np.ndarray) -> np.ndarray:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int8, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int8, c_int32, c_int64, c_void_p
 from struct import Struct
 
 import torch
 
 CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
-MEANING = 3  # raised where a function or a field means something else, and no size tells so
+MEANING = 4  # raised where a function or a field means something else, and no size tells so
 
 
 class Limits(Structure):
@@ -132,11 +132,11 @@ class Decode(Structure):
 # The fused decode step
 
 
-class Pair(Structure):
+class Quad(Structure):
     _fields_ = (
-        ("tables", (c_int8 * 16) * 4),
-        ("sources", c_int32 * 4),
-        ("coordinates", c_int32 * 2),
+        ("tables", (c_int8 * 16) * 8),
+        ("sources", c_int32 * 8),
+        ("coordinates", c_int32 * 4),
         ("group", c_int32),
         ("step", c_float),
         ("kind", c_int32),
@@ -152,8 +152,9 @@ class Side(Structure):
         ("coordinates", c_void_p),
         ("entries", c_void_p),
         ("slots", c_int64),
-        ("pairs", c_void_p),
-        ("pair_count", c_int64),
+        ("quads", c_void_p),
+        ("quad_count", c_int64),
+        ("tolerance", c_double),
     )
 
 
@@ -246,7 +247,7 @@ class Read(Structure):
 ALL: tuple[type[Structure], ...] = (
     *(Limits, Codes, Decode),
     *(Tokens, Mean, Map, Part, Recipe, GridRecipe, Job, Encode),
-    *(Pair, Side, Exact, Fresh, Rows, Turn, Step),
+    *(Quad, Side, Exact, Fresh, Rows, Turn, Step),
     *(FlashDecode, PopcountScan, Read),
 )
 
