@@ -36,7 +36,6 @@ inline Floats lookup(const Table& table, Index index) {
 }
 
 #include "vectors.inl"
-#include "step/lookups.inl"
 #include "nibbles_neon.inl"
 #include "unit.inl"
 

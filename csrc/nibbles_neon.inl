@@ -1,5 +1,7 @@
 // Look-ups and weighted sums with NEON, with or without dot products of bytes.
 
+#include "step/lookups.inl"
+
 namespace nibbles {
 
 constexpr int MAX_ROWS = 4;
@@ -191,7 +193,7 @@ QJL_INLINE void add_products(int32x4_t& sums, uint8x16_t weights, uint8x16_t num
 #endif
 
 // Which of the nibbles that a kind reads each look-up reads (-1: its table is of zeros), and whether they are the high
-// ones of their bytes (-1: any); a high one after a low one is of the same byte.
+// ones of their bytes (-1: any).
 template <int KIND>
 struct Reads {
     static constexpr int COUNT = 8, OF[8] = {0, 1, 2, 3, 4, 5, 6, 7}, IS_HIGH[] = {-1, -1, -1, -1, -1, -1, -1, -1};
@@ -205,7 +207,7 @@ struct Reads<QJL_TWO_LEVELS> {
     static constexpr int COUNT = 2, OF[8] = {0, -1, 0, -1, 1, -1, 1, -1}, IS_HIGH[] = {0, 1};
 };
 template <>
-struct Reads<QJL_LEVELS> {
+struct Reads<QJL_ONE_LEVELS> {
     static constexpr int COUNT = 4, OF[8] = {0, -1, 1, -1, 2, -1, 3, -1}, IS_HIGH[] = {0, 1, 0, 1};
 };
 template <>
@@ -239,13 +241,10 @@ struct Numbers {
     // Of 16 tokens.
     QJL_INLINE void find(const uint8_t* codes, uint8x16_t (&found)[4]) const {
         uint8x16_t nibbles[Of::COUNT];
-        uint8x16_t bytes;
         for (int n = 0; n < Of::COUNT; ++n) {
-            const bool is_low = Of::IS_HIGH[n] == 0, is_high = Of::IS_HIGH[n] == 1;
-            if (!is_high || n == 0 || Of::IS_HIGH[n - 1] != 0) bytes = vld1q_u8(codes + byte[n]);
-            nibbles[n] = is_high  ? vshrq_n_u8(bytes, 4)
-                         : is_low ? vandq_u8(bytes, vdupq_n_u8(15))
-                                  : vandq_u8(vshlq_u8(bytes, shift[n]), vdupq_n_u8(15));
+            uint8x16_t bytes = vld1q_u8(codes + byte[n]);
+            if (Of::IS_HIGH[n] == -1) bytes = vshlq_u8(bytes, shift[n]);
+            nibbles[n] = Of::IS_HIGH[n] == 1 ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15));
         }
         for (int c = 0; c < 4; ++c) {
             const int a = Of::OF[2 * c], b = Of::OF[2 * c + 1];
@@ -304,7 +303,7 @@ void add_quad(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, 
         switch (quad.kind) {
             case QJL_TWO_CHAIN: return add_quad_of<ROWS, QJL_TWO_CHAIN>;
             case QJL_TWO_LEVELS: return add_quad_of<ROWS, QJL_TWO_LEVELS>;
-            case QJL_LEVELS: return add_quad_of<ROWS, QJL_LEVELS>;
+            case QJL_ONE_LEVELS: return add_quad_of<ROWS, QJL_ONE_LEVELS>;
             case QJL_FOUR_CHAIN: return add_quad_of<ROWS, QJL_FOUR_CHAIN>;
             case QJL_ONE_CHAIN: return add_quad_of<ROWS, QJL_ONE_CHAIN>;
             default: return add_quad_of<ROWS, QJL_ANY>;
