@@ -254,20 +254,34 @@ struct Numbers {
     }
 };
 
-// Sums of one row: of four coordinates, and of the weights alone.
+QJL_INLINE int32x4_t sums_of(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d) {
+    return vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
+}
+
+// What MIDDLE adds to the sums of each row.
+template <int ROWS>
+QJL_INLINE int32x4_t sums_of_middle(const uint8_t* weights, int64_t blocks) {
+    int32x4_t a = vdupq_n_s32(0), b = a, c = a, d = a;
+    const uint8x16_t one = vdupq_n_u8(1);
+    for (int64_t place = 0; place < blocks * 64; place += 64, weights += ROWS * 64) {
+        for (const uint8_t* at = weights; at < weights + 64; at += 16) {
+            add_products(a, vld1q_u8(at), one);
+            if constexpr (ROWS > 1) add_products(b, vld1q_u8(at + 64), one);
+            if constexpr (ROWS > 2) add_products(c, vld1q_u8(at + 128), one);
+            if constexpr (ROWS > 3) add_products(d, vld1q_u8(at + 192), one);
+        }
+    }
+    return vmulq_n_s32(sums_of(a, b, c, d), MIDDLE);
+}
+
+// Sums of one row, of four coordinates.
 struct RowSums {
-    int32x4_t a = vdupq_n_s32(0), b = a, c = a, d = a, weights = a;
+    int32x4_t a = vdupq_n_s32(0), b = a, c = a, d = a;
 
     QJL_INLINE void add(const uint8_t* of_row, const uint8x16_t (&numbers)[4]) {
         const uint8x16_t x = vld1q_u8(of_row);
         add_products(a, x, numbers[0]), add_products(b, x, numbers[1]);
         add_products(c, x, numbers[2]), add_products(d, x, numbers[3]);
-        if constexpr (MIDDLE != 0) add_products(weights, x, vdupq_n_u8(1));
-    }
-
-    QJL_INLINE int32x4_t totals() const {
-        const int32x4_t all = vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
-        return vsubq_s32(all, vdupq_n_s32(MIDDLE * vaddvq_s32(weights)));
     }
 };
 
@@ -275,22 +289,26 @@ template <int ROWS, int KIND>
 __attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks,
                                            const uint8_t* weights, int32_t* sums, const uint8_t* const* ahead,
                                            int64_t ahead_at) {
+    const int32x4_t middle = MIDDLE ? sums_of_middle<ROWS>(weights, blocks) : vdupq_n_s32(0);
     const Numbers<KIND> numbers(quad);
-    RowSums rows[4];
+    RowSums w, x, y, z;
     for (int64_t b = 0; b < blocks; ++b, weights += ROWS * 64) {
         __builtin_prefetch(ahead[b] + ahead_at);
+#pragma GCC unroll 1
         for (int place = 0; place < 64; place += 16) {
             uint8x16_t found[4];
             numbers.find(codes[b] + place, found);
             keep(found[0], found[1], found[2], found[3]);
-            rows[0].add(weights + place, found);
-            if constexpr (ROWS > 1) rows[1].add(weights + 64 + place, found);
-            if constexpr (ROWS > 2) rows[2].add(weights + 128 + place, found);
-            if constexpr (ROWS > 3) rows[3].add(weights + 192 + place, found);
+            w.add(weights + place, found);
+            if constexpr (ROWS > 1) x.add(weights + 64 + place, found);
+            if constexpr (ROWS > 2) y.add(weights + 128 + place, found);
+            if constexpr (ROWS > 3) z.add(weights + 192 + place, found);
         }
     }
-    const int32x4x4_t by_row{rows[0].totals(), rows[1].totals(), rows[2].totals(), rows[3].totals()};
-    vst4q_s32(sums, by_row);
+    vst1q_s32(sums, vsubq_s32(sums_of(w.a, x.a, y.a, z.a), middle));
+    vst1q_s32(sums + 4, vsubq_s32(sums_of(w.b, x.b, y.b, z.b), middle));
+    vst1q_s32(sums + 8, vsubq_s32(sums_of(w.c, x.c, y.c, z.c), middle));
+    vst1q_s32(sums + 12, vsubq_s32(sums_of(w.d, x.d, y.d, z.d), middle));
 }
 
 // Weighted sums of four coordinates over blocks. codes [blocks]: where those of a block begin; weights
