@@ -124,7 +124,7 @@ QJL_INLINE void add_two(Four& sums, uint8x16_t first, uint8x16_t second, uint8x1
 QJL_INLINE void look_up(Four& sums, const Places& places, const uint8_t* tables, const uint8_t* factors) {
     const auto found = [&](int i, uint8x16_t at) { return vqtbl1q_u8(vld1q_u8(tables + 16 * i), at); };
     uint8x8_t four = four_factors(factors);
-    keep(four);
+    keep(four);  // else GCC 12 takes its bytes apart as a number
     add_two(sums, found(0, places.a), found(1, places.b), vdupq_lane_u8(four, 0), vdupq_lane_u8(four, 1));
     add_two(sums, found(2, places.c), found(3, places.d), vdupq_lane_u8(four, 2), vdupq_lane_u8(four, 3));
 }
