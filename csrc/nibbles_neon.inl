@@ -294,7 +294,7 @@ __attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* c
     RowSums w, x, y, z;
     for (int64_t b = 0; b < blocks; ++b, weights += ROWS * 64) {
         __builtin_prefetch(ahead[b] + ahead_at);
-#pragma GCC unroll 1
+#pragma GCC unroll 1  // more at once does not fit the registers
         for (int place = 0; place < 64; place += 16) {
             uint8x16_t found[4];
             numbers.find(codes[b] + place, found);
