@@ -35,20 +35,24 @@ struct Four {
     __m512i a, b, c, d;
 };
 
-// One nibble of each of four bytes, 16 tokens in each vector: places in a register that holds their four tables.
-struct Places {
-    Four low, high;
+// Four bytes of each token, 16 tokens in a vector.
+struct Bytes {
+    Four of;
 
-    QJL_INLINE Places(const uint8_t* codes, const Quad& quad) {
+    QJL_INLINE Bytes(const uint8_t* codes, const Quad& quad) {
         const auto at = [&](int i) { return _mm512_loadu_si512(codes + quad.at[i]); };
         const __m512i x = at(0), y = at(1), z = at(2), w = at(3);
         const __m512i first = _mm512_unpacklo_epi8(x, y), second = _mm512_unpackhi_epi8(x, y);
         const __m512i third = _mm512_unpacklo_epi8(z, w), fourth = _mm512_unpackhi_epi8(z, w);
-        const Four bytes{_mm512_unpacklo_epi16(first, third), _mm512_unpackhi_epi16(first, third),
-                         _mm512_unpacklo_epi16(second, fourth), _mm512_unpackhi_epi16(second, fourth)};
-        low = {place(bytes.a), place(bytes.b), place(bytes.c), place(bytes.d)};
-        high = {place(_mm512_srli_epi16(bytes.a, 4)), place(_mm512_srli_epi16(bytes.b, 4)),
-                place(_mm512_srli_epi16(bytes.c, 4)), place(_mm512_srli_epi16(bytes.d, 4))};
+        of.a = _mm512_unpacklo_epi16(first, third), of.b = _mm512_unpackhi_epi16(first, third);
+        of.c = _mm512_unpacklo_epi16(second, fourth), of.d = _mm512_unpackhi_epi16(second, fourth);
+    }
+
+    // Where the nibbles are looked up in a register that holds their four tables.
+    QJL_INLINE Four low() const { return {place(of.a), place(of.b), place(of.c), place(of.d)}; }
+    QJL_INLINE Four high() const {
+        return {place(_mm512_srli_epi16(of.a, 4)), place(_mm512_srli_epi16(of.b, 4)),
+                place(_mm512_srli_epi16(of.c, 4)), place(_mm512_srli_epi16(of.d, 4))};
     }
 
     static QJL_INLINE __m512i place(__m512i bytes) {
@@ -67,13 +71,38 @@ QJL_INLINE void look_up(Four& sums, const Four& places, const uint8_t* tables, c
     keep(sums.a, sums.b, sums.c, sums.d);
 }
 
+// Sums of up to four rows. GCC 12 keeps no arrays in registers.
 template <int ROWS>
-QJL_INLINE void look_up(Four (&rows)[4], const Four& places, const uint8_t* tables, const uint8_t* factors) {
-    look_up(rows[0], places, tables, factors);
-    if constexpr (ROWS > 1) look_up(rows[1], places, tables + 64, factors + 4);
-    if constexpr (ROWS > 2) look_up(rows[2], places, tables + 128, factors + 8);
-    if constexpr (ROWS > 3) look_up(rows[3], places, tables + 192, factors + 12);
-}
+struct RowSums {
+    Four first, second, third, fourth;
+
+    QJL_INLINE explicit RowSums(const int32_t* from) {
+        const auto all = [&](int r) {
+            const __m512i x = _mm512_set1_epi32(from[r < ROWS ? r : 0]);
+            return Four{x, x, x, x};
+        };
+        first = all(0), second = all(1), third = all(2), fourth = all(3);
+    }
+
+    QJL_INLINE void add(const Four& places, const uint8_t* tables, const uint8_t* factors) {
+        look_up(first, places, tables, factors);
+        if constexpr (ROWS > 1) look_up(second, places, tables + 64, factors + 4);
+        if constexpr (ROWS > 2) look_up(third, places, tables + 128, factors + 8);
+        if constexpr (ROWS > 3) look_up(fourth, places, tables + 192, factors + 12);
+    }
+
+    QJL_INLINE void leave(int32_t* sums) const {
+        leave(first, sums);
+        if constexpr (ROWS > 1) leave(second, sums + 64);
+        if constexpr (ROWS > 2) leave(third, sums + 128);
+        if constexpr (ROWS > 3) leave(fourth, sums + 192);
+    }
+
+    static QJL_INLINE void leave(const Four& row, int32_t* to) {
+        _mm512_storeu_si512(to, row.a), _mm512_storeu_si512(to + 16, row.b);
+        _mm512_storeu_si512(to + 32, row.c), _mm512_storeu_si512(to + 48, row.d);
+    }
+};
 
 // Sums of look-ups over a block. `quads [count]` say which four bytes of a token are looked up: where their 64 codes
 // begin. tables [count][low nibbles, high ones][ROWS][4][16], which `factors` of the same [count][2][ROWS][4] multiply.
@@ -82,18 +111,14 @@ template <int ROWS>
 __attribute__((noinline)) void scan_block(const uint8_t* codes, const Quad* quads, int64_t count,
                                           const uint8_t* tables, const uint8_t* factors, const int32_t* first,
                                           int32_t* sums, Ahead ahead) {
-    Four rows[4];
-    for (int r = 0; r < ROWS; ++r) rows[r].a = rows[r].b = rows[r].c = rows[r].d = _mm512_set1_epi32(first[r]);
+    RowSums<ROWS> rows(first);
     for (int64_t q = 0; q < count; ++q, tables += 2 * ROWS * 64, factors += 2 * ROWS * 4) {
         for (int i = 0; i < 4; ++i) __builtin_prefetch(ahead.next());
-        const Places places(codes, quads[q]);
-        look_up<ROWS>(rows, places.low, tables, factors);
-        look_up<ROWS>(rows, places.high, tables + ROWS * 64, factors + ROWS * 4);
+        const Bytes bytes(codes, quads[q]);
+        rows.add(bytes.low(), tables, factors);
+        rows.add(bytes.high(), tables + ROWS * 64, factors + ROWS * 4);
     }
-    for (int r = 0; r < ROWS; ++r, sums += 64) {
-        _mm512_storeu_si512(sums, rows[r].a), _mm512_storeu_si512(sums + 16, rows[r].b);
-        _mm512_storeu_si512(sums + 32, rows[r].c), _mm512_storeu_si512(sums + 48, rows[r].d);
-    }
+    rows.leave(sums);
 }
 
 // Weighted sums

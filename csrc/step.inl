@@ -63,6 +63,10 @@ inline void hide_scores(const Head& h, int64_t rows, int64_t block, int64_t bloc
     }
 }
 
+inline void fetch(const uint8_t* from, int64_t lines) {
+    for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(from + i * 64);
+}
+
 // Calls `use(block, blocks)` for every tile of a split, with its scores in the room: [rows][TILE][64].
 //
 // Memory is read at an even pace: lines of the next tile's keys as values are summed up, one in each block and quad; the
@@ -79,10 +83,9 @@ void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked,
         const int64_t blocks = fewer(TILE, last - block);
         turn.put(block, blocks, room.scores);
         for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t soon = block == first ? block + b + 1 : block + b + TILE;
-            const int64_t from = block == first ? 0 : with_values;
-            const Ahead ahead{codes_ahead(h, keys, soon) + from * 64, codes_ahead(h, values, block + b), lines - from};
-            of_keys.add(block + b, ahead, room.scores + b * 64);
+            if (block == h.first_block()) fetch(codes_ahead(h, keys, block + b + 1), lines);
+            const uint8_t* later = codes_ahead(h, keys, block + b + TILE) + with_values * 64;
+            of_keys.add(block + b, {later, codes_ahead(h, values, block + b), lines - with_values}, room.scores + b * 64);
         }
         use(block, blocks);
     }

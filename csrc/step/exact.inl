@@ -58,9 +58,10 @@ struct ExactTokens {
         }
         const Numbers keys = found(s.exact.keys, s.exact.key_stride);
         const int64_t column = s.of_rows->capacity * s.page_tokens + token;
+        F4 of_tokens[MOST];
+        keys.dots(tokens, room.queries, dim, dim, of_tokens);
         for (int64_t i = 0; i < tokens; ++i) {
-            keys.copy(i, room.row, dim);
-            const F4 scores = dots(room.row, room.queries, dim, dim);
+            const F4 scores = of_tokens[i];
             for (int64_t r = 0; r < rows; ++r) {
                 float score = capped(scores[r], s.softcap);
                 if (s.bias) score += *h.bias(first_row + r, column + i);

@@ -46,11 +46,15 @@ struct Question {
             __builtin_memcpy(room.mapped, room.queries, MAX_ROWS * side.code_dim * sizeof(float));
             return;
         }
+        constexpr int64_t AT_ONCE = 32;
         const Numbers map = map_of(side, h.head);
-        for (int64_t i = 0; i < side.code_dim; ++i) {
-            map.copy(i, room.row, side.head_dim);
-            const F4 mapped = dots(room.row, room.queries, side.head_dim, side.head_dim);
-            for (int64_t r = 0; r < MAX_ROWS; ++r) room.mapped[r * side.code_dim + i] = mapped[r];
+        for (int64_t first = 0; first < side.code_dim; first += AT_ONCE) {
+            F4 mapped[AT_ONCE];
+            const int64_t count = fewer(AT_ONCE, side.code_dim - first);
+            map.from(first).dots(count, room.queries, side.head_dim, side.head_dim, mapped);
+            for (int64_t i = 0; i < count; ++i) {
+                for (int64_t r = 0; r < MAX_ROWS; ++r) room.mapped[r * side.code_dim + first + i] = mapped[i][r];
+            }
         }
     }
 
@@ -90,8 +94,7 @@ struct Question {
         const int64_t bytes = bytes_of_group(side), quads = (bytes + 3) / 4;
         measure(g, bytes, quads);
         for (int64_t r = 0; r < rows; ++r) choose_unit(g, quads, r);
-        for (int64_t byte = 0; byte < bytes; ++byte) put_tables(g, byte);
-        for (int64_t byte = bytes; byte < 4 * quads; ++byte) leave_out(g, byte / 4, byte % 4);
+        for (int64_t q = 0; q < quads; ++q) put_tables(g, q);
         asked.counts[g] = quads + refine(g, bytes, quads);
     }
 
@@ -121,7 +124,7 @@ struct Question {
         }
         const float by_range = largest(widest) / (255.0f * FACTOR_TOP), by_sum = sum(most) * 0x1p-29f;
         const float unit = (by_range > by_sum ? by_range : by_sum) + LEAST;
-        asked.units[g * MAX_ROWS + r] = unit;
+        asked.units[g * MAX_ROWS + r] = unit, room.inverses[r] = 1 / unit;
         asked.firsts[g * MAX_ROWS + r] = int32_t(__builtin_rintf(sum(least) / unit));
     }
 
@@ -133,36 +136,36 @@ struct Question {
     }
     Quad& quad_at(int64_t g, int64_t q) const { return asked.quads[g * most_quads(side) + q]; }
 
-    // A table above its least entry, in units of the row.
-    F16 in_units(int64_t g, int64_t byte, int64_t is_high, int64_t r) const {
-        const float low = room.lows[four(byte / 4, is_high, r) + byte % 4];
-        return (load<F16>(table(g, byte, is_high, r)) - low) * (1 / asked.units[g * MAX_ROWS + r]);
-    }
-
-    static void store_bytes(uint8_t* to, const I16& numbers) {
-        int32_t words[16];
-        store(words, numbers);
-        for (int i = 0; i < 16; ++i) to[i] = uint8_t(words[i] < 255 ? words[i] : 255);
-    }
-
-    // The tables of a byte; how far scores are off by them, squared.
-    void put_tables(int64_t g, int64_t byte) const {
-        const int64_t q = byte / 4, i = byte % 4;
-        quad_at(g, q).at[i] = int32_t(byte * 64);
-        room.errors[byte] = 0;
+    // The tables of four bytes above their least entries, and how far scores are off by them, squared.
+    __attribute__((noinline)) void put_tables(int64_t g, int64_t q) const {
+        F4 error{};
         for (int64_t r = 0; r < rows; ++r) {
             const float unit = asked.units[g * MAX_ROWS + r];
-            float squares = 0;
+            F4 squares{};
             for (int64_t is_high = 0; is_high < 2; ++is_high) {
-                const float range = room.ranges[four(q, is_high, r) + i] / unit;
-                const int64_t least = int64_t(range * (1.0f / 255) + 0.9999f);
-                const float factor = float(fewer(more(least, 1), FACTOR_TOP));
-                *factor_at(g, q, is_high, r, i) = uint8_t(factor);
-                store_bytes(table_at(g, q, is_high, r, i), round(in_units(g, byte, is_high, r) * (1 / factor)));
-                squares += factor * factor * (1.0f / 12);
+                const F4 ranges = load<F4>(room.ranges + four(q, is_high, r)) * room.inverses[r];
+                using Four = Vector<int32_t, 4>;
+                Four factors = converted<Four>(ranges * (1.0f / 255) + 0.9999f);
+                factors = factors < 1 ? Four{} + 1 : factors > FACTOR_TOP ? Four{} + FACTOR_TOP : factors;
+                const F4 floats = converted<F4>(factors);
+                squares += floats * floats;
+                put_entries(g, q, is_high, r, floats);
             }
-            const float error = squares * unit * unit;
-            room.errors[byte] = error > room.errors[byte] ? error : room.errors[byte];
+            error = larger(error, squares * (unit * unit / 12));
+        }
+        store(room.errors + 4 * q, error);
+        for (int64_t i = 0; i < 4; ++i) quad_at(g, q).at[i] = int32_t((4 * q + i) * 64);
+        for (int64_t i = bytes_of_group(side) - 4 * q; i < 4; ++i) leave_out(g, q, i);
+    }
+
+    void put_entries(int64_t g, int64_t q, int64_t is_high, int64_t r, F4 factors) const {
+        const F4 lows = load<F4>(room.lows + four(q, is_high, r)), scales = room.inverses[r] / factors;
+        const int64_t count = fewer(4, bytes_of_group(side) - 4 * q);
+        const float* from = table(g, 4 * q, is_high, r);
+        uint8_t *to = table_at(g, q, is_high, r, 0), *of_tables = factor_at(g, q, is_high, r, 0);
+        for (int64_t i = 0; i < count; ++i) {
+            of_tables[i] = uint8_t(factors[i]);
+            store_bytes(to + 16 * i, round((load<F16>(from + 32 * rows * i) - lows[i]) * scales[i]));
         }
     }
 
@@ -202,7 +205,8 @@ struct Question {
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t is_high = 0; is_high < 2; ++is_high) {
                 const float factor = *factor_at(g, byte / 4, is_high, r, byte % 4);
-                const F16 whole = in_units(g, byte, is_high, r);
+                const float low = room.lows[four(byte / 4, is_high, r) + byte % 4];
+                const F16 whole = (load<F16>(table(g, byte, is_high, r)) - low) * room.inverses[r];
                 const I16 steps = round(whole * (1 / factor) - 0.5f);
                 store_bytes(table_at(g, byte / 4, is_high, r, byte % 4), steps);
                 store_bytes(table_at(g, q, is_high, r, i), round(whole - converted<F16>(steps) * factor));

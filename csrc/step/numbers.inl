@@ -73,22 +73,6 @@ QJL_INLINE F4 largest_of_each(const Floats& a, const Floats& b, const Floats& c,
     }
 }
 
-// <x, r> for four rows r, `stride` apart.
-inline F4 dots(const float* x, const float* rows, int64_t stride, int64_t n) {
-    F16 a{}, b{}, c{}, d{};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const F16 at = load<F16>(x + i);
-        a += at * load<F16>(rows + i);
-        b += at * load<F16>(rows + stride + i);
-        c += at * load<F16>(rows + 2 * stride + i);
-        d += at * load<F16>(rows + 3 * stride + i);
-    }
-    F4 total = sums(a, b, c, d);
-    for (; i < n; ++i) total += x[i] * F4{rows[i], rows[stride + i], rows[2 * stride + i], rows[3 * stride + i]};
-    return total;
-}
-
 inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) store(to + i, load<F16>(to + i) + factor * load<F16>(from + i));
@@ -136,57 +120,155 @@ inline void store_numbers(const float* from, int64_t n, void* to, int64_t place,
     for (int64_t i = 0; i < n; ++i) halves[i] = dtype == 1 ? bfloat16_of(from[i]) : half_of(from[i]);
 }
 
-// Rows of numbers of one type, `stride` numbers apart; row r is the one at slots[r] where there are slots.
-struct Numbers {
+// Numbers of one type: 0 float32, 1 bfloat16, 2 float16.
+template <int TYPE>
+struct Typed {
     const void* data;
-    int64_t stride, dtype;  // 0 float32, 1 bfloat16, 2 float16
-    const int32_t* slots = nullptr;
 
-    int64_t place(int64_t row, int64_t i) const { return (slots ? slots[row] : row) * stride + i; }
-    const uint16_t* halves(int64_t place) const { return static_cast<const uint16_t*>(data) + place; }
+    const uint16_t* halves(int64_t at) const { return static_cast<const uint16_t*>(data) + at; }
 
-    F16 sixteen(int64_t row, int64_t i) const {
-        const int64_t at = place(row, i);
-        if (dtype == 0) return load<F16>(static_cast<const float*>(data) + at);
-        const H16 bits = load<H16>(halves(at));
-        return dtype == 1 ? as<F16>(converted<U16>(bits) << 16) : floats_of_halves(bits);
+    QJL_INLINE F16 sixteen(int64_t at) const {
+        if constexpr (TYPE == 0) return load<F16>(static_cast<const float*>(data) + at);
+        else if constexpr (TYPE == 1) return as<F16>(converted<U16>(load<H16>(halves(at))) << 16);
+        else return floats_of_halves(load<H16>(halves(at)));
     }
 
-    float one(int64_t row, int64_t i) const {
-        const int64_t at = place(row, i);
-        if (dtype == 0) return static_cast<const float*>(data)[at];
-        if (dtype == 2) return float_of_half(*halves(at));
+    float one(int64_t at) const {
+        if constexpr (TYPE == 0) return static_cast<const float*>(data)[at];
+        if constexpr (TYPE == 2) return float_of_half(*halves(at));
         const uint32_t bits = uint32_t(*halves(at)) << 16;
         float number;
         __builtin_memcpy(&number, &bits, 4);
         return number;
     }
+};
+
+// Sums of COUNT times 16 columns in four rows. GCC 12 keeps no arrays in registers.
+template <int COUNT>
+struct Columns {
+    F16 a, b, c, d;
+    Columns<COUNT - 1> others;
+
+    QJL_INLINE void start(float* const (&to)[4], int64_t i) {
+        a = load<F16>(to[0] + i), b = load<F16>(to[1] + i), c = load<F16>(to[2] + i), d = load<F16>(to[3] + i);
+        others.start(to, i + 16);
+    }
+
+    template <class Of>
+    QJL_INLINE void add(Of numbers, int64_t at, float p, float q, float r, float s) {
+        const F16 x = numbers.sixteen(at);
+        a += p * x, b += q * x, c += r * x, d += s * x;
+        keep(a, b, c, d);
+        others.add(numbers, at + 16, p, q, r, s);
+    }
+
+    // Rows may be the same: the first of them counts.
+    QJL_INLINE void leave(float* const (&to)[4], int64_t i) const {
+        others.leave(to, i + 16);
+        store(to[3] + i, d), store(to[2] + i, c), store(to[1] + i, b), store(to[0] + i, a);
+    }
+};
+
+template <>
+struct Columns<0> {
+    QJL_INLINE void start(float* const (&)[4], int64_t) {}
+    template <class Of>
+    QJL_INLINE void add(Of, int64_t, float, float, float, float) {}
+    QJL_INLINE void leave(float* const (&)[4], int64_t) const {}
+};
+
+// Rows of numbers of one type, `stride` numbers apart; row r is the one at slots[r] where there are slots.
+struct Numbers {
+    const void* data;
+    int64_t stride, dtype;
+    const int32_t* slots = nullptr;
+
+    // Of rows without slots, those from one on.
+    Numbers from(int64_t row) const {
+        return {static_cast<const uint8_t*>(data) + row * stride * (dtype == 0 ? 4 : 2), stride, dtype};
+    }
+
+    int64_t place(int64_t row) const { return (slots ? slots[row] : row) * stride; }
+
+    // Calls `use` with the numbers as what they are.
+    template <class Use>
+    void typed(const Use& use) const {
+        if (dtype == 0) use(Typed<0>{data});
+        else if (dtype == 1) use(Typed<1>{data});
+        else use(Typed<2>{data});
+    }
 
     void copy(int64_t row, float* to, int64_t n) const {
-        int64_t i = 0;
-        for (; i + 16 <= n; i += 16) store(to + i, sixteen(row, i));
-        for (; i < n; ++i) to[i] = one(row, i);
+        typed([&](auto numbers) {
+            const int64_t at = place(row);
+            int64_t i = 0;
+            for (; i + 16 <= n; i += 16) store(to + i, numbers.sixteen(at + i));
+            for (; i < n; ++i) to[i] = numbers.one(at + i);
+        });
+    }
+
+    // to[row] = <row, r> for four r, `r_stride` apart.
+    void dots(int64_t rows, const float* r, int64_t r_stride, int64_t n, F4* to) const {
+        typed([&](auto numbers) { dots_of(numbers, rows, r, r_stride, n, to); });
+    }
+
+    template <class Of>
+    __attribute__((noinline)) void dots_of(Of numbers, int64_t rows, const float* r, int64_t r_stride, int64_t n,
+                                           F4* to) const {
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t at = place(row);
+            F16 a{}, b{}, c{}, d{};
+            int64_t i = 0;
+            for (; i + 16 <= n; i += 16) {
+                const F16 x = numbers.sixteen(at + i);
+                a += x * load<F16>(r + i), b += x * load<F16>(r + r_stride + i);
+                c += x * load<F16>(r + 2 * r_stride + i), d += x * load<F16>(r + 3 * r_stride + i);
+            }
+            F4 total = sums(a, b, c, d);
+            for (; i < n; ++i) {
+                total += numbers.one(at + i) * F4{r[i], r[r_stride + i], r[2 * r_stride + i], r[3 * r_stride + i]};
+            }
+            store(to + row, total);
+        }
     }
 
     // to[r] += sum over rows of factors[r][row] * row, for four r, of which some may be the same.
-    __attribute__((noinline)) void add_to(float* const (&to)[4], const float* const (&factors)[4], int64_t rows,
-                                          int64_t n) const {
-        int64_t i = 0;
-        for (; i + 16 <= n; i += 16) {
-            F16 a = load<F16>(to[0] + i), b = load<F16>(to[1] + i), c = load<F16>(to[2] + i), d = load<F16>(to[3] + i);
-            for (int64_t row = 0; row < rows; ++row) {
-                const F16 x = sixteen(row, i);
-                a += factors[0][row] * x, b += factors[1][row] * x, c += factors[2][row] * x, d += factors[3][row] * x;
-                keep(a, b, c, d);
+    void add_to(float* const (&to)[4], const float* const (&factors)[4], int64_t rows, int64_t n) const {
+        constexpr int WIDE = NATIVE_BYTES / 16;  // what registers hold
+        typed([&](auto numbers) {
+            int64_t i = 0;
+            for (; i + 16 * WIDE <= n; i += 16 * WIDE) add_columns<WIDE>(numbers, to, factors, rows, i);
+            for (; i + 16 <= n; i += 16) add_columns<1>(numbers, to, factors, rows, i);
+            for (; i < n; ++i) {
+                F4 total = {to[0][i], to[1][i], to[2][i], to[3][i]};
+                for (int64_t row = 0; row < rows; ++row) {
+                    const F4 of_row = {factors[0][row], factors[1][row], factors[2][row], factors[3][row]};
+                    total += numbers.one(place(row) + i) * of_row;
+                }
+                for (int r = 3; r >= 0; --r) to[r][i] = total[r];
             }
-            store(to[3] + i, d), store(to[2] + i, c), store(to[1] + i, b), store(to[0] + i, a);
+        });
+    }
+
+    // WIDE times 16 columns.
+    template <int WIDE, class Of>
+    __attribute__((noinline)) void add_columns(Of numbers, float* const (&to)[4], const float* const (&factors)[4],
+                                               int64_t rows, int64_t i) const {
+        Columns<WIDE> columns;
+        columns.start(to, i);
+        for (int64_t row = 0; row < rows; ++row) {
+            columns.add(numbers, place(row) + i, factors[0][row], factors[1][row], factors[2][row], factors[3][row]);
         }
-        for (; i < n; ++i) {
-            F4 total = {to[0][i], to[1][i], to[2][i], to[3][i]};
-            for (int64_t row = 0; row < rows; ++row) {
-                total += one(row, i) * F4{factors[0][row], factors[1][row], factors[2][row], factors[3][row]};
-            }
-            for (int r = 3; r >= 0; --r) to[r][i] = total[r];
-        }
+        columns.leave(to, i);
     }
 };
+
+QJL_INLINE void store_bytes(uint8_t* to, const I16& numbers) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)numbers));
+#else
+    int16_t words[16];
+    store(words, converted<S16>(numbers));
+    for (int i = 0; i < 16; ++i) to[i] = uint8_t(words[i]);
+#endif
+}

@@ -19,6 +19,7 @@ inline int64_t room_for_parts(int64_t pairs) { return (pairs + 4 + 15) / 16 * 16
 
 // Functions of the position of a token within two blocks: what slow frequencies share, then the fast ones.
 inline int64_t functions_of(const QjlTurn& t) { return (RANK + t.direct + 1) / 2 * 2; }
+inline int64_t room_for_functions(const QjlTurn& t) { return RANK + (t.direct + 16) / 16 * 16; }
 
 inline int64_t bytes_of_group(const QjlSide& side) { return side.nibbles / side.groups / 2; }
 
@@ -48,7 +49,7 @@ struct Asked {
         units = room.take<float>(groups * MAX_ROWS);
         sums_of_groups = room.take<float>(groups * MAX_ROWS);
         constants = room.take<float>(MAX_ROWS);
-        turned = room.take<float>(s.turn ? MAX_ROWS * 2 * s.turn->pairs : 0);
+        turned = room.take<float>(s.turn ? MAX_ROWS * 2 * s.turn->pairs + 16 : 0);
         turn_scales = room.take<float>(MAX_ROWS);
         end = room.at;
     }
@@ -57,7 +58,7 @@ struct Asked {
 // What a worker needs.
 struct Scratch {
     float *row, *queries, *mapped;
-    float *tables_of_floats, *lows, *ranges, *errors;  // of a query's tables
+    float *tables_of_floats, *lows, *ranges, *inverses, *errors;  // of a query's tables
     float *scores, *scales;                            // [MAX_ROWS][TILE][64], [TILE][64]
     int32_t* sums;                                     // [MAX_ROWS][64]
     uint8_t* weights;                                  // [high digits, low digits][TILE][MAX_ROWS][64]
@@ -81,6 +82,7 @@ struct Scratch {
         tables_of_floats = room.take<float>(s.keys.nibbles * MAX_ROWS * 16);
         lows = room.take<float>(quads * 2 * MAX_ROWS * 4);
         ranges = room.take<float>(quads * 2 * MAX_ROWS * 4);
+        inverses = room.take<float>(MAX_ROWS);
         errors = room.take<float>(quads * 4);
         scores = room.take<float>(MAX_ROWS * TILE * 64);
         scales = room.take<float>(TILE * 64);
@@ -89,10 +91,10 @@ struct Scratch {
         sums_of_quads = room.take<float>(s.values.quad_count * 16);
         sums_of_middles = room.take<float>(s.values.groups * MAX_ROWS);
         energy = room.take<float>(s.values.groups * MAX_ROWS);
-        const int64_t pairs = s.turn ? s.turn->pairs : 0, functions = s.turn ? functions_of(*s.turn) : 0;
+        const int64_t pairs = s.turn ? s.turn->pairs : 0, functions = s.turn ? room_for_functions(*s.turn) : 0;
         parts = room.take<float>(2 * MAX_ROWS * room_for_parts(pairs));
         shared = room.take<float>(4 * RANK);
-        phasors_of_centre = room.take<float>(2 * pairs);
+        phasors_of_centre = room.take<float>(2 * pairs + 16);
         phasors = room.take<double>(2 * pairs);
         coefficients = room.take<int16_t>(2 * MAX_ROWS * functions);
         steps = room.take<int32_t>(2 * MAX_ROWS * 64);

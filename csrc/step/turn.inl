@@ -72,31 +72,36 @@ struct Turn {
         for (int64_t r = first; r < first + count; ++r) turn_row(r);
         count == 2 ? join_slow<2>(first) : join_slow<1>(first);
         for (int64_t r = first; r < first + count; ++r) {
-            for (int part = 0; part < 2; ++part) {
-                int16_t* to = coefficients(part, r);
-                for (int k = 0; k < RANK; ++k) to[k] = integer(room.shared[4 * k + 2 * (r - first) + part]);
-                for (int64_t f = 0; f < t.direct; ++f) to[RANK + f] = integer(parts(part, r)[f]);
-                if (t.direct % 2) to[RANK + t.direct] = 0;
-            }
+            put_integers(r, 0, room.shared + 2 * (r - first));
+            put_integers(r, 1, room.shared + 2 * (r - first) + 1);
         }
     }
 
-    static int16_t integer(float x) { return int16_t(int32_t(x + (x < 0 ? -0.5f : 0.5f))); }
+    void put_integers(int64_t r, int part, const float* shared) const {
+        int16_t *to = coefficients(part, r), *of_fast = to + RANK;
+        const float* fast = parts(part, r);
+        for (int64_t f = 0; f < t.direct; f += 16) {
+            store(of_fast + f, converted<S16>(round(load<F16>(fast + f))));  // more than there are are left out
+        }
+        of_fast[t.direct] = 0;
+        for (int k = 0; k < RANK; ++k) to[k] = int16_t(round(shared[4 * k] + F4{})[0]);
+    }
 
     float* parts(int part, int64_t row) const { return room.parts + (2 * row + part) * room_for_parts(t.pairs); }
     int16_t* coefficients(int part, int64_t row) const {
-        return room.coefficients + (part * MAX_ROWS + row) * functions_of(t);
+        return room.coefficients + (part * MAX_ROWS + row) * room_for_functions(t);
     }
 
     __attribute__((noinline)) void turn_row(int64_t r) const {
-        float *__restrict even = parts(0, r), *__restrict odd = parts(1, r);
+        float *even = parts(0, r), *odd = parts(1, r);
         const float *cosine = room.phasors_of_centre, *sine = cosine + t.pairs;
         const float *real = of_row(r), *imaginary = real + t.pairs;
         const float scale = asked.turn_scales[r];
-        for (int64_t f = 0; f < t.pairs; ++f) {
-            const float re = real[f] * scale, im = imaginary[f] * scale;
-            even[f] = re * cosine[f] + im * sine[f];
-            odd[f] = im * cosine[f] - re * sine[f];
+        for (int64_t f = 0; f < t.pairs; f += 16) {  // more than there are are left out
+            const F16 c = load<F16>(cosine + f), s = load<F16>(sine + f);
+            const F16 re = load<F16>(real + f) * scale, im = load<F16>(imaginary + f) * scale;
+            store(even + f, re * c + im * s);
+            store(odd + f, im * c - re * s);
         }
         for (int64_t f = t.pairs; f < t.pairs + 4; ++f) even[f] = odd[f] = 0;
     }
@@ -132,24 +137,40 @@ struct Turn {
     // Even parts of all rows, or odd ones, at each distance from the centre.
     template <int ROWS>
     __attribute__((noinline)) void multiply(int part) const {
-        constexpr int AT_ONCE = sizeof(Native) < 64 ? 1 : ROWS > 2 ? 2 : 4;  // of four vectors: what registers hold
-        const int64_t functions = functions_of(t);
+        constexpr bool TWO_AT_ONCE = sizeof(Native) == 64;  // registers hold two times four vectors
+        const int64_t functions = functions_of(t), next = room_for_functions(t);
         int32_t* to = room.steps + part * MAX_ROWS * 64;
-        for (int k = 0; k < 4; k += AT_ONCE) {
-            I16 sums_of[ROWS][AT_ONCE]{};
-            const int16_t* table = t.up + part * 128 + k * 32;
-            for (int64_t f = 0; f < functions; f += 2, table += 256) {
-                for (int r = 0; r < ROWS; ++r) {
-                    for (int i = 0; i < AT_ONCE; ++i) {
-                        sums_of[r][i] = add_words(sums_of[r][i], table + i * 32, coefficients(part, r) + f);
-                    }
-                }
+        for (int k = 0; k < 4; k += 1 + TWO_AT_ONCE) {
+            Steps<ROWS> first, second;
+            const int16_t *table = t.up + part * 128 + k * 32, *two = coefficients(part, 0);
+            for (int64_t f = 0; f < functions; f += 2, table += 256, two += 2) {
+                first.add(table, two, next);
+                if constexpr (TWO_AT_ONCE) second.add(table + 32, two, next);
             }
-            for (int r = 0; r < ROWS; ++r) {
-                for (int i = 0; i < AT_ONCE; ++i) store(to + r * 64 + (k + i) * 16, sums_of[r][i]);
-            }
+            first.leave(to + k * 16);
+            if constexpr (TWO_AT_ONCE) second.leave(to + k * 16 + 16);
         }
     }
+
+    // Of 16 tokens and up to four rows.
+    template <int ROWS>
+    struct Steps {
+        I16 first{}, second{}, third{}, fourth{};
+
+        QJL_INLINE void add(const int16_t* table, const int16_t* two, int64_t next) {
+            first = add_words(first, table, two);
+            if constexpr (ROWS > 1) second = add_words(second, table, two + next);
+            if constexpr (ROWS > 2) third = add_words(third, table, two + 2 * next);
+            if constexpr (ROWS > 2) fourth = add_words(fourth, table, two + 3 * next);
+            keep(first, second, third, fourth);
+        }
+
+        QJL_INLINE void leave(int32_t* to) const {
+            store(to, first);
+            if constexpr (ROWS > 1) store(to + 64, second);
+            if constexpr (ROWS > 2) store(to + 128, third), store(to + 192, fourth);
+        }
+    };
 
     // Steps away from the centre come as tokens do after it; before it they come backwards.
     void leave(int64_t r, float* scores, int64_t blocks) const {

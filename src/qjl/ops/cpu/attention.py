@@ -42,6 +42,7 @@ def _packed_part(pool: Pool) -> _Made:
     """What is the same whatever exact tokens and rows there are."""
     keys, values = once(pool.key_form, "side", _constants), once(pool.value_form, "side", _constants)
     step = structs.Step(keys=_side(keys, pool.key_form, pool.keys), values=_side(values, pool.value_form, pool.values))
+    step.keys.tolerance = step.values.tolerance = pool.error_budget
     step.page_tokens, step.page_count = pool.page, pool.keys["codes"].shape[0]
     turn = None
     if pool.key_form.turn is not None:
