@@ -10,8 +10,10 @@ GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.p
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 THREAD_SANITIZER = $(foreach name,libtsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 CROSS_CXX ?= aarch64-linux-gnu-g++
-# A machine with no more than NEON; and a memset without DC ZVA, in which QEMU 7 does not survive a page fault.
-EMULATOR ?= qemu-aarch64 -cpu cortex-a53 -E GLIBC_TUNABLES=glibc.cpu.name=emag -L /usr/aarch64-linux-gnu
+# A memset without DC ZVA, in which QEMU 7 does not survive a page fault.
+EMULATOR ?= qemu-aarch64 -E GLIBC_TUNABLES=glibc.cpu.name=emag -L /usr/aarch64-linux-gnu
+EMULATED = QJL_EMULATED_LIBRARY="$(EMULATOR) -cpu $(1) build/neon/server build/neon/_cpu.so" PYTHONPATH=tests \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -p emulation.bridge -n $(WORKERS) -k $(2) $(KERNEL_TESTS)
 
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
@@ -110,7 +112,8 @@ sanitize-threads: setup
 	LD_PRELOAD="$(THREAD_SANITIZER)" QJL_CPU_LIBRARY=build/sanitize-threads/_cpu.so OMP_NUM_THREADS=1 \
 	setarch -R $(BIN)/pytest -k "not reference and not forked" tests/test_threads.py
 
-# The kernels for NEON, run by an emulator under the same tests (tests/emulation).
+# The kernels for NEON, run by an emulator under the same tests (tests/emulation): on a processor with no more than
+# NEON, then on one with dot products.
 emulate: setup
 	$(call needs,$(CMAKE),apt-get install cmake)
 	$(call needs,$(CROSS_CXX),apt-get install g++-aarch64-linux-gnu)
@@ -119,8 +122,8 @@ emulate: setup
 		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64
 	$(CMAKE) --build build/neon --parallel
 	$(CROSS_CXX) -std=c++20 -O2 -Wall -Wextra tests/emulation/server.cpp -o build/neon/server
-	QJL_EMULATED_LIBRARY="$(EMULATOR) build/neon/server build/neon/_cpu.so" PYTHONPATH=tests OMP_NUM_THREADS=1 \
-	$(BIN)/pytest -p emulation.bridge -n $(WORKERS) -k neon $(KERNEL_TESTS)
+	$(call EMULATED,cortex-a53,neon)
+	$(call EMULATED,neoverse-n1,neondot)
 
 clean:
 	rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/qjl/_cpu.so

@@ -2,6 +2,9 @@
 #ifdef QJL_HAS_AVX2
 #include <cpuid.h>
 #endif
+#if defined(QJL_HAS_NEONDOT) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -34,6 +37,18 @@ bool runs_avxvnni() {
 }
 #endif
 
+#ifdef QJL_HAS_NEONDOT
+bool runs_neondot() {
+#if defined(__APPLE__)
+    return true;
+#elif defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    return false;
+#endif
+}
+#endif
+
 std::vector<const Kernels*> runnable() {
     std::vector<const Kernels*> tables = {&scalar_kernels};
 #ifdef QJL_HAS_AVX2
@@ -50,6 +65,9 @@ std::vector<const Kernels*> runnable() {
 #endif
 #ifdef QJL_HAS_NEON
     tables.push_back(&neon_kernels);
+#endif
+#ifdef QJL_HAS_NEONDOT
+    if (runs_neondot()) tables.push_back(&neondot_kernels);
 #endif
     return tables;
 }

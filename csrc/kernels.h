@@ -31,6 +31,6 @@ struct Kernels {
 
 bool runs_avx2();  // FMA, F16C and BMI2 included
 
-extern const Kernels scalar_kernels, avx2_kernels, avxvnni_kernels, avx512_kernels, neon_kernels;
+extern const Kernels scalar_kernels, avx2_kernels, avxvnni_kernels, avx512_kernels, neon_kernels, neondot_kernels;
 
 }  // namespace qjl

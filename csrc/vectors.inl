@@ -304,8 +304,10 @@ QJL_INLINE Native repeated(const float* four) {
 template <class Vector>
 struct Kept {
     static QJL_INLINE void keep([[maybe_unused]] Vector& vector) {
-#ifdef __AVX2__
+#if defined(__AVX2__)
         asm volatile("" : "+v"(vector));
+#elif defined(__aarch64__)
+        asm volatile("" : "+w"(vector));
 #endif
     }
 };

@@ -1,7 +1,7 @@
 """Finds the compiled kernels and chooses the instruction set that they use.
 
-The best one of this machine, or what ``QJL_CPU_ISA=scalar|avx2|avxvnni|avx512|neon`` names. ``QJL_CPU_LIBRARY`` is the
-path of another build of the kernels, for example one with sanitizers.
+The best one of this machine, or what ``QJL_CPU_ISA=scalar|avx2|avxvnni|avx512|neon|neondot`` names.
+``QJL_CPU_LIBRARY`` is the path of another build of the kernels, for example one with sanitizers.
 """
 
 from __future__ import annotations
