@@ -55,6 +55,20 @@ class NibbleForm:
         """Whether all heads have one code, as values that need no queries do."""
         return self.entries.shape[0] == 1
 
+    @property
+    def bits(self) -> float:
+        """Per coordinate of the code: a sketch, however long, has one."""
+        return 4 * self.entries.shape[1] * self.groups / self.code_dim
+
+    @property
+    def error_budget(self) -> float:
+        """How far a kernel may be from this form: the error of a row of attention over its norm, rms over rows.
+
+        At most 1 % of the variance of what the code itself does to an output. Errors add as squares, so more precision
+        cannot be measured in a model's answers, and costs up to half of the speed.
+        """
+        return 4e-3 if self.bits <= 3 else 2e-3 if self.bits <= 4 else 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class Pool:
@@ -76,6 +90,11 @@ class Pool:
     def page(self) -> int:
         """Tokens per page."""
         return self.keys["codes"].shape[3]
+
+    @property
+    def error_budget(self) -> float:
+        """That of the coarser code: an output has the errors of scores and of values alike, and the larger one rules."""
+        return max(self.key_form.error_budget, self.value_form.error_budget)
 
 
 @dataclass(frozen=True, eq=False)
