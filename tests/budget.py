@@ -28,7 +28,7 @@ def assert_within(errors, budget):
 def assert_within_budget(out, truth, pool, times=1, exact=EXACT):
     """Outputs of attention over a pool; ``exact``: what the worst row may be off on backends that trade nothing."""
     errors = relative_errors(out, truth)
-    if _trades():
+    if trades():
         assert_within(errors, times * pool.error_budget)
     else:
         assert errors.max() < times * exact
@@ -36,9 +36,10 @@ def assert_within_budget(out, truth, pool, times=1, exact=EXACT):
 
 def assert_log_sums_within_budget(lse, truth, pool, exact=EXACT):
     """A log-sum-exp is off by the mean of what its logits are off, and those of a row by about the budget."""
-    most = WORST * pool.error_budget if _trades() else exact
+    most = WORST * pool.error_budget if trades() else exact
     torch.testing.assert_close(lse.double(), truth, rtol=0, atol=most)
 
 
-def _trades():
+def trades():
+    """Whether the backend in use does."""
     return ops.active_backend() == "cpu"
