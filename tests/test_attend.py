@@ -121,10 +121,10 @@ def test_rows_that_share_pages(backend, page, generator):
 def test_far_positions_turn_the_mean_exactly(backend, generator):
     """Pages are taken as if they began later, as the oracle's blocks are."""
     made = operands(Transform(2), TRELLIS)
-    made = replace(made, packed=replace(made.packed, first=made.packed.first + 100_000))
+    made = replace(made, packed=replace(made.packed, first=made.packed.first + 10_000_000))
     extent = Extent.of([300], [4])
     step = paged(made, 64, extent, generator)
-    assert step.rows.origins.item() == 100_000
+    assert step.rows.origins.item() == 10_000_000
     _check(made, step, extent)
 
 

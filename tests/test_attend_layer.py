@@ -151,9 +151,9 @@ def test_one_token_that_takes_all_weight(assert_right):
 
 
 def test_far_positions_turn_the_mean_exactly(assert_right):
-    """Angles of 100,000 radians lose three digits in float32."""
-    made = Model(group=2).tokens(100_000 + torch.arange(460)[None])
-    asked = Asked(Transform(2), Balanced(2, metric=False), made, padding=[0], origins=[100_000])
+    """Angles of ten million radians lose all digits but the first in float32."""
+    made = Model(group=2).tokens(10_000_000 + torch.arange(460)[None])
+    asked = Asked(Transform(2), Balanced(2, metric=False), made, padding=[0], origins=[10_000_000])
     assert_right(asked)
 
 

@@ -189,7 +189,7 @@ def truth(made, row):
 
 
 def _tolerance(made):
-    """Of one row: there may be no others."""
+    """Of one row, since there may be no others; a token too many is further off than that among 1,000."""
     if ops.active_backend() == "cpu":
         return WORST * made.pool.error_budget
     is_half = runtime.is_interpreted() and made.case.dtype != torch.float32
