@@ -26,6 +26,7 @@ from qjl.lab import plots
 from qjl.lab.bench import (
     baselines,
     caches,
+    decode,
     devices,
     encode,
     endtoend,
@@ -37,7 +38,16 @@ from qjl.lab.bench import (
     throughput,
     timing,
 )
-from qjl.lab.bench.gate import BenchSettings, Inaccurate, relative_error, require_accurate, using_backend
+from qjl.lab.bench.gate import (
+    BenchSettings,
+    Inaccurate,
+    RowErrors,
+    relative_error,
+    require_accurate,
+    require_right,
+    require_within_budget,
+    using_backend,
+)
 from qjl.lab.bench.synthetic import DISTINCT, FilledLayer, Maker, Shape, fill
 from qjl.lab.plots import decode_step, style
 from qjl.lab.rows import typed
@@ -276,7 +286,7 @@ def test_decode_tells_what_it_measured(backend):
     for row in rows:
         assert set(FIELDS) <= row.keys()
         assert (row["case"], row["backend"], row["head_dim"], row["threads"]) == ("decode", backend, 64, 1)
-        assert 0 <= row["max_error"] <= 1e-4
+        assert 0 <= row["rms_error"] <= row["max_error"] <= (2e-2 if backend == "cpu" else 1e-4)
         for name in ("torch_bf16", "torch_fp32", "fp16_avx2"):
             low, high = row[f"spread_{name}"]
             assert 0 < low <= row[f"ratio_{name}"] <= high
@@ -297,10 +307,20 @@ def test_a_batch_is_so_many_layers_in_one():
 
 
 @pytest.mark.usefixtures("compiled")
-def test_the_gate_does_not_see_the_rounding_of_bfloat16():
-    (row,) = rows_of(run("decode", "-n", "200", *SMALL, "--dtype", "bfloat16", "--json"))
-    assert row["dtype"] == "bfloat16"
-    assert row["max_error"] <= 1e-4
+def test_the_gate_does_not_see_the_rounding_of_bfloat16(monkeypatch):
+    seen, own = [], FilledLayer.attend
+
+    def attend(subject, scoring):
+        seen.append(own(subject, scoring).dtype)
+        return own(subject, scoring)
+
+    monkeypatch.setattr(FilledLayer, "attend", attend)
+    subject = fill(PRESETS["b3"], 200, SHAPE, torch.bfloat16)
+    assert subject.query.dtype == torch.bfloat16
+    errors = decode.row_errors(subject, attention.Scoring(0.125), 1)
+    assert seen == [torch.float32] * 2
+    assert errors.rows == 4
+    assert errors.worst <= 2e-2
 
 
 @pytest.mark.usefixtures("reference")
@@ -335,18 +355,52 @@ def perturbed(backend, error):
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("error", [1e-3, float("nan")])
+@pytest.mark.parametrize("error", [0.03, float("nan")])
 def test_what_is_wrong_gets_no_speed(error, monkeypatch):
     monkeypatch.setattr(FilledLayer, "attend", perturbed("reference", error))
     result = run("decode", "-n", "200", *SMALL, "--json")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "off the reference, where 0.0001 is allowed, so no speed is reported." in result.stderr
+    assert "off the reference, where 0.01 is allowed, so no speed is reported." in result.stderr
 
 
 def test_the_gate_lets_small_errors_through():
     require_accurate(1e-4, "this", "cpu")
     with pytest.raises(Inaccurate):
         require_accurate(1.1e-4, "this", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rows", "off"),
+    [
+        ([3.9e-3] * 30, None),
+        ([4.1e-3] * 30, "all"),
+        ([0.019] + [1e-3] * 99, None),
+        ([0.021] + [1e-3] * 99, "worst"),
+        ([0.019], None),
+        ([0.021], "all"),
+        ([float("nan")] * 30, "all"),
+    ],
+)
+def test_the_gate_of_codes_bounds_all_rows_and_each(rows, off):
+    expected = torch.tensor([[3.0, 4.0]]).expand(len(rows), -1)
+    errors = RowErrors.of(expected * (1 + torch.tensor(rows))[:, None], expected)
+    assert errors.rows == len(rows)
+    if off is None:
+        require_within_budget(errors, "this", "cpu", 4e-3)
+    else:
+        with pytest.raises(Inaccurate, match="in the worst row" if off == "worst" else "this: the cpu"):
+            require_within_budget(errors, "this", "cpu", 4e-3)
+
+
+def test_backends_that_trade_nothing_keep_their_bound():
+    """And so does a CPU where it reads no codes."""
+    pool = fill(PRESETS["b3"], 200, SHAPE, torch.float32).pool
+    errors = RowErrors(2e-4, 2e-4, 100)
+    for backend, of in (("reference", pool), ("cpu", None)):
+        with using_backend(backend), pytest.raises(Inaccurate):
+            require_right(errors, "this", BenchSettings(SHAPE), of)
+    with using_backend("cpu"):
+        require_right(errors, "this", BenchSettings(SHAPE), pool)
 
 
 @pytest.mark.parametrize(
@@ -581,8 +635,8 @@ def test_memory_weighs_and_times_every_cache(tmp_path):
         assert ours["smaller_than_dynamic"] == own["cache_bytes"] / ours["cache_bytes"]
         assert own["ratio_dynamic"] == own["ratio_prefill_dynamic"] == 1
         assert min(ours["ms"], ours["prefill_ms"], ours["ratio_dynamic"], ours["ratio_prefill_dynamic"]) > 0
-        assert ours["max_error"] <= 1e-4
-        assert own["max_error"] is own["backend"] is None
+        assert ours["rms_error"] <= ours["max_error"] <= 2e-2
+        assert own["max_error"] is own["rms_error"] is own["backend"] is None
         assert own["weights_bytes"] == ours["weights_bytes"] > 4 * 512 * 256
     assert rows[2]["smaller_than_dynamic"] > rows[0]["smaller_than_dynamic"]
     assert ET.fromstring(picture.read_text()).tag.endswith("svg")

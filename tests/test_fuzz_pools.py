@@ -7,6 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from budget import WORST
 from qjl import ops
 from qjl.ops.cpu import attention
 from qjl.ops.forms import ExactPool, Pool, Rows
@@ -187,8 +188,11 @@ def truth(made, row):
     return weights @ values, (weights.square() @ values.square()).sum(-1).sqrt(), lse
 
 
-def _tolerance(case):
-    is_half = runtime.is_interpreted() and case.dtype != torch.float32
+def _tolerance(made):
+    """Of one row, since there may be no others; a token too many is further off than that among 1,000."""
+    if ops.active_backend() == "cpu":
+        return WORST * made.pool.error_budget
+    is_half = runtime.is_interpreted() and made.case.dtype != torch.float32
     return IN_HALF_PRECISION if is_half else TOLERANCE
 
 
@@ -219,8 +223,8 @@ def test_attend(guarded, monkeypatch, case):
     for row in range(case.batch):
         expected, size, true_lse = truth(made, row)
         error = (out[row].reshape(expected.shape) - expected).norm(dim=-1)
-        assert (error <= _tolerance(case) * size).all()
-        torch.testing.assert_close(lse[row].reshape(true_lse.shape).double(), true_lse, rtol=0, atol=_tolerance(case))
+        assert (error <= _tolerance(made) * size).all()
+        torch.testing.assert_close(lse[row].reshape(true_lse.shape).double(), true_lse, rtol=0, atol=_tolerance(made))
 
 
 @fuzzed

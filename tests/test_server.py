@@ -32,7 +32,7 @@ from tokenizers import decoders
 from typer.testing import CliRunner
 
 import tiny_checkpoint
-from models_for_tests import FAMILIES, prompt, tiny
+from models_for_tests import FAMILIES, difference, prompt, tiny
 from qjl import cli, generation, models
 from qjl.cli import serve as serve_command
 from qjl.errors import QJLError
@@ -54,6 +54,7 @@ from test_detokenizer import ALL, decoded, until, word_level
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "b3"
 UNSERVED = {"qwen3-next", "lfm2", "gemma3n"}  # convolutions, states, layers that share a cache
+NOISE = 8e-3  # of the logits of two steps: the budget of the codes of each; quantization itself is five times as much
 KEY = "a key of the tests"
 LONGEST = 120  # seconds that a busy machine may take
 ENOUGH = 1000  # turns
@@ -174,7 +175,7 @@ def test_rows_in_one_pass_are_rows_alone(family, preset):
         for name, batch, mine, part in zip(names, alone, own, parts, strict=True):
             if part:
                 expected = read_on(batch, {mine: part})[mine]
-                torch.testing.assert_close(found[name], expected, atol=2e-3, rtol=1e-3)
+                assert difference(found[name], expected) < NOISE
     assert [together.length(name) for name in names] == [len(text) + 1 for text in texts]
 
 
@@ -234,7 +235,7 @@ def test_a_shared_beginning_is_held_once_and_goes_its_own_way(model):
     assert batch.nbytes == held
     assert batch.length(second) == 390
     found = read_on(batch, {second: [5, 6, 7]})[second]
-    torch.testing.assert_close(found, read_on(alone, {mine: [5, 6, 7]})[mine], atol=2e-3, rtol=1e-3)
+    assert difference(found, read_on(alone, {mine: [5, 6, 7]})[mine]) < NOISE
     assert batch.length(first) == 400
 
 

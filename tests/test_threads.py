@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from budget import assert_within_budget
 from conftest import Model
 from pages import Extent, operands, paged
 from qjl.methods.base import LayerContext
@@ -157,7 +158,7 @@ def test_room_fits_whatever_the_instruction_set_when_it_is_used(made):
         switching.join()
         library.use_instruction_set(before)
     for found in results:
-        torch.testing.assert_close(found, results[0], rtol=0, atol=2e-3)
+        assert_within_budget(found, results[0], step.pool, times=2)  # each may be off to its own side
 
 
 # Forked children

@@ -148,9 +148,9 @@ def served_logprobs(answer):
 
 
 def assert_same(answer, expected):
-    """But for rounding, and the codes of the few tokens for which that decides."""
+    """But for rounding, and what turns on it: the codes of few tokens, and levels in tables of the kernels."""
     difference = (served_logprobs(answer) - expected).abs()
-    assert difference.median() < 1e-4
+    assert difference.median() < 1e-3
     assert difference.mean() < 5e-3
 
 

@@ -260,7 +260,8 @@ class Timed(Row):
     - ``tokens``: in the cache, or of the prompt.
     - ``others_ms``, ``ratios``, ``spreads``: of what it is compared with; milliseconds, how many times as long it
       takes, and the quartiles of that; None for what was not timed.
-    - ``max_error``: against the reference backend, relative.
+    - ``max_error``, ``rms_error``: of attention's rows against the reference backend, relative: of the worst one, and
+      the root mean square of all. Of scores, of logits and of codes there is one number.
     """
 
     preset: str
@@ -274,6 +275,7 @@ class Timed(Row):
     repeats: float | None = None
     isa: str | None = None
     max_error: float | None = None
+    rms_error: float | None = None
     others_ms: dict[str, float | None] = field(default_factory=dict)
     ratios: dict[str, float | None] = field(default_factory=dict)
     spreads: dict[str, Two | None] = field(default_factory=dict)
@@ -395,7 +397,7 @@ class Throughput(OfModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(OfModel):
-    """Decoding beside other caches and engines; ``attention_ms_per_layer`` beyond a step over 16 tokens in full precision."""
+    """Decoding beside others; ``attention_ms_per_layer`` beyond a step over 16 tokens in full precision."""
 
     case: ClassVar[str] = "generate"
     alike: ClassVar[tuple[str, ...]] = ("model", "machine", "device", "threads")

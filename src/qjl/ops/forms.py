@@ -93,7 +93,7 @@ class Pool:
 
     @property
     def error_budget(self) -> float:
-        """That of the coarser code: an output has the errors of scores and of values alike, and the larger one rules."""
+        """The larger of the two: an output has the errors of scores and of values alike, and the coarser code rules."""
         return max(self.key_form.error_budget, self.value_form.error_budget)
 
 

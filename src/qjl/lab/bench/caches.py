@@ -20,7 +20,7 @@ from qjl.hf import KVCache
 from qjl.lab import machine
 from qjl.lab.bench import decode
 from qjl.lab.bench.devices import Place, place_of
-from qjl.lab.bench.gate import BenchSettings, require_accurate
+from qjl.lab.bench.gate import BenchSettings, RowErrors, require_right
 from qjl.lab.bench.synthetic import Shape, fill
 from qjl.lab.bench.timing import Spread, wall_ms
 from qjl.lab.results import Row
@@ -104,7 +104,7 @@ class Rig:
     name: str
     model: PreTrainedModel
     makers: Mapping[str, Make]
-    errors: Mapping[str, float]
+    errors: Mapping[str, RowErrors]
     threads: int = 1
 
     @property
@@ -149,8 +149,8 @@ class Rig:
         }
 
     def conditions(self, name: str) -> Row:
-        return {
-            "max_error": self.errors.get(name),
+        errors = self.errors.get(name)
+        return (errors.columns if errors else {"max_error": None, "rms_error": None}) | {
             "model": self.name,
             "weights_bytes": self.weights_bytes,
             "dtype": str(self.model.dtype).removeprefix("torch."),
@@ -184,11 +184,11 @@ def ratio(name: str, spread: Spread | None) -> Row:
     return {f"ratio_{name}": spread and spread.median, f"spread_{name}": spread and [spread.low, spread.high]}
 
 
-def gate(model: PreTrainedModel, preset: CacheConfig, tokens: int, threads: int) -> float:
-    """The error of attention over a layer of this model's shape, relative to the reference's.
+def gate(model: PreTrainedModel, preset: CacheConfig, tokens: int, threads: int) -> RowErrors:
+    """The errors of attention over a layer of this model's shape, relative to the reference's.
 
     Raises:
-        Inaccurate: if it is large.
+        Inaccurate: if they are large.
     """
     least = preset.sinks + preset.recent + BLOCK
     heads = text_config(model.config).num_attention_heads
@@ -196,6 +196,6 @@ def gate(model: PreTrainedModel, preset: CacheConfig, tokens: int, threads: int)
     shape = Shape(layer.head_dim, layer.num_key_value_heads, heads // layer.num_key_value_heads)
     settings = BenchSettings(shape, model.dtype, model.device, threads)
     subject = fill(preset, max(least, min(tokens, MOST_GATED)), shape, model.dtype, model.device)
-    error = decode.max_error(subject, Scoring(shape.scaling), threads)
-    require_accurate(error, f"{preset.name} at head_dim {layer.head_dim}", settings.backend, settings.most_error)
-    return error
+    errors = decode.row_errors(subject, Scoring(shape.scaling), threads)
+    require_right(errors, f"{preset.name} at head_dim {layer.head_dim}", settings, subject.pool)
+    return errors

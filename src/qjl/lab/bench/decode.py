@@ -21,12 +21,12 @@ from qjl.lab.bench.gate import (
     OURS,
     REFERENCE,
     BenchSettings,
+    RowErrors,
     compared,
     conditions,
     head,
     of_the_limit,
-    relative_error,
-    require_accurate,
+    require_right,
     using_backend,
 )
 from qjl.lab.bench.synthetic import FilledLayer, Shape, fill
@@ -51,8 +51,8 @@ def time_decoding(
     limit = place.limit()
     subject = fill(config, tokens, settings.shape, settings.dtype, settings.device)
     scoring = Scoring(settings.shape.scaling)
-    error = max_error(subject, scoring, settings.threads)
-    require_accurate(error, f"{config.name} at {tokens} tokens", settings.backend, settings.most_error)
+    errors = row_errors(subject, scoring, settings.threads)
+    require_right(errors, f"{config.name} at {tokens} tokens", settings, subject.pool)
     subjects = subject.copies(copies_for(subject.cache.nbytes, place))
     eager: list[Work] = [partial(one.attend, scoring) for one in subjects]
     peak, operations = place.peak()
@@ -68,21 +68,21 @@ def time_decoding(
         | compared(timings, names)
         | {"eager_ms": timings.ms(EAGER) if EAGER in works else None}
         | of_the_limit(subject.cache.nbytes, timings.ms(OURS), timings, limit)
-        | {"max_error": error}
+        | errors.columns
         | _operations(tokens, settings.shape, operations, timings)
         | _layer_facts(subject.cache)
         | conditions(settings)
     )
 
 
-def max_error(subject: FilledLayer, scoring: Scoring, threads: int) -> float:
+def row_errors(subject: FilledLayer, scoring: Scoring, threads: int) -> RowErrors:
     """Of the backend in use against the reference on the same bytes, before the output is rounded to their dtype."""
     in_full = replace(subject, query=subject.query.float())
     with use_threads(threads), torch.no_grad():
         out = in_full.attend(scoring)
         with using_backend(REFERENCE):
             expected = in_full.attend(scoring)
-    return relative_error(out, expected)
+    return RowErrors.of(out, expected)
 
 
 def affordable(names: Sequence[str], tokens: int, settings: BenchSettings) -> list[str]:

@@ -41,7 +41,7 @@ from qjl.ops.forms import ExactPool, Pool, Rows
 from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
 
-MOST_SCORE_ERROR = 1e-3  # integer tables err a little in every score, and a softmax over many of them averages that out
+SCORES = 2  # budgets: tables of integers err a little in every score, and attention over many of them averages that
 POPCOUNT = "popcount"
 SCANS = (POPCOUNT, faiss_scans.PQ, faiss_scans.RABITQ)
 
@@ -74,7 +74,7 @@ def scan(
     packed = PackedKeys.of(subject)
     queries = subject.query.reshape(1, shape.kv_heads, shape.group, shape.head_dim)
     error = _score_error(queries, packed, settings.threads)
-    require_accurate(error, f"{name} at {tokens} tokens", settings.backend, MOST_SCORE_ERROR)
+    require_accurate(error, f"{name} at {tokens} tokens", settings.backend, SCORES * packed.pool.key_form.error_budget)
     nbytes, m = packed.nbytes, 8 * packed.pool.keys["codes"].shape[2]
     copies = [packed.copy() for _ in range(copies_for(nbytes, place))]
     limit = place.limit()

@@ -24,7 +24,7 @@ from qjl.attention import Scoring
 from qjl.cache.paged import Fitted, PagedCache
 from qjl.hf import KVCache
 from qjl.lab import machine
-from qjl.lab.bench.gate import REFERENCE, relative_error, require_accurate, using_backend
+from qjl.lab.bench.gate import REFERENCE, RowErrors, error_budget, require_within_budget, using_backend
 from qjl.lab.bench.planner_time import plan_us
 from qjl.lab.bench.timing import use_threads
 from qjl.lab.results import Row
@@ -34,8 +34,8 @@ from qjl.presets import CacheConfig
 
 LAYERS, TOKENS, ROWS, ROW_TOKENS = 30, 4096, 16, 640
 KV_HEADS, HEADS, HEAD_DIM = 3, 9, 64
-MOST_ERROR = 4e-3  # of the backend in use against the reference: what a kernel may add to a 3-bit code's own
 DTYPE = torch.bfloat16
+ROUNDING = torch.finfo(DTYPE).eps / 2  # of an output
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def _require_right(cache: KVCache, modules: list[Any], states: list[Tensor]) -> 
     with using_backend(REFERENCE):
         expected = _pass(cache, modules, *states)
     cache.crop(-1)
-    require_accurate(relative_error(out.float(), expected.float()), "one token's attention", "cpu", 2 * MOST_ERROR)
+    errors = RowErrors.of(out.float(), expected.float())
+    require_within_budget(errors, "one token's attention", "cpu", error_budget(cache.cores[-1]) + ROUNDING)
 
 
 def _turn_ms(config: CacheConfig, layers: int, repeats: int) -> float:

@@ -18,6 +18,7 @@ from qjl.cache.paged import Fitted, PagedCache
 from qjl.codecs import Codecs, Pair, TokenShape
 from qjl.errors import QJLError
 from qjl.methods.base import Codec
+from qjl.ops.forms import Pool
 from qjl.packed import BLOCK, Blocks
 from qjl.presets import CacheConfig
 from qjl.rope import Rope
@@ -96,6 +97,12 @@ class FilledLayer:
     def layer(self) -> Layer:
         (layer,) = self.cache.layers.values()
         return layer
+
+    @property
+    def pool(self) -> Pool | None:
+        """What kernels read; None where no codes are nibbles."""
+        assert self.layer.pages is not None
+        return self.layer.pages.operand
 
     def attend(self, scoring: Scoring) -> Tensor:
         """Attention of the last token, which is stored on the way: ``[B, 1, H * group, D]``."""
