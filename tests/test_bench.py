@@ -5,6 +5,7 @@ import json
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from qjl.lab import plots
 from qjl.lab.bench import (
     baselines,
     caches,
+    decode,
     devices,
     encode,
     endtoend,
@@ -285,6 +287,43 @@ def test_decode_tells_what_it_measured(backend):
         assert row["bytes"] == subject.cache.nbytes
         assert row["fraction_of_bandwidth"] == pytest.approx(row["bytes"] / row["ms"] / row["bandwidth_gbs"] / 1e6)
         assert row["operations"] == 4 * 4 * 64 * row["tokens"]
+        assert typed(row).kernel_ms == row["kernel_ms"]
+        assert (row["kernel_ms"] is None) == (backend == "reference")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_only_calls_into_the_library_count_as_kernels():
+    query, (keys, values) = torch.randn(1, 1, 1, 64), torch.randn(2, 1, 1, 4096, 64).half()
+    rounds = []
+    called = library.call
+
+    def work():
+        time.sleep(0.02)
+        baselines.flash_decode(query, keys, values, 1.0)
+
+    timing.add_kernels(rounds, time.perf_counter_ns, work)
+    timing.add_kernels(rounds, time.perf_counter_ns, lambda: time.sleep(0.02))
+    assert 0 < rounds[0] < 20
+    assert rounds[1] == 0
+    assert library.call is called
+
+
+def test_what_a_layer_makes_once_is_made_before_it_is_timed(monkeypatch):
+    own, steps = FilledLayer.attend, Counter()
+
+    def attend(subject, scoring):
+        steps[id(subject)] += 1
+        return own(subject, scoring)
+
+    def only_what_is_made(works, *arguments):
+        assert min(steps.values()) >= 1
+        assert len(steps) >= len(works["qjl"])
+        raise QJLError("enough")
+
+    monkeypatch.setattr(FilledLayer, "attend", attend)
+    monkeypatch.setattr(decode, "interleave", only_what_is_made)
+    with pytest.raises(QJLError, match="enough"):
+        decode.time_decoding(PRESETS["b3"], 200, BenchSettings(SHAPE))
 
 
 def test_a_batch_is_so_many_layers_in_one():

@@ -1,7 +1,8 @@
 """One token's attention over a packed layer, as ``model.generate`` calls it, beside attention in full precision.
 
 Timed is all of ``PagedCache.attend``: storing the fresh token, query tables, packed tokens, the exact ones at both
-ends, the keys' mean, and merging. The subject is a layer of synthetic tokens (``qjl.lab.bench.synthetic``).
+ends, the keys' mean, and merging; and beside it the calls into the compiled library alone. The subject is a layer of
+synthetic tokens (``qjl.lab.bench.synthetic``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import median
 
 import torch
 
@@ -30,11 +32,11 @@ from qjl.lab.bench.gate import (
     using_backend,
 )
 from qjl.lab.bench.synthetic import FilledLayer, Shape, fill
-from qjl.lab.bench.timing import Timings, Work, interleave, use_threads
+from qjl.lab.bench.timing import Timings, Work, add_kernels, clock_of, interleave, use_threads
 from qjl.lab.results import Row
 from qjl.presets import CacheConfig
 
-PEAK, EAGER = "matmul", "eager"
+PEAK, EAGER, KERNEL = "matmul", "eager", "kernel"
 SWEEP = tuple(2**power for power in range(10, 20))
 
 
@@ -53,19 +55,25 @@ def time_decoding(
     scoring = Scoring(settings.shape.scaling)
     error = max_error(subject, scoring, settings.threads)
     require_accurate(error, f"{config.name} at {tokens} tokens", settings.backend, settings.most_error)
-    subjects = subject.copies(copies_for(subject.cache.nbytes, place))
-    eager: list[Work] = [partial(one.attend, scoring) for one in subjects]
+    count = copies_for(subject.cache.nbytes, place)
+    has_kernels = settings.backend == "cpu"
+    steps = _steps(subject, (1 + has_kernels) * count, scoring)
+    eager, for_kernels = steps[:count], steps[count:]
     peak, operations = place.peak()
     ours = [place.ready(work) for work in eager]
     works: dict[str, Sequence[Work]] = {OURS: ours, LIMIT: [limit], PEAK: [peak]}
     if ours != eager:
         works[EAGER] = eager
+    kernels: list[float] = []
+    if has_kernels:
+        works[KERNEL] = [partial(add_kernels, kernels, clock_of(settings.threads), step) for step in for_kernels]
     names = settings.against or place.baselines
     works |= {name: works_of(BASELINES[name], tokens, settings) for name in affordable(names, tokens, settings)}
     timings = interleave(works, settings.repeats, settings.threads, on_round, place.stopwatch)
     return (
         head("decode", config.name, tokens, settings)
         | compared(timings, names)
+        | {"kernel_ms": median(kernels[1:]) if kernels else None}
         | {"eager_ms": timings.ms(EAGER) if EAGER in works else None}
         | of_the_limit(subject.cache.nbytes, timings.ms(OURS), timings, limit)
         | {"max_error": error}
@@ -73,6 +81,14 @@ def time_decoding(
         | _layer_facts(subject.cache)
         | conditions(settings)
     )
+
+
+def _steps(subject: FilledLayer, count: int, scoring: Scoring) -> list[Work]:
+    """The same on so many layers with bytes of their own, each of which has made what it makes once."""
+    steps: list[Work] = [partial(one.attend, scoring) for one in subject.copies(count)]
+    for step in steps:
+        step()
+    return steps
 
 
 def max_error(subject: FilledLayer, scoring: Scoring, threads: int) -> float:

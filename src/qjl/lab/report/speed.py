@@ -42,13 +42,19 @@ def decode(rows: Sequence[Decode]) -> Part:
     against = _compared(rows)
     table = Table(
         "Milliseconds per token and layer, and how many times as long others take: medians of rounds in which all were "
-        "timed in turn, quartiles below. The error is that of the output against the reference backend.",
-        ("preset", "tokens", "ms", *(f"x {name.replace('_', ' ')}" for name in against), "of bandwidth, %", "error"),
+        "timed in turn, quartiles below. Kernel: the compiled call alone. The error is that of the output against the "
+        "reference backend.",
+        (
+            *("preset", "tokens", "ms", "kernel, ms"),
+            *(f"x {name.replace('_', ' ')}" for name in against),
+            *("of bandwidth, %", "error"),
+        ),
         tuple(
             (
                 Cell(row.preset),
                 Cell(f"{row.tokens:,}"),
                 Cell(number(row.ms)),
+                Cell(number(row.kernel_ms)),
                 *(_ratio(row, name) for name in against),
                 Cell(number(100 * row.fraction_of_bandwidth, 2)),
                 Cell(f"{row.max_error:.0e}"),
