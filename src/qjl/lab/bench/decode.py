@@ -31,12 +31,14 @@ from qjl.lab.bench.gate import (
     require_accurate,
     using_backend,
 )
+from qjl.lab.bench.peers import PEERS, Peer, packages, require_alike
 from qjl.lab.bench.synthetic import FilledLayer, Shape, fill
 from qjl.lab.bench.timing import Timings, Work, add_kernels, clock_of, interleave, use_threads
 from qjl.lab.results import Row
 from qjl.presets import CacheConfig
 
 PEAK, EAGER, KERNEL = "matmul", "eager", "kernel"
+OTHERS: dict[str, Baseline | Peer] = {**BASELINES, **PEERS}
 SWEEP = tuple(2**power for power in range(10, 20))
 
 
@@ -49,7 +51,9 @@ def time_decoding(
         Inaccurate: if the backend in use and the reference do not agree on it.
         QJLError: if no token would be packed, or the preset does not take this head_dim.
     """
-    place = settings.place
+    place, names = settings.place, settings.against or settings.place.baselines
+    if any(name in PEERS for name in names):
+        require_alike(settings)
     limit = place.limit()
     subject = fill(config, tokens, settings.shape, settings.dtype, settings.device)
     scoring = Scoring(settings.shape.scaling)
@@ -67,8 +71,7 @@ def time_decoding(
     kernels: list[float] = []
     if has_kernels:
         works[KERNEL] = [partial(add_kernels, kernels, clock_of(settings.threads), step) for step in for_kernels]
-    names = settings.against or place.baselines
-    works |= {name: works_of(BASELINES[name], tokens, settings) for name in affordable(names, tokens, settings)}
+    works |= {name: works_of(name, tokens, settings) for name in affordable(names, tokens, settings)}
     timings = interleave(works, settings.repeats, settings.threads, on_round, place.stopwatch)
     return (
         head("decode", config.name, tokens, settings)
@@ -79,7 +82,7 @@ def time_decoding(
         | {"max_error": error}
         | _operations(tokens, settings.shape, operations, timings)
         | _layer_facts(subject.cache)
-        | conditions(settings)
+        | conditions(settings, packages(name for name in names if name in works))
     )
 
 
@@ -102,29 +105,32 @@ def max_error(subject: FilledLayer, scoring: Scoring, threads: int) -> float:
 
 
 def affordable(names: Sequence[str], tokens: int, settings: BenchSettings) -> list[str]:
-    """The baselines that run on the device and fit into memory together."""
+    """Those of the others that run on the device and fit into memory together."""
     found, room = [], settings.memory
     for name in names:
-        nbytes = baseline_bytes(tokens, settings.shape, BASELINES[name].dtype)
+        nbytes = bytes_of(name, tokens, settings.shape)
         room -= nbytes * copies_for(nbytes, settings.place)
-        if room >= 0 and BASELINES[name].runs_on(settings.device):
+        if room >= 0 and OTHERS[name].runs_on(settings.device):
             found.append(name)
     return found
 
 
-def baseline_bytes(tokens: int, shape: Shape, dtype: torch.dtype) -> int:
-    """Of keys and values in full."""
-    return 2 * shape.batch * shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
+def bytes_of(name: str, tokens: int, shape: Shape) -> int:
+    """Of keys and values, as this one holds them."""
+    return 2 * shape.batch * shape.kv_heads * tokens * shape.head_dim * OTHERS[name].bits // 8
 
 
-def works_of(baseline: Baseline, tokens: int, settings: BenchSettings) -> list[Work]:
-    """A baseline on as many copies of keys and values as it takes to find none of them in a cache."""
+def works_of(name: str, tokens: int, settings: BenchSettings) -> Sequence[Work]:
+    """One of the others on as many copies of keys and values as it takes to find none of them in a cache."""
+    count = copies_for(bytes_of(name, tokens, settings.shape), settings.place)
+    other = OTHERS[name]
+    if isinstance(other, Peer):
+        return other.steps(name, tokens, settings, count)
     shape, place = settings.shape, settings.place
-    query = _normal(shape.group, shape, baseline.dtype, place)
-    count = copies_for(baseline_bytes(tokens, shape, baseline.dtype), place)
-    states = (_normal(tokens, shape, baseline.dtype, place) for _ in range(2 * count))
+    query = _normal(shape.group, shape, other.dtype, place)
+    states = (_normal(tokens, shape, other.dtype, place) for _ in range(2 * count))
     pairs = zip(states, states, strict=True)
-    return [place.ready(partial(baseline.attend, query, keys, values, shape.scaling)) for keys, values in pairs]
+    return [place.ready(partial(other.attend, query, keys, values, shape.scaling)) for keys, values in pairs]
 
 
 def _normal(length: int, shape: Shape, dtype: torch.dtype, place: Place) -> torch.Tensor:
