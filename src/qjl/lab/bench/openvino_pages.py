@@ -26,12 +26,13 @@ UNUSED = (
 
 def hold(precision: str, token: OneToken, count: int) -> list[EngineStep]:
     """So many copies of a cache whose ``KV_CACHE_PRECISION`` is this."""
-    compiled = _compiled(precision, token)
-    caches = _filled(compiled, token)
-    return [_step(compiled, token, {name: _copy(cache) for name, cache in caches.items()}) for _ in range(count)]
+    made = compiled(_model(token), precision)
+    caches = _filled(made, token)
+    return [_step(made, token, {name: _copy(cache) for name, cache in caches.items()}) for _ in range(count)]
 
 
-def _compiled(precision: str, token: OneToken) -> Any:
+def compiled(model: Any, precision: str) -> Any:
+    """For one thread."""
     import openvino
 
     settings = {
@@ -41,7 +42,7 @@ def _compiled(precision: str, token: OneToken) -> Any:
         "NUM_STREAMS": 1,
         "ENABLE_CPU_PINNING": False,
     }
-    return openvino.Core().compile_model(_model(token), "CPU", settings)
+    return openvino.Core().compile_model(model, "CPU", settings)
 
 
 def _model(token: OneToken) -> Any:
@@ -50,10 +51,10 @@ def _model(token: OneToken) -> Any:
     from openvino import op, opset13
 
     widths = {"query": token.query.numel(), "key": token.heads * token.head_dim, "value": token.heads * token.head_dim}
-    inputs = [_parameter(name, "f32", [-1, width]) for name, width in widths.items()]
-    inputs += [_parameter(name, "dynamic", [-1] * 4) for name in CACHES]
-    inputs += [_parameter(name, "i32", [-1]) for name in COUNTS]
-    longest = _parameter(LONGEST, "i32", [])
+    inputs = [parameter(name, "f32", [-1, width]) for name, width in widths.items()]
+    inputs += [parameter(name, "dynamic", [-1] * 4) for name in CACHES]
+    inputs += [parameter(name, "i32", [-1]) for name in COUNTS]
+    longest = parameter(LONGEST, "i32", [])
     scoring = [opset13.constant(np.float32(token.scaling)), *map(_unused, ("i32", "[f32]"))]
     every = [*inputs, *scoring, longest, *map(_unused, UNUSED)]
     attention = op._PagedAttentionExtension([one.output(0) for one in every])
@@ -63,7 +64,7 @@ def _model(token: OneToken) -> Any:
     return openvino.Model([opset13.result(attention.output(0))], [*inputs, longest], "step")
 
 
-def _parameter(name: str, kind: str, shape: list[int]) -> Any:
+def parameter(name: str, kind: str, shape: list[int]) -> Any:
     from openvino import PartialShape, Type, opset13
 
     parameter = opset13.parameter(PartialShape(shape), getattr(Type, kind))
@@ -79,11 +80,11 @@ def _unused(kind: str) -> Any:
     return opset13.constant(np.zeros(shape), dtype=getattr(Type, kind.strip("[]")))
 
 
-def _filled(compiled: Any, token: OneToken) -> dict[str, Any]:
+def _filled(made: Any, token: OneToken) -> dict[str, Any]:
     """Caches of all tokens but the last. Each page is filled as a sequence of its own, which takes no time of T²."""
-    page = compiled.input("value_cache").partial_shape[2].get_length()
-    caches = {name: _empty(compiled.input(name), -(-token.count // page)) for name in CACHES}
-    request = compiled.create_infer_request()
+    page = made.input("value_cache").partial_shape[2].get_length()
+    caches = {name: _empty(made.input(name), -(-token.count // page)) for name in CACHES}
+    request = made.create_infer_request()
     keys, values = (_by_token(x) for x in (token.keys[:, :-1], token.values[:, :-1]))
     for first in range(0, len(keys), FILLED * page):
         fresh = {"key": keys[first : first + FILLED * page], "value": values[first : first + FILLED * page]}
@@ -101,7 +102,7 @@ def _filled(compiled: Any, token: OneToken) -> dict[str, Any]:
     return caches
 
 
-def _step(compiled: Any, token: OneToken, caches: dict[str, Any]) -> EngineStep:
+def _step(made: Any, token: OneToken, caches: dict[str, Any]) -> EngineStep:
     import openvino
 
     keys, values = (_by_token(x[:, -1:]) for x in (token.keys, token.values))
@@ -113,7 +114,7 @@ def _step(compiled: Any, token: OneToken, caches: dict[str, Any]) -> EngineStep:
         "block_indices_begins": [0, pages],
         LONGEST: token.count,
     }
-    request, out = compiled.create_infer_request(), torch.empty(1, token.query.numel())
+    request, out = made.create_infer_request(), torch.empty(1, token.query.numel())
     rows = {"query": token.query.reshape(1, -1), "key": keys, "value": values}
     kept = _give(request, rows, counts, caches)
     request.set_output_tensor(openvino.Tensor(out.numpy(), shared_memory=True))
