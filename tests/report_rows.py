@@ -78,7 +78,7 @@ def layer(case, name, tokens, ms, **fields):
 
 
 def decode(name, tokens, ms):
-    work = {"operations": 1e4 * tokens, "peak_gflops": 90.0}
+    work = {"operations": 1e4 * tokens, "peak_gflops": 90.0, "kernel_ms": 0.8 * ms}
     ratio = {"ratio_torch_bf16": 2.5, "spread_torch_bf16": [2.4, 2.6], "ms_torch_bf16": 2.5 * ms}
     return layer("decode", name, tokens, ms, **work, **ratio)
 

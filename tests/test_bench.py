@@ -5,6 +5,7 @@ import json
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +35,7 @@ from qjl.lab.bench import (
     kernels,
     llama,
     peak,
+    peers,
     random_models,
     throughput,
     timing,
@@ -48,6 +50,7 @@ from qjl.lab.bench.gate import (
     require_within_budget,
     using_backend,
 )
+from qjl.lab.bench.one_token import EngineStep, OneToken
 from qjl.lab.bench.synthetic import DISTINCT, FilledLayer, Maker, Shape, fill
 from qjl.lab.plots import decode_step, style
 from qjl.lab.rows import typed
@@ -182,6 +185,126 @@ def test_what_does_not_compile_is_not_compared_with(monkeypatch):
     assert "Not compared at b3, 200 tokens: flex_bf16." in result.stderr
 
 
+# Peers
+
+
+@pytest.fixture
+def token():
+    return OneToken.random(200, SHAPE)
+
+
+@pytest.fixture
+def settings():
+    return BenchSettings(SHAPE, against=("fake",))
+
+
+def fake(error=0.0, most_error=0.05, packages=("qjl",)):
+    """An engine in full precision that errs by so much."""
+
+    def hold(token, count):
+        return [EngineStep(lambda: None, (1 + error) * token.attention(), None) for _ in range(count)]
+
+    return peers.Peer(dict.fromkeys(packages, "qjl" if packages == ("qjl",) else "no_such_engine"), 8, hold, most_error)
+
+
+def installed(name):
+    if absent := peers.missing([name]):
+        pytest.skip(f"needs {', '.join(absent)}")
+    return peers.PEERS[name]
+
+
+@pytest.mark.parametrize("tokens", [200, 333])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(2, 2, 64), (1, 3, 128)])
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_what_engines_compute_is_attention(name, kv_heads, group, head_dim, tokens):
+    peer = installed(name)
+    shape = Shape(head_dim, kv_heads, group)
+    first, second = peer.steps(name, tokens, BenchSettings(shape), count=2)
+    held = second.out.clone()
+    first.out.zero_()
+    first()
+    assert torch.isfinite(first.out).all()
+    assert first.out.abs().max() > 0
+    assert torch.equal(second.out, held)
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_engines_work_on_the_thread_that_is_timed(name):
+    peer = installed(name)
+    with timing.use_threads(1):
+        (step,) = peer.steps(name, 4096, BenchSettings(Shape()), count=1)
+        thread, process = time.thread_time(), time.process_time()
+        for _ in range(10):
+            step()
+        assert time.thread_time() - thread > 0.7 * (time.process_time() - process)
+
+
+def test_a_token_has_exact_attention(token):
+    for head in range(token.heads):
+        scores = token.query[head].double() @ token.keys[head].double().T * token.scaling
+        assert relative_error(token.attention()[head], scores.softmax(-1) @ token.values[head].double()) < 1e-5
+
+
+@pytest.mark.parametrize("name", peers.PEERS)
+def test_values_without_scores_are_not_within_what_a_cache_may_lose(name):
+    token = OneToken.random(4096, SHAPE)
+    mean = token.values.mean(1, keepdim=True).expand(token.query.shape)
+    assert relative_error(mean, token.attention()) > peers.PEERS[name].most_error
+
+
+def with_peer(monkeypatch, peer):
+    monkeypatch.setitem(decode.PEERS, "fake", peer)
+    monkeypatch.setitem(decode.OTHERS, "fake", peer)
+
+
+def test_a_peer_is_timed_like_every_other(monkeypatch):
+    with_peer(monkeypatch, fake(0.04))
+    (row,) = rows_of(run("decode", "-n", "200", *SMALL, "--against", "fake", "--against", "torch_fp32", "--json"))
+    read = typed(row)
+    assert read.ratios["fake"] == row["ratio_fake"] == pytest.approx(row["ms_fake"] / row["ms"], rel=5)
+    assert read.ratios["torch_fp32"] > 0
+    assert row["spread_fake"][0] <= row["ratio_fake"] <= row["spread_fake"][1]
+
+
+@pytest.mark.parametrize("error", [0.06, 1.0, float("nan")])
+def test_a_peer_that_computes_something_else_gives_no_speed(error, monkeypatch):
+    with_peer(monkeypatch, fake(error))
+    result = run("decode", "-n", "200", *SMALL, "--against", "fake", "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "fake at 200 tokens is" in result.stderr
+    assert "off exact attention, where 0.05 is allowed, so no speed is reported." in result.stderr
+
+
+def test_one_wrong_copy_is_enough(settings):
+    def hold(token, count):
+        return [*fake().hold(token, 1), *fake(0.2).hold(token, 1)]
+
+    peer = peers.Peer({}, 8, hold, 0.05)
+    with pytest.raises(Inaccurate):
+        peer.steps("fake", 200, settings, 2)
+
+
+def test_a_peer_that_cannot_run_says_why(monkeypatch):
+    def broken(token, count):
+        raise RuntimeError("\n no such kernel\nat line 5")
+
+    with_peer(monkeypatch, peers.Peer({}, 8, broken, 0.05))
+    result = run("decode", "-n", "200", *SMALL, "--against", "fake")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "fake cannot run here (no such kernel): leave it out with --against." in result.stderr
+
+
+def test_peers_that_are_not_installed_are_left_out_and_named(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", {"fake": fake(packages=("quick-engine",))})
+    with_peer(monkeypatch, peers.PEERS["fake"])
+    result = run("decode", "-n", "200", *SMALL, "--peers", "--json")
+    (row,) = rows_of(result)
+    assert row["ratio_fake"] is None
+    assert row["ratio_torch_bf16"] > 0
+    assert "Not compared at b3, 200 tokens: fake.\n" in result.stderr
+    assert result.stderr.endswith("Not installed: quick-engine: run `pip install 'qjl[peers]'`.\n")
+
+
 # Timing
 
 
@@ -295,6 +418,43 @@ def test_decode_tells_what_it_measured(backend):
         assert row["bytes"] == subject.cache.nbytes
         assert row["fraction_of_bandwidth"] == pytest.approx(row["bytes"] / row["ms"] / row["bandwidth_gbs"] / 1e6)
         assert row["operations"] == 4 * 4 * 64 * row["tokens"]
+        assert typed(row).kernel_ms == row["kernel_ms"]
+        assert (row["kernel_ms"] is None) == (backend == "reference")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_only_calls_into_the_library_count_as_kernels():
+    query, (keys, values) = torch.randn(1, 1, 1, 64), torch.randn(2, 1, 1, 4096, 64).half()
+    rounds = []
+    called = library.call
+
+    def work():
+        time.sleep(0.02)
+        baselines.flash_decode(query, keys, values, 1.0)
+
+    timing.add_kernels(rounds, time.perf_counter_ns, work)
+    timing.add_kernels(rounds, time.perf_counter_ns, lambda: time.sleep(0.02))
+    assert 0 < rounds[0] < 20
+    assert rounds[1] == 0
+    assert library.call is called
+
+
+def test_what_a_layer_makes_once_is_made_before_it_is_timed(monkeypatch):
+    own, steps = FilledLayer.attend, Counter()
+
+    def attend(subject, scoring):
+        steps[id(subject)] += 1
+        return own(subject, scoring)
+
+    def only_what_is_made(works, *arguments):
+        assert min(steps.values()) >= 1
+        assert len(steps) >= len(works["qjl"])
+        raise QJLError("enough")
+
+    monkeypatch.setattr(FilledLayer, "attend", attend)
+    monkeypatch.setattr(decode, "interleave", only_what_is_made)
+    with pytest.raises(QJLError, match="enough"):
+        decode.time_decoding(PRESETS["b3"], 200, BenchSettings(SHAPE))
 
 
 def test_a_batch_is_so_many_layers_in_one():
@@ -415,6 +575,8 @@ def test_backends_that_trade_nothing_keep_their_bound():
         (["decode", "--out", "/nowhere/rows.jsonl"], "cannot write to /nowhere/rows.jsonl"),
         (["kernels", "--signs", "100"], "m=100 does not pack into bytes"),
         (["decode", "--against", "cudnn"], "'cudnn' is no baseline: choose from"),
+        (["decode", "--peers", "--threads", "2"], "compared on one thread of a CPU, over one sequence: leave out"),
+        (["decode", "--against", "onnx_int8", "--batch", "2"], "compared on one thread of a CPU, over one sequence"),
         (["decode", "--device", "tpu"], "device 'tpu' is unknown or not available here"),
         (["encode", "--out", "/nowhere/rows.jsonl"], "cannot write to /nowhere/rows.jsonl"),
         (["generate", "--against", "vllm"], "'vllm' is not compared with"),

@@ -181,6 +181,7 @@ BY_EXTRA = {  # rooms that may import what an extra brings, and no other room ma
     "gpu": ("ops/triton",),
     "lab": ("lab",),
     "bench": ("lab/bench",),
+    "peers": ("lab/bench",),
 }
 COMES_WITH = {"starlette": "fastapi", "pydantic": "fastapi", "pydantic-core": "fastapi", "datasets": "lm-eval"}
 COMES_WITH |= {"huggingface-hub": "transformers", "tokenizers": "transformers"}

@@ -242,6 +242,18 @@ def test_caches_are_compared_by_the_most_tokens_that_any_of_their_batches_gave()
     assert cells(table, "x dynamic")["b3"][0] == "2.25"
 
 
+def test_many_engines_are_told_line_by_line():
+    names = ("onnx_int8", "openvino_u8", "llama_f16", "torch_fp32", "fp16_avx2")
+    more = {f"{what}_{name}": value for name in names for what, value in (("ms", 3.0), ("ratio", 1.5))}
+    few, many = (part_of("decode", rows_of.decode("b3", 1024, 2.0) | fields) for fields in ({}, more))
+    assert len(few.tables) == 1
+    assert "x torch bf16" in few.tables[0].columns
+    ours, others = many.tables
+    assert not [column for column in ours.columns if column.startswith("x ")]
+    assert [line[1].text for line in others.lines] == ["torch bf16", *(name.replace("_", " ") for name in names)]
+    assert [cell.text for cell in others.lines[1]] == ["b3", "onnx int8", "1,024", "3.00", "1.50"]
+
+
 def test_one_round_has_no_quartiles():
     rows = [rows_of.memory("b3", 256, 10.0) | {"repeats": repeats} for repeats in (1, 2)]
     notes = [part_of("memory", row).tables[0].lines[0][4].note for row in rows]

@@ -308,12 +308,16 @@ class OfLayer(Timed):
 
 @dataclass(frozen=True, kw_only=True)
 class Decode(OfLayer):
-    """One token's attention; ``operations`` of exact attention, ``peak_gflops`` of the machine."""
+    """One token's attention; ``operations`` of exact attention, ``peak_gflops`` of the machine.
+
+    ``kernel_ms``: of the compiled call alone, in steps of their own on cold data; None for backends other than cpu.
+    """
 
     case: ClassVar[str] = "decode"
 
     machine: str = field()
     repeats: float = field()
+    kernel_ms: float | None = None
     operations: float
     bytes: float = field()
     max_error: float = field()
@@ -397,7 +401,10 @@ class Throughput(OfModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(OfModel):
-    """Decoding beside others; ``attention_ms_per_layer`` beyond a step over 16 tokens in full precision."""
+    """Decoding beside other caches and engines.
+
+    ``attention_ms_per_layer``: beyond a step over 16 tokens in full precision.
+    """
 
     case: ClassVar[str] = "generate"
     alike: ClassVar[tuple[str, ...]] = ("model", "machine", "device", "threads")

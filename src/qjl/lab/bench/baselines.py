@@ -69,6 +69,10 @@ class Baseline:
     dtype: torch.dtype
     attend: Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
+    @property
+    def bits(self) -> int:
+        return 8 * self.dtype.itemsize
+
     def runs_on(self, device: torch.device) -> bool:
         """Whether it can be compiled there."""
         tokens = torch.zeros(1, 1, 128, 64, dtype=self.dtype, device=device)

@@ -1,7 +1,8 @@
 """One token's attention over a packed layer, as ``model.generate`` calls it, beside attention in full precision.
 
 Timed is all of ``PagedCache.attend``: storing the fresh token, query tables, packed tokens, the exact ones at both
-ends, the keys' mean, and merging. The subject is a layer of synthetic tokens (``qjl.lab.bench.synthetic``).
+ends, the keys' mean, and merging; and beside it the calls into the compiled library alone. The subject is a layer of
+synthetic tokens (``qjl.lab.bench.synthetic``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import median
 
 import torch
 
@@ -29,12 +31,14 @@ from qjl.lab.bench.gate import (
     require_right,
     using_backend,
 )
+from qjl.lab.bench.peers import PEERS, Peer, packages, require_alike
 from qjl.lab.bench.synthetic import FilledLayer, Shape, fill
-from qjl.lab.bench.timing import Timings, Work, interleave, use_threads
+from qjl.lab.bench.timing import Timings, Work, add_kernels, clock_of, interleave, use_threads
 from qjl.lab.results import Row
 from qjl.presets import CacheConfig
 
-PEAK, EAGER = "matmul", "eager"
+PEAK, EAGER, KERNEL = "matmul", "eager", "kernel"
+OTHERS: dict[str, Baseline | Peer] = {**BASELINES, **PEERS}
 SWEEP = tuple(2**power for power in range(10, 20))
 
 
@@ -47,32 +51,47 @@ def time_decoding(
         Inaccurate: if the backend in use and the reference do not agree on it.
         QJLError: if no token would be packed, or the preset does not take this head_dim.
     """
-    place = settings.place
+    place, names = settings.place, settings.against or settings.place.baselines
+    if any(name in PEERS for name in names):
+        require_alike(settings)
     limit = place.limit()
     subject = fill(config, tokens, settings.shape, settings.dtype, settings.device)
     scoring = Scoring(settings.shape.scaling)
     errors = row_errors(subject, scoring, settings.threads)
     require_right(errors, f"{config.name} at {tokens} tokens", settings, subject.pool)
-    subjects = subject.copies(copies_for(subject.cache.nbytes, place))
-    eager: list[Work] = [partial(one.attend, scoring) for one in subjects]
+    count = copies_for(subject.cache.nbytes, place)
+    has_kernels = settings.backend == "cpu"
+    steps = _steps(subject, (1 + has_kernels) * count, scoring)
+    eager, for_kernels = steps[:count], steps[count:]
     peak, operations = place.peak()
     ours = [place.ready(work) for work in eager]
     works: dict[str, Sequence[Work]] = {OURS: ours, LIMIT: [limit], PEAK: [peak]}
     if ours != eager:
         works[EAGER] = eager
-    names = settings.against or place.baselines
-    works |= {name: works_of(BASELINES[name], tokens, settings) for name in affordable(names, tokens, settings)}
+    kernels: list[float] = []
+    if has_kernels:
+        works[KERNEL] = [partial(add_kernels, kernels, clock_of(settings.threads), step) for step in for_kernels]
+    works |= {name: works_of(name, tokens, settings) for name in affordable(names, tokens, settings)}
     timings = interleave(works, settings.repeats, settings.threads, on_round, place.stopwatch)
     return (
         head("decode", config.name, tokens, settings)
         | compared(timings, names)
+        | {"kernel_ms": median(kernels[1:]) if kernels else None}
         | {"eager_ms": timings.ms(EAGER) if EAGER in works else None}
         | of_the_limit(subject.cache.nbytes, timings.ms(OURS), timings, limit)
         | errors.columns
         | _operations(tokens, settings.shape, operations, timings)
         | _layer_facts(subject.cache)
-        | conditions(settings)
+        | conditions(settings, packages(name for name in names if name in works))
     )
+
+
+def _steps(subject: FilledLayer, count: int, scoring: Scoring) -> list[Work]:
+    """The same on so many layers with bytes of their own, each of which has made what it makes once."""
+    steps: list[Work] = [partial(one.attend, scoring) for one in subject.copies(count)]
+    for step in steps:
+        step()
+    return steps
 
 
 def row_errors(subject: FilledLayer, scoring: Scoring, threads: int) -> RowErrors:
@@ -86,29 +105,32 @@ def row_errors(subject: FilledLayer, scoring: Scoring, threads: int) -> RowError
 
 
 def affordable(names: Sequence[str], tokens: int, settings: BenchSettings) -> list[str]:
-    """The baselines that run on the device and fit into memory together."""
+    """Those of the others that run on the device and fit into memory together."""
     found, room = [], settings.memory
     for name in names:
-        nbytes = baseline_bytes(tokens, settings.shape, BASELINES[name].dtype)
+        nbytes = bytes_of(name, tokens, settings.shape)
         room -= nbytes * copies_for(nbytes, settings.place)
-        if room >= 0 and BASELINES[name].runs_on(settings.device):
+        if room >= 0 and OTHERS[name].runs_on(settings.device):
             found.append(name)
     return found
 
 
-def baseline_bytes(tokens: int, shape: Shape, dtype: torch.dtype) -> int:
-    """Of keys and values in full."""
-    return 2 * shape.batch * shape.kv_heads * tokens * shape.head_dim * dtype.itemsize
+def bytes_of(name: str, tokens: int, shape: Shape) -> int:
+    """Of keys and values, as this one holds them."""
+    return 2 * shape.batch * shape.kv_heads * tokens * shape.head_dim * OTHERS[name].bits // 8
 
 
-def works_of(baseline: Baseline, tokens: int, settings: BenchSettings) -> list[Work]:
-    """A baseline on as many copies of keys and values as it takes to find none of them in a cache."""
+def works_of(name: str, tokens: int, settings: BenchSettings) -> Sequence[Work]:
+    """One of the others on as many copies of keys and values as it takes to find none of them in a cache."""
+    count = copies_for(bytes_of(name, tokens, settings.shape), settings.place)
+    other = OTHERS[name]
+    if isinstance(other, Peer):
+        return other.steps(name, tokens, settings, count)
     shape, place = settings.shape, settings.place
-    query = _normal(shape.group, shape, baseline.dtype, place)
-    count = copies_for(baseline_bytes(tokens, shape, baseline.dtype), place)
-    states = (_normal(tokens, shape, baseline.dtype, place) for _ in range(2 * count))
+    query = _normal(shape.group, shape, other.dtype, place)
+    states = (_normal(tokens, shape, other.dtype, place) for _ in range(2 * count))
     pairs = zip(states, states, strict=True)
-    return [place.ready(partial(baseline.attend, query, keys, values, shape.scaling)) for keys, values in pairs]
+    return [place.ready(partial(other.attend, query, keys, values, shape.scaling)) for keys, values in pairs]
 
 
 def _normal(length: int, shape: Shape, dtype: torch.dtype, place: Place) -> torch.Tensor:

@@ -33,7 +33,7 @@ class Inaccurate(QJLError):
 class BenchSettings:
     """How to measure. ``memory``: bytes that all baselines together may take; those that do not fit are left out.
 
-    ``against``: the baselines, the strongest of the device if not given.
+    ``against``: baselines and peers, the strongest baselines of the device if not given.
     """
 
     shape: Shape
@@ -153,7 +153,8 @@ def of_the_limit(nbytes: int, ms: float, timings: Timings, limit: Limit) -> Row:
     }
 
 
-def conditions(settings: BenchSettings) -> Row:
+def conditions(settings: BenchSettings, packages: Sequence[str] = ()) -> Row:
+    """``packages``: of others that were timed."""
     shape = settings.shape
     return {
         "batch": shape.batch,
@@ -165,5 +166,5 @@ def conditions(settings: BenchSettings) -> Row:
         "repeats": settings.repeats,
         "isa": machine.instruction_set() if settings.backend == "cpu" else None,
         "machine": settings.place.name,
-        "versions": machine.versions(),
+        "versions": machine.versions((*machine.PACKAGES, *packages)),
     }

@@ -8,12 +8,9 @@ thread's processor, so that work beside does not count; the kernels' own is take
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,7 +23,7 @@ from qjl.hf import KVCache
 from qjl.lab import machine
 from qjl.lab.bench.gate import REFERENCE, RowErrors, error_budget, require_within_budget, using_backend
 from qjl.lab.bench.planner_time import plan_us
-from qjl.lab.bench.timing import use_threads
+from qjl.lab.bench.timing import clock_of, kernels_timed, stopwatch_of, use_threads
 from qjl.lab.results import Row
 from qjl.ops.cpu import library
 from qjl.packed import BLOCK
@@ -139,25 +136,9 @@ def _ragged(store: PagedCache, counts: list[int]) -> None:
 
 
 def _spent(work: Callable[[], object]) -> _Spent:
-    with _kernels_timed() as kernels:
-        begin = time.thread_time()
-        work()
-        return _Spent((time.thread_time() - begin) * 1e6, sum(kernels) * 1e6)
-
-
-@contextmanager
-def _kernels_timed() -> Iterator[list[float]]:
-    """Seconds of every call into the library."""
-    own, seconds = library.call, []
-
-    def call(*arguments: Any) -> int:
-        begin = time.thread_time()
-        returned = own(*arguments)
-        seconds.append(time.thread_time() - begin)
-        return returned
-
-    with mock.patch.object(library, "call", call):
-        yield seconds
+    with kernels_timed(clock_of(threads=1)) as kernels:
+        whole = stopwatch_of(threads=1)(work)
+    return _Spent(1e3 * whole, 1e3 * sum(kernels))
 
 
 def _model(layers: int) -> LlamaForCausalLM:

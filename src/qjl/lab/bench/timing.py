@@ -12,13 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import torch
 
 from qjl.errors import QJLError
+from qjl.ops.cpu import library
 
 Work = Callable[[], object]
 Stopwatch = Callable[[Work], float]
+Clock = Callable[[], int]  # nanoseconds
 
 
 @dataclass(frozen=True)
@@ -80,21 +85,43 @@ def interleave(
 
 def stopwatch_of(threads: int) -> Stopwatch:
     """CPU time of one thread, which other programs disturb least; the wall clock for several."""
-    return thread_ms if threads == 1 else wall_ms
+    return partial(_ms, clock_of(threads))
 
 
-def thread_ms(work: Work) -> float:
-    return _ms(time.thread_time_ns, work)
+def clock_of(threads: int) -> Clock:
+    return time.thread_time_ns if threads == 1 else time.perf_counter_ns
 
 
 def wall_ms(work: Work) -> float:
     return _ms(time.perf_counter_ns, work)
 
 
-def _ms(clock: Callable[[], int], work: Work) -> float:
+def _ms(clock: Clock, work: Work) -> float:
     start = clock()
     work()
     return (clock() - start) / 1e6
+
+
+@contextmanager
+def kernels_timed(clock: Clock) -> Iterator[list[float]]:
+    """Milliseconds of every call into the compiled library."""
+    own, found = library.call, []
+
+    def call(*arguments: Any) -> int:
+        start = clock()
+        returned = own(*arguments)
+        found.append((clock() - start) / 1e6)
+        return returned
+
+    with mock.patch.object(library, "call", call):
+        yield found
+
+
+def add_kernels(rounds: list[float], clock: Clock, work: Work) -> None:
+    """Do the work, and append the milliseconds of its calls into the compiled library."""
+    with kernels_timed(clock) as calls:
+        work()
+    rounds.append(sum(calls))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -54,9 +55,14 @@ def decode(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            show_default="the strongest of the device", help="torch_bf16, torch_fp32, fp16_avx2, flash_bf16, flex_bf16."
+            show_default="the strongest of the device",
+            help="torch_bf16, torch_fp32, fp16_avx2, flash_bf16, flex_bf16, or one of --peers by its name.",
         ),
     ] = None,
+    peers: Annotated[
+        bool,
+        typer.Option("--peers", help="Also ONNX Runtime, OpenVINO and llama.cpp over caches of their own (1 thread)."),
+    ] = False,
     memory: Annotated[
         str | None,
         typer.Option(show_default="3G, on a GPU 48G", help="Of the baselines; those that do not fit are left out."),
@@ -77,7 +83,7 @@ def decode(
 
     shape = Shape(head_dim, kv_heads, group, batch)
     room = parse_memory(memory or ("48G" if device.startswith("cuda") else "3G"))
-    settings = _settings(shape, device, dtype, threads, repeats, room, _known(against))
+    settings = _with_peers(_settings(shape, device, dtype, threads, repeats, room, _known(against)), peers)
     configs = resolved(preset)
     if sweep and tokens:
         raise QJLError("--sweep and --tokens were both given: give one of them.")
@@ -88,6 +94,7 @@ def decode(
             for length in lengths:
                 found.add(time_decoding(config, length, settings, on_round))
     tell_missing(found.rows)
+    _tell_not_installed(settings.against)
     found.show(plots.benchmark)
     if len(lengths) > 1:
         _tell_growth(found.rows)
@@ -201,13 +208,27 @@ def _settings(
     return BenchSettings(shape, numbers, place, threads, repeats, memory, tuple(against))
 
 
-def _known(baselines: list[str] | None) -> list[str]:
-    from qjl.lab.bench.baselines import BASELINES
+def _known(others: list[str] | None) -> list[str]:
+    from qjl.lab.bench.decode import OTHERS
 
-    for name in baselines or []:
-        if name not in BASELINES:
-            raise QJLError(f"{name!r} is no baseline: choose from {', '.join(BASELINES)}.")
-    return baselines or []
+    for name in others or []:
+        if name not in OTHERS:
+            raise QJLError(f"{name!r} is no baseline: choose from {', '.join(OTHERS)}.")
+    return others or []
+
+
+def _with_peers(settings: BenchSettings, is_asked: bool) -> BenchSettings:
+    from qjl.lab.bench.peers import PEERS
+
+    names = settings.against or settings.place.baselines
+    return replace(settings, against=tuple(dict.fromkeys((*names, *PEERS)))) if is_asked else settings
+
+
+def _tell_not_installed(names: Iterable[str]) -> None:
+    from qjl.lab.bench.peers import INSTALL, missing
+
+    if packages := missing(names):
+        notes.print(f"Not installed: {', '.join(packages)}: {INSTALL}.", markup=False, soft_wrap=True)
 
 
 def tell_missing(rows: Iterable[Timed]) -> None:

@@ -27,6 +27,7 @@ from qjl.lab.rows import (
 )
 
 DYNAMIC = "dynamic"
+MOST_COLUMNS = 5  # of ratios in a table
 LAYER = ("tokens", "head_dim", "kv_heads", "group", "batch", "device", "threads", "repeats")
 LOAD = ("clients", "requests", "words", "answer", "slots", "queue", "device", "threads")
 MODEL = ("tokens", "device", "threads", "steps", "repeats")
@@ -39,16 +40,24 @@ def decode(rows: Sequence[Decode]) -> Part:
         "Left: time of one token's attention over one layer against context, with the power of n that it grows by. "
         "Right: what each reaches at its longest context, beside what memory and arithmetic allow."
     )
-    against = _compared(rows)
+    others = _compared(rows)
+    by_line = [_by_line(rows, others)] if len(others) > MOST_COLUMNS else []
+    against = () if by_line else others
     table = Table(
         "Milliseconds per token and layer, and how many times as long others take: medians of rounds in which all were "
-        "timed in turn, quartiles below. The error is that of the output against the reference backend.",
-        ("preset", "tokens", "ms", *(f"x {name.replace('_', ' ')}" for name in against), "of bandwidth, %", "error"),
+        "timed in turn, quartiles below. Kernel: the compiled call alone. The error is that of the output against the "
+        "reference backend.",
+        (
+            *("preset", "tokens", "ms", "kernel, ms"),
+            *(f"x {name.replace('_', ' ')}" for name in against),
+            *("of bandwidth, %", "error"),
+        ),
         tuple(
             (
                 Cell(row.preset),
                 Cell(f"{row.tokens:,}"),
                 Cell(number(row.ms)),
+                Cell(number(row.kernel_ms)),
                 *(_ratio(row, name) for name in against),
                 Cell(number(100 * row.fraction_of_bandwidth, 2)),
                 Cell(f"{row.max_error:.0e}"),
@@ -59,9 +68,29 @@ def decode(rows: Sequence[Decode]) -> Part:
     return Part(
         f"{_shape(rows[0])}, {', '.join(distinct(row.backend for row in rows))}, {rows[0].repeats} rounds",
         (Figure(partial(plots.benchmark, rows), caption),) if _grows(rows) else (),
-        (table,),
+        (table, *by_line),
         facts(rows, *LAYER),
         commands(rows),
+    )
+
+
+def _by_line(rows: Sequence[Timed], others: Sequence[str]) -> Table:
+    """What is too much for columns."""
+    return Table(
+        "What it is compared with: milliseconds, and how many times as long as ours; quartiles below.",
+        ("preset", "beside", "tokens", "ms", "x"),
+        tuple(
+            (
+                Cell(row.preset),
+                Cell(name.replace("_", " ")),
+                Cell(f"{row.tokens:,}"),
+                Cell(number(row.others_ms.get(name))),
+                _ratio(row, name),
+            )
+            for row in rows
+            for name in others
+        ),
+        words=2,
     )
 
 
