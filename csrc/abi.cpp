@@ -57,7 +57,7 @@ constexpr uint64_t ABI =
     QJL_STRUCT(QjlEncode, jobs, job_count, slots, pages, blocks, not_finite, room, room_bytes) +
     QJL_STRUCT(QjlSide, codes, scale, middle, unit, map, mean, codes_stride, scale_stride, middle_stride, map_stride,
                map_is_half, nibbles, groups, code_dim, head_dim, code_stride, coordinates, entries, slots, quads,
-               quad_count, tolerance) +
+               quad_count, mean_energy, tolerance) +
     QJL_STRUCT(QjlQuad, tables, sources, coordinates, group, step, kind) +
     QJL_STRUCT(QjlExact, keys, values, key_stride, value_stride, slots, dtype) +
     QJL_STRUCT(QjlFresh, keys, values, key_stride, value_stride) +

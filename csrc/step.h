@@ -28,8 +28,9 @@ struct QjlSide {
     // Values, group by group; a coordinate may be in several
     const struct QjlQuad* quads;
     int64_t quad_count;
+    const float* mean_energy;  // [heads] of the mean, in those that y_hat has on average; or null
 
-    double tolerance;  // of what scores and weights may differ in relation to themselves
+    double tolerance;  // how far a row of the result may be off, in relation to its norm
 };
 
 // Four coordinates of values: coordinate c is step * (tables[2 c][nibble sources[2 c]] + tables[2 c + 1][...]).

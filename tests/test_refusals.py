@@ -188,7 +188,7 @@ REFUSED = {
     "half bytes": ("qjl_step", _step(keys__groups=16)),
     "no map": ("qjl_step", _step(values__head_dim=32)),
     "too wide": ("qjl_step", _step(keys__code_dim=1 << 16, keys__head_dim=1 << 16)),
-    "negative": ("qjl_step", _step(values__pair_count=-1)),
+    "negative": ("qjl_step", _step(values__quad_count=-1)),
     "queries": ("qjl_step", _step(rows=3, queries=2)),
     "splits": ("qjl_step", _step(blocks_per_split=0)),
     "slots": ("qjl_step", _step(exact__slots=-1)),

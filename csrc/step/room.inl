@@ -59,7 +59,7 @@ struct Asked {
 struct Scratch {
     float *row, *queries, *mapped;
     float *tables_of_floats, *lows, *ranges, *inverses, *errors;  // of a query's tables
-    float *scores, *products, *scales;                 // [MAX_ROWS][TILE][64] and again, [TILE][64]
+    float *scores, *products, *maxima, *scales;        // [MAX_ROWS][TILE] of 64, 64 and 16; [TILE][64]
     int32_t* sums;                                     // [MAX_ROWS][64]
     uint8_t* weights;                                  // [high digits, low digits][TILE][MAX_ROWS][64]
     float *sums_of_quads, *sums_of_middles, *energy;
@@ -86,6 +86,7 @@ struct Scratch {
         errors = room.take<float>(quads * 4);
         scores = room.take<float>(MAX_ROWS * TILE * 64);
         products = room.take<float>(MAX_ROWS * TILE * 64);
+        maxima = room.take<float>(MAX_ROWS * TILE * 16);
         scales = room.take<float>(TILE * 64);
         sums = room.take<int32_t>(MAX_ROWS * 64);
         weights = room.take<uint8_t>(2 * TILE * MAX_ROWS * 64);

@@ -2,8 +2,8 @@
 
 // Weighted sums over the tokens seen so far, in the space of the codes, for up to MAX_ROWS rows.
 //
-// Weights of a tile are integers of 8 bits in relation to the largest that is possible in it. Where that is too coarse
-// for what a tile adds, they have twice as many digits, which are summed apart.
+// Weights of a tile are integers, in units that are as fine as the result asks. Most have one digit of 8 bits; blocks
+// with larger ones are summed up once more, by their high digits.
 struct Sums {
     const Head& h;
     const QjlSide& side;
@@ -13,8 +13,9 @@ struct Sums {
     const uint8_t* codes[TILE];
     const uint8_t* ahead[TILE];  // keys of the next tile
     Place places[TILE];
+    int8_t place_of_high[TILE];  // of a block among those with high digits, or -1
     static constexpr int BASE = WEIGHT_TOP + 1, BITS = BASE == 256 ? 8 : 7;
-    static constexpr float COARSE = 4.8f;  // times the tolerance: as errors of some tiles are among many
+    static constexpr float VALUE_SHARE = 0.8f;  // of the error of weights in the tolerance
 
     Sums(const Head& h, Scratch& room, int64_t first_row, int64_t rows)
         : h(h), side(h.s.values), room(room), first_row(first_row), rows(rows) {
@@ -71,25 +72,20 @@ struct Sums {
         put_scales(g, blocks);
         for (int64_t b = 0; b < blocks; ++b) codes[b] = places[b].codes;
         ByRow units = {}, inverses;
-        bool is_coarse = false;
+        for (int64_t b = 0; b < blocks; ++b) place_of_high[b] = -1;
         for (int64_t r = 0; r < rows; ++r) {
-            const float bound = multiply(scores + r * TILE * 64, blocks, room.products + r * TILE * 64);
-            inverses[r] = bound > 0 ? WEIGHT_TOP / bound : 0;
-            const float squares = put_weights(r, blocks, inverses[r]);
-            units[r] = bound / WEIGHT_TOP * power[r];
+            const auto [most, squares] = multiply(scores + r * TILE * 64, blocks, r);
             float& energy = room.energy[g * MAX_ROWS + r];
-            energy = energy * decay[r] * decay[r] + squares * units[r] * units[r];
-            const float error = COARSE * float(side.tolerance);
-            is_coarse |= units[r] * units[r] * float(blocks * 64) / 12 > error * error * energy;
+            energy = energy * decay[r] * decay[r] + squares * power[r] * power[r];
+            const float of_mean = side.mean_energy ? side.mean_energy[h.head] * weight[r] * weight[r] : 0;
+            const float unit = unit_of(most, energy + of_mean, float(blocks * 64), power[r]);
+            units[r] = unit * power[r], inverses[r] = unit > 0 ? 1 / unit : 0;
+            if (unit * WEIGHT_TOP < most) find_high(r, blocks, inverses[r]);
         }
-        if (is_coarse) {
-            for (int64_t r = 0; r < rows; ++r) put_fine_weights(r, blocks, inverses[r]);
-            add_quads(first_quad, last_quad, blocks, room.weights, units, decay);
-            for (float& of_row : units) of_row /= BASE;
-            add_quads(first_quad, last_quad, blocks, room.weights + TILE * MAX_ROWS * 64, units, {1, 1, 1, 1});
-        } else {
-            add_quads(first_quad, last_quad, blocks, room.weights, units, decay);
-        }
+        const int64_t high = count_high(blocks);
+        for (int64_t r = 0; r < rows; ++r) put_weights(r, blocks, inverses[r]);
+        add_quads(first_quad, last_quad, codes, blocks, room.weights, units, decay);
+        if (high) add_high(first_quad, last_quad, blocks, high, units);
         if (side.middle) add_middles(scores, g, blocks, decay, power);
     }
 
@@ -101,50 +97,77 @@ struct Sums {
         }
     }
 
-    // Powers times scales; the largest of them.
-    __attribute__((noinline)) float multiply(const float* powers, int64_t blocks, float* products) const {
-        F16 most{}, other{};
-        for (int64_t i = 0; i < blocks * 64; i += 32) {
-            const F16 a = load<F16>(powers + i) * load<F16>(room.scales + i);
-            const F16 b = load<F16>(powers + i + 16) * load<F16>(room.scales + i + 16);
-            store(products + i, a), store(products + i + 16, b);
-            most = larger(most, a), other = larger(other, b);
+    struct Products {
+        float most, squares;
+    };
+
+    // Powers times scales, and the largest of each block by lanes.
+    __attribute__((noinline)) Products multiply(const float* powers, int64_t blocks, int64_t r) const {
+        F16 most{}, squares{};
+        for (int64_t b = 0; b < blocks; ++b) {
+            F16 of_block{};
+            for (int64_t i = b * 64; i < b * 64 + 64; i += 16) {
+                const F16 product = load<F16>(powers + i) * load<F16>(room.scales + i);
+                store(room.products + r * TILE * 64 + i, product);
+                of_block = larger(of_block, product);
+                squares += product * product;
+            }
+            store(room.maxima + (r * TILE + b) * 16, of_block);
+            most = larger(most, of_block);
         }
-        return largest(larger(most, other));
+        return {largest(most), sum(squares)};
     }
 
-    // Products as integers up to WEIGHT_TOP; the sum of their squares.
-    __attribute__((noinline)) float put_weights(int64_t r, int64_t blocks, float factor) const {
-        F16 squares{};
+    // Rounding errors add as noise does, and are to be a share of what a row adds up to: as codes are, if they do not
+    // agree with each other, and their mean.
+    float unit_of(float most, float energy, float tokens, float power) const {
+        const float coarse = most / WEIGHT_TOP, fine = coarse / BASE, error = VALUE_SHARE * float(side.tolerance);
+        const float wanted = error * __builtin_sqrtf(12 * energy / tokens);
+        if (wanted >= coarse * power) return coarse;
+        return wanted > fine * power ? wanted / power : fine;
+    }
+
+    void find_high(int64_t r, int64_t blocks, float inverse) {
         for (int64_t b = 0; b < blocks; ++b) {
-            I16 weights[4];
+            const bool is_high = largest(load<F16>(room.maxima + (r * TILE + b) * 16)) * inverse > WEIGHT_TOP + 0.4f;
+            if (is_high) place_of_high[b] = 0;
+        }
+    }
+
+    int64_t count_high(int64_t blocks) {
+        int8_t count = 0;
+        for (int64_t b = 0; b < blocks; ++b) {
+            if (place_of_high[b] >= 0) place_of_high[b] = count++;
+        }
+        return count;
+    }
+
+    __attribute__((noinline)) void put_weights(int64_t r, int64_t blocks, float inverse) const {
+        uint8_t* high_digits = room.weights + TILE * MAX_ROWS * 64;
+        for (int64_t b = 0; b < blocks; ++b) {
+            I16 weights[4], high[4];
             for (int k = 0; k < 4; ++k) {
-                const F16 product = load<F16>(room.products + (r * TILE + b) * 64 + k * 16) * factor;
-                squares += product * product;
-                weights[k] = round(product);
+                weights[k] = round(load<F16>(room.products + (r * TILE + b) * 64 + k * 16) * inverse);
+            }
+            if (place_of_high[b] >= 0) {
+                for (int k = 0; k < 4; ++k) high[k] = weights[k] >> BITS, weights[k] = weights[k] & WEIGHT_TOP;
+                put_in_order(high, high_digits + (place_of_high[b] * rows + r) * 64);
             }
             put_in_order(weights, room.weights + (b * rows + r) * 64);
         }
-        return sum(squares);
     }
 
-    // The same with two digits each.
-    __attribute__((noinline)) void put_fine_weights(int64_t r, int64_t blocks, float factor) const {
+    void add_high(int64_t first_quad, int64_t last_quad, int64_t blocks, int64_t count, ByRow& units) {
+        const uint8_t* high[TILE];
         for (int64_t b = 0; b < blocks; ++b) {
-            I16 high[4], low[4];
-            for (int k = 0; k < 4; ++k) {
-                const F16 product = load<F16>(room.products + (r * TILE + b) * 64 + k * 16) * factor;
-                const I16 all = round(product * float(BASE));
-                high[k] = all >> BITS, low[k] = all & WEIGHT_TOP;
-            }
-            uint8_t* to = room.weights + (b * rows + r) * 64;
-            put_in_order(high, to);
-            put_in_order(low, to + TILE * MAX_ROWS * 64);
+            if (place_of_high[b] >= 0) high[place_of_high[b]] = codes[b];
         }
+        for (float& unit : units) unit *= BASE;
+        add_quads(first_quad, last_quad, high, count, room.weights + TILE * MAX_ROWS * 64, units, {1, 1, 1, 1});
     }
 
-    void add_quads(int64_t first, int64_t last, int64_t blocks, const uint8_t* weights, const ByRow& units,
-                   const ByRow& decay) {
+    void add_quads(int64_t first, int64_t last, const uint8_t* const* of_blocks, int64_t blocks,
+                   const uint8_t* weights, const ByRow& units, const ByRow& decay) const {
         const auto of_rows = [&] {
             switch (rows) {
                 case 1: return add_quad<1>;
@@ -158,7 +181,7 @@ struct Sums {
         const F16 old = load<F16>(decays), unit = load<F16>(factors);
         alignas(64) int32_t added[16];
         for (int64_t k = first; k < last; ++k) {
-            of_rows(side.quads[k], codes, blocks, weights, added, ahead, k * 64);
+            of_rows(side.quads[k], of_blocks, blocks, weights, added, ahead, k * 64);
             float* sums = room.sums_of_quads + k * 16;
             store(sums, load<F16>(sums) * old + converted<F16>(load<I16>(added)) * (unit * side.quads[k].step));
         }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qjl.errors import QJLError
 from qjl.ops.cpu import library, structs
-from qjl.ops.cpu.quads import quads_of
+from qjl.ops.cpu.quads import mean_energy, quads_of
 from qjl.ops.cpu.structs import CPU
 from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, once, shared_strides
 from qjl.packed import BLOCK, Blocks
@@ -232,6 +232,8 @@ def _constants(form: NibbleForm) -> _Made:
     side.coordinates, side.entries = kept["coordinates"].data_ptr(), kept["entries"].data_ptr()
     if kept["quads"] is not None:
         side.quads, side.quad_count = kept["quads"].ctypes.data, len(kept["quads"])
+        kept["mean_energy"] = mean_energy(form)
+        side.mean_energy = None if kept["mean_energy"] is None else kept["mean_energy"].ctypes.data
     if form.map is not None:
         is_shared = form.map.stride(0) == 0 or form.map.shape[0] == 1
         kept["map"] = (form.map[:1] if is_shared else form.map).contiguous()

@@ -50,6 +50,29 @@ def quads_of(form: NibbleForm) -> np.ndarray:
     return groups.reshape(-1)
 
 
+def mean_energy(form: NibbleForm) -> np.ndarray | None:
+    """``float32 [H]``, or None without a mean: the squared norm of each head's mean, over that of ``map^T y_hat`` where all nibbles are alike.
+
+    What a mean gives to an output is exact: it tells how much coarser weights may be in relation to the whole.
+    """
+    if form.mean is None:
+        return None
+    moments = [_second_moment(list(of.values())) for of in _tables_by_coordinate(form, form.code_dim // form.groups)]
+    of_coordinates = np.tile(moments, form.groups)
+    if form.map is None:
+        energies = np.full(len(form.mean), of_coordinates.sum())
+    else:
+        energies = form.map.double().square().sum(2).cpu().numpy() @ of_coordinates
+    means = form.mean.double().square().sum(1).cpu().numpy()
+    return (means / np.maximum(energies, 1e-30)).astype(np.float32)
+
+
+def _second_moment(tables: Sequence[np.ndarray]) -> float:
+    """Of a sum of look-ups by nibbles that do not depend on each other."""
+    variance = sum(float(table.var()) for table in tables)
+    return variance + sum(float(table.mean()) for table in tables) ** 2
+
+
 def _by_four(terms: list[_Term]) -> Iterator[Sequence[_Term]]:
     """Terms in units of one step."""
     for _, of_step in groupby(terms, key=lambda term: term.step):

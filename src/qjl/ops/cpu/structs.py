@@ -154,6 +154,7 @@ class Side(Structure):
         ("slots", c_int64),
         ("quads", c_void_p),
         ("quad_count", c_int64),
+        ("mean_energy", c_void_p),
         ("tolerance", c_double),
     )
 
