@@ -215,16 +215,28 @@ struct Question {
         }
     }
 
-    // Of the sums of a group, squared: where the scales of tokens are as in a block that any row has.
+    // Of the sums of a group, squared: by the scales of the first tokens that a row has, apart from its first block.
     float allowed_error(int64_t g) const {
-        const int64_t block = h.first_block() + fewer(1, h.blocks() - 1);
-        if (h.blocks() < 1) return 0;
+        const int64_t first = h.first_block(), blocks = h.blocks();
+        const float error = KEY_SHARE * float(side.tolerance) * (h.s.softcap > 0 ? 1 : LOG2E);
+        for (int64_t b = 1; b <= blocks; ++b) {
+            const float square = mean_square(first + b % blocks, g);
+            if (square > 0) return error * error / (square * float(side.groups));
+        }
+        return 0;
+    }
+
+    // Of the scales of a block's tokens.
+    float mean_square(int64_t block, int64_t g) const {
         F16 scales[4];
         decode_scales(side, h.head, place_of(h, side, block, room.block_of_keys).scale, g, scales);
-        F16 squares{};
-        for (const F16& of_lanes : scales) squares += of_lanes * of_lanes;
-        const float error = KEY_SHARE * float(side.tolerance) * (h.s.softcap > 0 ? 1 : LOG2E);
-        return error * error * 64 / (sum(squares) + LEAST) / float(side.groups);
+        float squares = 0, count = 0;
+        for (const F16& of_lanes : scales) {
+            float numbers[16];
+            store(numbers, of_lanes);
+            for (const float scale : numbers) squares += scale * scale, count += scale != 0;
+        }
+        return count > 0 ? squares / count : 0;
     }
 
     void meet_mean() const {
