@@ -15,10 +15,10 @@ from qjl.cache.pool import Pages
 from qjl.methods.balanced import Balanced
 from qjl.methods.identity import Identity
 from qjl.methods.kivi import KIVI
-from qjl.methods.nibble import DECODE_FROM_ROWS
 from qjl.methods.qjl import QJL
 from qjl.methods.transform import Transform
 from qjl.methods.uniform import TokenUniform
+from qjl.packed import BLOCK
 from qjl.presets import PRESETS
 
 HEADS = pytest.mark.parametrize(("heads", "group"), [(2, 1), (2, 3), (1, 4)], ids=["MHA", "GQA", "MQA"])
@@ -86,9 +86,9 @@ def _assert_right(layer, out, expected, atol=2e-3):
 
 
 def _read_as_codes(layer, out):
-    """The pool of a step over few rows; more of them read decoded tokens."""
-    pages, rows = layer.core.pages, out.shape[1] * out.shape[2]
-    return None if pages is None or rows >= DECODE_FROM_ROWS * pages.heads else pages.operand
+    """The pool of a step over few queries; more of them read decoded tokens."""
+    pages = layer.core.pages
+    return None if pages is None or out.shape[2] >= BLOCK else pages.operand
 
 
 def _require(layer, query, scoring, atol=2e-3):

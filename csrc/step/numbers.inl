@@ -20,11 +20,28 @@ QJL_INLINE auto round(const Floats& x) {
     return as<Integers>(x + magic) - as<Integers>(magic - Floats{});
 }
 
+// A power of two apart: what is left of x, and the power as what is added to the bits of a float.
 template <class Floats>
-QJL_INLINE Floats exp2(Floats x) {
-    x = larger(x, -126.0f - Floats{});
-    const auto whole = round(x);
-    const Floats part = x - converted<Floats>(whole);
+struct Octaves {
+    using Integers = Vector<int32_t, sizeof(Floats) / 4>;
+    Floats part;
+    Integers whole;
+
+    QJL_INLINE explicit Octaves(Floats x) {
+        const float magic = 12582912.0f;  // whose lowest bits are zeros
+        x = larger(x, -126.0f - Floats{});
+        const Floats rounded = x + magic;
+        whole = as<Integers>(rounded) << 23;
+        part = x - (rounded - magic);
+    }
+
+    QJL_INLINE Floats times(const Floats& power) const { return as<Floats>(as<Integers>(power) + whole); }
+};
+
+template <class Floats>
+QJL_INLINE Floats exp2(const Floats& x) {
+    const Octaves<Floats> octaves(x);
+    const Floats& part = octaves.part;
     Floats power = 1.5403530e-4f - Floats{};
     power = power * part + 1.3333558e-3f;
     power = power * part + 9.6181291e-3f;
@@ -32,21 +49,19 @@ QJL_INLINE Floats exp2(Floats x) {
     power = power * part + 2.4022651e-1f;
     power = power * part + 6.9314718e-1f;
     power = power * part + 1.0f;
-    return as<Floats>(as<decltype(whole)>(power) + (whole << 23));
+    return octaves.times(power);
 }
 
 inline float exp2(float x) { return exp2(x - F4{})[0]; }
 
 // With an error of 1e-4, as weights need it.
 template <class Floats>
-QJL_INLINE Floats rough_exp2(Floats x) {
-    x = larger(x, -126.0f - Floats{});
-    const auto whole = round(x);
-    const Floats part = x - converted<Floats>(whole);
-    Floats power = 0.05517166f * part + 0.24261112f;
-    power = power * part + 0.69326098f;
-    power = power * part + 0.99992807f;
-    return as<Floats>(as<decltype(whole)>(power) + (whole << 23));
+QJL_INLINE Floats rough_exp2(const Floats& x) {
+    const Octaves<Floats> octaves(x);
+    Floats power = 0.05517166f * octaves.part + 0.24261112f;
+    power = power * octaves.part + 0.69326098f;
+    power = power * octaves.part + 0.99992807f;
+    return octaves.times(power);
 }
 
 inline float dot(const float* a, const float* b, int64_t n) {

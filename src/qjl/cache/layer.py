@@ -17,7 +17,6 @@ from qjl.codecs import Pair, TokenShape
 from qjl.copies import Copied
 from qjl.errors import QJLError
 from qjl.methods.base import require_finite, tokens_to_encode
-from qjl.methods.nibble import DECODE_FROM_ROWS
 from qjl.ops.forms import EncodeJob, Pool
 from qjl.packed import to_device
 
@@ -114,12 +113,9 @@ class Layer(Copied):
         return joined(part, query, scoring.sink_logits).transpose(1, 2).contiguous()
 
     def _pool_for(self, query: Tensor, reading: Reading) -> Pool | None:
-        """What is scored as it is, if codes are: on a CPU for few rows, where looking up beats decoding."""
-        if self.pages is None or not reading.is_short or query.dtype == torch.float64:  # which no kernel reads
-            return None
-        rows = query.shape[1] // self.pages.heads * query.shape[2]
-        is_worth_it = rows < DECODE_FROM_ROWS or ops.backend_of(query.device) != "cpu"
-        return self.pages.operand if is_worth_it else None
+        """What is scored as it is, if codes are; no kernel reads float64."""
+        is_read = self.pages is not None and reading.is_short and query.dtype != torch.float64
+        return self.pages.operand if self.pages is not None and is_read else None
 
     def _exact(self) -> ExactTokens:
         assert self.exact is not None

@@ -22,7 +22,6 @@ from qjl.ops.recipe import Recipe
 from qjl.packed import BLOCK, Blocks, Field, Layout, block_positions, blocks_of_tokens
 from qjl.rope import Rope
 
-DECODE_FROM_ROWS = 32  # with this many query rows per KV head, decoding a tile beats looking up tables
 STEPS_PER_OCTAVE = 12
 ZERO_CODE = 0
 UNIT_CODE = 128

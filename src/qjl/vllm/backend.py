@@ -13,7 +13,6 @@ from torch import Tensor
 from qjl.attention import Scoring
 from qjl.codecs import TokenShape
 from qjl.errors import QJLError
-from qjl.methods.nibble import DECODE_FROM_ROWS
 from qjl.packed import BLOCK
 from qjl.vllm import compat
 from qjl.vllm.block_planner import PoolShape
@@ -34,6 +33,8 @@ from qjl.vllm.paged_layer import PagedLayer
 from qjl.vllm.prefill import PromptKernel, Prompts
 from qjl.vllm.served_model import ServedModel, bytes_per_token, chosen_config
 from qjl.vllm.steps import LayerStep, Steps
+
+DRAFT_ROWS = 31  # query rows per KV head of a sequence with fresh tokens that reads with those of one, at most
 
 logger = logging.getLogger("vllm.qjl")
 
@@ -92,7 +93,7 @@ class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
         settings, pages = compat.settings(vllm_config), compat.pages(kv_cache_spec)
         _require_served(settings)
         config = chosen_config()
-        most_queries = max(1, (DECODE_FROM_ROWS - 1) // (settings.heads // pages.heads))
+        most_queries = max(1, DRAFT_ROWS // (settings.heads // pages.heads))
         shape = PoolShape.of(pages.tokens, config.sinks, config.recent, settings.sequences, most_queries)
         self._steps = Steps(shape, config.recent, most_queries, device)
         layers = [_paged_layer(settings, name, pages, shape, device) for name in layer_names]

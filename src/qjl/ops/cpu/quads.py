@@ -51,9 +51,9 @@ def quads_of(form: NibbleForm) -> np.ndarray:
 
 
 def mean_energy(form: NibbleForm) -> np.ndarray | None:
-    """``float32 [H]``, or None without a mean: the squared norm of each head's mean, over that of ``map^T y_hat`` where all nibbles are alike.
+    """The squared norm of each head's mean, over that of ``map^T y_hat`` where all nibbles are alike: ``float32 [H]``.
 
-    What a mean gives to an output is exact: it tells how much coarser weights may be in relation to the whole.
+    None without a mean. What a mean gives to an output is exact: it tells how much coarser weights may be.
     """
     if form.mean is None:
         return None
