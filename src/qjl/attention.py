@@ -6,7 +6,7 @@ Tokens come in segments. Scores, masks and outputs of each are computed by thems
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -105,25 +105,65 @@ class Coded(Protocol):
         ...
 
 
-def attend(query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Known:
+    """Outputs ``[B, H, group, Q, Dv]`` and their log-sum-exps over some tokens, float32."""
+
+    out: Tensor
+    lse: Tensor
+
+    def of(self, rows: slice) -> Known:
+        """Of some of the queries."""
+        return Known(self.out[:, :, :, rows], self.lse[:, :, :, rows])
+
+    @property
+    def part(self) -> tuple[Tensor, Tensor]:
+        """``[B, H, group * Q, Dv]`` and ``[B, H, group * Q]``."""
+        return self.out.flatten(2, 3), self.lse.flatten(2, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """All tokens that queries read."""
+
+    exact: Sequence[Segment]
+    coded: Coded | None
+    known: Known | None = None
+
+    @property
+    def own(self) -> Segment:
+        return self.exact[-1]
+
+    @property
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """What need not be computed."""
+        return [] if self.known is None else [self.known.part]
+
+
+def attend(
+    query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring, known: Known | None = None
+) -> Tensor:
     """Attention of ``query [B, Hq, Q, D]`` over all segments; the last exact one ends with the queries' own tokens.
+
+    ``known``: what is known of it over tokens that are in none of them.
 
     Returns ``[B, Hq, Q, Dv]`` in the query's dtype. Hq is a multiple of the KV heads (GQA, MQA).
     """
     own = exact[-1]
-    is_alone = len(exact) == 1 and coded is None and own.seen.valid is None and own.seen.columns == 0
+    is_alone = len(exact) == 1 and coded is known is None and own.seen.valid is None and own.seen.columns == 0
     if is_alone and scoring.softcap is None and scoring.sink_logits is None:
         return _fused(query, own, scoring)
+    asked = _Asked(exact, coded, known)
     if not _takes_fused_parts(query, own, scoring):
-        return _tiled(_by_parts, query, exact, coded, scoring)
+        return _tiled(_by_parts, query, asked, scoring)
     if scoring.mask is None and _all_count(own, query.shape[2]):
-        return _by_fused_parts(query, exact, coded, scoring)
-    return _tiled(_by_fused_parts, query, exact, coded, scoring)
+        return _by_fused_parts(query, asked, scoring)
+    return _tiled(_by_fused_parts, query, asked, scoring)
 
 
 def attend_dense(query: Tensor, keys: Tensor, values: Tensor, scoring: Scoring) -> Tensor:
     """The same over plain ``keys, values [B, H, T, D]``, for layers that are not quantized."""
-    return _tiled(_by_parts, query, [Segment(keys, values, Seen(0, None))], None, scoring)
+    return _tiled(_by_parts, query, _Asked([Segment(keys, values, Seen(0, None))], None), scoring)
 
 
 def _takes_fused_parts(query: Tensor, exact: Segment, scoring: Scoring) -> bool:
@@ -136,21 +176,18 @@ def _all_count(own: Segment, tokens: int) -> bool:
     return own.seen.valid is None and isinstance(own.seen.columns, int) and own.tokens >= tokens
 
 
-_Tile = Callable[[Tensor, Sequence[Segment], Coded | None, Scoring], Tensor]
-
-
 def _tiled(
-    attend_tile: _Tile, query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring
+    attend_tile: Callable[[Tensor, _Asked, Scoring], Tensor], query: Tensor, asked: _Asked, scoring: Scoring
 ) -> Tensor:
     """Some query tokens at a time."""
     tokens = query.shape[2]
     if tokens == 1:
-        return attend_tile(query, exact, coded, scoring)
-    columns = _columns(exact[-1])
-    outputs = [
-        attend_tile(query[:, :, rows], exact, coded, _of_rows(scoring, rows, query, columns))
-        for rows in _query_tiles(query, columns)
-    ]
+        return attend_tile(query, asked, scoring)
+    columns = _columns(asked.own)
+    outputs = []
+    for rows in _query_tiles(query, columns):
+        of_tile = asked if asked.known is None else replace(asked, known=asked.known.of(rows))
+        outputs.append(attend_tile(query[:, :, rows], of_tile, _of_rows(scoring, rows, query, columns)))
     return torch.cat(outputs, dim=2)
 
 
@@ -171,23 +208,23 @@ def _segments(exact: Sequence[Segment], coded: Coded | None, numbers: int) -> It
         yield Segment(*coded.decode(start, stop), coded.seen.part(start * BLOCK, stop * BLOCK))
 
 
-def _by_parts(query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring) -> Tensor:
-    heads, tokens = exact[-1].keys.shape[1], query.shape[2]
+def _by_parts(query: Tensor, asked: _Asked, scoring: Scoring) -> Tensor:
+    heads, tokens = asked.own.keys.shape[1], query.shape[2]
     rows = query.float().reshape(query.shape[0], heads, -1, query.shape[3])
     numbers = rows.shape[0] * heads * max(rows.shape[2], 2 * rows.shape[3])
-    parts = [_part(rows, segment, scoring, tokens) for segment in _segments(exact, coded, numbers)]
-    return _joined(parts, query, scoring)
+    parts = [_part(rows, segment, scoring, tokens) for segment in _segments(asked.exact, asked.coded, numbers)]
+    return _joined(asked.parts + parts, query, scoring)
 
 
-def _by_fused_parts(query: Tensor, exact: Sequence[Segment], coded: Coded | None, scoring: Scoring) -> Tensor:
+def _by_fused_parts(query: Tensor, asked: _Asked, scoring: Scoring) -> Tensor:
     """By torch's kernel."""
-    parts, own = [], exact[-1]
+    parts, own, exact = asked.parts, asked.own, asked.exact
     if scoring.mask is None:
         before, last = _split_before(own, query.shape[2])
         parts.append(_fused_part(query, last.keys, last.values, None, scoring, is_causal=True))
         exact = [*exact[:-1], before]
     numbers = 2 * query.shape[0] * own.keys.shape[1] * query.shape[3]
-    for one in _segments(exact, coded, numbers):
+    for one in _segments(exact, asked.coded, numbers):
         parts.append(_fused_part(query, one.keys, one.values, one.bias(scoring), scoring))
     return _joined(parts, query, scoring)
 

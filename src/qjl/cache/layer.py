@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qjl import ops
-from qjl.attention import Scoring, Seen, Segment, attend, joined
+from qjl.attention import Known, Scoring, Seen, Segment, attend, joined
 from qjl.cache.index import Blocks, Step, TokenIndex
 from qjl.cache.pool import ExactTokens, Pages
 from qjl.cache.reading import Reading
@@ -20,6 +20,7 @@ from qjl.methods.base import require_finite, tokens_to_encode
 from qjl.ops.forms import EncodeJob, Pool
 from qjl.packed import to_device
 
+ROWS_AT_ONCE = 256  # of queries per KV head, so that what they ask fits a cache
 Tokens = tuple[Tensor, Tensor]  # keys and values ``[B, H, T, D]``
 
 
@@ -98,7 +99,9 @@ class Layer(Copied):
         pool = self._pool_for(query, reading)
         if pool is None:
             exact, coded = self._segments(reading, fresh)
-            return attend(query, exact, coded, scoring).transpose(1, 2).contiguous()
+            known = self._over_codes(query, scoring, reading)
+            coded = coded if known is None else None
+            return attend(query, exact, coded, scoring, known).transpose(1, 2).contiguous()
         pools, rows, softcap = (pool, self._exact().operand), reading.operand, scoring.softcap or 0.0
         is_plain = reading.is_plain(scoring.mask)
         if is_plain and scoring.sink_logits is None:
@@ -116,6 +119,23 @@ class Layer(Copied):
         """What is scored as it is, if codes are; no kernel reads float64."""
         is_read = self.pages is not None and reading.is_short and query.dtype != torch.float64
         return self.pages.operand if self.pages is not None and is_read else None
+
+    def _over_codes(self, query: Tensor, scoring: Scoring, reading: Reading) -> Known | None:
+        """Attention over packed tokens alone, which all queries see: some at a time. None where it decodes them."""
+        pool = None if self.pages is None else self.pages.operand
+        if pool is None or reading.packed is None or query.dtype == torch.float64:
+            return None
+        if ops.backend_of(query.device) != "cpu" or not reading.is_plain(scoring.mask):
+            return None
+        assert self.pages is not None
+        pools, softcap = (pool, self._exact().operand), scoring.softcap or 0.0
+        group = query.shape[1] // self.pages.heads
+        parts = []
+        for some in query.split(max(1, ROWS_AT_ONCE // group), dim=2):
+            grouped = some.reshape(some.shape[0], self.pages.heads, -1, some.shape[3])
+            out, lse = ops.attend(grouped, *pools, reading.packed_operand, 1, scoring.scaling, softcap, None)
+            parts.append((out.unflatten(2, (group, -1)), lse.unflatten(2, (group, -1))))
+        return Known(*(torch.cat(side, 3) for side in zip(*parts, strict=True)))
 
     def _exact(self) -> ExactTokens:
         assert self.exact is not None

@@ -65,6 +65,13 @@ class Reading:
         """Which tokens of the pools each row has, fresh ones too."""
         return self._kept.rows(self)
 
+    @cached_property
+    def packed_operand(self) -> Rows:
+        """The same with no exact token."""
+        rows = self.operand
+        nothing = rows.slots[:, :0].contiguous(), torch.zeros_like(rows.counts)
+        return Rows(rows.table, rows.lengths, rows.skip, rows.origins, *nothing, rows.longest)
+
     def arrays(self) -> tuple[np.ndarray, ...]:
         """Of ``operand``: table, lengths, origins, slots and counts."""
         index = self.index
