@@ -78,10 +78,10 @@ void score_tiles(const Head& h, int64_t split, int64_t rows, const Asked& asked,
     const int64_t last = fewer(first + h.blocks_per_split(), h.first_block() + h.blocks());
     const int64_t lines = keys.nibbles / 2, with_values = h.s.scores ? 0 : fewer(values.quad_count, lines);
     const Keys of_keys{h, keys, room, asked, rows};
-    Turn turn(h, room, asked, rows);
+    Turn turn(h, split, room, asked, rows);
     for (int64_t block = first; block < last; block += TILE) {
         const int64_t blocks = fewer(TILE, last - block);
-        turn.put(block, blocks, room.scores);
+        turn.put(blocks, room.scores);
         for (int64_t b = 0; b < blocks; ++b) {
             if (block == h.first_block()) fetch(codes_ahead(h, keys, block + b + 1), lines);
             const uint8_t* later = codes_ahead(h, keys, block + b + TILE) + with_values * 64;
@@ -125,6 +125,7 @@ inline void score_packed(const QjlStep& s, int64_t pair, int64_t split, Scratch&
 inline void ask_item(const QjlStep& s, int64_t pair, int worker) {
     Scratch room = scratch_of(s, worker);
     const Head h = head_of(s, pair);
+    if (h.head == 0) Turn::prepare(h);
     for (int64_t row = 0; row < s.rows; row += MAX_ROWS) {
         const Asked asked = asked_of(s, pair, row);
         const float factor = s.scores ? 1 : s.softcap > 0 ? s.scaling : s.scaling * LOG2E;

@@ -121,8 +121,11 @@ inline int64_t left_bytes(const QjlStep& s) {  // of one batch row and KV head
 
 inline int64_t row_groups(const QjlStep& s) { return (s.rows + MAX_ROWS - 1) / MAX_ROWS; }
 
+// Where splits begin is the same for all heads.
+inline int64_t phasor_bytes(const QjlStep& s) { return s.turn ? (s.splits * 2 * s.turn->pairs * 8 + 63) / 64 * 64 : 0; }
+
 inline int64_t shared_bytes(const QjlStep& s) {
-    return s.batch * s.heads * (left_bytes(s) + row_groups(s) * asked_bytes(s));
+    return s.batch * (phasor_bytes(s) + s.heads * (left_bytes(s) + row_groups(s) * asked_bytes(s)));
 }
 
 inline float* exact_of(const QjlStep& s, int64_t pair) {
@@ -137,6 +140,12 @@ inline Asked asked_of(const QjlStep& s, int64_t pair, int64_t first_row) {
     const int64_t place = pair * row_groups(s) + first_row / MAX_ROWS;
     const uint8_t* first = s.room + s.batch * s.heads * left_bytes(s);
     return {s, {reinterpret_cast<uintptr_t>(first + place * asked_bytes(s))}};
+}
+
+// Cosines and sines of the centre of the first two blocks of each split, [splits][2][pairs].
+inline double* phasors_of(const QjlStep& s, int64_t batch) {
+    const int64_t of_heads = s.batch * s.heads * (left_bytes(s) + row_groups(s) * asked_bytes(s));
+    return reinterpret_cast<double*>(s.room + of_heads + batch * phasor_bytes(s));
 }
 
 inline Scratch scratch_of(const QjlStep& s, int64_t worker) {

@@ -6,21 +6,36 @@ struct Turn {
     Scratch& room;
     const Asked& asked;
     int64_t rows;
+    const double* first_phasors;
     static constexpr int64_t SPAN = 2 * 64, ANCHOR = 8;
     static constexpr float TABLE_TOP = 16384;  // what stands for 1 in the tables of functions
-    int64_t next = -1, anchored = -1, turns = 0;
+    int64_t turns = 0;
 
-    Turn(const Head& h, Scratch& room, const Asked& asked, int64_t rows)
-        : t(h.s.turn ? *h.s.turn : QjlTurn{}), h(h), room(room), asked(asked), rows(rows) {}
+    Turn(const Head& h, int64_t split, Scratch& room, const Asked& asked, int64_t rows)
+        : t(h.s.turn ? *h.s.turn : QjlTurn{}), h(h), room(room), asked(asked), rows(rows),
+          first_phasors(h.s.turn ? phasors_of(h.s, h.batch) + split * 2 * t.pairs : nullptr) {}
+
+    // What splits of a batch row begin with.
+    static void prepare(const Head& h) {
+        if (!h.s.turn) return;
+        const QjlTurn& t = *h.s.turn;
+        double* cosine = phasors_of(h.s, h.batch);
+        for (int64_t split = 0; split < h.splits(); ++split, cosine += 2 * t.pairs) {
+            const double centre = h.position(h.first_block() + split * h.blocks_per_split()) + (SPAN - 1) / 2.0;
+            for (int64_t f = 0; f < t.pairs; ++f) {
+                cosine[f] = __builtin_cos(centre * t.inv_freq[f]), cosine[t.pairs + f] = __builtin_sin(centre * t.inv_freq[f]);
+            }
+        }
+    }
 
     const float* of_row(int64_t r) const { return asked.turned + r * 2 * t.pairs; }
 
-    // Puts what mean and RoPE give into the scores of a tile, [rows][TILE][64], two blocks at a time.
-    void put(int64_t first_block, int64_t blocks, float* scores) {
+    // Puts what mean and RoPE give into the scores of a tile, [rows][TILE][64], two blocks at a time; tile after tile.
+    void put(int64_t blocks, float* scores) {
         for (int64_t b = 0; b < blocks; b += 2) {
             const int64_t spanned = fewer(2, blocks - b);
             if (t.pairs) {
-                stand_at(h.position(first_block + b));
+                step();
                 for (int64_t r = 0; r < rows; r += 2) put_coefficients(r, fewer(2, rows - r));
                 multiply();
             }
@@ -28,17 +43,15 @@ struct Turn {
         }
     }
 
-    // Phasors of the centre of the two blocks: turned on from the last ones in float32, and at every ANCHOR-th time in
-    // double precision.
-    void stand_at(int64_t position) {
-        if (position == next && turns < ANCHOR) {
+    // Phasors of the centre of the next two blocks: turned on from the last ones in float32, and at every ANCHOR-th time
+    // in double precision.
+    void step() {
+        if (turns % ANCHOR) {
             turn_on(room.phasors_of_centre, t.step);
-            ++turns;
         } else {
-            anchor(position);
-            turns = 1;
+            anchor();
         }
-        next = position + SPAN;
+        ++turns;
     }
 
     template <class Number>
@@ -52,19 +65,10 @@ struct Turn {
         }
     }
 
-    __attribute__((noinline)) void anchor(int64_t position) {
-        double *cosine = room.phasors, *sine = cosine + t.pairs;
-        float *centre_cosine = room.phasors_of_centre, *centre_sine = centre_cosine + t.pairs;
-        if (position == anchored + ANCHOR * SPAN) {
-            turn_on(room.phasors, t.anchor_step);
-        } else {
-            for (int64_t f = 0; f < t.pairs; ++f) {
-                const double angle = (position + (SPAN - 1) / 2.0) * t.inv_freq[f];
-                cosine[f] = __builtin_cos(angle), sine[f] = __builtin_sin(angle);
-            }
-        }
-        for (int64_t f = 0; f < t.pairs; ++f) centre_cosine[f] = float(cosine[f]), centre_sine[f] = float(sine[f]);
-        anchored = position;
+    __attribute__((noinline)) void anchor() {
+        if (turns) turn_on(room.phasors, t.anchor_step);
+        else __builtin_memcpy(room.phasors, first_phasors, 2 * t.pairs * sizeof(double));
+        for (int64_t i = 0; i < 2 * t.pairs; ++i) room.phasors_of_centre[i] = float(room.phasors[i]);
     }
 
     // Parts that are even and odd about the centre: of each frequency, then of the functions that slow ones share.
