@@ -135,7 +135,14 @@ struct Turn {
     }
 
     void multiply() const {
-        for (int part = 0; part < 2; ++part) rows > 2 ? multiply<4>(part) : rows > 1 ? multiply<2>(part) : multiply<1>(part);
+        for (int part = 0; part < 2; ++part) {
+            switch (rows) {
+                case 1: multiply<1>(part); break;
+                case 2: multiply<2>(part); break;
+                case 3: multiply<3>(part); break;
+                default: multiply<4>(part);
+            }
+        }
     }
 
     // Even parts of all rows, or odd ones, at each distance from the centre.
@@ -165,14 +172,15 @@ struct Turn {
             first = add_words(first, table, two);
             if constexpr (ROWS > 1) second = add_words(second, table, two + next);
             if constexpr (ROWS > 2) third = add_words(third, table, two + 2 * next);
-            if constexpr (ROWS > 2) fourth = add_words(fourth, table, two + 3 * next);
+            if constexpr (ROWS > 3) fourth = add_words(fourth, table, two + 3 * next);
             keep(first, second, third, fourth);
         }
 
         QJL_INLINE void leave(int32_t* to) const {
             store(to, first);
             if constexpr (ROWS > 1) store(to + 64, second);
-            if constexpr (ROWS > 2) store(to + 128, third), store(to + 192, fourth);
+            if constexpr (ROWS > 2) store(to + 128, third);
+            if constexpr (ROWS > 3) store(to + 192, fourth);
         }
     };
 
