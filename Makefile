@@ -109,7 +109,8 @@ sanitize-threads: setup
 	$(call needs,setarch,apt-get install util-linux)
 	$(CMAKE) -S . -B build/sanitize-threads -DCMAKE_BUILD_TYPE=Release -DQJL_SANITIZE=thread
 	$(CMAKE) --build build/sanitize-threads --parallel
-	LD_PRELOAD="$(THREAD_SANITIZER)" QJL_CPU_LIBRARY=build/sanitize-threads/_cpu.so OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$(THREAD_SANITIZER)" TSAN_OPTIONS=suppressions=tests/thread_sanitizer.supp \
+	QJL_CPU_LIBRARY=build/sanitize-threads/_cpu.so OMP_NUM_THREADS=1 \
 	setarch -R $(BIN)/pytest -k "not reference and not forked" tests/test_threads.py
 
 # The kernels for NEON, run by an emulator under the same tests (tests/emulation): on a processor with no more than
