@@ -200,7 +200,7 @@ struct Numbers {
 
     // Of rows without slots, those from one on.
     Numbers from(int64_t row) const {
-        return {static_cast<const uint8_t*>(data) + row * stride * (dtype == 0 ? 4 : 2), stride, dtype};
+        return {number_at(data, row * stride, dtype), stride, dtype};
     }
 
     int64_t place(int64_t row) const { return (slots ? slots[row] : row) * stride; }

@@ -57,11 +57,11 @@ struct Asked {
 
 // What a worker needs.
 struct Scratch {
-    float *row, *queries, *mapped;
+    float *queries, *mapped;
     float *tables_of_floats, *lows, *ranges, *inverses, *errors;  // of a query's tables
     float *scores, *products, *maxima, *scales;        // [MAX_ROWS][TILE] of 64, 64 and 16; [TILE][64]
     int32_t* sums;                                     // [MAX_ROWS][64]
-    uint8_t* weights;                                  // [high digits, low digits][TILE][MAX_ROWS][64]
+    uint8_t* weights;                                  // [low digits, high digits][TILE][MAX_ROWS][64]
     float *sums_of_quads, *sums_of_middles, *energy;
     float *parts, *shared, *phasors_of_centre;
     double* phasors;
@@ -73,9 +73,7 @@ struct Scratch {
     uintptr_t end;
 
     Scratch(const QjlStep& s, Room room) {
-        const int64_t dim = more(s.keys.head_dim, s.values.head_dim);
         const int64_t code_dim = more(s.keys.code_dim, s.values.code_dim);
-        row = room.take<float>(more(dim, code_dim) + 16);
         queries = room.take<float>(MAX_ROWS * s.keys.head_dim);
         mapped = room.take<float>(MAX_ROWS * code_dim);
         const int64_t quads = most_quads(s.keys) / 2;

@@ -23,7 +23,8 @@ struct Turn {
         for (int64_t split = 0; split < h.splits(); ++split, cosine += 2 * t.pairs) {
             const double centre = h.position(h.first_block() + split * h.blocks_per_split()) + (SPAN - 1) / 2.0;
             for (int64_t f = 0; f < t.pairs; ++f) {
-                cosine[f] = __builtin_cos(centre * t.inv_freq[f]), cosine[t.pairs + f] = __builtin_sin(centre * t.inv_freq[f]);
+                const double angle = centre * t.inv_freq[f];
+                cosine[f] = __builtin_cos(angle), cosine[t.pairs + f] = __builtin_sin(angle);
             }
         }
     }

@@ -117,8 +117,9 @@ class Layer(Copied):
 
     def _pool_for(self, query: Tensor, reading: Reading) -> Pool | None:
         """What is scored as it is, if codes are; no kernel reads float64."""
-        is_read = self.pages is not None and reading.is_short and query.dtype != torch.float64
-        return self.pages.operand if self.pages is not None and is_read else None
+        if self.pages is None or not reading.is_short or query.dtype == torch.float64:
+            return None
+        return self.pages.operand
 
     def _over_codes(self, query: Tensor, scoring: Scoring, reading: Reading) -> Known | None:
         """Attention over packed tokens alone, which all queries see: some at a time. None where it decodes them."""
