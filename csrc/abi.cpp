@@ -64,8 +64,8 @@ constexpr uint64_t ABI =
     QJL_STRUCT(QjlTurn, inv_freq, step, anchor_step, coordinates, down, up, pairs, direct, scaling) +
     QJL_STRUCT(QjlRows, table, lengths, skip, origins, slots, counts, capacity, room) +
     QJL_STRUCT(QjlStep, keys, values, page_tokens, page_count, exact, bias, bias_stride, turn, heads,
-               blocks_per_split, of_rows, splits, batch, rows, queries, query, query_type, query_stride, out, out_type,
-               out_stride, fresh, scaling, softcap, lse, scores, room, room_bytes) +
+               blocks_per_split, room, room_bytes, splits, query, out, fresh, of_rows, batch, rows, queries, query_type,
+               query_stride, out_type, out_stride, scaling, softcap, lse, scores) +
     QJL_STRUCT(QjlFlashDecode, query, keys, values, out, heads, group, tokens, head_dim, scaling) +
     QJL_STRUCT(QjlPopcountScan, query, signs, scale, ones, scores, heads, group, tokens, m) +
     QJL_STRUCT(QjlRead, numbers, count, sums);

@@ -101,21 +101,21 @@ struct QjlStep {
     const QjlTurn* turn;      // null: the keys' mean is added as it is
     int64_t heads, blocks_per_split;  // of a row, at least
 
-    // What changes from call to call lies together, in words: Python writes it at once.
-    const QjlRows* of_rows;
-    int64_t splits;                 // of a row, at most
-    int64_t batch, rows, queries;   // rows = group x queries, queries fastest
-    const void* query;              // [batch][query heads][queries][head_dim]
-    int64_t query_type, query_stride[3];  // in numbers over batch, query head, query
-    void* out;                            // [batch][query heads][queries][head_dim of the values]
-    int64_t out_type, out_stride[3];
+    // What changes from call to call lies together, in words, addresses first: Python writes it at once.
+    uint8_t* room;  // on a boundary of 64 bytes
+    int64_t room_bytes;
+    int64_t splits;     // of a row, at most
+    const void* query;  // [batch][query heads][queries][head_dim]
+    void* out;          // [batch][query heads][queries][head_dim of the values]
     QjlFresh fresh;
+    const QjlRows* of_rows;
+    int64_t batch, rows, queries;         // rows = group x queries, queries fastest
+    int64_t query_type, query_stride[3];  // in numbers over batch, query head, query
+    int64_t out_type, out_stride[3];
 
     float scaling, softcap;  // softcap 0: none
     float* lse;              // [batch][heads][rows], or null
     float* scores;           // [batch][heads][rows][capacity * page_tokens]: packed tokens alone; null: the whole step
-    uint8_t* room;           // on a boundary of 64 bytes
-    int64_t room_bytes;
 };
 
 QJL_EXPORT int64_t qjl_step(const QjlStep* step, int64_t threads);

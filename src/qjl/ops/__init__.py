@@ -103,12 +103,13 @@ def backend_of(device: torch.device) -> str:
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    return _module(backend_of(tensor.device))
+    return _module_of(_chosen or active_backend(), tensor.device)
 
 
 @cache
-def _module(name: str) -> ModuleType:
-    return {"cpu": cpu, "reference": reference}.get(name) or import_module("qjl.ops.triton.ops")
+def _module_of(chosen: str, device: torch.device) -> ModuleType:
+    """Where a backend was chosen, its module for a device."""
+    return {"cpu": cpu, "reference": reference}.get(backend_of(device)) or import_module("qjl.ops.triton.ops")
 
 
 def _checked(name: str) -> str:
@@ -181,7 +182,6 @@ def attend(
     return _backend(query).attend(query, pool, exact, rows, queries, scaling, softcap, bias)
 
 
-@in_own_precision
 def append_attend(
     query: Tensor,
     keys: Tensor,
@@ -192,6 +192,5 @@ def append_attend(
     scaling: float,
     softcap: float = 0.0,
 ) -> Tensor:
-    """Fresh tokens to their slots, then attention of their queries."""
-    checks.require_append(query, keys, values, pool, exact, rows)
+    """Fresh tokens to their slots, then attention of their queries; backends ask whether all fits where that is new."""
     return _backend(query).append_attend(query, keys, values, pool, exact, rows, scaling, softcap)

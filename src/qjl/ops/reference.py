@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qjl.modes import in_own_precision
+from qjl.ops import checks
 from qjl.ops.forms import EncodeJob, ExactPool, NibbleForm, Pool, Rows, Turn
 from qjl.packed import BLOCK, Blocks, block_positions
 
@@ -88,6 +90,7 @@ def attend(
     return out, lse
 
 
+@in_own_precision
 def append_attend(
     query: Tensor,
     keys: Tensor,
@@ -98,6 +101,7 @@ def append_attend(
     scaling: float,
     softcap: float,
 ) -> Tensor:
+    checks.require_append(query, keys, values, pool, exact, rows)
     batch, query_heads, queries, dim = query.shape
     heads, value_dim = exact.values.shape[1:]
     for row in range(rows.batch):

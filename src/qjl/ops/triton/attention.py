@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
+from qjl.modes import in_own_precision
+from qjl.ops import checks
 from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, Turn, once, shared_strides
 from qjl.ops.triton import attention_kernels as kernels
 from qjl.ops.triton import runtime
@@ -44,6 +46,7 @@ def attend(
     return out, work.into(_by_head(out, queries))
 
 
+@in_own_precision
 def append_attend(
     query: Tensor,
     keys: Tensor,
@@ -55,6 +58,7 @@ def append_attend(
     softcap: float,
 ) -> Tensor:
     """Reads and writes the model's types where they lie."""
+    checks.require_append(query, keys, values, pool, exact, rows)
     batch, query_heads, queries, _ = query.shape
     work = _Work(query, pool, exact, rows, queries, scaling, softcap, None)
     work.put(keys, exact.keys)
