@@ -166,7 +166,7 @@ def are_weights_collected() -> bool:
 def wants_weights(module: torch.nn.Module) -> bool:
     """Whether a module's configuration asks for the weights of attention; read at every token of every layer."""
     config = vars(module).get("config")
-    return False if config is None else bool(vars(config).get("_output_attentions"))
+    return config is not None and bool(object.__getattribute__(config, "__dict__").get("_output_attentions"))
 
 
 @functools.cache

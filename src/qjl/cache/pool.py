@@ -24,17 +24,14 @@ class ExactTokens:
 
     def __init__(self, shape: TokenShape, capacity: int) -> None:
         # zeros: a block that has some codes already is encoded with whatever stands beside its tokens
-        self.keys = shape.zeros(capacity, shape.heads, shape.key_dim)
-        self.values = shape.zeros(capacity, shape.heads, shape.value_dim)
+        self.adopt(
+            shape.zeros(capacity, shape.heads, shape.key_dim), shape.zeros(capacity, shape.heads, shape.value_dim)
+        )
 
-    @cached_property
-    def operand(self) -> ExactPool:
-        """What operations take; another one after each growth."""
-        return ExactPool(self.keys, self.values)
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[0]
+    def adopt(self, keys: Tensor, values: Tensor) -> None:
+        """Hold these in place of what there is, where they lie; growth copies them."""
+        self.keys, self.values, self.capacity = keys, values, keys.shape[0]
+        self.operand = ExactPool(keys, values)  # what operations take; another one after each growth
 
     @property
     def token_bytes(self) -> int:
@@ -48,18 +45,11 @@ class ExactTokens:
     def reserve(self, capacity: int) -> None:
         """Make room for so many tokens."""
         if capacity > self.capacity:
-            self.keys, self.values = (_grown(x, capacity) for x in (self.keys, self.values))
-            vars(self).pop("operand", None)
+            self.adopt(_grown(self.keys, capacity), _grown(self.values, capacity))
 
     def keep(self, slots: Tensor) -> None:
         """Only these, in this order."""
-        self.keys, self.values = (x[slots] for x in (self.keys, self.values))
-        vars(self).pop("operand", None)
-
-    def adopt(self, keys: Tensor, values: Tensor) -> None:
-        """Hold these in place of what there is, where they lie; growth copies them."""
-        self.keys, self.values = keys, values
-        vars(self).pop("operand", None)
+        self.adopt(self.keys[slots], self.values[slots])
 
     def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep ``keys``, ``values [n, H, D]``."""

@@ -206,24 +206,17 @@ class KeptRows:
 
     def rows(self, reading: Reading) -> Rows:
         """That of this reading: on a CPU tensors are views of the index's arrays."""
-        table, ends, origins, slots, counts = (torch.from_numpy(x) for x in reading.arrays())
-        longest = int(ends.max())
-        kept, index = self._rows, reading.index
+        index, kept, arrays = reading.index, self._rows, reading.arrays()
+        table, ends, origins, slots, counts = arrays
         if kept is None or self._version != index.version or kept.table.device != reading.device:
-            skip = torch.full(ends.shape, index.sinks, dtype=torch.int32)
-            of_rows = (to_device(x, reading.device) for x in (table, ends, skip, origins, slots, counts))
-            kept = self._rows = Rows(*of_rows, longest)  # type: ignore[misc, arg-type, call-arg]
+            skip = np.full(ends.shape, index.sinks, np.int32)
+            taken = (table, ends, skip, origins, slots, counts)
+            of_rows = (to_device(torch.from_numpy(x), reading.device) for x in taken)
+            kept = self._rows = Rows(*of_rows, 0)  # type: ignore[misc, arg-type, call-arg]
             self._version = index.version
-            return kept
-        if reading.device.type != "cpu":
-            pairs = (
-                (kept.table, table),
-                (kept.lengths, ends),
-                (kept.slots, slots),
-                (kept.counts, counts),
-                (kept.origins, origins),
-            )
-            for there, here in pairs:
-                there.copy_(here, non_blocking=True)
-        kept.longest = longest
+        elif reading.device.type != "cpu":
+            held = (kept.table, kept.lengths, kept.origins, kept.slots, kept.counts)
+            for there, here in zip(held, arrays, strict=True):
+                there.copy_(torch.from_numpy(here), non_blocking=True)
+        kept.longest = int(ends.max())
         return kept
