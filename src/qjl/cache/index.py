@@ -58,6 +58,7 @@ class Blocks:
     first: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
+    _on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -70,10 +71,12 @@ class Blocks:
         self.kept.append(kept)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Sources int32 ``[n * 64]``, first positions int64 ``[n]`` and pages int32 ``[n]`` as tensors."""
-        dtypes = ((self.sources, torch.int32), (self.first, torch.int64), (self.pages, torch.int32))
-        sources, first, pages = (to_device(torch.tensor(x, dtype=dtype), device) for x, dtype in dtypes)
-        return sources, first, pages
+        """Sources int32 ``[n * 64]``, first positions int64 ``[n]``, pages int32 ``[n]``; one for all layers."""
+        if device not in self._on:
+            dtypes = ((self.sources, torch.int32), (self.first, torch.int64), (self.pages, torch.int32))
+            sources, first, pages = (to_device(torch.tensor(x, dtype=dtype), device) for x, dtype in dtypes)
+            self._on[device] = sources, first, pages
+        return self._on[device]
 
     @property
     def are_whole(self) -> bool:

@@ -108,9 +108,8 @@ class _Turns:
         """Where they lie, ``float32 [F, n * 64]`` each."""
         if key not in self._made:
             assert job.rope is not None
-            angles = job.rope.exact_angles(self._positions).transpose(1, 2)
-            scaled = (angles.cos() * job.rope.scaling, angles.sin() * job.rope.scaling)
-            self._made[key] = scaled[0].contiguous(), scaled[1].contiguous()
+            angles, scaling = job.rope.exact_angles(self._positions).transpose(1, 2).contiguous(), job.rope.scaling
+            self._made[key] = angles.cos().mul_(scaling), angles.sin().mul_(scaling)
         cos, sin = self._made[key]
         return cos.data_ptr(), sin.data_ptr()
 
