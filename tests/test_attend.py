@@ -192,6 +192,23 @@ def test_fresh_tokens_of_another_type(backend, generator):
     assert torch.equal(step.exact.keys[step.rows.slots[0, -2:].long()], keys[0].transpose(0, 1))
 
 
+def test_operands_of_another_form_than_in_the_call_before(backend, generator, refuses):
+    """What a backend keeps of a call serves none that differs."""
+    made = operands(Transform(2), TRELLIS, dtype=torch.bfloat16, queries=2)
+    step = paged(made, 64, Extent.of([300]), generator)
+    pools, given = (step.pool, step.exact, step.rows), _fresh(step)
+    expected = ops.append_attend(*given, *pools, SCALING)
+    across = tuple(x.transpose(2, 3).contiguous().transpose(2, 3) for x in given)
+    for query, keys, values in (across, given, (given[0], given[1].float(), across[2]), given):
+        assert torch.equal(ops.append_attend(query, keys, values, *pools, SCALING), expected)
+    assert not torch.equal(ops.append_attend(*given, *pools, SCALING / 2), expected)
+    with refuses("fresh keys should be"):
+        ops.append_attend(given[0], given[1][:, :, :1], given[2], *pools, SCALING)
+    step.rows.counts = step.rows.counts.long()
+    with refuses("counts of rows should be"):
+        ops.append_attend(*given, *pools, SCALING)
+
+
 # What does not fit
 
 

@@ -140,7 +140,7 @@ def append_attend(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """A step for operands of one form, and its output's; ``takes_all``: as they are."""
+    """A step for operands of one form, ``takes_all`` if it reads them as they are, and how its output lies."""
 
     form: tuple[Any, ...]
     step: structs.Step
