@@ -121,8 +121,8 @@ def append_attend(
     form = (
         *(exact, once(rows, "struct", _rows), scaling, softcap),
         *(query.dtype, query.shape, query.stride()),
-        *(keys.dtype, keys.shape, keys.stride()),
-        *(values.dtype, values.shape, values.stride()),
+        *(keys.dtype, keys.device, keys.shape, keys.stride()),
+        *(values.dtype, values.device, values.shape, values.stride()),
     )
     plan = pool.derived.pop("plan", None)  # threads that come at once have one each
     if plan is None or plan.form != form:
