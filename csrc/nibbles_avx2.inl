@@ -268,21 +268,20 @@ QJL_INLINE void leave_sums(int32_t* to, __m256i a, __m256i b, __m256i c, __m256i
 
 // Coordinates FIRST and FIRST + 1 of a quad: the sums of all four do not fit the registers.
 template <int ROWS, int KIND, int FIRST>
-__attribute__((noinline)) void add_two(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks,
-                                       const uint8_t* weights, int32_t* sums, const uint8_t* const* ahead,
-                                       int64_t ahead_at) {
+__attribute__((noinline)) void add_two(const QjlQuad& quad, const Weighted& blocks, int64_t ahead_at, int32_t* sums) {
     using Of = Reads<KIND>;
     constexpr int A = 2 * FIRST, B = A + 2;
     const Sources<KIND> sources(quad);
     const __m256i first_a = twice(quad.tables[A]), second_a = twice(quad.tables[A + 1]);
     const __m256i first_b = twice(quad.tables[B]), second_b = twice(quad.tables[B + 1]);
     TwoSums row0, row1, row2, row3;
-    for (int64_t block = 0; block < blocks; ++block, weights += ROWS * 64) {
-        if (FIRST == 0) __builtin_prefetch(ahead[block] + ahead_at);
+    const uint8_t* weights = blocks.weights;
+    for (int64_t b = 0; b < blocks.count; ++b, weights += ROWS * 64) {
+        if (FIRST == 0) __builtin_prefetch(blocks.ahead[b] + ahead_at);
 #pragma GCC unroll 2
         for (int half = 0; half < 64; half += 32) {
             __m256i nibbles[Of::COUNT];
-            for (int n = 0; n < Of::COUNT; ++n) nibbles[n] = sources.nibbles(codes[block] + half, n);
+            for (int n = 0; n < Of::COUNT; ++n) nibbles[n] = sources.nibbles(blocks.codes[b] + half, n);
             __m256i a = _mm256_shuffle_epi8(first_a, nibbles[Of::OF[A]]);
             __m256i b = _mm256_shuffle_epi8(first_b, nibbles[Of::OF[B]]);
             if constexpr (Of::OF[1] >= 0) {
@@ -300,30 +299,12 @@ __attribute__((noinline)) void add_two(const QjlQuad& quad, const uint8_t* const
     leave_sums(sums + (FIRST + 1) * MAX_ROWS, row0.b, row1.b, row2.b, row3.b);
 }
 
+// Weighted sums of four coordinates over blocks: sums [4 coordinates][MAX_ROWS]. What is `ahead` of them is read later,
+// from a place on.
 template <int ROWS, int KIND>
-void add_quad_of(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights,
-                 int32_t* sums, const uint8_t* const* ahead, int64_t ahead_at) {
-    add_two<ROWS, KIND, 0>(quad, codes, blocks, weights, sums, ahead, ahead_at);
-    add_two<ROWS, KIND, 2>(quad, codes, blocks, weights, sums, ahead, ahead_at);
-}
-
-// Weighted sums of four coordinates over blocks. codes [blocks]: where those of a block begin; weights
-// [blocks][ROWS][64] of up to WEIGHT_TOP, sums [4 coordinates][MAX_ROWS]. `ahead [blocks]` are read later, from
-// `ahead_at` on.
-template <int ROWS>
-void add_quad(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights, int32_t* sums,
-              const uint8_t* const* ahead, int64_t ahead_at) {
-    const auto of_kind = [&] {
-        switch (quad.kind) {
-            case QJL_TWO_CHAIN: return add_quad_of<ROWS, QJL_TWO_CHAIN>;
-            case QJL_TWO_LEVELS: return add_quad_of<ROWS, QJL_TWO_LEVELS>;
-            case QJL_ONE_LEVELS: return add_quad_of<ROWS, QJL_ONE_LEVELS>;
-            case QJL_FOUR_CHAIN: return add_quad_of<ROWS, QJL_FOUR_CHAIN>;
-            case QJL_ONE_CHAIN: return add_quad_of<ROWS, QJL_ONE_CHAIN>;
-            default: return add_quad_of<ROWS, QJL_ANY>;
-        }
-    }();
-    of_kind(quad, codes, blocks, weights, sums, ahead, ahead_at);
+QJL_INLINE void add_quad(const QjlQuad& quad, const Weighted& blocks, int64_t ahead_at, int32_t* sums) {
+    add_two<ROWS, KIND, 0>(quad, blocks, ahead_at, sums);
+    add_two<ROWS, KIND, 2>(quad, blocks, ahead_at, sums);
 }
 
 }  // namespace nibbles

@@ -164,10 +164,10 @@ QJL_INLINE __m512i sums_of_16(const Four& a, const Four& b, const Four& c, const
     return lanes(lanes(four(a), four(b)), lanes(four(c), four(d)));
 }
 
+// Weighted sums of four coordinates over blocks: sums [4 coordinates][MAX_ROWS]. What is `ahead` of them is read later,
+// from a place on.
 template <int ROWS, int KIND>
-__attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks,
-                                           const uint8_t* weights, int32_t* sums, const uint8_t* const* ahead,
-                                           int64_t ahead_at) {
+QJL_INLINE void add_quad(const QjlQuad& quad, const Weighted& blocks, int64_t ahead_at, int32_t* sums) {
     using Of = Reads<KIND>;
     const Sources<KIND> sources(quad);
     __m512i tables[8];
@@ -176,10 +176,11 @@ __attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* c
     }
     const __m512i zero = _mm512_setzero_si512();
     Four first{zero, zero, zero, zero}, second = first, third = first, fourth = first;  // by coordinate, members: rows
-    for (int64_t b = 0; b < blocks; ++b, weights += ROWS * 64) {
-        __builtin_prefetch(ahead[b] + ahead_at);
+    const uint8_t* weights = blocks.weights;
+    for (int64_t b = 0; b < blocks.count; ++b, weights += ROWS * 64) {
+        __builtin_prefetch(blocks.ahead[b] + ahead_at);
         __m512i nibbles[Of::COUNT];
-        for (int n = 0; n < Of::COUNT; ++n) nibbles[n] = sources.nibbles(codes[b], n);
+        for (int n = 0; n < Of::COUNT; ++n) nibbles[n] = sources.nibbles(blocks.codes[b], n);
         const auto number = [&](int c) {
             const __m512i one = _mm512_shuffle_epi8(tables[2 * c], nibbles[Of::OF[2 * c]]);
             if constexpr (Of::OF[1] < 0) return one;
@@ -198,25 +199,6 @@ __attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* c
         if constexpr (ROWS > 3) add(3, first.d, second.d, third.d, fourth.d);
     }
     _mm512_storeu_si512(sums, sums_of_16(first, second, third, fourth));
-}
-
-// Weighted sums of four coordinates over blocks. codes [blocks]: where those of a block begin; weights
-// [blocks][ROWS][64] of up to WEIGHT_TOP, sums [4 coordinates][MAX_ROWS]. `ahead [blocks]` are read later, from
-// `ahead_at` on.
-template <int ROWS>
-void add_quad(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights, int32_t* sums,
-              const uint8_t* const* ahead, int64_t ahead_at) {
-    const auto of_kind = [&] {
-        switch (quad.kind) {
-            case QJL_TWO_CHAIN: return add_quad_of<ROWS, QJL_TWO_CHAIN>;
-            case QJL_TWO_LEVELS: return add_quad_of<ROWS, QJL_TWO_LEVELS>;
-            case QJL_ONE_LEVELS: return add_quad_of<ROWS, QJL_ONE_LEVELS>;
-            case QJL_FOUR_CHAIN: return add_quad_of<ROWS, QJL_FOUR_CHAIN>;
-            case QJL_ONE_CHAIN: return add_quad_of<ROWS, QJL_ONE_CHAIN>;
-            default: return add_quad_of<ROWS, QJL_ANY>;
-        }
-    }();
-    of_kind(quad, codes, blocks, weights, sums, ahead, ahead_at);
 }
 
 }  // namespace nibbles

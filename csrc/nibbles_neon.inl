@@ -258,19 +258,20 @@ struct RowSums {
     }
 };
 
+// Weighted sums of four coordinates over blocks: sums [4 coordinates][MAX_ROWS]. What is `ahead` of them is read later,
+// from a place on.
 template <int ROWS, int KIND>
-__attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks,
-                                           const uint8_t* weights, int32_t* sums, const uint8_t* const* ahead,
-                                           int64_t ahead_at) {
-    const int32x4_t middle = MIDDLE ? sums_of_middle<ROWS>(weights, blocks) : vdupq_n_s32(0);
+QJL_INLINE void add_quad(const QjlQuad& quad, const Weighted& blocks, int64_t ahead_at, int32_t* sums) {
+    const int32x4_t middle = MIDDLE ? sums_of_middle<ROWS>(blocks.weights, blocks.count) : vdupq_n_s32(0);
     const Numbers<KIND> numbers(quad);
     RowSums w, x, y, z;
-    for (int64_t b = 0; b < blocks; ++b, weights += ROWS * 64) {
-        __builtin_prefetch(ahead[b] + ahead_at);
+    const uint8_t* weights = blocks.weights;
+    for (int64_t b = 0; b < blocks.count; ++b, weights += ROWS * 64) {
+        __builtin_prefetch(blocks.ahead[b] + ahead_at);
 #pragma GCC unroll 1  // more at once does not fit the registers
         for (int place = 0; place < 64; place += 16) {
             uint8x16_t found[4];
-            numbers.find(codes[b] + place, found);
+            numbers.find(blocks.codes[b] + place, found);
             keep(found[0], found[1], found[2], found[3]);
             w.add(weights + place, found);
             if constexpr (ROWS > 1) x.add(weights + 64 + place, found);
@@ -282,25 +283,6 @@ __attribute__((noinline)) void add_quad_of(const QjlQuad& quad, const uint8_t* c
     vst1q_s32(sums + 4, vsubq_s32(sums_of(w.b, x.b, y.b, z.b), middle));
     vst1q_s32(sums + 8, vsubq_s32(sums_of(w.c, x.c, y.c, z.c), middle));
     vst1q_s32(sums + 12, vsubq_s32(sums_of(w.d, x.d, y.d, z.d), middle));
-}
-
-// Weighted sums of four coordinates over blocks. codes [blocks]: where those of a block begin; weights
-// [blocks][ROWS][64] of up to WEIGHT_TOP, sums [4 coordinates][MAX_ROWS]. `ahead [blocks]` are read later, from
-// `ahead_at` on.
-template <int ROWS>
-void add_quad(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights, int32_t* sums,
-              const uint8_t* const* ahead, int64_t ahead_at) {
-    const auto of_kind = [&] {
-        switch (quad.kind) {
-            case QJL_TWO_CHAIN: return add_quad_of<ROWS, QJL_TWO_CHAIN>;
-            case QJL_TWO_LEVELS: return add_quad_of<ROWS, QJL_TWO_LEVELS>;
-            case QJL_ONE_LEVELS: return add_quad_of<ROWS, QJL_ONE_LEVELS>;
-            case QJL_FOUR_CHAIN: return add_quad_of<ROWS, QJL_FOUR_CHAIN>;
-            case QJL_ONE_CHAIN: return add_quad_of<ROWS, QJL_ONE_CHAIN>;
-            default: return add_quad_of<ROWS, QJL_ANY>;
-        }
-    }();
-    of_kind(quad, codes, blocks, weights, sums, ahead, ahead_at);
 }
 
 }  // namespace nibbles

@@ -58,18 +58,17 @@ void scan_block(const uint8_t* codes, const Quad* quads, int64_t count, const ui
     }
 }
 
-// Weighted sums of four coordinates over blocks. codes [blocks]: where those of a block begin; weights
-// [blocks][ROWS][64] of up to WEIGHT_TOP, sums [4 coordinates][MAX_ROWS]. `ahead [blocks]` are read later, from
-// `ahead_at` on.
-template <int ROWS>
-void add_quad(const QjlQuad& quad, const uint8_t* const* codes, int64_t blocks, const uint8_t* weights, int32_t* sums,
-              const uint8_t* const* ahead, int64_t ahead_at) {
+// Weighted sums of four coordinates over blocks: sums [4 coordinates][MAX_ROWS]. What is `ahead` of them is read later,
+// from a place on.
+template <int ROWS, int>
+void add_quad(const QjlQuad& quad, const Weighted& blocks, int64_t ahead_at, int32_t* sums) {
     __builtin_memset(sums, 0, 4 * MAX_ROWS * sizeof(int32_t));
-    for (int64_t b = 0; b < blocks; ++b, weights += ROWS * 64) {
-        __builtin_prefetch(ahead[b] + ahead_at);
+    const uint8_t* weights = blocks.weights;
+    for (int64_t b = 0; b < blocks.count; ++b, weights += ROWS * 64) {
+        __builtin_prefetch(blocks.ahead[b] + ahead_at);
         const auto level = [&](int k, int t) {
             const int32_t source = quad.sources[k];
-            return quad.tables[k][codes[b][source / 2 * 64 + t] >> (source % 2 * 4) & 15];
+            return quad.tables[k][blocks.codes[b][source / 2 * 64 + t] >> (source % 2 * 4) & 15];
         };
         for (int t = 0; t < 64; ++t) {
             for (int c = 0; c < 4; ++c) {

@@ -42,3 +42,11 @@ template <>
 struct Reads<QJL_ONE_CHAIN> {
     static constexpr int COUNT = 5, OF[8] = {0, 1, 1, 2, 2, 3, 3, 4}, IS_HIGH[] = {1, 0, 1, 0, 1};
 };
+
+// Blocks whose values are summed up at once.
+struct Weighted {
+    const uint8_t* const* codes;  // [count]: where those of a block begin
+    const uint8_t* weights;       // [count][rows][64], up to WEIGHT_TOP
+    const uint8_t* const* ahead;  // [count]: where is read later
+    int64_t count;
+};

@@ -1,5 +1,27 @@
 // Weighted sums of packed values.
 
+// By row; those of rows that are not there are 1.
+using ByRow = float[MAX_ROWS];
+
+// What is added to sums is multiplied by, and what they were.
+struct Factors {
+    const ByRow &added, &old;
+};
+
+// Adds blocks to the sums of quads of one kind, [quads][4 coordinates][MAX_ROWS].
+template <int ROWS, int KIND>
+__attribute__((noinline)) void add_quads_of(const QjlQuad* quads, int64_t first, int64_t last, const Weighted& blocks,
+                                            const Factors& factors, float* sums) {
+    alignas(64) float decays[16], units[16];
+    for (int i = 0; i < 16; ++i) decays[i] = factors.old[i % MAX_ROWS], units[i] = factors.added[i % MAX_ROWS];
+    for (int64_t k = first; k < last; ++k) {
+        alignas(64) int32_t added[16];
+        add_quad<ROWS, KIND>(quads[k], blocks, k * 64, added);
+        const F16 of_blocks = converted<F16>(load<I16>(added)) * (load<F16>(units) * quads[k].step);
+        store(sums + 16 * k, load<F16>(sums + 16 * k) * load<F16>(decays) + of_blocks);
+    }
+}
+
 // Weighted sums over the tokens seen so far, in the space of the codes, for up to MAX_ROWS rows.
 //
 // Weights of a tile are integers, in units that are as fine as the result asks. Most have one digit of 8 bits; blocks
@@ -15,6 +37,7 @@ struct Sums {
     Place places[TILE];
     int8_t place_of_high[TILE];  // of a block among those with high digits, or -1
     static constexpr int BASE = WEIGHT_TOP + 1, BITS = BASE == 256 ? 8 : 7;
+    static constexpr ByRow NO_DECAY = {1, 1, 1, 1};
     static constexpr float VALUE_SHARE = 0.8f;  // of the error of weights in the tolerance
 
     Sums(const Head& h, Scratch& room, int64_t first_row, int64_t rows)
@@ -24,9 +47,6 @@ struct Sums {
         __builtin_memset(room.energy, 0, side.groups * MAX_ROWS * sizeof(float));
         for (int64_t r = 0; r < MAX_ROWS; ++r) maximum[r] = LOWEST, weight[r] = 0;
     }
-
-    // Factors by row; those of rows that are not there are 1.
-    using ByRow = float[MAX_ROWS];
 
     // Base-2 scores of a tile, [rows][TILE][64], which become powers.
     void add(float* scores, int64_t first_block, int64_t blocks) {
@@ -84,7 +104,7 @@ struct Sums {
         }
         const int64_t high = count_high(blocks);
         for (int64_t r = 0; r < rows; ++r) put_weights(r, blocks, inverses[r]);
-        add_quads(first_quad, last_quad, codes, blocks, room.weights, units, decay);
+        add_quads(first_quad, last_quad, {codes, room.weights, ahead, blocks}, {units, decay});
         if (high) add_high(first_quad, last_quad, blocks, high, units);
         if (side.middle) add_middles(scores, g, blocks, decay, power);
     }
@@ -163,27 +183,36 @@ struct Sums {
             if (place_of_high[b] >= 0) high[place_of_high[b]] = codes[b];
         }
         for (float& unit : units) unit *= BASE;
-        add_quads(first_quad, last_quad, high, count, room.weights + TILE * MAX_ROWS * 64, units, {1, 1, 1, 1});
+        const uint8_t* digits = room.weights + TILE * MAX_ROWS * 64;
+        add_quads(first_quad, last_quad, {high, digits, ahead, count}, {units, NO_DECAY});
     }
 
-    void add_quads(int64_t first, int64_t last, const uint8_t* const* of_blocks, int64_t blocks,
-                   const uint8_t* weights, const ByRow& units, const ByRow& decay) const {
-        const auto of_rows = [&] {
-            switch (rows) {
-                case 1: return add_quad<1>;
-                case 2: return add_quad<2>;
-                case 3: return add_quad<3>;
-                default: return add_quad<4>;
-            }
-        }();
-        alignas(64) float decays[16], factors[16];
-        for (int i = 0; i < 16; ++i) decays[i] = decay[i % MAX_ROWS], factors[i] = units[i % MAX_ROWS];
-        const F16 old = load<F16>(decays), unit = load<F16>(factors);
-        alignas(64) int32_t added[16];
-        for (int64_t k = first; k < last; ++k) {
-            of_rows(side.quads[k], of_blocks, blocks, weights, added, ahead, k * 64);
-            float* sums = room.sums_of_quads + k * 16;
-            store(sums, load<F16>(sums) * old + converted<F16>(load<I16>(added)) * (unit * side.quads[k].step));
+    // Quads of one kind follow one another.
+    void add_quads(int64_t first, int64_t last, const Weighted& blocks, const Factors& factors) const {
+        for (int64_t k = first, end; k < last; k = end) {
+            for (end = k; end < last && side.quads[end].kind == side.quads[k].kind;) ++end;
+            adder_of(side.quads[k].kind)(side.quads, k, end, blocks, factors, room.sums_of_quads);
+        }
+    }
+
+    auto adder_of(int32_t kind) const -> decltype(&add_quads_of<1, QJL_ANY>) {
+        switch (rows) {
+            case 1: return adder<1>(kind);
+            case 2: return adder<2>(kind);
+            case 3: return adder<3>(kind);
+            default: return adder<4>(kind);
+        }
+    }
+
+    template <int ROWS>
+    static auto adder(int32_t kind) -> decltype(&add_quads_of<ROWS, QJL_ANY>) {
+        switch (kind) {
+            case QJL_TWO_CHAIN: return add_quads_of<ROWS, QJL_TWO_CHAIN>;
+            case QJL_TWO_LEVELS: return add_quads_of<ROWS, QJL_TWO_LEVELS>;
+            case QJL_ONE_LEVELS: return add_quads_of<ROWS, QJL_ONE_LEVELS>;
+            case QJL_FOUR_CHAIN: return add_quads_of<ROWS, QJL_FOUR_CHAIN>;
+            case QJL_ONE_CHAIN: return add_quads_of<ROWS, QJL_ONE_CHAIN>;
+            default: return add_quads_of<ROWS, QJL_ANY>;
         }
     }
 
