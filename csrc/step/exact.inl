@@ -33,6 +33,7 @@ struct ExactTokens {
     void add() const {
         for (int64_t r = 0; r < h.s.rows; r += MAX_ROWS) {
             const int64_t rows = fewer(MAX_ROWS, h.s.rows - r);
+            h.put_queries(r, rows, h.s.scaling, room.queries);
             for (int64_t token = 0; token < count(); token += MOST) {
                 const int64_t tokens = fewer(MOST, count() - token);
                 if (!find(token, tokens)) continue;
@@ -45,10 +46,7 @@ struct ExactTokens {
 
     void score(int64_t token, int64_t tokens, int64_t first_row, int64_t rows) const {
         const QjlStep& s = h.s;
-        const int64_t dim = s.keys.head_dim;
-        __builtin_memset(room.queries, 0, MAX_ROWS * dim * sizeof(float));
-        for (int64_t r = 0; r < rows; ++r) h.put_query(first_row + r, s.scaling, room.queries + r * dim);
-        found(s.exact.keys, s.exact.key_stride).dots(tokens, room.queries, dim, room.scores, MOST);
+        found(s.exact.keys, s.exact.key_stride).dots(tokens, room.queries, s.keys.head_dim, room.scores, MOST);
         for (int64_t r = 0; r < rows; ++r) {
             float* scores = room.scores + r * MOST;
             if (s.softcap > 0) {

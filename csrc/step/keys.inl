@@ -31,8 +31,7 @@ struct Question {
     static constexpr float KEY_SHARE = 1;  // of the error of scores in the tolerance
 
     void ask(int64_t first_row, float factor) {
-        __builtin_memset(room.queries, 0, MAX_ROWS * side.head_dim * sizeof(float));
-        for (int64_t r = 0; r < rows; ++r) h.put_query(first_row + r, factor, room.queries + r * side.head_dim);
+        h.put_queries(first_row, rows, factor, room.queries);
         map_queries();
         for (int64_t g = 0; g < side.groups; ++g) {
             switch (rows) {

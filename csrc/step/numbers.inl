@@ -246,7 +246,8 @@ struct Numbers {
         });
     }
 
-    // to[i][row] = <row, others[i]> for four others, numbers of a row each, in rows of `to` that lie `apart`.
+    // to[i][row] = <row, others[i]> for four others, n numbers each; rows of `to` lie `apart`. Where there are fewer than
+    // four rows, what is next to them is overwritten.
     void dots(int64_t rows, const float* others, int64_t n, float* to, int64_t apart) const {
         typed([&](auto numbers) { dots_of(numbers, rows, others, n, to, apart); });
     }
@@ -255,10 +256,11 @@ struct Numbers {
     __attribute__((noinline)) void dots_of(Of numbers, int64_t rows, const float* others, int64_t n, float* to,
                                            int64_t apart) const {
         constexpr int AT_ONCE = NATIVE_BYTES == 64 ? 4 : 1;  // what registers hold
-        for (int64_t row = 0; row < rows; row += 4) {
-            const int64_t count = fewer(4, rows - row);
+        const auto add = [](const auto& x, const auto& y) { return x + y; };
+        for (int64_t next = 0; next < rows; next += 4) {
+            const int64_t row = more(0, fewer(next, rows - 4));
             int64_t at[4];
-            for (int64_t k = 0; k < 4; ++k) at[k] = place(row + fewer(k, count - 1));
+            for (int64_t k = 0; k < 4; ++k) at[k] = place(fewer(row + k, rows - 1));
             F16 products[16];  // [4 others][4 rows]
             for (int k = 0; k < 4; k += AT_ONCE) {
                 Products<AT_ONCE> of_rows;
@@ -266,11 +268,11 @@ struct Numbers {
                 of_rows.leave(products + k);
             }
             alignas(64) float dots[16];
-            store(dots, join_each([&](int i) { return products[i]; }, [](const auto& x, const auto& y) { return x + y; }));
-            for (int k = 0; k < 16; ++k) {
-                for (int64_t i = n / 16 * 16; i < n; ++i) dots[k] += numbers.one(at[k % 4] + i) * others[k / 4 * n + i];
+            store(dots, join_each([&](int i) { return products[i]; }, add));
+            for (int64_t i = n / 16 * 16; i < n; ++i) {
+                for (int k = 0; k < 16; ++k) dots[k] += numbers.one(at[k % 4] + i) * others[k / 4 * n + i];
             }
-            for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * apart + row, dots + 4 * i, count * sizeof(float));
+            for (int i = 0; i < 4; ++i) store(to + i * apart + row, load<F4>(dots + 4 * i));
         }
     }
 
