@@ -72,8 +72,8 @@ struct Question {
         asked.counts[g] = quads + refine(g, bytes, quads);
     }
 
-    // Four nibbles are the low ones, or the high ones, of four bytes of a group: where in the room is what belongs to one
-    // of them and a row.
+    // Four nibbles are the low ones, or the high ones, of four bytes of a group. Where what belongs to one of them and
+    // a row lies in the room:
     int64_t place(int64_t four, int64_t r, int64_t i) const { return (four * rows + r) * 4 + i; }
     float* table(int64_t four, int64_t r, int64_t i) const {
         return room.tables_of_floats + place(four, r, i) * 16;
@@ -264,8 +264,8 @@ struct Question {
         return sum_of(products, t.pairs);
     }
 
-    // What coefficients are multiplied by so that they, and their sums, are integers of 16 and 32 bits. The modulus of a
-    // frequency does not change with the position: it bounds them once for all.
+    // What coefficients are multiplied by so that they, and their sums, are integers of 16 and 32 bits. The modulus of
+    // a frequency does not change with the position: it bounds them once for all.
     float turn_scale(const QjlTurn& t, const float* __restrict real) const {
         const float* __restrict imaginary = real + t.pairs;
         float* __restrict moduli = room.parts;

@@ -246,7 +246,7 @@ struct Numbers {
         });
     }
 
-    // to[i][row] = <row, others[i]> for four others, n numbers each; rows of `to` lie `apart`. Where there are fewer than
+    // to[i][row] = <row, others[i]> for four others of n numbers; rows of `to` lie `apart`. Where there are fewer than
     // four rows, what is next to them is overwritten.
     void dots(int64_t rows, const float* others, int64_t n, float* to, int64_t apart) const {
         typed([&](auto numbers) { dots_of(numbers, rows, others, n, to, apart); });
