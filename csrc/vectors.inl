@@ -63,6 +63,7 @@ using Native = Vector<float, NATIVE_BYTES / 4>;
 QJL_BY_HALVES(+)
 QJL_BY_HALVES(-)
 QJL_BY_HALVES(*)
+QJL_BY_HALVES(/)
 QJL_BY_HALVES(&)
 QJL_BY_HALVES(|)
 QJL_BY_HALVES(<<)
@@ -135,6 +136,16 @@ QJL_INLINE Floats larger(const Floats& a, const Floats& b) {
 template <class Half>
 QJL_INLINE Twice<Half> larger(const Twice<Half>& a, const Twice<Half>& b) {
     return {larger(a.low, b.low), larger(a.high, b.high)};
+}
+
+template <class Numbers>
+QJL_INLINE Numbers smaller(const Numbers& a, const Numbers& b) {
+    return a < b ? a : b;
+}
+
+template <class Half>
+QJL_INLINE Twice<Half> smaller(const Twice<Half>& a, const Twice<Half>& b) {
+    return {smaller(a.low, b.low), smaller(a.high, b.high)};
 }
 
 // The numbers where `codes` are not 0.
@@ -242,13 +253,21 @@ QJL_INLINE F4 sums(F4 a, F4 b, F4 c, F4 d) {
     return evens(ab, cd) + odds(ab, cd);
 }
 
+// What `join` makes of the neighbours in a, then of those in b.
 template <class Floats>
-QJL_INLINE F4 sums(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
-    const auto folded = [](const Floats& x) {
-        const auto [low, high] = halves(x);
-        return low + high;
-    };
-    return sums(folded(a), folded(b), folded(c), folded(d));
+QJL_INLINE Floats join_neighbours(const Floats& a, const Floats& b, auto join) {
+    return join(evens(a, b), odds(a, b));
+}
+
+// Of numbers that lie in both halves: whatever is next to what, where all numbers of a join, and all of b.
+template <class Half>
+QJL_INLINE Twice<Half> join_halves(const Twice<Half>& a, const Twice<Half>& b, auto join) {
+    return {join(a.low, a.high), join(b.low, b.high)};
+}
+
+template <class Floats>
+QJL_INLINE Floats join_halves(const Floats& a, const Floats& b, auto join) {
+    return join_neighbours(a, b, join);
 }
 
 QJL_INLINE float largest(F4 x) {

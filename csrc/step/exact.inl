@@ -30,14 +30,10 @@ struct ExactTokens {
         return any >= 0;
     }
 
-    // No query sees a token that comes after its own.
-    bool sees(int64_t row, int64_t token) const {
-        return slots()[token] >= 0 && token < count() - (h.s.queries - 1 - row % h.s.queries);
-    }
-
     void add() const {
         for (int64_t r = 0; r < h.s.rows; r += MAX_ROWS) {
             const int64_t rows = fewer(MAX_ROWS, h.s.rows - r);
+            h.put_queries(r, rows, h.s.scaling, room.queries);
             for (int64_t token = 0; token < count(); token += MOST) {
                 const int64_t tokens = fewer(MOST, count() - token);
                 if (!find(token, tokens)) continue;
@@ -50,25 +46,27 @@ struct ExactTokens {
 
     void score(int64_t token, int64_t tokens, int64_t first_row, int64_t rows) const {
         const QjlStep& s = h.s;
-        const int64_t dim = s.keys.head_dim;
-        __builtin_memset(room.queries, 0, MAX_ROWS * dim * sizeof(float));
-        for (int64_t r = 0; r < rows; ++r) h.put_query(first_row + r, s.scaling, room.queries + r * dim);
+        found(s.exact.keys, s.exact.key_stride).dots(tokens, room.queries, s.keys.head_dim, room.scores, MOST);
         for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t i = tokens; i < MOST; ++i) room.scores[r * MOST + i] = -__builtin_inff();
-        }
-        const Numbers keys = found(s.exact.keys, s.exact.key_stride);
-        const int64_t column = s.of_rows->capacity * s.page_tokens + token;
-        F4 of_tokens[MOST];
-        keys.dots(tokens, room.queries, dim, dim, of_tokens);
-        for (int64_t i = 0; i < tokens; ++i) {
-            const F4 scores = of_tokens[i];
-            for (int64_t r = 0; r < rows; ++r) {
-                float score = capped(scores[r], s.softcap);
-                if (s.bias) score += *h.bias(first_row + r, column + i);
-                if (!sees(first_row + r, token + i)) score = -__builtin_inff();
-                room.scores[r * MOST + i] = score * LOG2E;
+            float* scores = room.scores + r * MOST;
+            if (s.softcap > 0) {
+                for (int64_t i = 0; i < tokens; ++i) scores[i] = capped(scores[i], s.softcap);
             }
+            if (s.bias) {
+                const float* bias = h.bias(first_row + r, s.of_rows->capacity * s.page_tokens + token);
+                for (int64_t i = 0; i < tokens; ++i) scores[i] += bias[i * s.bias_stride[3]];
+            }
+            scale(scores, LOG2E, tokens);
+            hide(token, tokens, first_row + r, scores);
         }
+    }
+
+    // No query sees a token that comes after its own.
+    void hide(int64_t token, int64_t tokens, int64_t row, float* scores) const {
+        const int64_t last = count() - (h.s.queries - 1 - row % h.s.queries), seen = fewer(tokens, last - token);
+        const int32_t* of_tokens = slots() + token;
+        for (int64_t i = 0; i < seen; ++i) scores[i] = of_tokens[i] < 0 ? -__builtin_inff() : scores[i];
+        for (int64_t i = more(0, seen); i < MOST; ++i) scores[i] = -__builtin_inff();
     }
 
     void weigh(float* scores, float* sums) const {

@@ -10,11 +10,15 @@ struct Head {
     int64_t place_of_row(const int64_t (&stride)[3], int64_t row) const {
         return batch * stride[0] + (head * group() + row / s.queries) * stride[1] + row % s.queries * stride[2];
     }
-    // The query of a row times a factor.
-    void put_query(int64_t row, float factor, float* to) const {
-        Numbers{number_at(s.query, place_of_row(s.query_stride, row), s.query_type), 0, s.query_type}.copy(
-            0, to, s.keys.head_dim);
-        scale(to, factor, s.keys.head_dim);
+    // The queries of some rows times a factor; zeros for what is left of MAX_ROWS.
+    void put_queries(int64_t first_row, int64_t rows, float factor, float* to) const {
+        const int64_t dim = s.keys.head_dim;
+        for (int64_t r = 0; r < rows; ++r) {
+            const void* query = number_at(s.query, place_of_row(s.query_stride, first_row + r), s.query_type);
+            Numbers{query, 0, s.query_type}.copy(0, to + r * dim, dim);
+        }
+        scale(to, factor, rows * dim);
+        __builtin_memset(to + rows * dim, 0, (MAX_ROWS - rows) * dim * sizeof(float));
     }
     int64_t first_token() const { return s.of_rows->skip[batch]; }
     int64_t end_token() const { return s.of_rows->lengths[batch]; }

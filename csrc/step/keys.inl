@@ -31,11 +31,17 @@ struct Question {
     static constexpr float KEY_SHARE = 1;  // of the error of scores in the tolerance
 
     void ask(int64_t first_row, float factor) {
-        __builtin_memset(room.queries, 0, MAX_ROWS * side.head_dim * sizeof(float));
-        for (int64_t r = 0; r < rows; ++r) h.put_query(first_row + r, factor, room.queries + r * side.head_dim);
+        h.put_queries(first_row, rows, factor, room.queries);
         map_queries();
-        fill_tables();
-        for (int64_t g = 0; g < side.groups; ++g) quantize(g);
+        for (int64_t g = 0; g < side.groups; ++g) {
+            switch (rows) {
+                case 1: quantize<1>(g); break;
+                case 2: quantize<2>(g); break;
+                case 3: quantize<3>(g); break;
+                default: quantize<4>(g);
+            }
+            if (side.middle) sum_group(g);
+        }
         meet_mean();
     }
 
@@ -46,127 +52,110 @@ struct Question {
             __builtin_memcpy(room.mapped, room.queries, MAX_ROWS * side.code_dim * sizeof(float));
             return;
         }
-        constexpr int64_t AT_ONCE = 32;
-        const Numbers map = map_of(side, h.head);
-        for (int64_t first = 0; first < side.code_dim; first += AT_ONCE) {
-            F4 mapped[AT_ONCE];
-            const int64_t count = fewer(AT_ONCE, side.code_dim - first);
-            map.from(first).dots(count, room.queries, side.head_dim, side.head_dim, mapped);
-            for (int64_t i = 0; i < count; ++i) {
-                for (int64_t r = 0; r < MAX_ROWS; ++r) room.mapped[r * side.code_dim + first + i] = mapped[i][r];
-            }
-        }
+        map_of(side, h.head).dots(side.code_dim, room.queries, side.head_dim, room.mapped, side.code_dim);
     }
 
-    __attribute__((noinline)) void fill_tables() {
-        const int64_t group_dim = side.code_dim / side.groups, group_nibbles = side.nibbles / side.groups;
-        const int64_t code = side.code_stride * h.head * group_nibbles * side.slots;
-        for (int64_t j = 0; j < side.nibbles; ++j) {
-            const int64_t within = code + j % group_nibbles * side.slots;  // all groups have the same code
-            const float* mapped = room.mapped + j / group_nibbles * group_dim;
-            F16 table[MAX_ROWS]{};
-            for (int64_t i = 0; i < side.slots; ++i) {
-                const F16 entries = floats_of_halves(load<H16>(side.entries + (within + i) * 16));
-                const float* of_rows = mapped + side.coordinates[within + i];
-                for (int64_t r = 0; r < rows; ++r) table[r] += of_rows[r * side.code_dim] * entries;
-            }
-            for (int64_t r = 0; r < rows; ++r) store(room.tables_of_floats + (j * rows + r) * 16, table[r]);
-        }
-        for (int64_t g = 0; side.middle && g < side.groups; ++g) {
-            for (int64_t r = 0; r < rows; ++r) {
-                float total = 0;
-                for (int64_t i = 0; i < group_dim; ++i) total += room.mapped[r * side.code_dim + g * group_dim + i];
-                asked.sums_of_groups[g * MAX_ROWS + r] = total;
-            }
-        }
-    }
-
-    // Of the high or low nibble of a byte of a group.
-    const float* table(int64_t g, int64_t byte, int64_t is_high, int64_t r) const {
-        const int64_t nibble = 2 * (g * bytes_of_group(side) + byte) + is_high;
-        return room.tables_of_floats + (nibble * rows + r) * 16;
-    }
-
-    // Where in the room is what belongs to four nibbles of a row.
-    int64_t four(int64_t quad, int64_t is_high, int64_t r) const { return ((quad * 2 + is_high) * rows + r) * 4; }
-
-    void quantize(int64_t g) const {
+    template <int ROWS>
+    __attribute__((noinline)) void quantize(int64_t g) const {
         const int64_t bytes = bytes_of_group(side), quads = (bytes + 3) / 4;
-        measure(g, bytes, quads);
-        for (int64_t r = 0; r < rows; ++r) choose_unit(g, quads, r);
-        for (int64_t q = 0; q < quads; ++q) put_tables(g, q);
+        for (int64_t n = 0; n < 2 * quads; ++n) fill<ROWS>(g, n), measure<ROWS>(n);
+        choose_units(g, 2 * quads);
+        for (int64_t q = 0; q < quads; ++q) {
+            const F16 of_low = put_entries<ROWS>(g, 2 * q), of_high = put_entries<ROWS>(g, 2 * q + 1);  // in this order
+            alignas(64) float errors[16];
+            store(errors, of_low + of_high);
+            F4 most{};
+            for (int r = 0; r < ROWS; ++r) most = larger(most, load<F4>(errors + 4 * r));
+            store(room.errors + 4 * q, most);
+            for (int64_t i = 0; i < 4; ++i) quad_at(g, q).at[i] = int32_t(fewer(4 * q + i, bytes - 1) * 64);
+        }
         asked.counts[g] = quads + refine(g, bytes, quads);
     }
 
-    // The least entry of each table, and how far it is to the largest.
-    __attribute__((noinline)) void measure(int64_t g, int64_t bytes, int64_t quads) const {
-        for (int64_t q = 0; q < quads; ++q) {
-            for (int64_t is_high = 0; is_high < 2; ++is_high) {
-                for (int64_t r = 0; r < rows; ++r) {
-                    const auto of = [&](int64_t i) {
-                        return 4 * q + i < bytes ? load<F16>(table(g, 4 * q + i, is_high, r)) : F16{};
-                    };
-                    const F16 a = of(0), b = of(1), c = of(2), d = of(3);
-                    const F4 low = -largest_of_each(-a, -b, -c, -d);
-                    store(room.lows + four(q, is_high, r), low);
-                    store(room.ranges + four(q, is_high, r), largest_of_each(a, b, c, d) - low);
-                }
+    // Four nibbles are the low ones, or the high ones, of four bytes of a group. Where what belongs to one of them and
+    // a row lies in the room:
+    int64_t place(int64_t four, int64_t r, int64_t i) const { return (four * rows + r) * 4 + i; }
+    float* table(int64_t four, int64_t r, int64_t i) const {
+        return room.tables_of_floats + place(four, r, i) * 16;
+    }
+
+    // Tables are zeros where there is no byte.
+    template <int ROWS>
+    QJL_INLINE void fill(int64_t g, int64_t four) const {
+        const int64_t nibbles = side.nibbles / side.groups, dim = side.code_dim;  // all groups have the same code
+        const float* mapped = room.mapped + g * (dim / side.groups);
+        for (int64_t i = 0; i < 4; ++i) {
+            const int64_t nibble = 2 * (four / 2 * 4 + i) + four % 2;
+            const int64_t first = (side.code_stride * h.head * nibbles + nibble) * side.slots;
+            F16 a{}, b{}, c{}, d{};
+            for (int64_t k = first; nibble < nibbles && k < first + side.slots; ++k) {
+                const F16 entries = floats_of_halves(load<H16>(side.entries + k * 16));
+                const float* of_rows = mapped + side.coordinates[k];
+                a += of_rows[0] * entries;
+                if constexpr (ROWS > 1) b += of_rows[dim] * entries;
+                if constexpr (ROWS > 2) c += of_rows[2 * dim] * entries;
+                if constexpr (ROWS > 3) d += of_rows[3 * dim] * entries;
             }
+            store(table(four, 0, i), a);
+            if constexpr (ROWS > 1) store(table(four, 1, i), b);
+            if constexpr (ROWS > 2) store(table(four, 2, i), c);
+            if constexpr (ROWS > 3) store(table(four, 3, i), d);
         }
     }
 
-    void choose_unit(int64_t g, int64_t quads, int64_t r) const {
-        F4 widest{}, least{}, most{};
-        for (int64_t q = 0; q < 2 * quads; ++q) {
-            const F4 low = load<F4>(room.lows + four(q / 2, q % 2, r));
-            widest = larger(widest, load<F4>(room.ranges + four(q / 2, q % 2, r)));
+    // The least entry of each table, and how far it is to the largest.
+    template <int ROWS>
+    QJL_INLINE void measure(int64_t four) const {
+        const auto of = [&](int i) { return load<F16>(table(four, i / 4 < ROWS ? i / 4 : 0, i % 4)); };
+        const F16 low = join_each(of, [](const auto& x, const auto& y) { return smaller(x, y); });
+        const F16 high = join_each(of, [](const auto& x, const auto& y) { return larger(x, y); });
+        store(room.lows + place(four, 0, 0), low);
+        store(room.ranges + place(four, 0, 0), high - low);
+    }
+
+    void choose_units(int64_t g, int64_t fours) const {
+        F16 widest{}, least{}, most{};
+        for (int64_t n = 0; n < fours; ++n) {
+            const F16 low = load<F16>(room.lows + place(n, 0, 0));
+            widest = larger(widest, load<F16>(room.ranges + place(n, 0, 0)));
             least += low, most += larger(low, -low);
         }
-        const float by_range = largest(widest) / (255.0f * FACTOR_TOP), by_sum = sum(most) * 0x1p-29f;
-        const float unit = (by_range > by_sum ? by_range : by_sum) + LEAST;
-        asked.units[g * MAX_ROWS + r] = unit, room.inverses[r] = 1 / unit;
-        asked.firsts[g * MAX_ROWS + r] = int32_t(__builtin_rintf(sum(least) / unit));
+        alignas(64) float of_rows[3][4 * MAX_ROWS];
+        store(of_rows[0], widest), store(of_rows[1], least), store(of_rows[2], most);
+        for (int64_t r = 0; r < rows; ++r) {
+            const auto of = [&](int k) { return load<F4>(of_rows[k] + 4 * r); };
+            const float by_range = largest(of(0)) / (255.0f * FACTOR_TOP), by_sum = sum(of(2)) * 0x1p-29f;
+            const float unit = (by_range > by_sum ? by_range : by_sum) + LEAST;
+            asked.units[g * MAX_ROWS + r] = unit;
+            asked.firsts[g * MAX_ROWS + r] = int32_t(__builtin_rintf(sum(of(1)) / unit));
+            store(room.units + 4 * r, unit + F4{});
+        }
     }
 
-    uint8_t* factor_at(int64_t g, int64_t q, int64_t is_high, int64_t r, int64_t i) const {
-        return asked.factors + g * most_quads(side) * 2 * rows * 4 + four(q, is_high, r) + i;
+    uint8_t* factor_at(int64_t g, int64_t four, int64_t r, int64_t i) const {
+        return asked.factors + g * most_quads(side) * 2 * rows * 4 + place(four, r, i);
     }
-    uint8_t* table_at(int64_t g, int64_t q, int64_t is_high, int64_t r, int64_t i) const {
-        return asked.tables + (g * most_quads(side) * 2 * rows * 4 + four(q, is_high, r) + i) * 16;
+    uint8_t* table_at(int64_t g, int64_t four, int64_t r, int64_t i) const {
+        return asked.tables + (g * most_quads(side) * 2 * rows * 4 + place(four, r, i)) * 16;
     }
     Quad& quad_at(int64_t g, int64_t q) const { return asked.quads[g * most_quads(side) + q]; }
 
-    // The tables of four bytes above their least entries, and how far scores are off by them, squared.
-    __attribute__((noinline)) void put_tables(int64_t g, int64_t q) const {
-        F4 error{};
-        for (int64_t r = 0; r < rows; ++r) {
-            const float unit = asked.units[g * MAX_ROWS + r];
-            F4 squares{};
-            for (int64_t is_high = 0; is_high < 2; ++is_high) {
-                const F4 ranges = load<F4>(room.ranges + four(q, is_high, r)) * room.inverses[r];
-                using Four = Vector<int32_t, 4>;
-                Four factors = converted<Four>(ranges * (1.0f / 255) + 0.9999f);
-                factors = factors < 1 ? Four{} + 1 : factors > FACTOR_TOP ? Four{} + FACTOR_TOP : factors;
-                const F4 floats = converted<F4>(factors);
-                squares += floats * floats;
-                put_entries(g, q, is_high, r, floats);
-            }
-            error = larger(error, squares * (unit * unit / 12));
+    // Tables above their least entries; how far scores are off by them, squared.
+    template <int ROWS>
+    QJL_INLINE F16 put_entries(int64_t g, int64_t four) const {
+        const F16 units = load<F16>(room.units), ranges = load<F16>(room.ranges + place(four, 0, 0));
+        const I16 whole = converted<I16>(ranges / units * (1.0f / 255) + 0.9999f);
+        const I16 factors = smaller(larger(whole, I16{} + 1), I16{} + FACTOR_TOP);
+        store_bytes(factor_at(g, four, 0, 0), factors);
+        const F16 steps = converted<F16>(factors) * units;
+        alignas(64) float scales[16];
+        store(scales, 1.0f / steps);
+        const float *lows = room.lows + place(four, 0, 0), *from = table(four, 0, 0);
+        uint8_t* to = table_at(g, four, 0, 0);
+        for (int64_t k = 0; k < 4 * ROWS; ++k) {
+            store_bytes(to + 16 * k, round((load<F16>(from + 16 * k) - lows[k]) * scales[k]));
         }
-        store(room.errors + 4 * q, error);
-        for (int64_t i = 0; i < 4; ++i) quad_at(g, q).at[i] = int32_t((4 * q + i) * 64);
-        for (int64_t i = bytes_of_group(side) - 4 * q; i < 4; ++i) leave_out(g, q, i);
-    }
-
-    void put_entries(int64_t g, int64_t q, int64_t is_high, int64_t r, F4 factors) const {
-        const F4 lows = load<F4>(room.lows + four(q, is_high, r)), scales = room.inverses[r] / factors;
-        const int64_t count = fewer(4, bytes_of_group(side) - 4 * q);
-        const float* from = table(g, 4 * q, is_high, r);
-        uint8_t *to = table_at(g, q, is_high, r, 0), *of_tables = factor_at(g, q, is_high, r, 0);
-        for (int64_t i = 0; i < count; ++i) {
-            of_tables[i] = uint8_t(factors[i]);
-            store_bytes(to + 16 * i, round((load<F16>(from + 32 * rows * i) - lows[i]) * scales[i]));
-        }
+        return steps * steps * (1.0f / 12);
     }
 
     // A place of a quad that no byte takes: it counts nothing.
@@ -174,8 +163,8 @@ struct Question {
         quad_at(g, q).at[i] = quad_at(g, q).at[i - 1];
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t is_high = 0; is_high < 2; ++is_high) {
-                *factor_at(g, q, is_high, r, i) = 0;
-                __builtin_memset(table_at(g, q, is_high, r, i), 0, 16);
+                *factor_at(g, 2 * q + is_high, r, i) = 0;
+                __builtin_memset(table_at(g, 2 * q + is_high, r, i), 0, 16);
             }
         }
     }
@@ -204,13 +193,14 @@ struct Question {
         quad_at(g, q).at[i] = int32_t(byte * 64);
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t is_high = 0; is_high < 2; ++is_high) {
-                const float factor = *factor_at(g, byte / 4, is_high, r, byte % 4);
-                const float low = room.lows[four(byte / 4, is_high, r) + byte % 4];
-                const F16 whole = (load<F16>(table(g, byte, is_high, r)) - low) * room.inverses[r];
+                const int64_t four = byte / 4 * 2 + is_high, fine = 2 * q + is_high;
+                const float factor = *factor_at(g, four, r, byte % 4), unit = asked.units[g * MAX_ROWS + r];
+                const F16 above = load<F16>(table(four, r, byte % 4)) - room.lows[place(four, r, byte % 4)];
+                const F16 whole = above * (1 / unit);
                 const I16 steps = round(whole * (1 / factor) - 0.5f);
-                store_bytes(table_at(g, byte / 4, is_high, r, byte % 4), steps);
-                store_bytes(table_at(g, q, is_high, r, i), round(whole - converted<F16>(steps) * factor));
-                *factor_at(g, q, is_high, r, i) = 1;
+                store_bytes(table_at(g, four, r, byte % 4), steps);
+                store_bytes(table_at(g, fine, r, i), round(whole - converted<F16>(steps) * factor));
+                *factor_at(g, fine, r, i) = 1;
             }
         }
     }
@@ -239,6 +229,16 @@ struct Question {
         return count > 0 ? squares / count : 0;
     }
 
+    // What a middle is multiplied by.
+    void sum_group(int64_t g) const {
+        const int64_t dim = side.code_dim / side.groups;
+        for (int64_t r = 0; r < rows; ++r) {
+            float total = 0;
+            for (int64_t i = 0; i < dim; ++i) total += room.mapped[r * side.code_dim + g * dim + i];
+            asked.sums_of_groups[g * MAX_ROWS + r] = total;
+        }
+    }
+
     void meet_mean() const {
         const float* mean = side.mean ? side.mean + h.head * side.head_dim : nullptr;
         for (int64_t r = 0; r < rows; ++r) {
@@ -252,37 +252,38 @@ struct Question {
     }
 
     // The part of <query, mean> that RoPE turns, which is left by pairs.
-    static float turn_apart(const QjlTurn& t, const float* query, const float* mean, float* real) {
+    float turn_apart(const QjlTurn& t, const float* query, const float* mean, float* real) const {
         const int32_t *first = t.coordinates, *second = t.coordinates + t.pairs;
-        float* imaginary = real + t.pairs;
-        float total = 0;
+        float *imaginary = real + t.pairs, *products = room.parts;
         for (int64_t f = 0; f < t.pairs; ++f) {
             const float q1 = query[first[f]], q2 = query[second[f]], m1 = mean[first[f]], m2 = mean[second[f]];
-            real[f] = (q1 * m1 + q2 * m2) * t.scaling;
+            products[f] = q1 * m1 + q2 * m2;
+            real[f] = products[f] * t.scaling;
             imaginary[f] = (q2 * m1 - q1 * m2) * t.scaling;
-            total += q1 * m1 + q2 * m2;
         }
-        return total;
+        return sum_of(products, t.pairs);
     }
 
-    // What coefficients are multiplied by so that they, and their sums, are integers of 16 and 32 bits. The modulus of a
-    // frequency does not change with the position: it bounds them once for all.
-    static float turn_scale(const QjlTurn& t, const float* real) {
-        const float* imaginary = real + t.pairs;
-        float most = LEAST, total = LEAST, shared[RANK]{};
+    // What coefficients are multiplied by so that they, and their sums, are integers of 16 and 32 bits. The modulus of
+    // a frequency does not change with the position: it bounds them once for all.
+    float turn_scale(const QjlTurn& t, const float* __restrict real) const {
+        const float* __restrict imaginary = real + t.pairs;
+        float* __restrict moduli = room.parts;
         for (int64_t f = 0; f < t.pairs; ++f) {
-            const float modulus = __builtin_sqrtf(real[f] * real[f] + imaginary[f] * imaginary[f]);
-            if (f < t.direct) {
-                most = modulus > most ? modulus : most, total += modulus;
-                continue;
-            }
-            const float* down = t.down + (f - t.direct) / 4 * 8 * RANK + (f - t.direct) % 4;
-            for (int k = 0; k < RANK; ++k) {
-                const float cosine = __builtin_fabsf(down[4 * k]), sine = __builtin_fabsf(down[4 * (RANK + k)]);
-                shared[k] += modulus * (cosine > sine ? cosine : sine);
-            }
+            moduli[f] = __builtin_sqrtf(real[f] * real[f] + imaginary[f] * imaginary[f]);
         }
-        for (const float of_function : shared) most = of_function > most ? of_function : most, total += of_function;
+        for (int64_t f = t.pairs; f < t.pairs + 4; ++f) moduli[f] = 0;
+        float most = LEAST, total = LEAST + sum_of(moduli, t.direct);
+        for (int64_t f = 0; f < t.direct; ++f) most = moduli[f] > most ? moduli[f] : most;
+        for (int k = 0; k < RANK; ++k) {
+            const float* down = t.down + 4 * k;
+            F4 shared{};
+            for (int64_t f = t.direct; f < t.pairs; f += 4, down += 8 * RANK) {
+                const F4 cosine = load<F4>(down), sine = load<F4>(down + 4 * RANK);
+                shared += load<F4>(moduli + f) * larger(larger(cosine, -cosine), larger(sine, -sine));
+            }
+            most = sum(shared) > most ? sum(shared) : most, total += sum(shared);
+        }
         const float by_most = 32000 / most, by_total = 92000 / total;
         return by_most < by_total ? by_most : by_total;
     }

@@ -73,19 +73,22 @@ inline float dot(const float* a, const float* b, int64_t n) {
     return sum(total) + rest;
 }
 
-// The largest of each of four vectors.
-template <class Floats>
-QJL_INLINE F4 largest_of_each(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
-    const auto folded = [](const Floats& x) {
-        const auto [low, high] = halves(x);
-        return larger(low, high);
+inline float sum_of(const float* numbers, int64_t n) {
+    F16 total{};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) total += load<F16>(numbers + i);
+    float rest = 0;
+    for (; i < n; ++i) rest += numbers[i];
+    return sum(total) + rest;
+}
+
+// What `join` makes of all numbers of each of sixteen vectors, `of(0)` to `of(15)`.
+template <class Of, class Join>
+QJL_INLINE F16 join_each(const Of& of, const Join& join) {
+    const auto four = [&](int i) {
+        return join_neighbours(join_halves(of(i), of(i + 1), join), join_halves(of(i + 2), of(i + 3), join), join);
     };
-    if constexpr (sizeof(Floats) > sizeof(F4)) {
-        return largest_of_each(folded(a), folded(b), folded(c), folded(d));
-    } else {
-        const F4 ab = larger(evens(a, b), odds(a, b)), cd = larger(evens(c, d), odds(c, d));
-        return larger(evens(ab, cd), odds(ab, cd));
-    }
+    return join_neighbours(join_neighbours(four(0), four(4), join), join_neighbours(four(8), four(12), join), join);
 }
 
 inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
@@ -192,16 +195,37 @@ struct Columns<0> {
     QJL_INLINE void leave(float* const (&)[4], int64_t) const {}
 };
 
+// Products of COUNT rows with four others.
+template <int COUNT>
+struct Products {
+    F16 a{}, b{}, c{}, d{};
+    Products<COUNT - 1> later;
+
+    QJL_INLINE void add(auto numbers, const int64_t* at, int64_t i, const float* others, int64_t n) {
+        const F16 x = numbers.sixteen(*at + i);
+        a += x * load<F16>(others + i), b += x * load<F16>(others + n + i);
+        c += x * load<F16>(others + 2 * n + i), d += x * load<F16>(others + 3 * n + i);
+        keep(a, b, c, d);
+        later.add(numbers, at + 1, i, others, n);
+    }
+
+    QJL_INLINE void leave(F16* to) const {
+        to[0] = a, to[4] = b, to[8] = c, to[12] = d;
+        later.leave(to + 1);
+    }
+};
+
+template <>
+struct Products<0> {
+    QJL_INLINE void add(auto, const int64_t*, int64_t, const float*, int64_t) {}
+    QJL_INLINE void leave(F16*) const {}
+};
+
 // Rows of numbers of one type, `stride` numbers apart; row r is the one at slots[r] where there are slots.
 struct Numbers {
     const void* data;
     int64_t stride, dtype;
     const int32_t* slots = nullptr;
-
-    // Of rows without slots, those from one on.
-    Numbers from(int64_t row) const {
-        return {number_at(data, row * stride, dtype), stride, dtype};
-    }
 
     int64_t place(int64_t row) const { return (slots ? slots[row] : row) * stride; }
 
@@ -222,28 +246,33 @@ struct Numbers {
         });
     }
 
-    // to[row] = <row, r> for four r, `r_stride` apart.
-    void dots(int64_t rows, const float* r, int64_t r_stride, int64_t n, F4* to) const {
-        typed([&](auto numbers) { dots_of(numbers, rows, r, r_stride, n, to); });
+    // to[i][row] = <row, others[i]> for four others of n numbers; rows of `to` lie `apart`. Where there are fewer than
+    // four rows, what is next to them is overwritten.
+    void dots(int64_t rows, const float* others, int64_t n, float* to, int64_t apart) const {
+        typed([&](auto numbers) { dots_of(numbers, rows, others, n, to, apart); });
     }
 
     template <class Of>
-    __attribute__((noinline)) void dots_of(Of numbers, int64_t rows, const float* r, int64_t r_stride, int64_t n,
-                                           F4* to) const {
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t at = place(row);
-            F16 a{}, b{}, c{}, d{};
-            int64_t i = 0;
-            for (; i + 16 <= n; i += 16) {
-                const F16 x = numbers.sixteen(at + i);
-                a += x * load<F16>(r + i), b += x * load<F16>(r + r_stride + i);
-                c += x * load<F16>(r + 2 * r_stride + i), d += x * load<F16>(r + 3 * r_stride + i);
+    __attribute__((noinline)) void dots_of(Of numbers, int64_t rows, const float* others, int64_t n, float* to,
+                                           int64_t apart) const {
+        constexpr int AT_ONCE = NATIVE_BYTES == 64 ? 4 : 1;  // what registers hold
+        const auto add = [](const auto& x, const auto& y) { return x + y; };
+        for (int64_t next = 0; next < rows; next += 4) {
+            const int64_t row = more(0, fewer(next, rows - 4));
+            int64_t at[4];
+            for (int64_t k = 0; k < 4; ++k) at[k] = place(fewer(row + k, rows - 1));
+            F16 products[16];  // [4 others][4 rows]
+            for (int k = 0; k < 4; k += AT_ONCE) {
+                Products<AT_ONCE> of_rows;
+                for (int64_t i = 0; i + 16 <= n; i += 16) of_rows.add(numbers, at + k, i, others, n);
+                of_rows.leave(products + k);
             }
-            F4 total = sums(a, b, c, d);
-            for (; i < n; ++i) {
-                total += numbers.one(at + i) * F4{r[i], r[r_stride + i], r[2 * r_stride + i], r[3 * r_stride + i]};
+            alignas(64) float dots[16];
+            store(dots, join_each([&](int i) { return products[i]; }, add));
+            for (int64_t i = n / 16 * 16; i < n; ++i) {
+                for (int k = 0; k < 16; ++k) dots[k] += numbers.one(at[k % 4] + i) * others[k / 4 * n + i];
             }
-            store(to + row, total);
+            for (int i = 0; i < 4; ++i) store(to + i * apart + row, load<F4>(dots + 4 * i));
         }
     }
 

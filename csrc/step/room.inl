@@ -58,7 +58,7 @@ struct Asked {
 // What a worker needs.
 struct Scratch {
     float *queries, *mapped;
-    float *tables_of_floats, *lows, *ranges, *inverses, *errors;  // of a query's tables
+    float *tables_of_floats, *lows, *ranges, *units, *errors;  // of the tables of a group
     float *scores, *products, *maxima, *scales;        // [MAX_ROWS][TILE] of 64, 64 and 16; [TILE][64]
     int32_t* sums;                                     // [MAX_ROWS][64]
     uint8_t* weights;                                  // [low digits, high digits][TILE][MAX_ROWS][64]
@@ -77,10 +77,10 @@ struct Scratch {
         queries = room.take<float>(MAX_ROWS * s.keys.head_dim);
         mapped = room.take<float>(MAX_ROWS * code_dim);
         const int64_t quads = most_quads(s.keys) / 2;
-        tables_of_floats = room.take<float>(s.keys.nibbles * MAX_ROWS * 16);
+        tables_of_floats = room.take<float>(quads * 2 * MAX_ROWS * 64);
         lows = room.take<float>(quads * 2 * MAX_ROWS * 4);
         ranges = room.take<float>(quads * 2 * MAX_ROWS * 4);
-        inverses = room.take<float>(MAX_ROWS);
+        units = room.take<float>(MAX_ROWS * 4);
         errors = room.take<float>(quads * 4);
         scores = room.take<float>(MAX_ROWS * TILE * 64);
         products = room.take<float>(MAX_ROWS * TILE * 64);
