@@ -269,22 +269,11 @@ struct Question {
     // frequency does not change with the position: it bounds them once for all.
     static float turn_scale(const QjlTurn& t, const float* real) {
         const float* imaginary = real + t.pairs;
-        float most = LEAST, total = LEAST, shared[RANK]{};
+        float most = LEAST;
         for (int64_t f = 0; f < t.pairs; ++f) {
-            const float modulus = __builtin_sqrtf(real[f] * real[f] + imaginary[f] * imaginary[f]);
-            if (f < t.direct) {
-                most = modulus > most ? modulus : most, total += modulus;
-                continue;
-            }
-            const float* down = t.down + (f - t.direct) / 4 * 8 * RANK + (f - t.direct) % 4;
-            for (int k = 0; k < RANK; ++k) {
-                const float cosine = __builtin_fabsf(down[4 * k]), sine = __builtin_fabsf(down[4 * (RANK + k)]);
-                shared[k] += modulus * (cosine > sine ? cosine : sine);
-            }
+            most += t.bounds[f] * __builtin_sqrtf(real[f] * real[f] + imaginary[f] * imaginary[f]);
         }
-        for (const float of_function : shared) most = of_function > most ? of_function : most, total += of_function;
-        const float by_most = 32000 / most, by_total = 92000 / total;
-        return by_most < by_total ? by_most : by_total;
+        return 1 / most;
     }
 };
 
