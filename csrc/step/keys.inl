@@ -265,8 +265,8 @@ struct Question {
         return total;
     }
 
-    // What coefficients are multiplied by so that they, and their sums, are integers of 16 and 32 bits. The modulus of a
-    // frequency does not change with the position: it bounds them once for all.
+    // What coefficients are multiplied by so that they, and their sums, are integers of 16 and 32 bits. The modulus of
+    // a frequency does not change with the position: it bounds them once for all.
     static float turn_scale(const QjlTurn& t, const float* real) {
         const float* imaginary = real + t.pairs;
         float most = LEAST;

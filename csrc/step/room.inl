@@ -12,7 +12,7 @@ struct Room {
     }
 };
 
-constexpr int RANK = 16;             // functions that slow frequencies share
+constexpr int RANK = 16;               // functions that slow frequencies share
 constexpr int64_t DISTANCES = 2 * 64;  // of the tokens of a span from its centre
 
 // Functions of the distance of a token: what slow frequencies share, then the fast ones.

@@ -319,6 +319,6 @@ def _product(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bounds(down: np.ndarray) -> np.ndarray:
-    """What a modulus of 1 of each slow frequency takes, at most, of the range of a coefficient or of that of their sum."""
+    """What a modulus of 1 of a slow frequency takes, at most, of the range of a coefficient or of their sum."""
     size = np.abs(down).max(axis=0)
     return np.maximum(size.max(axis=-1, initial=0) / COEFFICIENT_TOP, size.sum(axis=-1) / SUM_TOP)
