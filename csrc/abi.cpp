@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr uint64_t MEANING = 4;  // raised where a function or a field means something else, and no size tells so
+constexpr uint64_t MEANING = 5;  // raised where a function or a field means something else, and no size tells so
 
 constexpr uint64_t PRIME = 0x100000001b3;  // FNV-1a
 
@@ -61,7 +61,7 @@ constexpr uint64_t ABI =
     QJL_STRUCT(QjlQuad, tables, sources, coordinates, group, step, kind) +
     QJL_STRUCT(QjlExact, keys, values, key_stride, value_stride, slots, dtype) +
     QJL_STRUCT(QjlFresh, keys, values, key_stride, value_stride) +
-    QJL_STRUCT(QjlTurn, inv_freq, step, anchor_step, coordinates, down, up, pairs, direct, scaling) +
+    QJL_STRUCT(QjlTurn, inv_freq, step, anchor_step, coordinates, down, up, bounds, pairs, direct, scaling) +
     QJL_STRUCT(QjlRows, table, lengths, skip, origins, slots, counts, capacity, room) +
     QJL_STRUCT(QjlStep, keys, values, page_tokens, page_count, exact, bias, bias_stride, turn, heads,
                blocks_per_split, room, room_bytes, splits, query, out, fresh, of_rows, batch, rows, queries, query_type,

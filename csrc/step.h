@@ -69,15 +69,18 @@ struct QjlFresh {
     int64_t key_stride[3], value_stride[3];
 };
 
-// What a mean that RoPE turns adds to the scores of two blocks, relative to their centre.
+// What a mean that RoPE turns adds to the scores of a span of four blocks, relative to its centre. Slow frequencies
+// share 16 functions, a fast one has its own; functions come two by two, and 16384 stands for 1 in their tables.
 struct QjlTurn {
-    const float* inv_freq;      // [pairs], in double precision below
-    const float* step;          // [2][pairs]: cos and sin of 128 inv_freq
-    const double* anchor_step;  // the same of 8 * 128 inv_freq
-    const int32_t* coordinates;                  // [2][pairs]: first and second coordinate of each pair
-    const float* down;  // [(pairs - direct) / 4, rounded up][cosine, sine][RANK][4 pairs]: slow frequencies
-    const int16_t* up;  // [(RANK + direct) / 2, rounded up][cosine, sine][64][2 functions]: what slow frequencies share,
-                        // then at inv_freq times half a token, one and a half, ... by lanes; 16384 stands for 1
+    const float* inv_freq;       // [pairs], in double precision below
+    const float* step;           // [2][pairs]: cos and sin of 256 inv_freq
+    const double* anchor_step;   // the same of 8 * 256 inv_freq
+    const int32_t* coordinates;  // [2][pairs]: first and second coordinate of each pair
+    const int16_t* down;  // [(pairs - direct) / 2, rounded up][cosine, sine][16][2 pairs]: what slow frequencies have
+                          // of each function
+    const int16_t* up;    // [(16 + direct) / 2, rounded up][cosine, sine][128][2 functions]: shared ones, then those of
+                          // fast frequencies, at half a token, one and a half, ... by lanes
+    const float* bounds;  // [pairs]: what a modulus of 1 takes, at most, of the range of integers
     int64_t pairs, direct;
     float scaling;
 };

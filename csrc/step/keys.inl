@@ -252,40 +252,26 @@ struct Question {
     }
 
     // The part of <query, mean> that RoPE turns, which is left by pairs.
-    float turn_apart(const QjlTurn& t, const float* query, const float* mean, float* real) const {
+    static float turn_apart(const QjlTurn& t, const float* query, const float* mean, float* real) {
         const int32_t *first = t.coordinates, *second = t.coordinates + t.pairs;
-        float *imaginary = real + t.pairs, *products = room.parts;
+        float* imaginary = real + t.pairs;
         for (int64_t f = 0; f < t.pairs; ++f) {
             const float q1 = query[first[f]], q2 = query[second[f]], m1 = mean[first[f]], m2 = mean[second[f]];
-            products[f] = q1 * m1 + q2 * m2;
-            real[f] = products[f] * t.scaling;
+            real[f] = (q1 * m1 + q2 * m2) * t.scaling;
             imaginary[f] = (q2 * m1 - q1 * m2) * t.scaling;
         }
-        return sum_of(products, t.pairs);
+        return sum_of(real, t.pairs) / t.scaling;
     }
 
     // What coefficients are multiplied by so that they, and their sums, are integers of 16 and 32 bits. The modulus of
     // a frequency does not change with the position: it bounds them once for all.
     float turn_scale(const QjlTurn& t, const float* __restrict real) const {
         const float* __restrict imaginary = real + t.pairs;
-        float* __restrict moduli = room.parts;
+        float* __restrict moduli = room.phasors_of_centre;  // of splits, which come later
         for (int64_t f = 0; f < t.pairs; ++f) {
             moduli[f] = __builtin_sqrtf(real[f] * real[f] + imaginary[f] * imaginary[f]);
         }
-        for (int64_t f = t.pairs; f < t.pairs + 4; ++f) moduli[f] = 0;
-        float most = LEAST, total = LEAST + sum_of(moduli, t.direct);
-        for (int64_t f = 0; f < t.direct; ++f) most = moduli[f] > most ? moduli[f] : most;
-        for (int k = 0; k < RANK; ++k) {
-            const float* down = t.down + 4 * k;
-            F4 shared{};
-            for (int64_t f = t.direct; f < t.pairs; f += 4, down += 8 * RANK) {
-                const F4 cosine = load<F4>(down), sine = load<F4>(down + 4 * RANK);
-                shared += load<F4>(moduli + f) * larger(larger(cosine, -cosine), larger(sine, -sine));
-            }
-            most = sum(shared) > most ? sum(shared) : most, total += sum(shared);
-        }
-        const float by_most = 32000 / most, by_total = 92000 / total;
-        return by_most < by_total ? by_most : by_total;
+        return 1 / (LEAST + dot(moduli, t.bounds, t.pairs));
     }
 };
 

@@ -12,14 +12,12 @@ struct Room {
     }
 };
 
-constexpr int RANK = 4;  // functions that slow frequencies share
+constexpr int RANK = 16;               // functions that slow frequencies share
+constexpr int64_t DISTANCES = 2 * 64;  // of the tokens of a span from its centre
 
-// Slow frequencies are read four at a time, from any place on.
-inline int64_t room_for_parts(int64_t pairs) { return (pairs + 4 + 15) / 16 * 16; }
-
-// Functions of the position of a token within two blocks: what slow frequencies share, then the fast ones.
+// Functions of the distance of a token: what slow frequencies share, then the fast ones.
 inline int64_t functions_of(const QjlTurn& t) { return (RANK + t.direct + 1) / 2 * 2; }
-inline int64_t room_for_functions(const QjlTurn& t) { return RANK + (t.direct + 16) / 16 * 16; }
+inline int64_t room_for_coefficients(const QjlTurn& t) { return RANK + (t.pairs + 16) / 16 * 16; }
 
 inline int64_t bytes_of_group(const QjlSide& side) { return side.nibbles / side.groups / 2; }
 
@@ -63,10 +61,10 @@ struct Scratch {
     int32_t* sums;                                     // [MAX_ROWS][64]
     uint8_t* weights;                                  // [low digits, high digits][TILE][MAX_ROWS][64]
     float *sums_of_quads, *sums_of_middles, *energy;
-    float *parts, *shared, *phasors_of_centre;
+    float* phasors_of_centre;
     double* phasors;
-    int16_t* coefficients;  // [even, odd][MAX_ROWS][functions]
-    int32_t* steps;         // [even, odd][MAX_ROWS][64]: parts at each distance from the centre
+    int16_t* coefficients;  // [even, odd][MAX_ROWS][RANK, pairs]
+    int32_t* evens;         // [MAX_ROWS][DISTANCES]: even parts
     float* outs;            // of up to MAX_ROWS rows
     int32_t* slots;         // of exact tokens
     uint8_t *block_of_keys, *blocks_of_values;  // put together from pages
@@ -91,13 +89,11 @@ struct Scratch {
         sums_of_quads = room.take<float>(s.values.quad_count * 16);
         sums_of_middles = room.take<float>(s.values.groups * MAX_ROWS);
         energy = room.take<float>(s.values.groups * MAX_ROWS);
-        const int64_t pairs = s.turn ? s.turn->pairs : 0, functions = s.turn ? room_for_functions(*s.turn) : 0;
-        parts = room.take<float>(2 * MAX_ROWS * room_for_parts(pairs));
-        shared = room.take<float>(4 * RANK);
+        const int64_t pairs = s.turn ? s.turn->pairs : 0;
         phasors_of_centre = room.take<float>(2 * pairs + 16);
         phasors = room.take<double>(2 * pairs);
-        coefficients = room.take<int16_t>(2 * MAX_ROWS * functions);
-        steps = room.take<int32_t>(2 * MAX_ROWS * 64);
+        coefficients = room.take<int16_t>(s.turn ? 2 * MAX_ROWS * room_for_coefficients(*s.turn) : 0);
+        evens = room.take<int32_t>(MAX_ROWS * DISTANCES);
         outs = room.take<float>(MAX_ROWS * s.values.head_dim);
         slots = room.take<int32_t>(64);
         block_of_keys = room.take<uint8_t>(block_bytes(s.keys));

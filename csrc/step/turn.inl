@@ -7,13 +7,17 @@ struct Turn {
     const Asked& asked;
     int64_t rows;
     const double* first_phasors;
-    static constexpr int64_t SPAN = 2 * 64, ANCHOR = 8;
-    static constexpr float TABLE_TOP = 16384;  // what stands for 1 in the tables of functions
+    static constexpr int64_t SPAN = 2 * DISTANCES, ANCHOR = 8;
+    static_assert(TILE * 64 % SPAN == 0, "a span is put as a whole");
+    static constexpr int TABLE_BITS = 14, TABLE_TOP = 1 << TABLE_BITS;  // what stands for 1 in the tables of functions
     int64_t turns = 0;
+    float units[MAX_ROWS];
 
     Turn(const Head& h, int64_t split, Scratch& room, const Asked& asked, int64_t rows)
         : t(h.s.turn ? *h.s.turn : QjlTurn{}), h(h), room(room), asked(asked), rows(rows),
-          first_phasors(h.s.turn ? phasors_of(h.s, h.batch) + split * 2 * t.pairs : nullptr) {}
+          first_phasors(h.s.turn ? phasors_of(h.s, h.batch) + split * 2 * t.pairs : nullptr) {
+        for (int64_t r = 0; r < rows; ++r) units[r] = t.pairs ? 1 / (asked.turn_scales[r] * TABLE_TOP) : 0;
+    }
 
     // What splits of a batch row begin with.
     static void prepare(const Head& h) {
@@ -31,21 +35,29 @@ struct Turn {
 
     const float* of_row(int64_t r) const { return asked.turned + r * 2 * t.pairs; }
 
-    // Puts what mean and RoPE give into the scores of a tile, [rows][TILE][64], two blocks at a time; tile after tile.
+    // Puts what mean and RoPE give into the scores of a tile, [rows][TILE][64], span by span; tile after tile.
     void put(int64_t blocks, float* scores) {
-        for (int64_t b = 0; b < blocks; b += 2) {
-            const int64_t spanned = fewer(2, blocks - b);
-            if (t.pairs) {
-                step();
-                for (int64_t r = 0; r < rows; r += 2) put_coefficients(r, fewer(2, rows - r));
-                multiply();
-            }
-            for (int64_t r = 0; r < rows; ++r) leave(r, scores + (r * TILE + b) * 64, spanned);
+        for (int64_t b = 0; b < blocks; b += SPAN / 64) t.pairs ? turn_span(scores + b * 64) : fill(scores + b * 64);
+    }
+
+    void fill(float* scores) const {
+        for (int64_t r = 0; r < rows; ++r, scores += TILE * 64) {
+            for (int64_t i = 0; i < SPAN; i += 16) store(scores + i, asked.constants[r] + F16{});
         }
     }
 
-    // Phasors of the centre of the next two blocks: turned on from the last ones in float32, and at every ANCHOR-th time
-    // in double precision.
+    void turn_span(float* scores) {
+        step();
+        switch (rows) {
+            case 1: return put_span<1>(scores);
+            case 2: return put_span<2>(scores);
+            case 3: return put_span<3>(scores);
+            default: return put_span<4>(scores);
+        }
+    }
+
+    // Phasors of the centre of the next span: turned on from the last ones in float32, and at every ANCHOR-th time in
+    // double precision.
     void step() {
         if (turns % ANCHOR) {
             turn_on(room.phasors_of_centre, t.step);
@@ -72,101 +84,68 @@ struct Turn {
         for (int64_t i = 0; i < 2 * t.pairs; ++i) room.phasors_of_centre[i] = float(room.phasors[i]);
     }
 
-    // Parts that are even and odd about the centre: of each frequency, then of the functions that slow ones share.
-    void put_coefficients(int64_t first, int64_t count) {
-        for (int64_t r = first; r < first + count; ++r) turn_row(r);
-        count == 2 ? join_slow<2>(first) : join_slow<1>(first);
-        for (int64_t r = first; r < first + count; ++r) {
-            put_integers(r, 0, room.shared + 2 * (r - first));
-            put_integers(r, 1, room.shared + 2 * (r - first) + 1);
-        }
+    // Parts that are even and odd about the centre: of each frequency, of the functions, then of the tokens.
+    template <int ROWS>
+    void put_span(float* scores) const {
+        for (int64_t r = 0; r < ROWS; ++r) turn_row(r);
+        share<ROWS>(0), share<ROWS>(1);
+        multiply<ROWS>(0, [&](int64_t r, int64_t i, const I16& even) { store(evens(r) + i, even); });
+        multiply<ROWS>(1, [&](int64_t r, int64_t i, const I16& odd) {
+            leave(r, i, load<I16>(evens(r) + i), odd, scores + r * TILE * 64);
+        });
     }
 
-    void put_integers(int64_t r, int part, const float* shared) const {
-        int16_t *to = coefficients(part, r), *of_fast = to + RANK;
-        const float* fast = parts(part, r);
-        for (int64_t f = 0; f < t.direct; f += 16) {
-            store(of_fast + f, converted<S16>(round(load<F16>(fast + f))));  // more than there are are left out
-        }
-        of_fast[t.direct] = 0;
-        for (int k = 0; k < RANK; ++k) to[k] = int16_t(round(shared[4 * k] + F4{})[0]);
-    }
-
-    float* parts(int part, int64_t row) const { return room.parts + (2 * row + part) * room_for_parts(t.pairs); }
+    // Functions that frequencies share come first.
     int16_t* coefficients(int part, int64_t row) const {
-        return room.coefficients + (part * MAX_ROWS + row) * room_for_functions(t);
+        return room.coefficients + (part * MAX_ROWS + row) * room_for_coefficients(t);
     }
+    int32_t* evens(int64_t row) const { return room.evens + row * DISTANCES; }
 
     __attribute__((noinline)) void turn_row(int64_t r) const {
-        float *even = parts(0, r), *odd = parts(1, r);
-        const float *cosine = room.phasors_of_centre, *sine = cosine + t.pairs;
-        const float *real = of_row(r), *imaginary = real + t.pairs;
+        const int64_t pairs = t.pairs;
+        const float *cosine = room.phasors_of_centre, *sine = cosine + pairs;
+        const float *real = of_row(r), *imaginary = real + pairs;
         const float scale = asked.turn_scales[r];
-        for (int64_t f = 0; f < t.pairs; f += 16) {  // more than there are are left out
-            const F16 c = load<F16>(cosine + f), s = load<F16>(sine + f);
-            const F16 re = load<F16>(real + f) * scale, im = load<F16>(imaginary + f) * scale;
-            store(even + f, re * c + im * s);
-            store(odd + f, im * c - re * s);
+        int16_t *even = coefficients(0, r) + RANK, *odd = coefficients(1, r) + RANK;
+        for (int64_t f = 0; f < pairs; f += 16) {  // more than there are are left out
+            const F16 c = load<F16>(cosine + f) * scale, s = load<F16>(sine + f) * scale;
+            const F16 re = load<F16>(real + f), im = load<F16>(imaginary + f);
+            store(even + f, converted<S16>(round(re * c + im * s)));
+            store(odd + f, converted<S16>(round(im * c - re * s)));
         }
-        for (int64_t f = t.pairs; f < t.pairs + 4; ++f) even[f] = odd[f] = 0;
     }
 
-    // Four slow frequencies at a time.
     template <int ROWS>
-    __attribute__((noinline)) void join_slow(int64_t row) const {
-        constexpr int LANES = sizeof(Native) / sizeof(float);
-        alignas(64) float sums_of[4][4 * RANK]{};
-        const float *even = parts(0, row), *odd = parts(1, row);
-        const float *other_even = parts(0, row + ROWS - 1), *other_odd = parts(1, row + ROWS - 1);
-        for (int i = 0; i < 4 * RANK; i += LANES) {
-            Native a{}, b{}, c{}, d{};
-            const float* table = t.down + i;
-            for (int64_t f = t.direct; f < t.pairs; f += 4, table += 8 * RANK) {
-                const Native cosines = load<Native>(table), sines = load<Native>(table + 4 * RANK);
-                a += repeated(even + f) * cosines, b += repeated(odd + f) * sines;
-                if constexpr (ROWS > 1) c += repeated(other_even + f) * cosines, d += repeated(other_odd + f) * sines;
-                keep(a, b, c, d);
-            }
-            store(sums_of[0] + i, a), store(sums_of[1] + i, b), store(sums_of[2] + i, c), store(sums_of[3] + i, d);
-        }
-        for (int k = 0; k < RANK; ++k) {
-            const auto of = [&](int i) { return load<F4>(sums_of[i] + 4 * k); };
-            store(room.shared + 4 * k, sums(of(0), of(1), of(2), of(3)));
-        }
-    }
-
-    void multiply() const {
-        for (int part = 0; part < 2; ++part) {
-            switch (rows) {
-                case 1: multiply<1>(part); break;
-                case 2: multiply<2>(part); break;
-                case 3: multiply<3>(part); break;
-                default: multiply<4>(part);
-            }
-        }
+    __attribute__((noinline)) void share(int part) const {
+        const int64_t count = t.pairs - t.direct, next = room_for_coefficients(t);
+        const int16_t *table = t.down + part * 2 * RANK, *slow = coefficients(part, 0) + RANK + t.direct;
+        Products<ROWS> sums;
+        for (int64_t f = 0; f < count; f += 2, table += 4 * RANK, slow += 2) sums.add(table, slow, next);
+        sums.each([&](int64_t r, const I16& sum) {
+            store(coefficients(part, r), converted<S16>((sum + TABLE_TOP / 2) >> TABLE_BITS));
+        });
     }
 
     // Even parts of all rows, or odd ones, at each distance from the centre.
-    template <int ROWS>
-    __attribute__((noinline)) void multiply(int part) const {
+    template <int ROWS, class Use>
+    __attribute__((noinline)) void multiply(int part, const Use& use) const {
         constexpr bool TWO_AT_ONCE = sizeof(Native) == 64;  // registers hold two times four vectors
-        const int64_t functions = functions_of(t), next = room_for_functions(t);
-        int32_t* to = room.steps + part * MAX_ROWS * 64;
-        for (int k = 0; k < 4; k += 1 + TWO_AT_ONCE) {
-            Steps<ROWS> first, second;
-            const int16_t *table = t.up + part * 128 + k * 32, *two = coefficients(part, 0);
-            for (int64_t f = 0; f < functions; f += 2, table += 256, two += 2) {
+        const int64_t functions = functions_of(t), next = room_for_coefficients(t);
+        for (int64_t i = 0; i < DISTANCES; i += TWO_AT_ONCE ? 32 : 16) {
+            Products<ROWS> first, second;
+            const int16_t *table = t.up + (part * DISTANCES + i) * 2, *two = coefficients(part, 0);
+            for (int64_t f = 0; f < functions; f += 2, table += 4 * DISTANCES, two += 2) {
                 first.add(table, two, next);
                 if constexpr (TWO_AT_ONCE) second.add(table + 32, two, next);
             }
-            first.leave(to + k * 16);
-            if constexpr (TWO_AT_ONCE) second.leave(to + k * 16 + 16);
+            first.each([&](int64_t r, const I16& sum) { use(r, i, sum); });
+            if constexpr (TWO_AT_ONCE) second.each([&](int64_t r, const I16& sum) { use(r, i + 16, sum); });
         }
     }
 
-    // Of 16 tokens and up to four rows.
+    // Sums of up to four rows, 16 in each.
     template <int ROWS>
-    struct Steps {
+    struct Products {
         I16 first{}, second{}, third{}, fourth{};
 
         QJL_INLINE void add(const int16_t* table, const int16_t* two, int64_t next) {
@@ -177,27 +156,19 @@ struct Turn {
             keep(first, second, third, fourth);
         }
 
-        QJL_INLINE void leave(int32_t* to) const {
-            store(to, first);
-            if constexpr (ROWS > 1) store(to + 64, second);
-            if constexpr (ROWS > 2) store(to + 128, third);
-            if constexpr (ROWS > 3) store(to + 192, fourth);
+        template <class Use>
+        QJL_INLINE void each(const Use& use) const {
+            use(0, first);
+            if constexpr (ROWS > 1) use(1, second);
+            if constexpr (ROWS > 2) use(2, third);
+            if constexpr (ROWS > 3) use(3, fourth);
         }
     };
 
-    // Steps away from the centre come as tokens do after it; before it they come backwards.
-    void leave(int64_t r, float* scores, int64_t blocks) const {
-        const float constant = asked.constants[r];
-        if (!t.pairs) {
-            for (int64_t i = 0; i < blocks * 64; i += 16) store(scores + i, constant + F16{});
-            return;
-        }
-        const float unit = 1 / (asked.turn_scales[r] * TABLE_TOP);
-        const int32_t *even = room.steps + r * 64, *odd = even + MAX_ROWS * 64;
-        for (int i = 0; i < 64; i += 16) {
-            const I16 evens = load<I16>(even + i), odds = load<I16>(odd + i);
-            store(scores + 48 - i, reversed(converted<F16>(evens - odds)) * unit + constant);
-            if (blocks > 1) store(scores + 64 + i, converted<F16>(evens + odds) * unit + constant);
-        }
+    // Away from the centre tokens come in their order after it; before it they come backwards.
+    QJL_INLINE void leave(int64_t r, int64_t i, const I16& even, const I16& odd, float* scores) const {
+        const float unit = units[r], constant = asked.constants[r];
+        store(scores + DISTANCES - 16 - i, reversed(converted<F16>(even - odd)) * unit + constant);
+        store(scores + DISTANCES + i, converted<F16>(even + odd) * unit + constant);
     }
 };

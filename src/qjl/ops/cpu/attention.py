@@ -22,11 +22,13 @@ from qjl.packed import BLOCK, Blocks
 
 SPLIT_BLOCKS = 32  # at least, whatever the threads: splitting alike makes results alike
 MOST_SPLITS = 32  # of a row, so that room does not grow with the context
-SPAN = 2 * BLOCK  # tokens for which the mean is turned at once
+SPAN = 4 * BLOCK  # tokens for which the mean is turned at once
 ANCHOR = 8  # such turns in float32 follow one in double precision
-RANK = 4  # functions that slow frequencies share
-TOLERANCE = 1e-4  # of those that stand for slow frequencies
+RANK = 16  # functions that slow frequencies share
+TOLERANCE = 3e-4  # of those that stand for slow frequencies, as integers
 TABLE_TOP = 1 << 14  # what stands for 1 in tables of functions
+INTEGER_TOP = (1 << 15) - 1
+COEFFICIENT_TOP, SUM_TOP = 32000, 92000  # of coefficients of a row and part, and of all of them together
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -299,56 +301,68 @@ def _turn(form: NibbleForm) -> _Made:
     assert form.turn is not None
     order = np.argsort(-form.turn.inv_freq.double().abs().cpu().numpy(), kind="stable")
     frequencies = form.turn.inv_freq.double().cpu().numpy()[order]
-    steps = np.arange(SPAN // 2).reshape(4, 4, 4).swapaxes(0, 1).reshape(-1)  # as the kernels keep tokens: by lanes
-    angles = frequencies[:, None] * (steps + 0.5)
-    direct = _fast(angles)
-    slow = [_product(table[direct:]) for table in (np.cos(angles), np.sin(angles))]
-    down = np.stack([_by_four(down) for down, _ in slow], axis=1)  # [F / 4, 2, RANK, 4]
-    up = np.concatenate([np.stack([up for _, up in slow], 1), np.stack([np.cos(angles), np.sin(angles)], 1)[:direct]])
+    tables = _tables(frequencies)
+    direct = _fast(tables)
+    down, shared = _product(tables[:, direct:])
+    up = np.concatenate([shared, tables[:, :direct]], axis=1)
     coordinates = np.stack([x.cpu().numpy()[order] for x in (form.turn.first, form.turn.second)])
     arrays = {
         "inv_freq": form.turn.inv_freq.float().cpu().numpy()[order],
         "step": _phasors(SPAN * frequencies).astype(np.float32),
         "anchor_step": _phasors(ANCHOR * SPAN * frequencies),
         "coordinates": coordinates.astype(np.int32),
-        "down": down.astype(np.float32),
+        "down": _two_by_two(down),
         "up": _two_by_two(up),
+        "bounds": np.concatenate([np.full(direct, 1 / COEFFICIENT_TOP), _bounds(down)]).astype(np.float32),
     }
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     pointers = {name: array.ctypes.data for name, array in arrays.items()}
     return _Made(structs.Turn(**pointers, pairs=len(order), direct=direct, scaling=form.turn.scaling), arrays)
 
 
-def _by_four(down: np.ndarray) -> np.ndarray:
-    """``[F, RANK]`` as ``[F / 4, RANK, 4]``, filled up with zeros."""
-    filled = np.concatenate([down, np.zeros((-len(down) % 4, RANK))])
-    return filled.reshape(-1, 4, RANK).transpose(0, 2, 1)
+def _tables(frequencies: np.ndarray) -> np.ndarray:
+    """Cosines and sines ``[2, F, SPAN / 2]`` at the distances from the centre of a span, each block by lanes."""
+    distances = np.arange(SPAN // 2).reshape(-1, 4, 4, 4).swapaxes(1, 2).reshape(-1) + 0.5
+    return _phasors(frequencies[:, None] * distances)
 
 
-def _two_by_two(up: np.ndarray) -> np.ndarray:
-    """Functions ``[F, 2, 64]`` as 16-bit integers ``[F / 2, 2, 64, 2]``, filled up with a function of zeros."""
-    filled = np.concatenate([up, np.zeros((len(up) % 2, *up.shape[1:]))])
-    by_twos = filled.reshape(-1, 2, *up.shape[1:]).transpose(0, 2, 3, 1)
-    return np.round(by_twos * TABLE_TOP).astype(np.int16)
+def _two_by_two(tables: np.ndarray) -> np.ndarray:
+    """``[2, F, N]`` as 16-bit integers ``[F / 2, 2, N, 2]``, filled up with zeros."""
+    filled = np.pad(tables, ((0, 0), (0, tables.shape[1] % 2), (0, 0)))
+    by_twos = filled.reshape(2, -1, 2, tables.shape[2]).transpose(1, 0, 3, 2)
+    return (_kept(by_twos) * TABLE_TOP).astype(np.int16)
+
+
+def _kept(numbers: np.ndarray) -> np.ndarray:
+    """As the nearest integers of 16 bits have them."""
+    return (numbers * TABLE_TOP).round().clip(-INTEGER_TOP, INTEGER_TOP) / TABLE_TOP
 
 
 def _phasors(angles: np.ndarray) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)])
 
 
-def _fast(angles: np.ndarray) -> int:
+def _fast(tables: np.ndarray) -> int:
     """How many frequencies need a table of their own, so that the product serves the others."""
-    for count in range(len(angles)):
-        tables = np.cos(angles[count:]), np.sin(angles[count:])
-        if all(np.abs(down @ up - table).max() < TOLERANCE for table in tables for down, up in [_product(table)]):
+    for count in range(0, tables.shape[1], 2):
+        down, up = _product(tables[:, count:])
+        if np.abs(down @ up - tables[:, count:]).max() < TOLERANCE:
             return count
-    return len(angles)
+    return tables.shape[1]
 
 
-def _product(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``table [F, 32]`` as ``[F, RANK] @ [RANK, 32]``, its best approximation."""
-    u, s, v = np.linalg.svd(table, full_matrices=False)
-    rank = min(RANK, len(s))
-    down, up = np.zeros((len(table), RANK)), np.zeros((RANK, table.shape[1]))
-    down[:, :rank], up[:rank] = u[:, :rank] * s[:rank], v[:rank]
-    return down, up
+def _product(tables: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``[2, F, N]`` as ``[2, F, RANK] @ [2, RANK, N]``: their best approximation, as it is kept."""
+    u, s, v = np.linalg.svd(tables, full_matrices=False)
+    down, up = np.zeros((*tables.shape[:2], RANK)), np.zeros((2, RANK, tables.shape[2]))
+    rank = min(RANK, s.shape[-1])
+    largest = np.abs(v[..., :rank, :]).max(axis=-1, keepdims=True)
+    down[..., :rank] = u[..., :rank] * (s[..., :rank, None] * largest).swapaxes(-1, -2)
+    up[..., :rank, :] = v[..., :rank, :] / largest
+    return _kept(down), _kept(up)
+
+
+def _bounds(down: np.ndarray) -> np.ndarray:
+    """What a modulus of 1 of a slow frequency takes, at most, of the range of a coefficient or of their sum."""
+    size = np.abs(down).max(axis=0)
+    return np.maximum(size.max(axis=-1, initial=0) / COEFFICIENT_TOP, size.sum(axis=-1) / SUM_TOP)

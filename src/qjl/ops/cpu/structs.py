@@ -12,7 +12,7 @@ from struct import Struct
 import torch
 
 CPU = torch.device("cpu")  # where all that the library reads lies, whatever torch's default device is
-MEANING = 4  # raised where a function or a field means something else, and no size tells so
+MEANING = 5  # raised where a function or a field means something else, and no size tells so
 
 
 class Limits(Structure):
@@ -183,7 +183,7 @@ class Rows(Structure):
 
 class Turn(Structure):
     _fields_ = (
-        *((name, c_void_p) for name in ("inv_freq", "step", "anchor_step", "coordinates", "down", "up")),
+        *((name, c_void_p) for name in ("inv_freq", "step", "anchor_step", "coordinates", "down", "up", "bounds")),
         ("pairs", c_int64),
         ("direct", c_int64),
         ("scaling", c_float),
