@@ -16,7 +16,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent.parent / "results"
+ROOT = Path(__file__).resolve().parent.parent  # where commands run, so that rows tell no other path of this machine
+RESULTS = Path("results")
 CHOSEN = (
     "b4",
     "b3",
@@ -92,6 +93,8 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2", choices=QUALITY)
     parser.add_argument("--problems", default="gsm8k.test.jsonl", help="GSM8K's test set, for models that are asked it")
     chosen = parser.parse_args()
+    chosen.problems = os.path.relpath(chosen.problems, ROOT)
+    os.chdir(ROOT)
     folder, quality = RESULTS / chosen.model, QUALITY[chosen.model]
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
