@@ -51,14 +51,9 @@ inline void add_codes(const QjlDecode& d, int64_t head, const uint8_t* codes, fl
 }
 
 inline void load_scales(const QjlDecode& d, Place at, int64_t group, float* scales) {
-    constexpr float STEPS_PER_OCTAVE = 12, UNIT_CODE = 128;
     const int64_t first = along(d.scale_stride, at) + group * BLOCK;
     if (!d.units) return widen(static_cast<const Half*>(d.scales) + first, BLOCK, scales);
-    const uint8_t* codes = static_cast<const uint8_t*>(d.scales) + first;
-    for (int t = 0; t < BLOCK; ++t) {
-        const float octaves = (static_cast<float>(codes[t]) - UNIT_CODE) / STEPS_PER_OCTAVE;
-        scales[t] = codes[t] ? __builtin_exp2f(octaves) * d.units[at.head] : 0;
-    }
+    scales_of_logarithms(static_cast<const uint8_t*>(d.scales) + first, d.units[at.head], scales);
 }
 
 inline void scale_group(const QjlDecode& d, Place at, int64_t group, float* rows) {

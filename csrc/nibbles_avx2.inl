@@ -41,19 +41,6 @@ QJL_INLINE Tokens words_in_turn(__m256i a, __m256i b) {
     return {_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b)};
 }
 
-// Two levels of unpacking: lane 16 k + 4 L + i has token 16 L + 4 k + i.
-QJL_INLINE void put_in_lanes(const uint8_t* bytes, I16 (&lanes)[4]) {
-    int32_t numbers[64];
-    for (int half = 0; half < 2; ++half) {
-        const __m256i zero = _mm256_setzero_si256();
-        const Tokens words = bytes_in_turn(at(bytes + 32 * half), zero);
-        const Tokens early = words_in_turn(words.early, zero), late = words_in_turn(words.late, zero);
-        leave(numbers + 8 * half, early.early), leave(numbers + 16 + 8 * half, early.late);
-        leave(numbers + 32 + 8 * half, late.early), leave(numbers + 48 + 8 * half, late.late);
-    }
-    for (int k = 0; k < 4; ++k) lanes[k] = load<I16>(numbers + 16 * k);
-}
-
 // Numbers from 0 to 255 as 64 bytes.
 QJL_INLINE void put_in_order(const I16 (&lanes)[4], uint8_t* bytes) {
     const auto half = [](auto a, auto b, auto c, auto d) {

@@ -9,14 +9,6 @@ constexpr int TILE = 16;  // blocks whose weights are summed up at once
 constexpr int FACTOR_TOP = 127;
 constexpr int WEIGHT_TOP = 255;
 
-// Two levels of unpacking: lane 16 k + 4 L + i has token 16 L + 4 k + i.
-QJL_INLINE void put_in_lanes(const uint8_t* bytes, I16 (&lanes)[4]) {
-    const __m512i x = _mm512_loadu_si512(bytes), zero = _mm512_setzero_si512();
-    const __m512i low = _mm512_unpacklo_epi8(x, zero), high = _mm512_unpackhi_epi8(x, zero);
-    lanes[0] = (I16)_mm512_unpacklo_epi16(low, zero), lanes[1] = (I16)_mm512_unpackhi_epi16(low, zero);
-    lanes[2] = (I16)_mm512_unpacklo_epi16(high, zero), lanes[3] = (I16)_mm512_unpackhi_epi16(high, zero);
-}
-
 // Numbers from 0 to 255 as 64 bytes.
 QJL_INLINE void put_in_order(const I16 (&lanes)[4], uint8_t* bytes) {
     const __m512i low = _mm512_packus_epi32((__m512i)lanes[0], (__m512i)lanes[1]);

@@ -8,17 +8,6 @@ constexpr int MAX_ROWS = 4;
 constexpr int TILE = 16;  // blocks whose weights are summed up at once
 constexpr int FACTOR_TOP = 127;
 
-// Lane 16 k + 4 L + i has token 16 L + 4 k + i.
-QJL_INLINE void put_in_lanes(const uint8_t* bytes, I16 (&lanes)[4]) {
-    auto* to = reinterpret_cast<uint8_t*>(lanes);
-    for (int quarter = 0; quarter < 4; ++quarter, bytes += 16, to += 16) {
-        const uint8x16_t x = vld1q_u8(bytes);
-        const uint16x8_t low = vmovl_u8(vget_low_u8(x)), high = vmovl_high_u8(x);
-        store(to, vmovl_u16(vget_low_u16(low))), store(to + 64, vmovl_high_u16(low));
-        store(to + 128, vmovl_u16(vget_low_u16(high))), store(to + 192, vmovl_high_u16(high));
-    }
-}
-
 // Numbers from 0 to 255 as 64 bytes.
 QJL_INLINE void put_in_order(const I16 (&lanes)[4], uint8_t* bytes) {
     const auto* from = reinterpret_cast<const uint8_t*>(lanes);

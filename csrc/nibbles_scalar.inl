@@ -12,13 +12,6 @@ constexpr int WEIGHT_TOP = 255;
 // Which lane of a token's number; lane 16 k + 4 L + i has token 16 L + 4 k + i.
 inline int lane_of(int token) { return token / 4 % 4 * 16 + token / 16 * 4 + token % 4; }
 
-// 64 bytes as numbers, by lanes.
-inline void put_in_lanes(const uint8_t* bytes, I16 (&lanes)[4]) {
-    int32_t numbers[64];
-    for (int t = 0; t < 64; ++t) numbers[lane_of(t)] = bytes[t];
-    __builtin_memcpy(lanes, numbers, sizeof numbers);
-}
-
 // Numbers from 0 to 255 as 64 bytes.
 inline void put_in_order(const I16 (&lanes)[4], uint8_t* bytes) {
     int32_t numbers[64];

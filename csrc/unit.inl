@@ -1,5 +1,7 @@
 // What the unit of every instruction set is made of; included within its namespace.
 
+#include "scales.inl"
+
 #include "step.inl"
 
 #include "encode.inl"

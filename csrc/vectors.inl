@@ -148,17 +148,6 @@ QJL_INLINE Twice<Half> smaller(const Twice<Half>& a, const Twice<Half>& b) {
     return {smaller(a.low, b.low), smaller(a.high, b.high)};
 }
 
-// The numbers where `codes` are not 0.
-template <class Integers, class Floats>
-QJL_INLINE Floats where_any(const Integers& codes, const Floats& numbers) {
-    return codes == 0 ? Floats{} : numbers;
-}
-
-template <class Integers, class Half>
-QJL_INLINE Twice<Half> where_any(const Integers& codes, const Twice<Half>& numbers) {
-    return {where_any(codes.low, numbers.low), where_any(codes.high, numbers.high)};
-}
-
 // Lanes
 
 template <int... I>

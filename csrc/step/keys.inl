@@ -1,20 +1,16 @@
 // Scores of packed keys.
 
-inline void decode_halves(const uint8_t* halves, F16 (&lanes)[4]) {
-    alignas(64) float tokens[64], by_lanes[64];
+inline void decode_halves(const uint8_t* halves, float* by_lanes) {
+    alignas(64) float tokens[64];
     for (int i = 0; i < 4; ++i) store(tokens + 16 * i, floats_of_halves(load<H16>(halves + 32 * i)));
     swap_lanes(tokens, by_lanes);
-    for (int i = 0; i < 4; ++i) lanes[i] = load<F16>(by_lanes + 16 * i);
 }
 
-inline void decode_scales(const QjlSide& side, int64_t head, const uint8_t* scale, int64_t g, F16 (&lanes)[4]) {
-    if (!side.unit) return decode_halves(scale + g * 128, lanes);
-    I16 codes[4];
-    put_in_lanes(scale + g * 64, codes);
-    const float unit = side.unit[head];
-    for (int k = 0; k < 4; ++k) {
-        lanes[k] = where_any(codes[k], exp2((converted<F16>(codes[k]) - 128.0f) * (1.0f / 12)) * unit);
-    }
+inline void decode_scales(const QjlSide& side, int64_t head, const uint8_t* scale, int64_t g, float* by_lanes) {
+    if (!side.unit) return decode_halves(scale + g * 128, by_lanes);
+    uint8_t codes[64];
+    swap_lanes(scale + g * 64, codes);
+    scales_of_logarithms(codes, side.unit[head], by_lanes);
 }
 
 // Fills in what rows ask. Scores are linear in the queries, so `factor` scales them once for all.
@@ -218,14 +214,9 @@ struct Question {
 
     // Of the scales of a block's tokens.
     float mean_square(int64_t block, int64_t g) const {
-        F16 scales[4];
+        float scales[64], squares = 0, count = 0;
         decode_scales(side, h.head, place_of(h, side, block, room.block_of_keys).scale, g, scales);
-        float squares = 0, count = 0;
-        for (const F16& of_lanes : scales) {
-            float numbers[16];
-            store(numbers, of_lanes);
-            for (const float scale : numbers) squares += scale * scale, count += scale != 0;
-        }
+        for (const float scale : scales) squares += scale * scale, count += scale != 0;
         return count > 0 ? squares / count : 0;
     }
 
@@ -288,7 +279,7 @@ struct Keys {
         const auto [codes, scale, middle] = place_of(h, side, block, room.block_of_keys);
         for (int64_t g = 0; g < side.groups; ++g) {
             scan(g, codes + g * bytes_of_group(side) * 64, g ? Ahead{codes, codes, 0} : ahead);
-            F16 scales[4], middles[4]{};
+            alignas(64) float scales[64], middles[64] = {};
             decode_scales(side, h.head, scale, g, scales);
             if (side.middle) decode_halves(middle + g * 128, middles);
             for (int64_t r = 0; r < rows; ++r) {
@@ -296,8 +287,8 @@ struct Keys {
                 for (int k = 0; k < 4; ++k) {
                     float* to = scores + r * TILE * 64 + k * 16;
                     F16 score = load<F16>(to);
-                    score += converted<F16>(load<I16>(room.sums + r * 64 + k * 16)) * (scales[k] * unit);
-                    if (side.middle) score += middles[k] * asked.sums_of_groups[g * MAX_ROWS + r];
+                    score += converted<F16>(load<I16>(room.sums + r * 64 + k * 16)) * (load<F16>(scales + k * 16) * unit);
+                    if (side.middle) score += load<F16>(middles + k * 16) * asked.sums_of_groups[g * MAX_ROWS + r];
                     store(to, score);
                 }
             }

@@ -13,6 +13,14 @@ inline void swap_lanes(const float* from, float* to) {
     }
 }
 
+// The same of bytes.
+inline void swap_lanes(const uint8_t* from, uint8_t* to) {
+    const F4 a = load<F4>(from), b = load<F4>(from + 16), c = load<F4>(from + 32), d = load<F4>(from + 48);
+    const F4 even_ab = evens(a, b), odd_ab = odds(a, b), even_cd = evens(c, d), odd_cd = odds(c, d);
+    store(to, evens(even_ab, even_cd)), store(to + 16, evens(odd_ab, odd_cd));
+    store(to + 32, odds(even_ab, even_cd)), store(to + 48, odds(odd_ab, odd_cd));
+}
+
 template <class Floats>
 QJL_INLINE auto round(const Floats& x) {
     using Integers = Vector<int32_t, sizeof(Floats) / 4>;

@@ -110,11 +110,7 @@ struct Sums {
     }
 
     __attribute__((noinline)) void put_scales(int64_t g, int64_t blocks) const {
-        for (int64_t b = 0; b < blocks; ++b) {
-            F16 scales[4];
-            decode_scales(side, h.head, places[b].scale, g, scales);
-            for (int k = 0; k < 4; ++k) store(room.scales + b * 64 + k * 16, scales[k]);
-        }
+        for (int64_t b = 0; b < blocks; ++b) decode_scales(side, h.head, places[b].scale, g, room.scales + b * 64);
     }
 
     struct Products {
@@ -219,10 +215,11 @@ struct Sums {
     void add_middles(const float* powers, int64_t g, int64_t blocks, const ByRow& decay, const ByRow& power) const {
         F16 totals[MAX_ROWS]{};
         for (int64_t b = 0; b < blocks; ++b) {
-            F16 middles[4];
+            alignas(64) float middles[64];
             decode_halves(places[b].middle + g * 128, middles);
             for (int64_t r = 0; r < rows; ++r) {
-                for (int k = 0; k < 4; ++k) totals[r] += middles[k] * load<F16>(powers + (r * TILE + b) * 64 + k * 16);
+                const float* of_row = powers + (r * TILE + b) * 64;
+                for (int i = 0; i < 64; i += 16) totals[r] += load<F16>(middles + i) * load<F16>(of_row + i);
             }
         }
         for (int64_t r = 0; r < rows; ++r) {
