@@ -287,7 +287,8 @@ struct Keys {
                 for (int k = 0; k < 4; ++k) {
                     float* to = scores + r * TILE * 64 + k * 16;
                     F16 score = load<F16>(to);
-                    score += converted<F16>(load<I16>(room.sums + r * 64 + k * 16)) * (load<F16>(scales + k * 16) * unit);
+                    const F16 scale_of_sums = load<F16>(scales + k * 16) * unit;
+                    score += converted<F16>(load<I16>(room.sums + r * 64 + k * 16)) * scale_of_sums;
                     if (side.middle) score += load<F16>(middles + k * 16) * asked.sums_of_groups[g * MAX_ROWS + r];
                     store(to, score);
                 }
