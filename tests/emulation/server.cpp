@@ -17,7 +17,7 @@
 namespace {
 
 constexpr uintptr_t PAGE = 4096;
-constexpr size_t UNIT = 16;  // bytes that malloc gives to one owner: what lies beside a change may change over there
+constexpr size_t UNIT = 8;  // bytes that have one owner: the size of what malloc gave to the next may change meanwhile
 
 // What the server says, before `size` bytes.
 struct Message {
