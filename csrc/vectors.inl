@@ -248,7 +248,7 @@ QJL_INLINE Floats join_neighbours(const Floats& a, const Floats& b, auto join) {
     return join(evens(a, b), odds(a, b));
 }
 
-// Of numbers that lie in both halves: whatever is next to what, where all numbers of a join, and all of b.
+// The same, of vectors whose numbers are all joined in the end: any two may meet first.
 template <class Half>
 QJL_INLINE Twice<Half> join_halves(const Twice<Half>& a, const Twice<Half>& b, auto join) {
     return {join(a.low, a.high), join(b.low, b.high)};

@@ -57,7 +57,7 @@ struct Question {
         for (int64_t n = 0; n < 2 * quads; ++n) fill<ROWS>(g, n), measure<ROWS>(n);
         choose_units(g, 2 * quads);
         for (int64_t q = 0; q < quads; ++q) {
-            const F16 of_low = put_entries<ROWS>(g, 2 * q), of_high = put_entries<ROWS>(g, 2 * q + 1);  // in this order
+            const F16 of_low = put_entries<ROWS>(g, 2 * q), of_high = put_entries<ROWS>(g, 2 * q + 1);
             alignas(64) float errors[16];
             store(errors, of_low + of_high);
             F4 most{};
@@ -136,7 +136,8 @@ struct Question {
     }
     Quad& quad_at(int64_t g, int64_t q) const { return asked.quads[g * most_quads(side) + q]; }
 
-    // Tables above their least entries; how far scores are off by them, squared.
+    // Tables above their least entries; how far scores are off by them, squared. Factors of four rows are written, so
+    // that what comes next must be put next.
     template <int ROWS>
     QJL_INLINE F16 put_entries(int64_t g, int64_t four) const {
         const F16 units = load<F16>(room.units), ranges = load<F16>(room.ranges + place(four, 0, 0));
