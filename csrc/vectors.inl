@@ -236,12 +236,6 @@ QJL_INLINE float sum(const Floats& x) {
     return sum(low + high);
 }
 
-// The sums of four vectors.
-QJL_INLINE F4 sums(F4 a, F4 b, F4 c, F4 d) {
-    const F4 ab = evens(a, b) + odds(a, b), cd = evens(c, d) + odds(c, d);
-    return evens(ab, cd) + odds(ab, cd);
-}
-
 // What `join` makes of the neighbours in a, then of those in b.
 template <class Floats>
 QJL_INLINE Floats join_neighbours(const Floats& a, const Floats& b, auto join) {

@@ -69,3 +69,14 @@ inline Numbers map_of(const QjlSide& side, int64_t head) {
 inline float capped(float score, float softcap) {
     return softcap > 0 ? softcap * __builtin_tanhf(score / softcap) : score;
 }
+
+// What a template lambda gives for so many rows.
+template <class Of>
+QJL_INLINE auto for_rows(int64_t rows, const Of& of) {
+    switch (rows) {
+        case 1: return of.template operator()<1>();
+        case 2: return of.template operator()<2>();
+        case 3: return of.template operator()<3>();
+        default: return of.template operator()<4>();
+    }
+}

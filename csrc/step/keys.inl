@@ -30,12 +30,7 @@ struct Question {
         h.put_queries(first_row, rows, factor, room.queries);
         map_queries();
         for (int64_t g = 0; g < side.groups; ++g) {
-            switch (rows) {
-                case 1: quantize<1>(g); break;
-                case 2: quantize<2>(g); break;
-                case 3: quantize<3>(g); break;
-                default: quantize<4>(g);
-            }
+            for_rows(rows, [&]<int ROWS> { quantize<ROWS>(g); });
             if (side.middle) sum_group(g);
         }
         meet_mean();
@@ -298,16 +293,10 @@ struct Keys {
     }
 
     void scan(int64_t g, const uint8_t* codes, const Ahead& ahead) const {
-        const auto of_rows = [&] {
-            switch (rows) {
-                case 1: return scan_block<1>;
-                case 2: return scan_block<2>;
-                case 3: return scan_block<3>;
-                default: return scan_block<4>;
-            }
-        }();
         const int64_t first = g * most_quads(side);
-        of_rows(codes, asked.quads + first, asked.counts[g], asked.tables + first * 2 * rows * 64,
-                asked.factors + first * 2 * rows * 4, asked.firsts + g * MAX_ROWS, room.sums, ahead);
+        for_rows(rows, [&]<int ROWS> {
+            scan_block<ROWS>(codes, asked.quads + first, asked.counts[g], asked.tables + first * 2 * ROWS * 64,
+                             asked.factors + first * 2 * ROWS * 4, asked.firsts + g * MAX_ROWS, room.sums, ahead);
+        });
     }
 };

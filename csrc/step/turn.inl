@@ -48,12 +48,7 @@ struct Turn {
 
     void turn_span(float* scores) {
         step();
-        switch (rows) {
-            case 1: return put_span<1>(scores);
-            case 2: return put_span<2>(scores);
-            case 3: return put_span<3>(scores);
-            default: return put_span<4>(scores);
-        }
+        for_rows(rows, [&]<int ROWS> { put_span<ROWS>(scores); });
     }
 
     // Phasors of the centre of the next span: turned on from the last ones in float32, and at every ANCHOR-th time in

@@ -22,6 +22,18 @@ __attribute__((noinline)) void add_quads_of(const QjlQuad* quads, int64_t first,
     }
 }
 
+template <int ROWS>
+auto adder_of(int32_t kind) {
+    switch (kind) {
+        case QJL_TWO_CHAIN: return add_quads_of<ROWS, QJL_TWO_CHAIN>;
+        case QJL_TWO_LEVELS: return add_quads_of<ROWS, QJL_TWO_LEVELS>;
+        case QJL_ONE_LEVELS: return add_quads_of<ROWS, QJL_ONE_LEVELS>;
+        case QJL_FOUR_CHAIN: return add_quads_of<ROWS, QJL_FOUR_CHAIN>;
+        case QJL_ONE_CHAIN: return add_quads_of<ROWS, QJL_ONE_CHAIN>;
+        default: return add_quads_of<ROWS, QJL_ANY>;
+    }
+}
+
 // Weighted sums over the tokens seen so far, in the space of the codes, for up to MAX_ROWS rows.
 //
 // Weights of a tile are integers, in units that are as fine as the result asks. Most have one digit of 8 bits; blocks
@@ -187,28 +199,8 @@ struct Sums {
     void add_quads(int64_t first, int64_t last, const Weighted& blocks, const Factors& factors) const {
         for (int64_t k = first, end; k < last; k = end) {
             for (end = k; end < last && side.quads[end].kind == side.quads[k].kind;) ++end;
-            adder_of(side.quads[k].kind)(side.quads, k, end, blocks, factors, room.sums_of_quads);
-        }
-    }
-
-    auto adder_of(int32_t kind) const -> decltype(&add_quads_of<1, QJL_ANY>) {
-        switch (rows) {
-            case 1: return adder<1>(kind);
-            case 2: return adder<2>(kind);
-            case 3: return adder<3>(kind);
-            default: return adder<4>(kind);
-        }
-    }
-
-    template <int ROWS>
-    static auto adder(int32_t kind) -> decltype(&add_quads_of<ROWS, QJL_ANY>) {
-        switch (kind) {
-            case QJL_TWO_CHAIN: return add_quads_of<ROWS, QJL_TWO_CHAIN>;
-            case QJL_TWO_LEVELS: return add_quads_of<ROWS, QJL_TWO_LEVELS>;
-            case QJL_ONE_LEVELS: return add_quads_of<ROWS, QJL_ONE_LEVELS>;
-            case QJL_FOUR_CHAIN: return add_quads_of<ROWS, QJL_FOUR_CHAIN>;
-            case QJL_ONE_CHAIN: return add_quads_of<ROWS, QJL_ONE_CHAIN>;
-            default: return add_quads_of<ROWS, QJL_ANY>;
+            const auto add = for_rows(rows, [&]<int ROWS> { return adder_of<ROWS>(side.quads[k].kind); });
+            add(side.quads, k, end, blocks, factors, room.sums_of_quads);
         }
     }
 
