@@ -58,7 +58,9 @@ class Blocks:
     first: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
-    _on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False)
+    _on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -69,6 +71,7 @@ class Blocks:
         self.first.append(first)
         self.pages.append(page)
         self.kept.append(kept)
+        self._on.clear()
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Sources int32 ``[n * 64]``, first positions int64 ``[n]``, pages int32 ``[n]``; one for all layers."""
