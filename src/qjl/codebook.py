@@ -278,23 +278,32 @@ def _levels(width: int, is_split: bool) -> tuple[Tensor, Tensor]:
 
 
 def _arrange(widths: tuple[int, ...]) -> tuple[list[list[tuple[int, int]]], set[int]]:
-    """Fill nibbles with whole coordinates, widest first; the bits left over are spread over what is free.
+    """Fill nibbles with whole coordinates, alike side by side: 4 bits, 3 and 1, 2 and 2, at last single bits.
+
+    So kernels look up neighbours in the same tables. Coordinates of more than 4 bits are spread bit by bit, beside
+    3 bits first; so are as many of 2 bits, which lose nothing, or else of 3 bits, as must fill what is left.
 
     Returns the (coordinate, bit) pairs of each nibble and the set of coordinates that were spread.
     """
-    count = sum(widths) // NIBBLE
-    nibbles: list[list[tuple[int, int]]] = [[] for _ in range(count)]
-    spread: list[int] = []
-    for i in sorted((i for i, width in enumerate(widths) if width), key=lambda i: -widths[i]):
-        home = next((nibble for nibble in nibbles if len(nibble) + widths[i] <= NIBBLE), None)
-        if home is None:
-            spread.append(i)
-        else:
-            home.extend((i, bit) for bit in range(widths[i]))
-    free = [nibble for nibble in nibbles for _ in range(NIBBLE - len(nibble))]
-    for nibble, pair in zip(free, [(i, bit) for i in spread for bit in range(widths[i])], strict=True):
-        nibble.append(pair)
-    return nibbles, set(spread)
+    of_width = {width: [i for i, own in enumerate(widths) if own == width] for width in range(1, NIBBLE + 1)}
+    spread = [i for i, width in enumerate(widths) if width > NIBBLE or width == 1]
+    lone = sum(widths[i] for i in spread)
+    while lone < len(of_width[3]) or len(of_width[2]) % 2:
+        taken = (of_width[2] or of_width[3]).pop()
+        spread.append(taken)
+        lone += widths[taken]
+    bits = iter((i, bit) for i in spread for bit in range(widths[i]))
+    nibbles = [_whole(i, widths) for i in of_width[4]]
+    nibbles += [_whole(i, widths) + [next(bits)] for i in of_width[3]]
+    pairs = zip(of_width[2][::2], of_width[2][1::2], strict=True)
+    nibbles += [_whole(i, widths) + _whole(j, widths) for i, j in pairs]
+    left = list(bits)
+    nibbles += [left[first : first + NIBBLE] for first in range(0, len(left), NIBBLE)]
+    return nibbles, {i for i in spread if widths[i] > 1}
+
+
+def _whole(coordinate: int, widths: tuple[int, ...]) -> list[tuple[int, int]]:
+    return [(coordinate, bit) for bit in range(widths[coordinate])]
 
 
 def _entries(nibbles: list[list[tuple[int, int]]], widths: tuple[int, ...], split: set[int]) -> tuple[Tensor, Tensor]:

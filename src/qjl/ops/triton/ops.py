@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qjl.ops.triton import attention, decoding, encoding
+from qjl.ops.forms import Pool
+from qjl.ops.triton import attention, decoding, encoding, step
 
 
 def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,5 +27,18 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
 
 decode = _on_its_device(decoding.decode)
 encode = _on_its_device(encoding.encode)
-attend = _on_its_device(attention.attend)
-append_attend = _on_its_device(attention.append_attend)
+
+
+@_on_its_device
+def attend(query: Tensor, pool: Pool, *others: Any) -> tuple[Tensor, Tensor]:
+    return _of(pool).attend(query, pool, *others)
+
+
+@_on_its_device
+def append_attend(query: Tensor, keys: Tensor, values: Tensor, pool: Pool, *others: Any) -> Tensor:
+    return _of(pool).append_attend(query, keys, values, pool, *others)
+
+
+def _of(pool: Pool) -> ModuleType:
+    """Where the kernels for the forms of a pool are."""
+    return step if step.serves(pool) else attention
