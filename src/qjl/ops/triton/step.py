@@ -165,11 +165,11 @@ class _Step:
         has_turn = sides.turned is not None
         return kernels.Asked(
             mapped=self._empty(places, tile, 16 * words),
-            digits=self._empty(places, words // WORDS, 2, 2 * tile, 32, dtype=torch.int8),
+            digits=self._empty(places, words // WORDS, 2, 2 * tile, 8, dtype=torch.int32),
             offsets=self._empty(places, 2 * tile, dtype=torch.int32),
             factors=self._empty(places, tile),
             rest=self._empty(places, tile),
-            means=self._empty(places, self.blocks, 2 * tile, functions, dtype=torch.int8) if has_turn else None,
+            means=self._empty(places, self.blocks, 2 * tile, functions // 4, dtype=torch.int32) if has_turn else None,
             mean_factors=self._empty(places, self.blocks, tile) if has_turn else None,
         )
 
@@ -259,7 +259,7 @@ def _sides(pool: Pool) -> _Sides | None:
         return None
     return _Sides(
         keys=kernels.Keys(
-            *of_keys, keys.unit, words.rows, words.tables, words.coordinates, words.factors, _per_head(words.rows)
+            *of_keys, keys.unit, words.rows * of_keys[1][2], words.tables, words.coordinates, words.factors, _per_head(words.rows)
         ),
         values=kernels.Values(
             *of_values, values.unit, tuple(run.tables for run in tables.runs), tables.places, tables.weights,
@@ -281,16 +281,16 @@ def _per_head(tensor: Tensor) -> int:
 
 def _fields(codes: Tensor, scale: Tensor) -> tuple[Tensor, tuple[int, ...], Tensor, tuple[int, ...]] | None:
     """Codes and scales as words of 4 bytes, with their strides; None where they do not lie so."""
-    if not (_is_of_words(codes) and _is_of_words(scale)):
+    if not (_is_of_words(codes, 2) and _is_of_words(scale, 2 * scale.itemsize)):
         return None
     of_codes, of_scale = codes.view(torch.int32), scale.view(torch.int32)
     return of_codes, of_codes.stride()[:3], of_scale, of_scale.stride()[:2]
 
 
-def _is_of_words(field: Tensor) -> bool:
-    each = 4 // field.itemsize
-    places = field.storage_offset(), field.shape[-1], *field.stride()[:-1]
-    return field.stride(-1) == 1 and not any(place % each for place in places)
+def _is_of_words(field: Tensor, count: int) -> bool:
+    """Whether so many words of a token minor field can be read at once."""
+    places = (field.storage_offset(), field.shape[-1], *field.stride()[:-1])
+    return field.stride(-1) == 1 and not any(place * field.itemsize % (4 * count) for place in places)
 
 
 def _is_simple(form: NibbleForm) -> bool:
@@ -354,6 +354,7 @@ def _functions(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     down = left[:, :rank] * sizes[:rank] * np.abs(right[:rank]).max(1)
     whole = np.zeros((BLOCK, count), np.int64)
     whole[:, :rank] = np.rint(shared.T * TOP)
-    by_phase = whole.reshape(BLOCK // 4, 4, count).transpose(1, 0, 2).reshape(BLOCK, count)
-    digits = np.stack([by_phase >> 7, by_phase & 127]).astype(np.int8)
+    tiled = whole.reshape(BLOCK // 8, 2, 4, count).transpose(2, 1, 0, 3).reshape(BLOCK, 2, 4, 4)  # halves, words, bytes
+    placed = tiled.swapaxes(1, 2).reshape(BLOCK, count)
+    digits = np.stack([placed >> 7, placed & 127]).astype(np.int8)
     return np.pad(down, ((0, 0), (0, count - rank))).astype(np.float32), np.ascontiguousarray(digits).view(np.int32)

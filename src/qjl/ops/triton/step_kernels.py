@@ -4,8 +4,8 @@ Codes become 8-bit operands of integer matrix products in registers: a byte perm
 Queries and weights are two digits of 7 bits each. So sums of products are exact; what is rounded are queries and
 weights, to 14 bits of the largest.
 
-A program is one warp. It takes 64 packed tokens at a time, in the order of ``16 * phase + word``: word w holds tokens
-4 w to 4 w + 3, whose bytes lie together. All work of a step is one row of units, a unit being 64 packed tokens of one
+A program is one warp. It takes 64 packed tokens at a time. Eight of them, 8 g to 8 g + 7, are two words of each byte
+row; token ``8 g + 4 h + phase`` has place ``16 phase + 8 h + g``. All work of a step is one row of units, a unit being 64 packed tokens of one
 KV head and some query rows, or all exact tokens of these. Programs take equal shares of it, whatever sequences are long.
 What several programs found of one head is merged by the last of them.
 
@@ -25,7 +25,7 @@ from qjl.packed import BLOCK
 
 INTERPRETED = tl.constexpr(runtime.is_interpreted())
 TOKENS = tl.constexpr(BLOCK)
-WORDS = tl.constexpr(BLOCK // 4)  # of four tokens
+EIGHTS = tl.constexpr(BLOCK // 8)  # of a tile's tokens
 CHUNK = tl.constexpr(4)  # words of keys at once
 DIMS = tl.constexpr(32)  # coordinates of a map at once
 FUNCTIONS = tl.constexpr(32)  # that stand for all turns of a mean within a block
@@ -45,7 +45,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 TAU = tl.constexpr(6.283185307179586)
 TINY = tl.constexpr(1e-30)
 
-_WORD = tl.constexpr("ld.global.b32 $0, [$1];")
+_TWO_WORDS = tl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
 _FOUR_WORDS = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 _TRANSPOSE = tl.constexpr(
     "{ .reg .b32 a, b, c, d;"
@@ -105,7 +105,7 @@ class Turned(NamedTuple):
     """The part of a mean that RoPE turns, by pairs of coordinates ``[H, F]``, and what all turns in a block share.
 
     ``down float32 [2 F, 32]`` gives the coefficients of functions of the token, which ``functions int32 [2, 64, 8]``
-    holds as two digits, in the order of a tile.
+    holds as two digits, in the order of a tile and of ``_place``.
     """
 
     first: Tensor
@@ -118,12 +118,12 @@ class Turned(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Queries as the codes meet them, of each of ``[B, H, T]`` tiles of R rows (N = 2 R digits).
+    """Queries as the codes meet them, of each of ``[B, H, T]`` tiles of R rows (N = 2 R digits; of four bytes each as ``_place`` has them).
 
     - ``mapped float32 [.., R, 16 W]``: queries by look-up, before they are rounded.
-    - ``digits int8 [.., W / 4, 2, N, 32]``, ``offsets int32 [.., N]``, ``factors float32 [.., R]``: of the scores.
+    - ``digits int32 [.., W / 4, 2, N, 8]``, ``offsets int32 [.., N]``, ``factors float32 [.., R]``: of the scores.
     - ``rest float32 [.., R]``: what a mean that does not turn adds.
-    - ``means int8 [.., blocks, N, 32]``, ``mean_factors float32 [.., blocks, R]``: of that which does.
+    - ``means int32 [.., blocks, N, 8]``, ``mean_factors float32 [.., blocks, R]``: of that which does.
     """
 
     mapped: Tensor
@@ -299,11 +299,11 @@ def _ask(queries, stride, is_row, keys, map, mean, asked, place, head, scale, R:
     tl.debug_barrier()  # other threads read than wrote
     high_sum = tl.zeros([LEAST], tl.int32)
     low_sum = tl.zeros([LEAST], tl.int32)
-    digits = asked.digits + place.to(tl.int64) * (2 * R * look_ups)
+    digits = asked.digits.to(tl.pointer_type(tl.int8)) + place.to(tl.int64) * (2 * R * look_ups)
     for part in range(0, look_ups, DIMS):
         product = tl.load(mapped + r[:, None] * look_ups + part + i[None, :], mask=(r < R)[:, None], other=0.0)
         high, low = _digits(product * LARGEST / largest[:, None])
-        to = digits + part * (2 * R) + 2 * r[:, None] * DIMS + i[None, :]
+        to = digits + part * (2 * R) + 2 * r[:, None] * DIMS + _place(i)[None, :]
         tl.store(to, high.to(tl.int8), mask=(r < R)[:, None])
         tl.store(to + DIMS, low.to(tl.int8), mask=(r < R)[:, None])
         high_sum += tl.sum(high, axis=1)
@@ -377,7 +377,7 @@ def _turn(
     high, low = _digits(sums * LARGEST / largest[:, None])
     inside = block < blocks
     at_block = place.to(tl.int64) * blocks + block
-    to = asked.means + (at_block * R + r)[:, None] * (2 * FUNCTIONS) + k[None, :]
+    to = asked.means.to(tl.pointer_type(tl.int8)) + (at_block * R + r)[:, None] * (2 * FUNCTIONS) + _place(k)[None, :]
     tl.store(to, high.to(tl.int8), mask=inside[:, None])
     tl.store(to + FUNCTIONS, low.to(tl.int8), mask=inside[:, None])
     tl.store(asked.mean_factors + at_block * R + r, largest * (scale * DIGIT / (LARGEST * LARGEST)), mask=inside)
@@ -388,17 +388,19 @@ def _turn(
 
 
 @triton.jit
-def _word(at):
-    """Words from their addresses."""
+def _two_words(at):
+    """Those from each address on, which are 8 bytes."""
     if INTERPRETED:
-        return tl.load(at)
+        return tl.load(at), tl.load(at + 1)
     else:
-        return tl.inline_asm_elementwise(_WORD, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            _TWO_WORDS, "=r,=r,l", [at.to(tl.int64)], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
 
 
 @triton.jit
 def _four_words(at):
-    """Those from each address on, which are 16 bytes."""
+    """Likewise, which are 16 bytes."""
     if INTERPRETED:
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     else:
@@ -511,6 +513,31 @@ def _side_by_side(a, b):
 
 
 @triton.jit
+def _below(a, b):
+    """Two ``[M, N]`` as ``[2 M, N]``."""
+    return tl.join(a, b).permute(2, 0, 1).reshape(2 * a.shape[0], a.shape[1])
+
+
+@triton.jit
+def _operand(at, N: tl.constexpr):
+    """``int8 [32, N]`` for the right side of a matrix product, whose columns lie one behind the other (``_place``)."""
+    return tl.trans(_bytes_at(at, N))
+
+
+@triton.jit
+def _bytes_at(at, M: tl.constexpr):
+    """``int8 [M, 32]``, each row as ``_place`` has it."""
+    first, second = _two_words(at + tl.arange(0, M)[:, None] * 8 + 2 * tl.arange(0, 4)[None, :])
+    return _as_bytes(_side_by_side(first, second))
+
+
+@triton.jit
+def _place(k):
+    """Where byte k of 32 lies: a thread's two words side by side."""
+    return (k // 4 % 4 * 2 + k // 16) * 4 + k % 4
+
+
+@triton.jit
 def _for_rows(x, R: tl.constexpr):
     """``[M, 4]`` of equal columns as ``[M, R]``."""
     return x if R == 4 else _side_by_side(x, x)
@@ -526,16 +553,16 @@ def _at_page(side_stride, page, head):
 
 
 @triton.jit
-def _scales(side, page, head, words):
-    """The logarithms of the scales of a tile's tokens, ``float32 [64, 4]`` of equal columns, by words ``[16, 4]``."""
+def _scales(side, page, head, first_word):
+    """The logarithms of the scales of a tile's tokens, ``float32 [64, 4]`` of equal columns."""
     at = side.scale + _at_page(side.scale_stride, page, head)
     if side.unit is not None:
-        codes = _word(at + words)
-        a, b, c, d = _byte(codes, 0), _byte(codes, 1), _byte(codes, 2), _byte(codes, 3)
-        code = _one_below_another(a, b, c, d)
+        codes = _below(*_two_words(at + first_word))
+        code = _one_below_another(_byte(codes, 0), _byte(codes, 1), _byte(codes, 2), _byte(codes, 3))
         return tl.where(code == 0, NO_SCALE, (code - 128).to(tl.float32) * (1.0 / 12))
     else:
-        first, second = _word(at + 2 * words), _word(at + 2 * words + 1)
+        a, b, c, d = _four_words(at + 2 * first_word)
+        first, second = _below(a, c), _below(b, d)
         halves = _one_below_another(first & 0xFFFF, (first >> 16) & 0xFFFF, second & 0xFFFF, (second >> 16) & 0xFFFF)
         scale = halves.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
         return tl.where((scale > 0) & (scale < float("inf")), tl.log2(tl.maximum(scale, TINY)), NO_SCALE)
@@ -604,21 +631,13 @@ def _packed(
 ):  # fmt: skip
     """Attention to some blocks of packed tokens: sums of table entries, and their log-sum-exp."""
     n, r, w = tl.arange(0, 2 * R), tl.arange(0, R), tl.arange(0, 4)
-    word, k = tl.arange(0, WORDS)[:, None], tl.arange(0, DIMS)
-    own_word = word if PAGE >= TOKENS else 0 * word
-    every_word = own_word + 0 * w[None, :]
-    digits, at_rows, at_tables = (), (), ()
-    for chunk in tl.static_range(W // CHUNK):
-        of_chunk = asked.digits + (place.to(tl.int64) * (W // CHUNK) + chunk) * (4 * R * DIMS)
-        for half in tl.static_range(2):
-            digits += (tl.load(of_chunk + half * 2 * R * DIMS + n[None, :] * DIMS + k[:, None]),)
-        of_words = head * keys.per_head * W + chunk * CHUNK + w
-        for i in tl.static_range(4):
-            at_rows += ((tl.load(keys.rows + of_words * 4 + i) * keys.codes_stride[2])[None, :] + own_word,)
-        at_tables += ((keys.tables + of_words * 16)[None, :],)
+    eight = tl.arange(0, EIGHTS)[:, None]
+    words = (head * keys.per_head * W + w)[None, :]
+    of_digits = asked.digits + place.to(tl.int64) * (W * R * 8)
     above = tl.zeros([TOKENS, 2 * R], tl.int32) - tl.load(asked.offsets + place * 2 * R + n)[None, :]
     factor, rest = tl.load(asked.factors + place * R + r)[None, :], tl.load(asked.rest + place * R + r)[None, :]
-    token = _one_below_another(4 * word, 4 * word + 1, 4 * word + 2, 4 * word + 3)
+    phase = _below(8 * eight, 8 * eight + 4)
+    token = _one_below_another(phase, phase + 1, phase + 2, phase + 3)
     skip, length = tl.load(of_rows.skip + row), tl.load(of_rows.lengths + row)
     most = tl.full([R], LOWEST, tl.float32)
     total = tl.zeros([R], tl.float32)
@@ -629,24 +648,27 @@ def _packed(
             sums += (tl.zeros([ROOM[run], R], tl.float32),)
 
     for block in range(start, stop):
-        page, inside = _page(of_rows, row, block, word, skip, length, PAGE)
-        at_words = inside // 4
+        page, first = _page(of_rows, row, block, eight, skip, length, PAGE)
+        first_word = first % PAGE // 4 + 0 * w[None, :]
         nothing = block * (one - 1)  # so that what registers have no room for is loaded again
         scores = above
-        codes = keys.codes + _at_page(keys.codes_stride, page, head) + at_words
+        codes = keys.codes + _at_page(keys.codes_stride, page, head)
         for chunk in tl.static_range(W // CHUNK):
-            a, b = _word(codes + at_rows[4 * chunk]), _word(codes + at_rows[4 * chunk + 1])
-            c, d = _word(codes + at_rows[4 * chunk + 2]), _word(codes + at_rows[4 * chunk + 3])
+            a, b, c, d = _four_words(keys.rows + 4 * (words + chunk * CHUNK) + nothing)
+            a, b = _below(*_two_words(codes + (a + first_word))), _below(*_two_words(codes + (b + first_word)))
+            c, d = _below(*_two_words(codes + (c + first_word))), _below(*_two_words(codes + (d + first_word)))
             a, b, c, d = _transposed(a, b, c, d)
             nibbles = _one_below_another(a, b, c, d)
             flipped = nibbles ^ -2004318072  # 0x88888888
+            tables = keys.tables + 16 * (words + chunk * CHUNK) + nothing
             for half in tl.static_range(2):
-                first = _looked_up(_four_words(at_tables[chunk] + nothing + 8 * half), nibbles >> (16 * half), flipped >> (16 * half), one)
-                second = _looked_up(_four_words(at_tables[chunk] + nothing + 8 * half + 4), nibbles >> (16 * half), flipped >> (16 * half), one)
-                entries = _as_bytes(_side_by_side(first, second))
-                scores = tl.dot(entries, digits[2 * chunk + half], scores, out_dtype=tl.int32)
+                own, other = nibbles >> (16 * half), flipped >> (16 * half)
+                early = _looked_up(_four_words(tables + 8 * half), own, other, one)
+                late = _looked_up(_four_words(tables + 8 * half + 4), own, other, one)
+                digits = _operand(of_digits + ((2 * chunk + half) * (2 * R * 8) + nothing), 2 * R)
+                scores = tl.dot(_as_bytes(_side_by_side(early, late)), digits, scores, out_dtype=tl.int32)
         high, low = tl.split(scores.reshape(TOKENS, R, 2))
-        scale = _for_rows(tl.exp2(_scales(keys, page, head, at_words + every_word)), R)
+        scale = _for_rows(tl.exp2(_scales(keys, page, head, first_word)), R)
         score = (high * DIGIT + low).to(tl.float32) * (scale * factor)
         if asked.means is not None:
             score += _mean_scores(asked, functions + nothing, place.to(tl.int64) * blocks + block, R)
@@ -658,12 +680,13 @@ def _packed(
             wanted = (query_row < count)[None, :] & (column < length)
             score += tl.load(at, mask=wanted, other=0.0) * LOG2_E
         if PAGE < TOKENS:
-            of_tokens = _one_below_another(page, page, page, page)
+            of_half = _below(page, page)
+            of_tokens = _one_below_another(of_half, of_half, of_half, of_half)
             score = tl.where((column >= skip) & (column < length) & (of_tokens >= 0), score, float("-inf"))
         elif (block * TOKENS < skip) | (block * TOKENS + TOKENS > length) | (page < 0):
             score = tl.where((column >= skip) & (column < length) & (page >= 0), score, float("-inf"))
 
-        logarithm = _for_rows(_scales(values, page, head, at_words + every_word), R)
+        logarithm = _for_rows(_scales(values, page, head, first_word), R)
         scaled = score + logarithm
         peak = tl.maximum(tl.max(scaled, axis=0), LOWEST)
         weight = tl.exp2(scaled - peak[None, :])
@@ -678,13 +701,12 @@ def _packed(
         added = ()
         for run in tl.static_range(len(PLANES)):
             at_row = FIRST[run] + tl.minimum(tl.arange(0, ROOM[run]), ROWS[run] - 1)[:, None]
-            early = _value_words(values, of_rows, page, head, row, block, 0, at_row, w[None, :], skip, length, PAGE)
-            late = _value_words(values, of_rows, page, head, row, block, 1, at_row, w[None, :], skip, length, PAGE)
+            nibbles = _value_words(values, of_rows, page, head, row, block, at_row, w[None, :], skip, length, PAGE)
             for plane in tl.static_range(PLANES[run]):
                 table = _four_words(values.tables[run] + 4 * plane + nothing * w[None, :])
                 for half in tl.static_range(2):
-                    product = tl.dot(_value_entries(table, early, one, half), weights[0], out_dtype=tl.int32)
-                    product = tl.dot(_value_entries(table, late, one, half), weights[1], product, out_dtype=tl.int32)
+                    product = tl.dot(_value_entries(table, nibbles[0], nibbles[1], one, half), weights[0], out_dtype=tl.int32)
+                    product = tl.dot(_value_entries(table, nibbles[2], nibbles[3], one, half), weights[1], product, out_dtype=tl.int32)
                     high, low = tl.split(product.reshape(ROOM[run], R, 2))
                     so_far = sums[len(added)]
                     added += (so_far * keep + (high * DIGIT + low).to(tl.float32) * part,)
@@ -704,22 +726,22 @@ def _packed(
 
 
 @triton.jit
-def _page(of_rows, row, block, word, skip, length, PAGE: tl.constexpr):
-    """The page of a tile, ``int64``, -1 for none, and which of its tokens a word begins with: by word ``[16, 1]`` where
-    a page holds fewer than 64 tokens."""
+def _page(of_rows, row, block, eight, skip, length, PAGE: tl.constexpr):
+    """The page of each eight tokens of a tile, ``int64 [8, 1]``, -1 for none, and the first of these tokens; one page
+    for all of them where pages are that large."""
+    first = block * TOKENS + 8 * eight
     if PAGE < TOKENS:
-        first = block * TOKENS + 4 * word
-        return _page_of(of_rows, row, first, skip, length, PAGE), first % PAGE
+        return _page_of(of_rows, row, first, skip, length, PAGE), first
     else:
-        first = block * TOKENS
-        return tl.load(of_rows.table + row * of_rows.capacity + first // PAGE).to(tl.int64), first % PAGE
+        at = of_rows.table + row * of_rows.capacity + block * TOKENS // PAGE
+        return tl.load(at).to(tl.int64), first
 
 
 @triton.jit
 def _page_of(of_rows, row, first, skip, length, PAGE: tl.constexpr):
-    """The pages of words, of tokens from ``first`` on; -1 where a row has none of these."""
+    """The pages of eight tokens each from ``first`` on; -1 where a row has none of these."""
     at = of_rows.table + row * of_rows.capacity + first // PAGE
-    return tl.load(at, mask=(first + 3 >= skip) & (first < length), other=-1).to(tl.int64)
+    return tl.load(at, mask=(first + 7 >= skip) & (first < length), other=-1).to(tl.int64)
 
 
 @triton.jit
@@ -735,13 +757,9 @@ def _capped(scores, softcap):
 @triton.jit
 def _mean_scores(asked, functions, at_block, R: tl.constexpr):
     """What a mean that turns gives to the scores of a tile, ``[64, R]``."""
-    n, k, w = tl.arange(0, 2 * R), tl.arange(0, DIMS), tl.arange(0, 4)[None, :]
-    coefficients = tl.load(asked.means + at_block * (2 * R * FUNCTIONS) + n[None, :] * FUNCTIONS + k[:, None])
-    at = functions + tl.arange(0, TOKENS)[:, None] * 8 + w
-    of_high = _as_bytes(_side_by_side(_word(at), _word(at + 4)))
-    of_low = _as_bytes(_side_by_side(_word(at + 8 * TOKENS), _word(at + 8 * TOKENS + 4)))
-    high = tl.dot(of_high, coefficients, out_dtype=tl.int32)
-    low = tl.dot(of_low, coefficients, out_dtype=tl.int32)
+    coefficients = _operand(asked.means + at_block * (2 * R * 8), 2 * R)
+    high = tl.dot(_bytes_at(functions, TOKENS), coefficients, out_dtype=tl.int32)
+    low = tl.dot(_bytes_at(functions + 8 * TOKENS, TOKENS), coefficients, out_dtype=tl.int32)
     high_high, high_low = tl.split(high.reshape(TOKENS, R, 2))
     low_high, _ = tl.split(low.reshape(TOKENS, R, 2))
     factor = tl.load(asked.mean_factors + at_block * R + tl.arange(0, R))[None, :]
@@ -767,24 +785,33 @@ def _even_bytes(a, b):
 
 
 @triton.jit
-def _value_words(values, of_rows, page, head, row, block, half, at_row, w, skip, length, PAGE: tl.constexpr):
-    """The nibbles of some byte rows and of half of a tile's tokens, twice ``int32 [M, 4]``: low ones of a word first."""
-    first = block * TOKENS + half * (TOKENS // 2) + 4 * w
-    first_page, second_page = page, page
-    if PAGE < TOKENS:
-        first_page = _page_of(of_rows, row, first, skip, length, PAGE)
-        second_page = _page_of(of_rows, row, first + 16, skip, length, PAGE)
+def _value_words(values, of_rows, page, head, row, block, at_row, w, skip, length, PAGE: tl.constexpr):
+    """The nibbles of some byte rows, ``int32 [M, 4]``: words 2 t, 8 + 2 t, 2 t + 1 and 9 + 2 t of a tile; of a word
+    the low ones first."""
     of_row = values.codes + at_row * values.codes_stride[2]
-    a = _word(of_row + _at_page(values.codes_stride, first_page, head) + first % PAGE // 4)
-    b = _word(of_row + _at_page(values.codes_stride, second_page, head) + (first + 16) % PAGE // 4)
-    return _unzipped(a), _unzipped(b)
+    first = block * TOKENS + 8 * w
+    if PAGE >= TOKENS:
+        at = of_row + (_at_page(values.codes_stride, page, head) + first % PAGE // 4)
+        a, c = _two_words(at)
+        b, d = _two_words(at + 8)
+    else:
+        a, c = _two_words(of_row + _value_page(values, of_rows, row, head, first, skip, length, PAGE))
+        b, d = _two_words(of_row + _value_page(values, of_rows, row, head, first + 32, skip, length, PAGE))
+    return _unzipped(a), _unzipped(b), _unzipped(c), _unzipped(d)
 
 
 @triton.jit
-def _value_entries(table, nibbles, one, half: tl.constexpr):
-    """What the low or the high nibbles select, ``int8 [M, 32]``."""
-    first = _looked_up(table, nibbles[0] >> (16 * half), (nibbles[0] ^ -2004318072) >> (16 * half), one)
-    second = _looked_up(table, nibbles[1] >> (16 * half), (nibbles[1] ^ -2004318072) >> (16 * half), one)
+def _value_page(values, of_rows, row, head, first, skip, length, PAGE: tl.constexpr):
+    """Where words of the page of some tokens lie in a byte row."""
+    page = _page_of(of_rows, row, first, skip, length, PAGE)
+    return _at_page(values.codes_stride, page, head) + first % PAGE // 4
+
+
+@triton.jit
+def _value_entries(table, first, second, one, half: tl.constexpr):
+    """What the low or the high nibbles of two times four words select, ``int8 [M, 32]``."""
+    first = _looked_up(table, first >> (16 * half), (first ^ -2004318072) >> (16 * half), one)
+    second = _looked_up(table, second >> (16 * half), (second ^ -2004318072) >> (16 * half), one)
     return _as_bytes(_side_by_side(first, second))
 
 
