@@ -1,4 +1,4 @@
-"""What a kernel compiled to, read from its machine code (SASS) where no GPU runs it: instructions, registers, spills."""
+"""What a kernel compiled to, read from its machine code (SASS): instructions, registers, spills."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ class Instruction:
         return self.control >> 5 & 7, self.control >> 8 & 7
 
     @property
-    def waits(self) -> list[int]:
+    def waits(self) -> tuple[int, ...]:
         """Scoreboards that must be released before."""
-        return [board for board in range(6) if self.control >> 11 + board & 1]
+        return tuple(board for board in range(6) if self.control >> 11 + board & 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +105,10 @@ class Listing:
     def loop(self) -> tuple[Instruction, ...]:
         """The main loop as it mostly runs, nothing where there is none.
 
-        It is the one of the longest backward branch. Short stretches that a condition jumps over are slow paths, as of
+        It is that of the longest backward branch. Short stretches that a condition jumps over are slow paths, as of
         sines, and are left out.
         """
-        backward = [(at - start, start, at) for at, start in self._branches() if start <= at]
+        backward = [(at - start, start, at) for at, start in self._branches() if start < at]
         if not backward:
             return ()
         _, at, end = max(backward)
