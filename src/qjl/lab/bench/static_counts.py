@@ -97,9 +97,7 @@ class Listing:
             QJLError: if it is not told how many registers the kernel has.
         """
         instructions, labels = _body(text.partition(f".text.{kernel}:")[2])
-        return cls(
-            instructions, labels, _attribute(text, "REGCOUNT", kernel), _attribute(text, "FRAME_SIZE", kernel)
-        )
+        return cls(instructions, labels, _attribute(text, "REGCOUNT", kernel), _attribute(text, "FRAME_SIZE", kernel))
 
     @cached_property
     def loop(self) -> tuple[Instruction, ...]:

@@ -8,11 +8,11 @@ has for each; it is taken to be full. What the last wave of a grid leaves idle l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
 
 from qjl import calibration, corpora, models
 from qjl.codecs import Codecs, Pair, TokenShape
@@ -101,6 +101,8 @@ def _of_smollm2() -> list[LayerStatistics]:
 def stretched(layer: LayerStatistics, shape: Attention) -> LayerStatistics:
     """With each coordinate several times, side by side, and heads in turn; RoPE's pairs stay pairs.
 
+    Copies are not correlated, so that each direction's variance stands there as often.
+
     Raises:
         QJLError: if ``head_dim`` is no multiple of theirs.
     """
@@ -108,16 +110,19 @@ def stretched(layer: LayerStatistics, shape: Attention) -> LayerStatistics:
     times, rest = divmod(shape.head_dim, head_dim)
     if rest:
         raise QJLError(f"statistics of head_dim {head_dim} cannot be stretched to {shape.head_dim}: take a multiple.")
-    named = ("key_mean", "key_covariance", "query_moment", "key_quantiles")
-    named += ("value_mean", "value_covariance", "output_moment", "value_quantiles")
-    chosen = torch.arange(shape.kv_heads) % heads
-    return replace(layer, **{name: _repeated(name, getattr(layer, name)[chosen], times) for name in named})
-
-
-def _repeated(name: str, x: Tensor, times: int) -> Tensor:
-    """Coordinates of ``[H, D, ...]``; matrices stay without correlations between copies."""
-    is_matrix = name.endswith(("covariance", "moment"))
-    return torch.kron(x.contiguous(), torch.eye(times)) if is_matrix else x.repeat_interleave(times, dim=1)
+    x = layer.of_heads(torch.arange(shape.kv_heads) % heads)
+    spread, repeated = torch.eye(times), partial(torch.repeat_interleave, repeats=times, dim=1)
+    return replace(
+        layer,
+        key_mean=repeated(x.key_mean),
+        key_covariance=torch.kron(x.key_covariance, spread),
+        query_moment=torch.kron(x.query_moment, spread),
+        key_quantiles=repeated(x.key_quantiles),
+        value_mean=repeated(x.value_mean),
+        value_covariance=torch.kron(x.value_covariance, spread),
+        output_moment=torch.kron(x.output_moment, spread),
+        value_quantiles=repeated(x.value_quantiles),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +150,7 @@ class Case:
         fitted = [codecs.of(layer, of) for layer in layers]
         return cls(config, shape, source, tokens, [pair for pair in fitted if pair is not None])
 
-    def rows(self, capability: int, advance: Callable[[], None] = lambda: None) -> Iterator[Row]:
+    def rows(self, capability: int) -> Iterator[Row]:
         """One for each kernel that differs, in the order of the first step that launches it.
 
         Raises:
@@ -157,7 +162,6 @@ class Case:
             step = _Step.of(self, layer, pair)
             for launch in step.launches(of.processors):
                 variants.setdefault(launch.variant(capability), []).append((layer, step, launch))
-            advance()
         for found in variants.values():
             _, step, launch = found[0]
             kernel = launch.compiled(capability)
