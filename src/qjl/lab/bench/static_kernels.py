@@ -137,13 +137,7 @@ class Case:
 
     @classmethod
     def of(cls, config: CacheConfig, shape: Attention, source: Source, tokens: int) -> Case:
-        """With codecs fitted to each layer.
-
-        Raises:
-            QJLError: if kernels do not read the preset's codes, or no token would be packed.
-        """
-        if tokens < BLOCK:
-            raise QJLError(f"{tokens} tokens are no block: give {BLOCK} or more.")
+        """With codecs fitted to each layer; of ``tokens``, 64 or more, whole blocks count."""
         layers = dict(enumerate(source.layers))
         codecs = Codecs(config, dict.fromkeys(layers, shape.rope), layers.get)
         of = TokenShape(shape.kv_heads, shape.head_dim, shape.head_dim, CPU, DTYPE)
@@ -154,7 +148,8 @@ class Case:
         """One for each kernel that differs, in the order of the first step that launches it.
 
         Raises:
-            QJLError: if no GPU of this capability is known, or there is no Triton that compiles.
+            QJLError: if no GPU of this capability is known, kernels do not read the preset's codes, or there is no
+                Triton that compiles.
         """
         of = warp_model.gpu(capability)
         variants: dict[str, list[tuple[int, _Step, Launch]]] = {}
@@ -271,13 +266,15 @@ class _Counted:
     shared: int
 
     def columns(self, shape: Attention) -> Row:
-        per_token = self._per_token()
-        cycles = self._cycles()
-        bandwidth = self.gpu.cycles_to_read(self.bytes_of_a_token[self.reads]) if self.reads else None
+        why, cycles, instructions, bandwidth = self._why(), None, None, None
+        if self._walks:
+            instructions = len(self.code.loop) * WARP * self.warps / self.tile
+            bandwidth = self.gpu.cycles_to_read(self.bytes_of_a_token[self.reads])
+            cycles = None if why else self._cycles()
         return {
             "kernel": self.launch.name,
             "reads": self.reads or None,
-            "tokens_per_tile": self.tile if self.reads else None,
+            "tokens_per_tile": self.tile if self._walks else None,
             "warps": self.warps,
             "registers": self.code.registers,
             "spilled_bytes": self.code.spilled_bytes,
@@ -286,11 +283,11 @@ class _Counted:
             "programs_per_processor": self.resident,
             "filled": self.filled,
             "loop_instructions": self.code.counts,
-            "thread_instructions_per_token_head": per_token,
+            "thread_instructions_per_token_head": instructions,
             "model_cycles_per_token_head": cycles,
             "bandwidth_cycles_per_token_head": bandwidth,
             **self._ratios(cycles, bandwidth, self.gpu.cycles_to_read(_exact_bytes(shape))),
-            "why": self._why() or None,
+            "why": why or None,
         }
 
     @property
@@ -314,21 +311,16 @@ class _Counted:
         places = self.gpu.processors * self.resident
         return self.programs / (-(-self.programs // places) * places)
 
+    @property
+    def _walks(self) -> bool:
+        return bool(self.reads and self.code.loop)
+
     def _why(self) -> str:
         """Nothing, or why no cycles are predicted."""
-        if not self.reads or not self.code.loop:
-            return "It has no loop over tokens."
-        return warp_model.why_unknown(self.code.loop, self.gpu)
+        return warp_model.why_unknown(self.code.loop, self.gpu) if self._walks else "It has no loop over tokens."
 
-    def _per_token(self) -> float | None:
-        if not self.reads or not self.code.loop:
-            return None
-        return len(self.code.loop) * WARP * self.warps / self.tile
-
-    def _cycles(self) -> dict[str, float] | None:
+    def _cycles(self) -> dict[str, float]:
         """By guess."""
-        if self._why():
-            return None
         warps, tokens = warp_model.quarter(self.resident, self.warps), self.resident * self.tile
         found = {name: warp_model.cycles(self.code.loop, warps, self.gpu, guess) for name, guess in GUESSES.items()}
         return {name: one / tokens for name, one in found.items()}

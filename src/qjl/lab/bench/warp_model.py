@@ -118,22 +118,31 @@ def why_unknown(loop: Sequence[Instruction], of: Gpu) -> str:
 def cycles(loop: Sequence[Instruction], warps: int, of: Gpu, memory: Memory) -> float:
     """Predicted cycles of one pass of all ``warps`` of a quarter, the same each.
 
-    Warps begin apart, so that they do not stand at the same barriers.
+    Warps begin apart, so that they do not stand at the same barriers; time counts once all have passed.
     """
     costs, units = _costs(of), _Units()
     steps = [_Step.of(one, costs, memory) for one in loop]
-    running = [_Warp(steps, start=97 * number) for number in range(warps)]
-    now, turn = 0.0, 0
-    while min(len(warp.ends) for warp in running) <= PASSES:
-        order = running[turn:] + running[:turn]
+    running = [_Warp(steps, start=97.0 * number) for number in range(warps)]
+    now = _replay(running, units, 0, 1)
+    for warp in running:
+        warp.ends.clear()
+    _replay(running, units, now, PASSES + 1)
+    return sum((warp.ends[-1] - warp.ends[0]) / (len(warp.ends) - 1) for warp in running) / warps
+
+
+def _replay(running: Sequence[_Warp], units: _Units, now: float, passes: int) -> float:
+    """From ``now`` until each warp has ended so many; returns when that is. Warps take turns."""
+    turn = 0
+    while min(len(warp.ends) for warp in running) < passes:
+        order = [*running[turn:], *running[:turn]]
         ready = next((warp for warp in order if warp.ready(units) <= now), None)
         if ready is None:
             now = max(now + 1, min(warp.ready(units) for warp in running))
             continue
-        turn = (running.index(ready) + 1) % warps
+        turn = (running.index(ready) + 1) % len(running)
         ready.issue(units, now)
         now += 1
-    return sum((warp.ends[-1] - warp.ends[0]) / (len(warp.ends) - 1) for warp in running) / warps
+    return now
 
 
 @dataclass(frozen=True)
@@ -239,12 +248,12 @@ def _of_memory(one: Instruction, memory: Memory) -> _Cost:
     if one.kind == "GLOBAL" and one.op == "LDG.E":
         busy = QUARTERS * memory.wavefronts
         return _Cost(MEMORY, busy, L1 + busy)
-    busy = QUARTERS * max(1, _width(one) * WARP / 128)
+    busy = QUARTERS * max(1, width(one) * WARP / 128)
     latency = {"GLOBAL": memory.latency, "STORE": 20, "SPILL": L1}.get(one.kind, 25 if one.op[:2] == "LD" else 15)
     return _Cost(MEMORY, busy, latency)
 
 
-def _width(one: Instruction) -> int:
+def width(one: Instruction) -> int:
     """Bytes of a lane."""
     if matrices := _MATRICES.search(one.op):
         return 4 * int(matrices[1])
