@@ -17,7 +17,7 @@ from qjl.errors import QJLError
 from qjl.lab.bench.static_counts import Instruction
 
 QUARTERS = 4
-PASSES = 6  # of the loop, that are timed after the first
+PASSES = 6  # of the loop, that are timed
 WARP = 32
 BARRIER = 25  # cycles
 L1 = 35
@@ -35,8 +35,10 @@ _WIDTHS = {"128": 16, "64": 8, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
 class Gpu:
     """A GPU of one compute capability, as datasheets have it.
 
-    ``gbs`` of memory at ``ghz``; kilobytes of shared memory, warps and blocks of a multiprocessor; cycles that an
-    instruction of a warp keeps the units of ``busy`` in a quarter. ``unknown``: why the model does not know it.
+    - ``processors``: multiprocessors, at ``ghz``; ``gbs``: of memory, GB/s.
+    - ``shared_kib``, ``warps``, ``blocks``: what a multiprocessor holds at most.
+    - ``busy``: for how many cycles an instruction of a warp takes the units of a quarter, by kind.
+    - ``unknown``: why the model does not know its machine code.
     """
 
     name: str

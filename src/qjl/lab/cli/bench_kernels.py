@@ -151,10 +151,15 @@ def kernels(
         ),
     ] = False,
     capability: Annotated[
-        list[int] | None, typer.Option("--capability", show_default="80, 89, 90, 100", help="Of --static.")
+        list[int] | None, typer.Option("--capability", show_default="80, 89, 90, 100", help="Of --static: 90 for 9.0.")
     ] = None,
     shape: Annotated[
-        list[str] | None, typer.Option("--shape", show_default="llama-3.1-8b, smollm2", help="Of --static.")
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            show_default="llama-3.1-8b, smollm2",
+            help="Of --static, in place of --head-dim, --kv-heads and --group.",
+        ),
     ] = None,
     statistics: Annotated[
         str, typer.Option(help="Of --static: smollm2, which are stretched to other shapes, or synthetic.")
