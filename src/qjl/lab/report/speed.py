@@ -152,23 +152,21 @@ def encode(rows: Sequence[Encode]) -> Part:
 
 
 def static(rows: Sequence[StaticKernel]) -> Part:
+    first = rows[0]
+    title = f"{first.gpu} ({first.capability / 10:.1f}), {first.kv_heads} x {first.group} heads of {first.head_dim}"
     why = " ".join(dict.fromkeys(row.why for row in rows if row.reads and row.why))
     table = Table(
-        "A kernel as compiled, and how many layers launch it. Instructions of all threads, and cycles of one "
-        "multiprocessor, are of the main loop, for one token and KV head. Predicted: by a model of warps that was "
-        "never calibrated, with what its guesses leave open below; x bf16: how many times as long reading bfloat16 "
-        f"would take, where bandwidth and the grid allow as much. {why}".rstrip(),
-        (
-            *("preset", "kernel", "layers", "registers", "shared, KiB", "instructions"),
-            *("cycles, predicted", "x bf16, predicted"),
-        ),
+        f"{title}. A kernel as compiled, with its shared memory, and how many layers launch it. Instructions of all "
+        "threads, and cycles of one multiprocessor, are of the main loop, for one token and KV head. Predicted: by a "
+        "model of warps that was never calibrated, with what its guesses leave open below; x bf16: how many times as "
+        f"long reading bfloat16 would take, where bandwidth and the grid allow as much. {why}".rstrip(),
+        ("preset", "kernel", "layers", "registers", "instructions", "predicted cycles", "predicted x bf16"),
         tuple(
             (
                 Cell(row.preset),
                 Cell(row.kernel, note=_of_a_pass(row)),
                 Cell(f"{row.layers}"),
                 Cell(f"{row.registers}", note=f"{row.spilled_bytes:,} B spilled" if row.spilled_bytes else ""),
-                Cell(number(row.shared_bytes / 1024)),
                 Cell(number(row.thread_instructions_per_token_head)),
                 *_predicted(row),
             )
@@ -176,14 +174,12 @@ def static(rows: Sequence[StaticKernel]) -> Part:
         ),
         words=2,
     )
-    row = rows[0]
-    title = f"{row.gpu}, {row.kv_heads} x {row.group} heads of {row.head_dim}"
     return Part(title, (), (table,), facts(rows, *COMPILED), commands(rows))
 
 
 def _of_a_pass(row: StaticKernel) -> str:
     tokens = f"{row.tokens_per_tile} tokens, " if row.tokens_per_tile else ""
-    return f"{tokens}{row.warps} warps"
+    return f"{tokens}{row.warps} warps, {number(row.shared_bytes / 1024)} KiB"
 
 
 def _predicted(row: StaticKernel) -> tuple[Cell, Cell]:
