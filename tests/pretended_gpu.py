@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import qjl
 from qjl import ops
-from qjl.ops.triton import attention, runtime
+from qjl.ops.triton import runtime
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 PROCESSORS = 2  # so few that even short contexts are split for all of them
@@ -239,7 +239,7 @@ def pretended_gpu(monkeypatch):
         )
         patched.setattr(runtime, "is_usable", lambda: True)
         _catch_launches(patched)
-        caches = ops._automatic_on_gpu, attention._processors
+        caches = ops._automatic_on_gpu, runtime.processors
         for cache in caches:
             cache.cache_clear()
         torch._C._set_only_lift_cpu_tensors(True)

@@ -93,6 +93,21 @@ def encode(role, tokens, ms):
     return layer("encode", "b3", tokens, ms, role=role, ratio_torch_bf16=None, **cost)
 
 
+def static(kernel, **fields):
+    where = {"capability": 90, "gpu": "H100", "statistics": "smollm2", "layers": 29, "preset": "b3"}
+    shape = {"head_dim": 64, "kv_heads": 3, "group": 3, "batch": 8, "tokens": 32768}
+    room = {"warps": 4, "registers": 255, "spilled_bytes": 320, "shared_bytes": 27648}
+    grid = {"programs": 264, "programs_per_processor": 2, "filled": 1.0, "loop_instructions": {"ALU": 400, "IMAD": 90}}
+    loop = {"reads": "codes", "tokens_per_tile": 64, "thread_instructions_per_token_head": 8524.0}
+    cycles = {"bandwidth_cycles_per_token_head": 3.1, "model_cycles_per_token_head": {"opt": 8, "mid": 9, "pes": 11}}
+    ratio = {"predicted_ratio_bf16": 2.1, "predicted_ratio_bf16_range": [1.7, 2.4]}
+    told = where | shape | room | grid | loop | cycles | ratio
+    return {"case": "static", "kernel": kernel, "versions": VERSIONS} | told | fields
+
+
+NO_LOOP = dict.fromkeys(
+    [key for key in static("x") if key == "reads" or key.endswith(("_token_head", "_tile", "_bf16", "_range"))]
+)
 OF_CPU = {"machine": "a machine", "versions": VERSIONS, "isa": "avx2"}
 
 
@@ -184,6 +199,11 @@ EVERY_KIND = {
     "decode": [decode("b3", 1024, 1.0), decode("b3", 4096, 2.0)],
     "scan": [scan("signs-128", 128), scan("levels-2", 128)],
     "encode": [encode(role, tokens, tokens / 1e3) for role in ("key", "value") for tokens in (1024, 2048)],
+    "static": [
+        static("attends"),
+        static("joins", **NO_LOOP, why="It has no loop over tokens."),
+        static("attends", preset="b2", model_cycles_per_token_head=None, why="The model does not know it."),
+    ],
     "overhead": [overhead("b3"), overhead("b2")],
     "memory": [memory(name, tokens, 5.0) for name in ("b3", "dynamic") for tokens in (256, 512)],
     "throughput": [

@@ -94,9 +94,8 @@ def test_every_element_is_closed_and_every_id_is_one(text, page):
 
 def test_it_opens_with_the_frontier_and_has_a_section_of_every_kind(page):
     assert [name for name in page.ids if name in KINDS] == list(KINDS)
-    assert (
-        page.tags["svg"] == page.tags["figure"] == page.tags["figcaption"] == len(KINDS) - 2
-    )  # families and overheads have none
+    drawn = len(KINDS) - 3  # families, overheads and kernels that did not run have none
+    assert page.tags["svg"] == page.tags["figure"] == page.tags["figcaption"] == drawn
     assert page.tags["table"] == page.tags["caption"] == len(KINDS) + 2  # the headline, and the sources
     assert page.tags["h1"] == 1
 
@@ -455,3 +454,14 @@ def refusal(path):
     except QJLError as error:
         return str(error)
     return None
+
+
+def test_predictions_are_called_so():
+    table = part_of("static", *EVERY_KIND["static"]).tables[0]
+    assert table.columns[-2:] == ("predicted cycles", "predicted x bf16")
+    assert table.caption.startswith("H100 (9.0), 3 x 3 heads of 64.")
+    assert "The model does not know it." in table.caption
+    assert "no loop" not in table.caption
+    walks, joins, unknown = table.lines
+    assert [(cell.text, cell.note) for cell in walks[-2:]] == [("9.00", "8.00 to 11.0"), ("2.10", "1.70 to 2.40")]
+    assert {cell.text for cell in (*joins[-2:], unknown[-2])} == {"\N{EN DASH}"}

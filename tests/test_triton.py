@@ -17,7 +17,7 @@ from qjl.ops.triton import runtime
 if not runtime.is_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from launches import recorded
+from qjl.lab.bench.launches import recorded
 from qjl.ops.triton import ops as triton_ops
 
 interpreted = pytest.mark.skipif(not runtime.is_interpreted(), reason="kernels run here under TRITON_INTERPRET=1 alone")
@@ -44,12 +44,12 @@ def test_many_query_rows(count, generator):
 
 
 @compiled
-def test_room_does_not_grow_with_the_context(monkeypatch, generator):
+def test_room_does_not_grow_with_the_context(generator):
     shapes = []
     for tokens in (3000, 6000):
         made = operands(QuaRot(2), QuaRot(2), tokens, batch=4)
         step = paged(made, 64, Extent.of([tokens - 100] * 4), generator)
-        with recorded(monkeypatch) as launches:
+        with recorded() as launches:
             triton_ops.attend(*_operands(step), 1, 0.125, 0.0, None)
         shapes.append([launch.args[0].out.shape for launch in launches if launch.name == "join"])
     assert shapes[0] == shapes[1]
@@ -80,13 +80,13 @@ CASES = {
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("case", CASES)
-def test_the_step_compiles(case, capability, monkeypatch, generator):
+def test_the_step_compiles(case, capability, generator):
     key, value, dtype, head_dim = CASES[case]
     made = operands(key, value, 396, head_dim=head_dim, dtype=dtype)
     extent = Extent.of([300], [4])
     step, alone = (paged(made, page, extent, generator, has_exact) for page, has_exact in ((64, True), (16, False)))
     bias = torch.zeros(1, 1, 1, step.rows.table.shape[1] * 64 + step.rows.slots.shape[1])
-    with recorded(monkeypatch) as launches:
+    with recorded() as launches:
         triton_ops.attend(*_operands(step), 1, 0.125, 0.0, bias)
         triton_ops.attend(*_operands(alone), 1, 0.125, 5.0, None)
         query, keys, values = _fresh(step)
@@ -98,10 +98,10 @@ def test_the_step_compiles(case, capability, monkeypatch, generator):
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, monkeypatch, generator):
+def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, generator):
     made = operands(Transform(3), TRELLIS, 396, head_dim=256, group=1, dtype=dtype)
     step = paged(replace(made, queries=torch.zeros(1, 2, 64, 256)), 64, Extent.of([300]), generator)
-    with recorded(monkeypatch) as launches:
+    with recorded() as launches:
         triton_ops.attend(*_operands(step), 64, 0.125, 0.0, None)
     _compile(launches, capability)
 
@@ -109,9 +109,9 @@ def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, mon
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("quantizer", [Transform(3), QuaRot(3, 32)])
-def test_decode_compiles(quantizer, capability, fitted, monkeypatch):
+def test_decode_compiles(quantizer, capability, fitted):
     case = fitted("key", quantizer, 64)
-    with recorded(monkeypatch) as launches:
+    with recorded() as launches:
         triton_ops.decode(case.blocks, case.codec.form, case.first)
     assert [launch.name for launch in launches] == ["_decode"]
     _compile(launches, capability)
@@ -129,14 +129,14 @@ ENCODERS = {
 @compiled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ENCODERS)
-def test_the_encoders_compile(name, capability, fitted, monkeypatch):
+def test_the_encoders_compile(name, capability, fitted):
     quantizer, dtype = ENCODERS[name]
     codec = fitted("key", quantizer, 64).codec
     fields = {
         name: torch.zeros(1, 2, *field.shape, dtype=field.dtype) for name, field in quantizer.layout(64, dtype).items()
     }
     job = codec.job(torch.zeros(64, 2, 64, dtype=dtype), fields, "keys")
-    with recorded(monkeypatch) as launches:
+    with recorded() as launches:
         triton_ops.encode([job], torch.arange(64), torch.zeros(1).long(), torch.zeros(1).long())
     assert launches
     _compile(launches, capability)

@@ -73,8 +73,8 @@ class LayerStatistics:
     def nbytes(self) -> int:
         return sum(getattr(self, name).nbytes for name in _TENSORS)
 
-    def of_heads(self, heads: slice) -> LayerStatistics:
-        """Those of some of the layer's KV heads."""
+    def of_heads(self, heads: slice | Tensor) -> LayerStatistics:
+        """Those of some of the layer's KV heads, by their numbers (int64) or a slice."""
         return replace(self, **{name: getattr(self, name)[heads] for name in _TENSORS})
 
 

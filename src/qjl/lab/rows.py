@@ -27,6 +27,7 @@ Share = Annotated[float, lambda value: 0 <= value <= 1]
 Answers = Annotated[str, lambda value: set(value) <= {"0", "1"}]  # a digit per question, 1 if it was right
 Two = Annotated[list[float], lambda value: len(value) == 2]
 Percentiles = Annotated[dict[str, float], lambda value: {"p50", "p99"} <= value.keys()]  # seconds
+Guessed = Annotated[dict[str, float], lambda value: {"opt", "mid", "pes"} <= value.keys()]
 Asked = Annotated[dict[str, Any], lambda value: not value or "task" in value]
 
 
@@ -356,6 +357,55 @@ class Encode(OfLayer):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StaticKernel(Row):
+    """A kernel of a decode step as it was compiled for a GPU, and what a model predicts of it; nothing was timed.
+
+    - ``layers``: so many of ``statistics`` launch it. ``reads``: codes or exact tokens, if it walks over any.
+    - ``registers`` and ``spilled_bytes`` (local memory) of a thread, ``shared_bytes`` of a program of ``warps``.
+    - ``programs``: of a step of ``batch`` sequences; ``programs_per_processor`` at once, which leaves ``filled`` of all
+      places taken.
+    - ``loop_instructions``: of a warp and a pass of the main loop, over ``tokens_per_tile``, by kind.
+    - ``..._per_token_head``: of one token and KV head, cycles of one multiprocessor; ``model_cycles`` by guess
+      (``opt``, ``mid``, ``pes``), None where ``why`` says so; ``bandwidth_cycles``: until its bytes are there.
+    - ``predicted_ratio_bf16``: how many times as long reading bfloat16 would take; of codes alone.
+    """
+
+    case: ClassVar[str] = "static"
+    alike: ClassVar[tuple[str, ...]] = (
+        *("capability", "head_dim", "kv_heads", "group", "batch", "tokens", "statistics"),
+        *("versions", "command"),
+    )
+
+    kernel: str
+    preset: str
+    capability: Count
+    gpu: str
+    head_dim: Count
+    kv_heads: Count
+    group: Count
+    batch: Count
+    tokens: Count
+    statistics: str
+    layers: Count
+    reads: str | None
+    tokens_per_tile: float | None
+    warps: Count
+    registers: Count
+    spilled_bytes: float
+    shared_bytes: float
+    programs: Count
+    programs_per_processor: Count
+    filled: Share
+    loop_instructions: dict[str, float]
+    thread_instructions_per_token_head: float | None
+    model_cycles_per_token_head: Guessed | None
+    bandwidth_cycles_per_token_head: float | None
+    predicted_ratio_bf16: float | None
+    predicted_ratio_bf16_range: Two | None
+    why: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class OfModel(Timed):
     """A whole model, with a cache; bytes are of memory, ``peak_bytes`` beside the weights."""
 
@@ -562,7 +612,8 @@ KINDS: Mapping[str, type[Row]] = {
     kind.case: kind
     for kind in (
         *(Fidelity, Distortion, Perplexity, Seed, Haystack, Problems, HarnessMetric),
-        *(Decode, Scan, Encode, Overhead, Memory, Throughput, Generate, Serving, EngineTurn, ModelFamily),
+        *(Decode, Scan, Encode, StaticKernel, Overhead),
+        *(Memory, Throughput, Generate, Serving, EngineTurn, ModelFamily),
     )
 }
 

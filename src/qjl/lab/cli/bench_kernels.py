@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qjl.cli.common import DeviceOption, JsonOption, notes
+from qjl.cli.common import DeviceOption, JsonOption, notes, progress
 from qjl.errors import QJLError
 from qjl.lab.cli.shared import (
     FoundRows,
@@ -142,14 +142,44 @@ def kernels(
     threads: ThreadsOption = 1,
     repeats: RepeatsOption = 15,
     dtype: _Dtype = None,
+    static: Annotated[
+        bool,
+        typer.Option(
+            "--static",
+            help="Time nothing: compile the GPU's kernels of a decode step, count their instructions, and predict "
+            "their speed. Takes minutes, and no GPU.",
+        ),
+    ] = False,
+    capability: Annotated[
+        list[int] | None, typer.Option("--capability", show_default="80, 89, 90, 100", help="Of --static: 90 for 9.0.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            show_default="llama-3.1-8b, smollm2",
+            help="Of --static, in place of --head-dim, --kv-heads and --group.",
+        ),
+    ] = None,
+    statistics: Annotated[
+        str, typer.Option(help="Of --static: smollm2, which are stretched to other shapes, or synthetic.")
+    ] = "smollm2",
     output: OutputOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Time the CPU's scan of packed keys, for sketches of so many signs and codes of so many bits, and encoding.
 
-    Exits with 1, and no speed, where the backend in use and the reference differ. With --json, one object per case and
-    line.
+    Exits with 1, and no speed, where the backend in use and the reference differ. With --static, what the kernels of a
+    GPU compile to, and a prediction of how fast they are, for b3 and b2 by default. With --json, one object per case
+    and line.
     """
+    if static:
+        if signs or bits:
+            raise QJLError("--static times no scans: leave --signs and --bits out.")
+        _predict(preset, capability, shape, statistics, tokens, FoundRows(output, json_output), json_output)
+        return
+    if capability or shape:
+        raise QJLError("--capability and --shape are of --static: give it too, or leave them out.")
     from qjl.lab.bench.encode import ROLES
     from qjl.lab.bench.encode import time_encoding as measure_encoding
     from qjl.lab.bench.kernels import scan, scanned
@@ -167,6 +197,34 @@ def kernels(
             for role in ROLES:
                 found.add(measure_encoding(config, role, tokens, settings, on_round))
     tell_missing([row for row in found.rows if row.case == "scan"])
+    found.show()
+
+
+def _predict(
+    presets: list[str] | None,
+    capabilities: list[int] | None,
+    shapes: list[str] | None,
+    statistics: str,
+    tokens: int,
+    found: FoundRows,
+    json_output: bool,
+) -> None:
+    from qjl.lab.bench import warp_model
+    from qjl.lab.bench.static_kernels import SHAPES, Case, Source, attention
+
+    configs, chosen = resolved(presets, ("b3", "b2")), [attention(name) for name in shapes or SHAPES]
+    of = capabilities or list(warp_model.GPUS)
+    for one in of:
+        warp_model.gpu(one)
+    with progress("Compiling", len(configs) * len(chosen) * len(of), json_output) as advance:
+        for shape in chosen:
+            source = Source.of(statistics, shape)
+            for config in configs:
+                case = Case.of(config, shape, source, tokens)
+                for one in of:
+                    for row in case.rows(one):
+                        found.add(row)
+                    advance(1)
     found.show()
 
 

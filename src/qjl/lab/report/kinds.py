@@ -96,6 +96,13 @@ KINDS: dict[str, RowKind] = {
             speed.encode,
         ),
         RowKind(
+            lab.StaticKernel,
+            "Kernels on GPUs, predicted",
+            "What Triton's kernels of a decode step compile to, counted in their machine code. No GPU ran them: cycles "
+            "and ratios are predictions of a model that was never calibrated.",
+            speed.static,
+        ),
+        RowKind(
             lab.Overhead,
             "Around the kernels",
             "What Python costs beside the kernels: per layer and token, per block that is coded, per turn of a server.",

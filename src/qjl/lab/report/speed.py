@@ -22,6 +22,7 @@ from qjl.lab.rows import (
     Overhead,
     Scan,
     Serving,
+    StaticKernel,
     Throughput,
     Timed,
 )
@@ -31,6 +32,7 @@ MOST_COLUMNS = 5  # of ratios in a table
 LAYER = ("tokens", "head_dim", "kv_heads", "group", "batch", "device", "threads", "repeats")
 LOAD = ("clients", "requests", "words", "answer", "slots", "queue", "device", "threads")
 MODEL = ("tokens", "device", "threads", "steps", "repeats")
+COMPILED = ("tokens", "batch", "statistics")
 PAGES = ("requests", "steps", "device", "threads")
 
 
@@ -147,6 +149,48 @@ def encode(rows: Sequence[Encode]) -> Part:
         facts(rows, *LAYER),
         commands(rows),
     )
+
+
+def static(rows: Sequence[StaticKernel]) -> Part:
+    first = rows[0]
+    title = f"{first.gpu} ({first.capability / 10:.1f}), {first.kv_heads} x {first.group} heads of {first.head_dim}"
+    why = " ".join(dict.fromkeys(row.why for row in rows if row.reads and row.why))
+    table = Table(
+        f"{title}. A kernel as compiled, with its shared memory, and how many layers launch it. Instructions of all "
+        "threads, and cycles of one multiprocessor, are of the main loop, for one token and KV head. Predicted: by a "
+        "model of warps that was never calibrated, with what its guesses leave open below; x bf16: how many times as "
+        f"long reading bfloat16 would take, where bandwidth and the grid allow as much. {why}".rstrip(),
+        ("preset", "kernel", "layers", "registers", "instructions", "predicted cycles", "predicted x bf16"),
+        tuple(
+            (
+                Cell(row.preset),
+                Cell(row.kernel, note=_of_a_pass(row)),
+                Cell(f"{row.layers}"),
+                Cell(f"{row.registers}", note=f"{row.spilled_bytes:,} B spilled" if row.spilled_bytes else ""),
+                Cell(number(row.thread_instructions_per_token_head)),
+                *_predicted(row),
+            )
+            for row in rows
+        ),
+        words=2,
+    )
+    return Part(title, (), (table,), facts(rows, *COMPILED), commands(rows))
+
+
+def _of_a_pass(row: StaticKernel) -> str:
+    tokens = f"{row.tokens_per_tile} tokens, " if row.tokens_per_tile else ""
+    return f"{tokens}{row.warps} warps, {number(row.shared_bytes / 1024)} KiB"
+
+
+def _predicted(row: StaticKernel) -> tuple[Cell, Cell]:
+    """Cycles and ratio, with their ranges."""
+    cycles, ratio, between = (row.model_cycles_per_token_head, row.predicted_ratio_bf16, row.predicted_ratio_bf16_range)
+    found = Cell(NOTHING)
+    if cycles is not None:
+        found = Cell(number(cycles["mid"]), note=f"{number(cycles['opt'])} to {number(cycles['pes'])}")
+    if ratio is None or between is None:
+        return found, Cell(NOTHING)
+    return found, Cell(number(ratio), note=f"{number(between[0])} to {number(between[1])}")
 
 
 def overhead(rows: Sequence[Overhead]) -> Part:

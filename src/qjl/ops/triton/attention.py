@@ -9,7 +9,7 @@ row's norm off the reference), as float32 otherwise (1e-4).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 import triton
@@ -156,7 +156,7 @@ class _Work:
 
         There are so many that all processors work; how many depends on shapes alone.
         """
-        wanted = triton.cdiv(2 * _processors(self.query.device), max(1, self._programs * self.tiles))
+        wanted = triton.cdiv(2 * runtime.processors(self.query.device), max(1, self._programs * self.tiles))
         splits = max(1, min(wanted, triton.cdiv(tokens, BLOCK), MOST_SPLITS))
         batch, heads, count = self._sizes
         size = (batch, heads, splits, count)
@@ -262,11 +262,6 @@ class _Work:
             num_stages=1,  # ahead of the products there is no room
         )
         return parts
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _tokens_at_once(dims: int, itemsize: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -32,3 +33,9 @@ def require() -> None:
         raise QJLError("the triton backend needs Triton: run `pip install triton`.")
     if not is_usable():
         raise QJLError(f"the triton backend needs a GPU, or {INTERPRET}=1, which runs it on a CPU and very slowly.")
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; off a GPU few, so that work is still split."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
