@@ -7,7 +7,7 @@ counts are read on the device, so that a captured CUDA graph serves all of them 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ class _Step:
     @cached_property
     def programs(self) -> int:
         wanted = triton.cdiv(self.places * (self.blocks + 1), LEAST_UNITS)
-        return max(1, min(wanted, _processors(self.query.device) * PER_PROCESSOR))
+        return max(1, min(wanted, runtime.processors(self.query.device) * PER_PROCESSOR))
 
     def _empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.query.new_empty(size, dtype=dtype)
@@ -182,11 +182,6 @@ class _Step:
             out=self._empty(places, tile, self.exact.values.shape[2]),
             exact_lse=self._empty(places, tile),
         )
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _precision(is_bfloat16: bool) -> str:

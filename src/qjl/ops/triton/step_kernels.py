@@ -636,8 +636,6 @@ def _packed(
     of_digits = asked.digits + place.to(tl.int64) * (W * R * 8)
     above = tl.zeros([TOKENS, 2 * R], tl.int32) - tl.load(asked.offsets + place * 2 * R + n)[None, :]
     factor, rest = tl.load(asked.factors + place * R + r)[None, :], tl.load(asked.rest + place * R + r)[None, :]
-    phase = _below(8 * eight, 8 * eight + 4)
-    token = _one_below_another(phase, phase + 1, phase + 2, phase + 3)
     skip, length = tl.load(of_rows.skip + row), tl.load(of_rows.lengths + row)
     most = tl.full([R], LOWEST, tl.float32)
     total = tl.zeros([R], tl.float32)
@@ -673,18 +671,18 @@ def _packed(
         if asked.means is not None:
             score += _mean_scores(asked, functions + nothing, place.to(tl.int64) * blocks + block, R)
         score = _capped(score + rest, softcap)
-        column = block * TOKENS + token
         if bias is not None:
             query_row = tile * R + r
+            column = _columns(block)
             at = bias.data + _by_query(bias, row, head, query_row, count, queries)[None, :] + column * bias.stride[3]
             wanted = (query_row < count)[None, :] & (column < length)
             score += tl.load(at, mask=wanted, other=0.0) * LOG2_E
         if PAGE < TOKENS:
             of_half = _below(page, page)
-            of_tokens = _one_below_another(of_half, of_half, of_half, of_half)
-            score = tl.where((column >= skip) & (column < length) & (of_tokens >= 0), score, float("-inf"))
+            is_held = _one_below_another(of_half, of_half, of_half, of_half) >= 0
+            score = tl.where(is_held & _is_within(block, skip, length), score, float("-inf"))
         elif (block * TOKENS < skip) | (block * TOKENS + TOKENS > length) | (page < 0):
-            score = tl.where((column >= skip) & (column < length) & (page >= 0), score, float("-inf"))
+            score = tl.where((page >= 0) & _is_within(block, skip, length), score, float("-inf"))
 
         logarithm = _for_rows(_scales(values, page, head, first_word), R)
         scaled = score + logarithm
@@ -723,6 +721,20 @@ def _packed(
             tl.store(to + value_row[:, None] * R + r[None, :], found)
             stored += (run,)
     tl.store(parts.lse + slot * R + r, tl.where(is_seen, most + tl.log2(tl.maximum(total, TINY)), float("-inf")))
+
+
+@triton.jit
+def _columns(block):
+    """The tokens of a tile, ``[64, 1]``."""
+    first = block * TOKENS + 8 * tl.arange(0, EIGHTS)[:, None]
+    first = _below(first, first + 4)
+    return _one_below_another(first, first + 1, first + 2, first + 3)
+
+
+@triton.jit
+def _is_within(block, skip, length):
+    column = _columns(block)
+    return (column >= skip) & (column < length)
 
 
 @triton.jit
