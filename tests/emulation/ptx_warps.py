@@ -1,0 +1,266 @@
+"""Instructions of whole warps and programs: shuffles, reductions, barriers and products of matrices."""
+
+from functools import partial, reduce
+
+import numpy as np
+
+from emulation.ptx_memory import load, store
+from emulation.ptx_numbers import decoded, encoded, integer, is_float, size_of
+from emulation.ptx_steps import instruction
+from emulation.ptx_text import Fault, Unknown
+
+WARP = 32
+LANES = np.arange(WARP)
+ALL = 2**32 - 1
+
+
+def _require_whole(machine, count, what):
+    """No thread of a group may be elsewhere."""
+    if machine.mask is not None:
+        together = machine.mask.reshape(-1, count).sum(1)
+        live = machine.is_live().reshape(-1, count).sum(1)
+        if ((together > 0) & (together < live)).any():
+            raise Fault(f"{what} is met by some threads of those that should")
+
+
+def _by_warp(machine, bits):
+    """``[..., threads] -> [..., warps, 32]``."""
+    return np.broadcast_to(bits, (*bits.shape[:-1], machine.threads)).reshape(*bits.shape[:-1], -1, WARP)
+
+
+def _require_all_members(machine, members):
+    _require_whole(machine, WARP, "what a warp does together")
+    if (members(machine) != ALL).any():
+        raise Unknown("a warp without some of its lanes")
+
+
+# Shuffles and reductions
+
+
+@instruction("shfl")
+def _shuffle(operands):
+    to, *is_in_range = operands.texts[0].split("|")
+    write = operands.write(to, "b32")
+    write_range = operands.write(is_in_range[0], "pred") if is_in_range else None
+    sources = [operands.read(place, "b32") for place in (1, 2, 3)]
+    members = operands.read(4, "b32")
+    mode = operands.modifiers[1]
+
+    def run(machine):
+        _require_all_members(machine, members)
+        bits, by, clamp = (_by_warp(machine, source(machine)) for source in sources)
+        lane, inside = _source_lane(mode, by.astype(np.int64), clamp.astype(np.int64))
+        write(machine, np.take_along_axis(bits, lane, 1).reshape(-1))
+        if write_range:
+            write_range(machine, inside.reshape(-1))
+
+    return run
+
+
+def _source_lane(mode, by, clamp):
+    """From which lane each takes, and whether that is in its segment."""
+    by, segment, clamp = by & 31, (clamp >> 8) & 31, clamp & 31
+    lowest = LANES & segment
+    highest = lowest | (clamp & ~segment)
+    lane = {"up": LANES - by, "down": LANES + by, "bfly": LANES ^ by, "idx": lowest | (by & ~segment)}[mode]
+    inside = lane >= highest if mode == "up" else lane <= highest
+    return np.where(inside, lane, LANES), inside
+
+
+@instruction("redux")
+def _reduce(operands):
+    """Over all lanes."""
+    kind = operands.type
+    functions = {
+        "add": partial(np.sum, dtype=integer(kind)) if not is_float(kind) else None,
+        "min": np.min,
+        "max": np.max,
+        "and": np.bitwise_and.reduce,
+        "or": np.bitwise_or.reduce,
+        "xor": np.bitwise_xor.reduce,
+    }
+    function = functions[operands.modifiers[1]]
+    write, read, members = operands.write(0, kind), operands.read(1, kind), operands.read(2, "b32")
+
+    def run(machine):
+        _require_all_members(machine, members)
+        reduced = function(_by_warp(machine, read(machine)), axis=1)
+        write(machine, np.repeat(reduced, WARP))
+
+    return run
+
+
+@instruction("vote")
+def _vote(operands):
+    kinds = {"all": "pred", "any": "pred", "ballot": "b32"}
+    name = operands.modifiers[1]
+    if name not in kinds:
+        raise Unknown("this vote")
+    write, read, members = operands.write(0, kinds[name]), operands.read(1, "pred"), operands.read(2, "b32")
+
+    def run(machine):
+        _require_all_members(machine, members)
+        votes = _by_warp(machine, read(machine))
+        if name == "ballot":
+            result = (votes.astype(np.uint64) << LANES.astype(np.uint64)).sum(1).astype(np.uint32)
+        else:
+            result = votes.all(1) if name == "all" else votes.any(1)
+        write(machine, np.repeat(result, WARP))
+
+    return run
+
+
+# Barriers
+
+
+@instruction("bar", "barrier")
+def _barrier(operands):
+    if operands.has("red", "arrive") or (len(operands.texts) > 1 and "warp" not in operands.modifiers):
+        raise Unknown("a barrier of some threads")
+    if operands.has("warp"):
+        return lambda machine: _require_whole(machine, WARP, "a barrier of a warp")
+    return lambda machine: _require_whole(machine, machine.entry.threads, "a barrier")
+
+
+@instruction("fence", "membar", "griddepcontrol", "prefetch", "nanosleep")
+def _nothing(operands):
+    """Programs run in steps, each of which sees all before it."""
+    return lambda machine: None
+
+
+@instruction("trap")
+def _trap(operands):
+    def run(machine):
+        raise Fault("a program gives up")
+
+    return run
+
+
+# Matrices in shared memory
+
+
+def _rows_of(machine, addresses, matrix):
+    """Addresses of the rows of one matrix, ``[warps, 8]``."""
+    return _by_warp(machine, addresses)[:, 8 * matrix : 8 * matrix + 8]
+
+
+def _require_aligned(addresses):
+    if (addresses % 16).any():
+        raise Fault("a row of a matrix is not aligned to 16 bytes")
+
+
+def _halves_at(rows, is_transposed):
+    """Addresses of a thread's two halves, ``[threads]`` each."""
+    group, place = LANES // 4, LANES % 4
+    if is_transposed:
+        return [(rows[:, 2 * place + i] + 2 * group).reshape(-1) for i in range(2)]
+    first = rows[:, group] + 4 * place
+    return [(first + 2 * i).reshape(-1) for i in range(2)]
+
+
+def _matrices(operands):
+    if "m8n8" not in operands.modifiers or operands.type != "b16":
+        raise Unknown("matrices of this shape")
+    return int(next(x for x in operands.modifiers if x in ("x1", "x2", "x4"))[1:])
+
+
+@instruction("ldmatrix")
+def _load_matrices(operands):
+    count, address, is_transposed = _matrices(operands), operands.address(1), operands.has("trans")
+    writes = [operands.write(text, "b32") for text in operands.vector(0)]
+
+    def run(machine):
+        _require_whole(machine, WARP, "a load of matrices")
+        addresses = np.broadcast_to(address(machine), machine.threads)
+        for matrix in range(count):
+            rows = _rows_of(machine, addresses, matrix)
+            _require_aligned(rows if machine.mask is None else rows[machine.mask.reshape(-1, WARP)[:, 0]])
+            low, high = (load(machine, "shared", at, 2)[0] for at in _halves_at(rows, is_transposed))
+            writes[matrix](machine, low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16)))
+
+    return run
+
+
+@instruction("stmatrix")
+def _store_matrices(operands):
+    count, address, is_transposed = _matrices(operands), operands.address(0), operands.has("trans")
+    reads = [operands.read(text, "b32") for text in operands.vector(1)]
+
+    def run(machine):
+        _require_whole(machine, WARP, "a store of matrices")
+        addresses = np.broadcast_to(address(machine), machine.threads)
+        for matrix in range(count):
+            rows, bits = _rows_of(machine, addresses, matrix), reads[matrix](machine)
+            _require_aligned(rows if machine.mask is None else rows[machine.mask.reshape(-1, WARP)[:, 0]])
+            low, high = _halves_at(rows, is_transposed)
+            store(machine, "shared", low, [bits.astype(np.uint16)])
+            store(machine, "shared", high, [(bits >> np.uint32(16)).astype(np.uint16)])
+
+    return run
+
+
+# Products of matrices
+
+
+def _numbers(bits, kind):
+    """``[registers, threads]`` as float32 ``[registers, warps, 8, 4, in a register]``."""
+    if kind == "tf32":
+        numbers = decoded("tf32")(bits)[..., None]
+    elif kind in ("f16", "bf16"):
+        numbers = np.moveaxis(decoded(f"{kind}x2")(bits), 0, -1)
+    elif kind in ("s8", "u8"):
+        numbers = bits[..., None].view(np.int8 if kind == "s8" else np.uint8).astype(np.float32)
+    else:
+        raise Unknown(f"products of {kind}")
+    return numbers.reshape(len(bits), -1, 8, 4, numbers.shape[-1])
+
+
+def _left(bits, kind):
+    """Float32 ``[warps, 16, K]``."""
+    x = _numbers(bits, kind)
+    x = x.reshape(-1, 2, *x.shape[1:])  # half of the columns, half of the rows
+    return x.transpose(2, 1, 3, 0, 4, 5).reshape(x.shape[2], 16, -1)
+
+
+def _right(bits, kind):
+    """Float32 ``[warps, K, 8]``."""
+    x = _numbers(bits, kind)
+    return x.transpose(1, 0, 3, 4, 2).reshape(x.shape[1], -1, 8)
+
+
+def _sums(numbers):
+    """``[4, threads] -> [warps, 16, 8]``."""
+    x = numbers.reshape(2, 2, -1, 8, 4)
+    return x.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8)
+
+
+def _by_thread(sums):
+    """The way back."""
+    return sums.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
+
+
+@instruction("mma")
+def _product(operands):
+    """``D = A B + C`` of a warp, ``m16n8``; products are exact and sums float32, as those of integers are below 2^24."""
+    if not operands.has("m16n8k16", "m16n8k8", "m16n8k32"):
+        raise Unknown("a product of this shape")
+    out, of_left, of_right, added = operands.modifiers[-4:]
+    if out != added or out not in ("f32", "s32"):
+        raise Unknown(f"a product that gives {out}")
+    writes = [operands.write(text, out) for text in operands.vector(0)]
+    left, right = ([operands.read(text, "b32") for text in operands.vector(place)] for place in (1, 2))
+    before = [operands.read(text, out) for text in operands.vector(3)]
+    kind = integer(out) if out == "s32" else np.dtype(np.float32)
+
+    def run(machine):
+        _require_whole(machine, WARP, "a product of matrices")
+        a, b, c = (_stacked(machine, reads) for reads in (left, right, before))
+        product = np.matmul(_left(a, of_left), _right(b, of_right)).astype(kind)
+        for write, numbers in zip(writes, _by_thread(product + _sums(c)), strict=True):
+            write(machine, numbers)
+
+    return run
+
+
+def _stacked(machine, reads):
+    return np.stack([np.broadcast_to(read(machine), machine.threads) for read in reads])
