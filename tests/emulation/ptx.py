@@ -1,8 +1,9 @@
 """PTX of compiled kernels, run on a CPU: what the compiler makes of a kernel, where there is no GPU.
 
 All threads of several programs go step by step together: registers are arrays over threads. Where branches part them,
-those that are furthest behind go first. Memory is that of the tensors, and every access is checked. Copies of
-``cp.async`` arrive no sooner than they are waited for. What a race or a missing barrier would do does not show.
+those that are furthest behind go first, and wait where all must meet. Memory is that of the tensors, and every access
+is checked. Copies of ``cp.async`` arrive no sooner than they are waited for. What a race or a missing barrier would do
+does not show.
 """
 
 from contextlib import contextmanager
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 from triton.runtime.jit import JITFunction
 
-from emulation import ptx_access, ptx_arithmetic, ptx_warps  # noqa: F401: they know the instructions
+from emulation import ptx_access, ptx_arithmetic, ptx_warps
 from emulation.ptx_memory import Global, Own
-from emulation.ptx_steps import MAKERS, Operands, Step
+from emulation.ptx_steps import Operands, Step
 from emulation.ptx_text import Fault, Unknown, parsed
 from launches import Launch
 
 MOST_THREADS = 4096  # that go together
+MAKERS = ptx_access.MAKERS | ptx_arithmetic.MAKERS | ptx_warps.MAKERS
 AXES = "xyz"
 FLOATS = {"fp32": np.float32, "fp64": np.float64}
 
@@ -94,18 +96,40 @@ class Machine:
         """What a message says of a thread."""
         return f"thread {thread % self.entry.threads} of program {tuple(self._places[self._owner[thread]].tolist())}"
 
-    def is_live(self):
-        return self._at < len(self.program.blocks)
-
     def run(self):
         """Until all threads have left."""
         with np.errstate(all="ignore"):
-            while (block := self._at.min()) < len(self.program.blocks):
-                here = self._at == block
+            while (block := self._next()) is not None:
+                here = self._ready(block)
                 mask = None if here.all() else here
                 for step in self.program.blocks[block]:
                     self._run_step(step, mask)
                 self._leave(block, here)
+
+    def _next(self):
+        """The first block that threads can enter."""
+        end = len(self.program.blocks)
+        first = self._at.min()
+        if first == end:
+            return None
+        if self._ready(first).any():
+            return first
+        others = (block for block in np.unique(self._at)[1:] if block < end and self._ready(block).any())
+        return next(others, None) or self._stuck(first)
+
+    def _ready(self, block):
+        """Threads that stand before a block, and need not wait for others to come there."""
+        here = self._at == block
+        together = self.entry.blocks[block].together
+        if together == 1 or here.all():
+            return here
+        has_left = self._at == len(self.program.blocks)
+        are_all = (here | has_left).reshape(-1, together).all(1)
+        return here & are_all.repeat(together)
+
+    def _stuck(self, block):
+        statement = self.program.blocks[block][0].statement
+        raise Fault(f"{statement.place}: some threads wait for others, which go elsewhere: {statement.text}")
 
     def _run_step(self, step, mask):
         try:

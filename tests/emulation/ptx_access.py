@@ -6,8 +6,10 @@ import numpy as np
 
 from emulation.ptx_memory import active, load, store, update
 from emulation.ptx_numbers import decoded, encoded, is_float, raw, size_of
-from emulation.ptx_steps import instruction
+from emulation.ptx_steps import Makers
 from emulation.ptx_text import Unknown
+
+MAKERS = Makers()
 
 SPACES = ("global", "shared", "local")
 
@@ -17,7 +19,7 @@ def _space(operands):
     return next((x for x in names if x in SPACES), "global")
 
 
-@instruction("ld")
+@MAKERS.of("ld")
 def _load(operands):
     if operands.has("param"):
         return _parameter(operands)
@@ -48,7 +50,7 @@ def _parameter(operands):
     return run
 
 
-@instruction("st")
+@MAKERS.of("st")
 def _store(operands):
     kind, space, address = f"b{8 * size_of(operands.type)}", _space(operands), operands.address(0)
     reads = [operands.read(text, kind) for text in operands.vector(1)]
@@ -58,7 +60,7 @@ def _store(operands):
 # Copies to shared memory that go on while a thread computes
 
 
-@instruction("cp")
+@MAKERS.of("cp")
 def _copy(operands):
     if operands.modifiers[0] != "async" or operands.has("bulk"):
         raise Unknown("this copy")
@@ -120,7 +122,7 @@ _CHANGES = {
 }
 
 
-@instruction("atom", "red")
+@MAKERS.of("atom", "red")
 def _atomic(operands):
     has_result = operands.statement.opcode == "atom"
     kind, first = operands.type, int(has_result)

@@ -6,8 +6,10 @@ import numpy as np
 import torch
 
 from emulation.ptx_numbers import integer, is_float, raw, size_of
-from emulation.ptx_steps import compute, instruction
+from emulation.ptx_steps import Makers, compute
 from emulation.ptx_text import CARRY, Unknown, elements
+
+MAKERS = Makers()
 
 ROUNDED_OTHERWISE = ("rz", "rm", "rp")
 FLOAT_8 = {"e4m3x2": torch.float8_e4m3fn, "e5m2x2": torch.float8_e5m2}
@@ -59,7 +61,7 @@ def _elementwise(operands, function, count):
     return compute(operands, function, (0, kind), *sources)
 
 
-@instruction("add", "sub")
+@MAKERS.of("add", "sub")
 def _add(operands):
     kind, opcode = operands.type, operands.statement.opcode
     if is_float(kind):
@@ -69,7 +71,7 @@ def _add(operands):
     return _elementwise(operands, _BINARY[opcode], 2)
 
 
-@instruction("rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh", "abs", "neg")
+@MAKERS.of("rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh", "abs", "neg")
 def _unary(operands):
     function = _UNARY[operands.statement.opcode]
     if is_float(operands.type):
@@ -77,7 +79,7 @@ def _unary(operands):
     return _elementwise(operands, function, 1)
 
 
-@instruction("mul")
+@MAKERS.of("mul")
 def _multiply(operands):
     kind = operands.type
     if is_float(kind):
@@ -85,7 +87,7 @@ def _multiply(operands):
     return _product(operands, None)
 
 
-@instruction("mad", "fma", "madc")
+@MAKERS.of("mad", "fma", "madc")
 def _multiply_add(operands):
     kind = operands.type
     if is_float(kind):
@@ -139,19 +141,19 @@ def _with_carry(operands):
     return run
 
 
-@instruction("div")
+@MAKERS.of("div")
 def _divide(operands):
     if is_float(operands.type):
         return _elementwise(operands, _as_rounded(operands, np.divide), 2)
     return _elementwise(operands, lambda a, b: (a - np.fmod(a, b)) // b, 2)
 
 
-@instruction("rem")
+@MAKERS.of("rem")
 def _remainder(operands):
     return _elementwise(operands, np.fmod, 2)
 
 
-@instruction("min", "max")
+@MAKERS.of("min", "max")
 def _extreme(operands):
     is_least = operands.statement.opcode == "min"
     if not is_float(operands.type) or operands.has("NaN"):
@@ -163,12 +165,12 @@ def _extreme(operands):
     return _elementwise(operands, function, 2)
 
 
-@instruction("copysign")
+@MAKERS.of("copysign")
 def _copied_sign(operands):
     return _elementwise(operands, lambda sign, number: np.copysign(number, sign), 2)
 
 
-@instruction("testp")
+@MAKERS.of("testp")
 def _tested(operands):
     tests = {"infinite": np.isinf, "finite": np.isfinite, "notanumber": np.isnan, "number": lambda x: ~np.isnan(x)}
     if operands.modifiers[0] not in tests:
@@ -207,7 +209,7 @@ def _comparison(name, kind):
     return lambda a, b: ordered(a, b) | np.isnan(a) | np.isnan(b)
 
 
-@instruction("setp")
+@MAKERS.of("setp")
 def _set_predicate(operands):
     name, kind = operands.modifiers[0], operands.type
     if "|" in operands.texts[0] or kind.endswith("x2"):
@@ -216,18 +218,16 @@ def _set_predicate(operands):
     combine = _COMBINED.get(operands.modifiers[1])
     if combine is None:
         return compute(operands, compare, (0, "pred"), (1, kind), (2, kind))
-    return compute(
-        operands, lambda a, b, p: combine(compare(a, b), p), (0, "pred"), (1, kind), (2, kind), (3, "pred")
-    )
+    return compute(operands, lambda a, b, p: combine(compare(a, b), p), (0, "pred"), (1, kind), (2, kind), (3, "pred"))
 
 
-@instruction("selp")
+@MAKERS.of("selp")
 def _select(operands):
     bits = f"b{8 * size_of(operands.type)}"
     return compute(operands, lambda a, b, p: np.where(p, a, b), (0, bits), (1, bits), (2, bits), (3, "pred"))
 
 
-@instruction("mov")
+@MAKERS.of("mov")
 def _move(operands):
     kind = operands.type
     bits = kind if kind == "pred" else f"b{8 * size_of(kind)}"
@@ -264,7 +264,7 @@ def _join(operands, parts, bits):
     return compute(operands, function, (0, bits), *((part, f"b{8 * size}") for part in parts))
 
 
-@instruction("cvta")
+@MAKERS.of("cvta")
 def _convert_address(operands):
     if not operands.has("global"):
         raise Unknown("addresses of all spaces but the global one")
@@ -274,14 +274,14 @@ def _convert_address(operands):
 # Bits
 
 
-@instruction("and", "or", "xor", "not")
+@MAKERS.of("and", "or", "xor", "not")
 def _logic(operands):
     functions = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
     opcode = operands.statement.opcode
     return _elementwise(operands, functions[opcode], 1 if opcode == "not" else 2)
 
 
-@instruction("shl", "shr")
+@MAKERS.of("shl", "shr")
 def _shift(operands):
     """By the width or more, nothing is left but the sign."""
     kind = operands.type
@@ -299,7 +299,7 @@ def _shifted(shift, width, number_type, a, by):
     return np.where(by < width, shift(a, np.minimum(by, width - 1).astype(number_type)), number_type(0))
 
 
-@instruction("shf")
+@MAKERS.of("shf")
 def _funnel(operands):
     is_left, wraps = operands.has("l"), operands.has("wrap")
 
@@ -317,7 +317,7 @@ def _low_bits(count):
     return np.where(count >= 64, ones, (np.uint64(1) << np.minimum(count, 63).astype(np.uint64)) - np.uint64(1))
 
 
-@instruction("bfe")
+@MAKERS.of("bfe")
 def _extract(operands):
     kind = operands.type
     if kind == "s64":
@@ -337,7 +337,7 @@ def _extract(operands):
     return compute(operands, function, (0, kind), (1, kind), (2, "u32"), (3, "u32"))
 
 
-@instruction("bfi")
+@MAKERS.of("bfi")
 def _insert(operands):
     kind = operands.type
     width = 8 * size_of(kind)
@@ -352,7 +352,7 @@ def _insert(operands):
     return compute(operands, function, (0, kind), (1, kind), (2, kind), (3, "u32"), (4, "u32"))
 
 
-@instruction("lop3")
+@MAKERS.of("lop3")
 def _logic_of_three(operands):
     table = int(operands.texts[4], 0)
 
@@ -366,7 +366,7 @@ def _logic_of_three(operands):
     return compute(operands, function, (0, "b32"), (1, "b32"), (2, "b32"), (3, "b32"))
 
 
-@instruction("prmt")
+@MAKERS.of("prmt")
 def _permute(operands):
     """Byte ``selector & 7`` of eight, or its sign eight times."""
     if len(operands.modifiers) > 1:
@@ -397,7 +397,7 @@ def _length(a):
     return np.frexp(a.astype(np.float64))[1].astype(np.uint32)
 
 
-@instruction("popc", "clz", "brev", "bfind")
+@MAKERS.of("popc", "clz", "brev", "bfind")
 def _bits(operands):
     opcode, kind = operands.statement.opcode, operands.type
     functions = {
@@ -411,7 +411,7 @@ def _bits(operands):
     return compute(operands, functions[opcode], (0, "b32"), (1, kind))
 
 
-@instruction("dp4a")
+@MAKERS.of("dp4a")
 def _dot_of_bytes(operands):
     of_a, of_b = operands.modifiers[-2:]
     out = "u32" if of_a == of_b == "u32" else "s32"
@@ -432,7 +432,7 @@ def _dot_of_bytes(operands):
 _WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
-@instruction("cvt")
+@MAKERS.of("cvt")
 def _convert(operands):
     to, source = operands.modifiers[-2:]
     if to in FLOAT_8 or source in FLOAT_8:

@@ -8,8 +8,6 @@ import numpy as np
 from emulation.ptx_numbers import decoded, encoded, literal, raw, size_of
 from emulation.ptx_text import SPECIAL, Statement, Unknown, elements, unsigned
 
-MAKERS = {}  # of steps, by opcode
-
 
 @dataclass(eq=False)
 class Step:
@@ -21,14 +19,17 @@ class Step:
     statement: Statement
 
 
-def instruction(*opcodes):
-    """Marks what makes steps of these opcodes, ``make(operands) -> run``."""
+class Makers(dict):
+    """What makes the steps of an opcode: ``make(operands) -> run``."""
 
-    def mark(make):
-        MAKERS.update(dict.fromkeys(opcodes, make))
-        return make
+    def of(self, *opcodes):
+        """Marks what makes those of these opcodes."""
 
-    return mark
+        def mark(make):
+            self.update(dict.fromkeys(opcodes, make))
+            return make
+
+        return mark
 
 
 class Operands:
@@ -72,7 +73,7 @@ class Operands:
         """A function of the machine: what an operand (its place, or its text) holds, as numbers of a type."""
         text = self.texts[place] if isinstance(place, int) else place
         bits, decode = self.bits(text, 0 if kind == "pred" else size_of(kind)), decoded(kind)
-        if kind == "pred" or kind[0] in "bu" and kind[1:].isdigit():
+        if kind == "pred" or (kind[0] in "bu" and kind[1:].isdigit()):
             return bits
         return lambda machine: decode(bits(machine))
 

@@ -7,6 +7,9 @@ import numpy as np
 
 SPECIAL = ("%tid.", "%ntid.", "%ctaid.", "%nctaid.")  # with x, y or z
 CARRY = "%cc"
+WARP = 32
+OF_WARPS = ("shfl", "redux", "vote", "mma", "ldmatrix", "stmatrix")  # what all threads of a warp do together
+OF_PROGRAMS = ("bar", "barrier", "wgmma")
 BITS = {".pred": 0, ".b8": 8, ".b16": 16, ".b32": 32, ".b64": 64}
 
 _TOKEN = re.compile(
@@ -52,8 +55,12 @@ class Statement:
 
 @dataclass
 class Block:
-    """Statements that run one after another; then a jump, if its guard holds, or the next block."""
+    """Statements that run one after another; then a jump, if its guard holds, or the next block.
 
+    As many threads as ``together`` enter at once.
+    """
+
+    together: int = 1
     statements: list[Statement] = field(default_factory=list)
     jump: Statement | None = None
 
@@ -132,7 +139,7 @@ class _Body:
 
     def _start(self, label):
         blocks = self._entry.blocks
-        if blocks[-1].statements:
+        if blocks[-1].statements or blocks[-1].together > 1:
             blocks.append(Block())
         self._entry.labels[label] = len(blocks) - 1
 
@@ -173,8 +180,15 @@ class _Body:
         if statement.opcode in ("bra", "ret", "exit"):
             blocks[-1].jump = statement
             blocks.append(Block())
-        else:
-            blocks[-1].statements.append(statement)
+            return
+        together = self._together(statement)
+        if together > blocks[-1].together:
+            blocks.append(Block(together))
+        blocks[-1].statements.append(statement)
+
+    def _together(self, statement):
+        is_of_warp = statement.opcode in OF_WARPS or "warp" in statement.modifiers
+        return WARP if is_of_warp else self._entry.threads if statement.opcode in OF_PROGRAMS else 1
 
 
 def _statement(text, place):

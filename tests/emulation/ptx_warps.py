@@ -1,26 +1,18 @@
 """Instructions of whole warps and programs: shuffles, reductions, barriers and products of matrices."""
 
-from functools import partial, reduce
+from functools import partial
 
 import numpy as np
 
 from emulation.ptx_memory import load, store
-from emulation.ptx_numbers import decoded, encoded, integer, is_float, size_of
-from emulation.ptx_steps import instruction
-from emulation.ptx_text import Fault, Unknown
+from emulation.ptx_numbers import decoded, integer, is_float
+from emulation.ptx_steps import Makers
+from emulation.ptx_text import WARP, Fault, Unknown
 
-WARP = 32
+MAKERS = Makers()
+
 LANES = np.arange(WARP)
 ALL = 2**32 - 1
-
-
-def _require_whole(machine, count, what):
-    """No thread of a group may be elsewhere."""
-    if machine.mask is not None:
-        together = machine.mask.reshape(-1, count).sum(1)
-        live = machine.is_live().reshape(-1, count).sum(1)
-        if ((together > 0) & (together < live)).any():
-            raise Fault(f"{what} is met by some threads of those that should")
 
 
 def _by_warp(machine, bits):
@@ -29,7 +21,6 @@ def _by_warp(machine, bits):
 
 
 def _require_all_members(machine, members):
-    _require_whole(machine, WARP, "what a warp does together")
     if (members(machine) != ALL).any():
         raise Unknown("a warp without some of its lanes")
 
@@ -37,7 +28,7 @@ def _require_all_members(machine, members):
 # Shuffles and reductions
 
 
-@instruction("shfl")
+@MAKERS.of("shfl")
 def _shuffle(operands):
     to, *is_in_range = operands.texts[0].split("|")
     write = operands.write(to, "b32")
@@ -67,7 +58,7 @@ def _source_lane(mode, by, clamp):
     return np.where(inside, lane, LANES), inside
 
 
-@instruction("redux")
+@MAKERS.of("redux")
 def _reduce(operands):
     """Over all lanes."""
     kind = operands.type
@@ -90,7 +81,7 @@ def _reduce(operands):
     return run
 
 
-@instruction("vote")
+@MAKERS.of("vote")
 def _vote(operands):
     kinds = {"all": "pred", "any": "pred", "ballot": "b32"}
     name = operands.modifiers[1]
@@ -113,22 +104,20 @@ def _vote(operands):
 # Barriers
 
 
-@instruction("bar", "barrier")
+@MAKERS.of("bar", "barrier")
 def _barrier(operands):
     if operands.has("red", "arrive") or (len(operands.texts) > 1 and "warp" not in operands.modifiers):
         raise Unknown("a barrier of some threads")
-    if operands.has("warp"):
-        return lambda machine: _require_whole(machine, WARP, "a barrier of a warp")
-    return lambda machine: _require_whole(machine, machine.entry.threads, "a barrier")
+    return _nothing(operands)
 
 
-@instruction("fence", "membar", "griddepcontrol", "prefetch", "nanosleep")
+@MAKERS.of("fence", "membar", "griddepcontrol", "prefetch", "nanosleep")
 def _nothing(operands):
-    """Programs run in steps, each of which sees all before it."""
+    """What comes after a step sees all of it; and threads wait for each other before one that they do together."""
     return lambda machine: None
 
 
-@instruction("trap")
+@MAKERS.of("trap")
 def _trap(operands):
     def run(machine):
         raise Fault("a program gives up")
@@ -164,13 +153,12 @@ def _matrices(operands):
     return int(next(x for x in operands.modifiers if x in ("x1", "x2", "x4"))[1:])
 
 
-@instruction("ldmatrix")
+@MAKERS.of("ldmatrix")
 def _load_matrices(operands):
     count, address, is_transposed = _matrices(operands), operands.address(1), operands.has("trans")
     writes = [operands.write(text, "b32") for text in operands.vector(0)]
 
     def run(machine):
-        _require_whole(machine, WARP, "a load of matrices")
         addresses = np.broadcast_to(address(machine), machine.threads)
         for matrix in range(count):
             rows = _rows_of(machine, addresses, matrix)
@@ -181,13 +169,12 @@ def _load_matrices(operands):
     return run
 
 
-@instruction("stmatrix")
+@MAKERS.of("stmatrix")
 def _store_matrices(operands):
     count, address, is_transposed = _matrices(operands), operands.address(0), operands.has("trans")
     reads = [operands.read(text, "b32") for text in operands.vector(1)]
 
     def run(machine):
-        _require_whole(machine, WARP, "a store of matrices")
         addresses = np.broadcast_to(address(machine), machine.threads)
         for matrix in range(count):
             rows, bits = _rows_of(machine, addresses, matrix), reads[matrix](machine)
@@ -239,9 +226,9 @@ def _by_thread(sums):
     return sums.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
 
 
-@instruction("mma")
+@MAKERS.of("mma")
 def _product(operands):
-    """``D = A B + C`` of a warp, ``m16n8``; products are exact and sums float32, as those of integers are below 2^24."""
+    """``D = A B + C`` of a warp, 16 by 8. Products are exact in float32, and so are sums of those of bytes."""
     if not operands.has("m16n8k16", "m16n8k8", "m16n8k32"):
         raise Unknown("a product of this shape")
     out, of_left, of_right, added = operands.modifiers[-4:]
@@ -253,7 +240,6 @@ def _product(operands):
     kind = integer(out) if out == "s32" else np.dtype(np.float32)
 
     def run(machine):
-        _require_whole(machine, WARP, "a product of matrices")
         a, b, c = (_stacked(machine, reads) for reads in (left, right, before))
         product = np.matmul(_left(a, of_left), _right(b, of_right)).astype(kind)
         for write, numbers in zip(writes, _by_thread(product + _sums(c)), strict=True):
