@@ -120,6 +120,7 @@ _CHANGES = {
     "xor": np.bitwise_xor,
     "exch": lambda old, new: new,
 }
+_FLOAT_CHANGES = {"min": np.fmin, "max": np.fmax}
 
 
 @MAKERS.of("atom", "red")
@@ -127,28 +128,30 @@ def _atomic(operands):
     has_result = operands.statement.opcode == "atom"
     kind, first = operands.type, int(has_result)
     name = next((x for x in operands.modifiers if x in _CHANGES or x == "cas"), None)
-    if name is None or operands.has("v2", "v4", "v8"):
+    if name is None:
         raise Unknown("this atomic operation")
-    write = operands.write(0, f"b{8 * size_of(kind)}") if has_result else None
-    address, value = operands.address(first), operands.read(first + 1, kind)
+    size, decode, encode = size_of(kind), decoded(kind), encoded(kind)
+    writes = [operands.write(text, f"b{8 * size}") for text in operands.vector(0)] if has_result else []
+    address, space = operands.address(first), _space(operands)
+    reads = [operands.read(text, kind) for text in operands.vector(first + 1)]
     new = operands.read(first + 2, kind) if name == "cas" else None
-    decode, encode = decoded(kind), encoded(kind)
-    combine = {"min": np.fmin, "max": np.fmax}.get(name) if is_float(kind) else None
+    combine = _FLOAT_CHANGES.get(name) if is_float(kind) else None
     combine = combine or _CHANGES.get(name)
 
     def run(machine):
-        given = np.broadcast_to(value(machine), _shape(machine, kind))
         swapped = np.broadcast_to(new(machine), machine.threads) if new else None
+        for i, read in enumerate(reads):
+            given = np.broadcast_to(read(machine), _shape(machine, kind))
 
-        def change(thread, old):
-            own = given[..., thread : thread + 1]
-            if swapped is None:
-                return encode(combine(decode(old), own))
-            return encode(np.where(decode(old) == own, swapped[thread], decode(old)))
+            def change(thread, old, given=given):
+                own = given[..., thread : thread + 1]
+                if swapped is None:
+                    return encode(combine(decode(old), own))
+                return encode(np.where(decode(old) == own, swapped[thread], decode(old)))
 
-        before = update(machine, _space(operands), address(machine), size_of(kind), change)
-        if write:
-            write(machine, before)
+            before = update(machine, space, address(machine) + i * size, size, change)
+            if has_result:
+                writes[i](machine, before)
 
     return run
 

@@ -497,10 +497,9 @@ def _to_integer(whole, to, x):
     """The nearest that the type has; 0 for what is no number."""
     limits = np.iinfo(to)
     number = np.nan_to_num(whole(x.astype(np.float64)), nan=0.0, posinf=np.inf, neginf=-np.inf)
-    inside = (number > limits.min) & (number < limits.max)
-    return np.where(
-        inside, np.where(inside, number, 0).astype(to), np.where(number < 0, to.type(limits.min), to.type(limits.max))
-    ).astype(to)
+    is_low, is_high = number <= limits.min, number >= limits.max
+    inside = np.where(is_low | is_high, 0, number).astype(to)
+    return np.where(is_low, to.type(limits.min), np.where(is_high, to.type(limits.max), inside))
 
 
 def _convert_float_8(operands, to, source):
