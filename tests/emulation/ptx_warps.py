@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 
 from emulation.ptx_memory import load, store
-from emulation.ptx_numbers import decoded, integer, is_float
+from emulation.ptx_numbers import decoded, integer, is_float, size_of
 from emulation.ptx_steps import Makers
 from emulation.ptx_text import WARP, Fault, Unknown
 
@@ -250,3 +250,93 @@ def _product(operands):
 
 def _stacked(machine, reads):
     return np.stack([np.broadcast_to(read(machine), machine.threads) for read in reads])
+
+
+# Products of four warps together, whose matrices lie in shared memory
+
+
+WARPS = 4
+SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row that are mixed with those of other rows
+
+
+@MAKERS.of("wgmma")
+def _product_of_warps(operands):
+    """``D = A B`` or ``D += A B``, 64 rows; it is complete at once."""
+    if not operands.has("mma_async"):
+        return _nothing(operands)
+    out, of_left, of_right = operands.modifiers[-3:]
+    columns = int(next(x for x in operands.modifiers if x.startswith("m64n")).split("k")[0][4:])
+    if out not in ("f32", "s32") or operands.has("sp"):
+        raise Unknown(f"a product that gives {out}")
+    kind = integer(out) if out == "s32" else np.dtype(np.float32)
+    signs, transposed = _flags(operands.texts[4:])
+    writes = [operands.write(text, out) for text in operands.vector(0)]
+    before = [operands.read(text, out) for text in operands.vector(0)]
+    left = _left_of_warps(operands, of_left, transposed[0])
+    of_b, adds = operands.read(2, "b64"), operands.read(3, "pred")
+
+    def run(machine):
+        a = left(machine)
+        b = _in_shared(machine, of_b(machine), columns, of_right, transposed[1])
+        product = (signs * np.matmul(a, b.transpose(0, 2, 1))).astype(kind).reshape(-1, 16, columns)
+        is_added = np.broadcast_to(adds(machine), machine.threads)
+        for chunk in range(columns // 8):
+            places = slice(4 * chunk, 4 * chunk + 4)
+            sums = _by_thread(product[:, :, 8 * chunk : 8 * chunk + 8])
+            for write, read, numbers in zip(writes[places], before[places], sums, strict=True):
+                write(machine, np.where(is_added, read(machine), kind.type(0)) + numbers)
+
+    return run
+
+
+def _flags(texts):
+    """The product of the signs of both matrices, and whether each is transposed; a left one in registers never is."""
+    flags = [int(text) for text in texts]
+    signs, transposed = flags[:2], flags[2:]
+    return int(np.prod(signs)), [0] * (2 - len(transposed)) + transposed
+
+
+def _left_of_warps(operands, kind, is_transposed):
+    """A function of the machine that gives ``[groups of warps, 64, K]``."""
+    if operands.texts[1].startswith("{"):
+        reads = [operands.read(text, "b32") for text in operands.vector(1)]
+        return lambda machine: (x := _left(_stacked(machine, reads), kind)).reshape(-1, 64, x.shape[2])
+    described = operands.read(1, "b64")
+    return lambda machine: _in_shared(machine, described(machine), 64, kind, is_transposed)
+
+
+def _in_shared(machine, descriptors, rows, kind, is_transposed):
+    """Float32 ``[groups of warps, rows, K]`` of a matrix that a descriptor tells, zero for groups that take no part."""
+    first = np.arange(0, machine.threads, WARPS * WARP)
+    groups = np.arange(len(first)) if machine.mask is None else np.flatnonzero(machine.mask[first])
+    descriptors = np.broadcast_to(descriptors, machine.threads)[first[groups]]
+    size = size_of(kind)
+    depth = 32 // size
+    addresses = np.stack([_described(int(x), rows, depth, size, is_transposed) for x in descriptors])
+    threads = np.repeat(first[groups], rows * depth)
+    ((_, buffer, offsets),) = machine.spaces["shared"].places(machine, addresses.reshape(-1), threads, size)
+    numbers = decoded(kind)(buffer.numbers(size)[offsets // size]).astype(np.float32)
+    out = np.zeros((len(first), rows, depth), np.float32)
+    out[groups] = numbers.reshape(-1, rows, depth)
+    return out
+
+
+def _described(descriptor, rows, depth, size, is_transposed):
+    """Addresses of all numbers, ``[rows, depth]``; rows or, where transposed, columns lie in 8 lines of a swizzle."""
+    if descriptor >> 49 & 7:
+        raise Unknown("a base offset of a matrix")
+    begin, leading, stride = ((descriptor >> at & 0x3FFF) * 16 for at in (0, 16, 32))
+    width = SWIZZLES[descriptor >> 62]
+    row, column = np.arange(rows)[:, None], np.arange(depth)[None, :]
+    if is_transposed:
+        along, line = row * size, column
+        if width == 16:
+            leading, stride = stride, leading
+        offsets = along % width + along // width * leading + line % 8 * width + line // 8 * stride
+    else:
+        along, line = column * size, row
+        offsets = along + line % 8 * width + line // 8 * stride
+        if width == 16:
+            offsets += along // 16 * (leading - 16)
+    addresses = begin + offsets
+    return addresses ^ ((addresses >> 7) % (width // 16) << 4)
