@@ -355,12 +355,66 @@ def test_products(kind, num_stages, gpu, generator):
     assert (found - truth).norm() <= tolerance * truth.norm()
 
 
+@triton.jit
+def _product_of_warps(
+    a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, A: tl.constexpr, B: tl.constexpr, SCALE: tl.constexpr
+):
+    """A and B are the strides of what is summed over."""
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    x = tl.load(a + m[:, None] * (K if A == 1 else 1) + k[None, :] * A)
+    y = tl.load(b + k[:, None] * B + n[None, :] * (K if B == 1 else 1))
+    if SCALE != 1:
+        x *= SCALE
+    tl.store(c + m[:, None] * N + n[None, :], tl.dot(x, y))
+
+
+@pytest.mark.parametrize("gpu", [90], indirect=True)
+@pytest.mark.parametrize("scale", [1, 2])
+@pytest.mark.parametrize(("a_is_turned", "b_is_turned"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 16, 64), (128, 64, 32), (64, 128, 16)])
+@pytest.mark.parametrize("kind", ["f16", "tf32", "s8"])
+def test_products_of_four_warps(kind, m, n, k, a_is_turned, b_is_turned, scale, gpu, generator):
+    """Matrices lie in shared memory in several ways; a left one that was computed comes from registers."""
+    dtype, _, tolerance = PRODUCTS[kind]
+    k = k * 2 // dtype.itemsize
+    a, b = _random(generator, m, k, dtype=dtype), _random(generator, k, n, dtype=dtype)
+    if dtype == torch.int8:
+        a //= scale
+    c = torch.zeros(m, n, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    of_a, of_b = (x.T.contiguous() if turned else x for x, turned in ((a, a_is_turned), (b, b_is_turned)))
+    _product_of_warps[(1,)](of_a, of_b, c, m, n, k, m if a_is_turned else 1, 1 if b_is_turned else n, scale)
+    assert "wgmma" in gpu[0].compiled(90).asm["ptx"]
+    truth = a.double() * scale @ b.double()
+    assert (c.double() - truth).norm() <= tolerance * truth.norm()
+
+
 def test_copies_arrive_when_they_are_waited_for(gpu, generator, monkeypatch):
     """Else what stood in shared memory before is read: a kernel that does not wait shows."""
     waits = "cp.async.wait_group"
     monkeypatch.setattr(ptx, "program_of", lambda text: ptx.Program(_without(text, waits)))
     found, truth = _multiplied("f16", generator, num_stages=3)
     assert not torch.allclose(found, truth, rtol=0.1)
+
+
+def test_missing_barriers_are_told(gpu, generator, monkeypatch):
+    monkeypatch.setattr(ptx, "program_of", lambda text: ptx.Program(_without(text, "bar.sync")))
+    with pytest.raises(Fault, match="reads what another warp wrote, without a barrier"):
+        _multiplied("f16", generator)
+
+
+@triton.jit
+def _handed_on(x, out, COUNT: tl.constexpr):
+    """What one program writes another one reads, in no order that a GPU keeps."""
+    i = tl.arange(0, COUNT)
+    tl.store(x + tl.program_id(0) * COUNT + i, i)
+    tl.store(out + tl.program_id(0) * COUNT + i, tl.load(x + i))
+
+
+def test_programs_that_need_each_other_are_told(gpu):
+    x, out = torch.zeros(2, 2 * COUNT)
+    _handed_on[(1,)](x, out, COUNT)
+    with pytest.raises(Fault, match=r"of program \(1, 0, 0\) reads what another warp wrote"):
+        _handed_on[(2,)](x, out, COUNT)
 
 
 def _without(text, instruction):
@@ -476,6 +530,17 @@ def test_a_fresh_token_is_stored_and_met(ours, generator):
     assert torch.equal(step.exact.keys[last], keys[:, :, 0])
     truth, _ = expected(replace(made, queries=query.float().view(made.queries.shape)), extent)
     assert error(out.transpose(1, 2).reshape(truth.shape), truth) < 4 * TOLERANCE  # bfloat16 comes out
+
+
+@pytest.mark.parametrize("gpu", [90], indirect=True)
+def test_many_query_rows(ours, generator):
+    """So many that four warps multiply together; the last tile is not full."""
+    made = operands(Transform(2), TRELLIS, 396, dtype=torch.bfloat16)
+    made = replace(made, queries=torch.randn(1, 2, 70, 64, generator=generator))
+    extent = Extent.of([64 * made.packed.blocks])
+    out, _ = paged(made, 64, extent, generator).attend()
+    assert any("wgmma" in launch.compiled(90).asm["ptx"] for launch in ours)
+    assert error(out, expected(made, extent)[0]) < TOLERANCE
 
 
 @on_all

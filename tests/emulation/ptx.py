@@ -2,8 +2,9 @@
 
 All threads of several programs go step by step together: registers are arrays over threads. Where branches part them,
 those that are furthest behind go first, and wait where all must meet. Memory is that of the tensors, and every access
-is checked. Copies of ``cp.async`` arrive no sooner than they are waited for. What a race or a missing barrier would do
-does not show.
+is checked. Copies of ``cp.async`` arrive no sooner than they are waited for, and what a warp writes is read by others
+after a barrier alone. What would go wrong where a warp writes too early, over what others have yet to read, does not
+show.
 """
 
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from triton.runtime.jit import JITFunction
 from emulation import ptx_access, ptx_arithmetic, ptx_warps
 from emulation.ptx_memory import Global, Own
 from emulation.ptx_steps import Operands, Step
-from emulation.ptx_text import Fault, Unknown, parsed
+from emulation.ptx_text import WARP, Fault, Unknown, parsed
 from launches import Launch
 
 MOST_THREADS = 4096  # that go together
@@ -77,6 +78,10 @@ class Machine:
         self.registers = [np.zeros(1, kind) for kind in self.entry.registers.values()]
         self._set_special(grid, constants)
         self.mask = None
+        self.warps_of_program = per_program // WARP
+        number = np.ravel_multi_index(places.T, grid, order="F")
+        self.warps = number[self._owner] * self.warps_of_program + self.everyone % per_program // WARP
+        self.turns = np.zeros(self.threads, np.int64)  # between barriers
         self.copies, self.committed = [], np.zeros(self.threads, np.int64)
         self._at = np.zeros(self.threads, np.int64)
 

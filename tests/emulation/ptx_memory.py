@@ -12,17 +12,44 @@ from emulation.ptx_text import Fault
 ROOM = 40  # bits of an address within a range
 PAGE = 256  # bytes within which addresses are aligned as those of the tensor
 POISON = 0xFF
+WORD = 4
 
 
 class Buffer:
-    """Bytes, seen as numbers of any size."""
+    """Bytes, seen as numbers of any size; and by which warp, before which barrier, each word was last written."""
 
     def __init__(self, data):
         self.data = data
         self.numbers = cache(self._numbers)
+        self._writers = self._turns = None
 
     def _numbers(self, size):
         return self.data[: len(self.data) // size * size].view(raw(size))
+
+    def note(self, machine, offsets, threads, size):
+        """That threads have written."""
+        if self._writers is None:
+            words = len(self.data) // WORD + 1
+            self._writers, self._turns = np.full(words, -1), np.zeros(words, np.int64)
+        for word in _words(offsets, size):
+            self._writers[word], self._turns[word] = machine.warps[threads], machine.turns[threads]
+
+    def require_settled(self, machine, offsets, threads, size):
+        """No barrier may be missing between threads that read, and those of other warps that wrote."""
+        if self._writers is None:
+            return
+        for word in _words(offsets, size):
+            writers, own = self._writers[word], machine.warps[threads]
+            is_far = writers // machine.warps_of_program != own // machine.warps_of_program
+            races = (writers >= 0) & (writers != own) & (is_far | (self._turns[word] == machine.turns[threads]))
+            if races.any():
+                raise Fault(
+                    f"{machine.where(threads[races.argmax()])} reads what another warp wrote, without a barrier"
+                )
+
+
+def _words(offsets, size):
+    return [(offsets + start) // WORD for start in range(0, size, WORD)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +68,7 @@ class Global:
 
     def __init__(self):
         self._ranges = []
+        self._buffers = {}
 
     def add_tensor(self, name, tensor):
         """The address of a tensor, from whose first to last element bytes may be read and written."""
@@ -48,7 +76,8 @@ class Global:
         steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         size = (steps + 1) * tensor.itemsize if tensor.numel() else 0
         begin = tensor.storage_offset() * tensor.itemsize
-        return self._add(name, Buffer(storage.numpy()), begin, size)
+        data = storage.numpy()
+        return self._add(name, self._buffers.setdefault(data.ctypes.data, Buffer(data)), begin, size)
 
     def add_bytes(self, name, data):
         return self._add(name, Buffer(np.frombuffer(bytearray(data), np.uint8)), 0, len(data))
@@ -124,6 +153,7 @@ def load(machine, space, addresses, size, count=1, threads=None):
         addresses = np.broadcast_to(addresses, machine.threads)[threads]
         _aligned(machine, addresses, threads, size * count)
         for chosen, buffer, offsets in machine.spaces[space].places(machine, addresses, threads, size * count):
+            buffer.require_settled(machine, offsets, threads[chosen], size * count)
             numbers, at = buffer.numbers(size), offsets // size
             for i in range(count):
                 out[i, threads[chosen]] = numbers[at + i]
@@ -141,6 +171,7 @@ def store(machine, space, addresses, numbers, threads=None):
             held, at = buffer.numbers(size), offsets // size
             for i, number in enumerate(numbers):
                 held[at + i] = np.broadcast_to(number, machine.threads)[threads[chosen]]
+            buffer.note(machine, offsets, threads[chosen], size * count)
 
 
 def update(machine, space, addresses, size, change):

@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from emulation.ptx_memory import load, store
+from emulation.ptx_memory import active, load, store
 from emulation.ptx_numbers import decoded, integer, is_float, size_of
 from emulation.ptx_steps import Makers
 from emulation.ptx_text import WARP, Fault, Unknown
@@ -108,7 +108,12 @@ def _vote(operands):
 def _barrier(operands):
     if operands.has("red", "arrive") or (len(operands.texts) > 1 and "warp" not in operands.modifiers):
         raise Unknown("a barrier of some threads")
-    return _nothing(operands)
+    return _nothing(operands) if operands.has("warp") else _meet
+
+
+def _meet(machine):
+    """What was written before is there for all threads of the program."""
+    machine.turns[active(machine)] += 1
 
 
 @MAKERS.of("fence", "membar", "griddepcontrol", "prefetch", "nanosleep")
@@ -315,6 +320,7 @@ def _in_shared(machine, descriptors, rows, kind, is_transposed):
     addresses = np.stack([_described(int(x), rows, depth, size, is_transposed) for x in descriptors])
     threads = np.repeat(first[groups], rows * depth)
     ((_, buffer, offsets),) = machine.spaces["shared"].places(machine, addresses.reshape(-1), threads, size)
+    buffer.require_settled(machine, offsets, threads, size)
     numbers = decoded(kind)(buffer.numbers(size)[offsets // size]).astype(np.float32)
     out = np.zeros((len(first), rows, depth), np.float32)
     out[groups] = numbers.reshape(-1, rows, depth)
