@@ -28,7 +28,6 @@ from emulation.ptx_text import Fault, Unknown
 from qjl.ops.triton import ops as triton_ops
 
 COUNT = 256
-every_capability = pytest.mark.parametrize("capability", [80, 89, 90])
 
 
 @pytest.fixture(params=[80])
@@ -39,6 +38,7 @@ def gpu(request, monkeypatch):
 
 
 on_all = pytest.mark.parametrize("gpu", [80, 89, 90], indirect=True)
+on_both = pytest.mark.parametrize("gpu", [80, 90], indirect=True)  # 89 differs in floats of 8 bits alone
 
 
 def _random(generator, *size, dtype=torch.int32):
@@ -369,9 +369,15 @@ def _product_of_warps(
 
 
 @pytest.mark.parametrize("gpu", [90], indirect=True)
-@pytest.mark.parametrize("scale", [1, 2])
-@pytest.mark.parametrize(("a_is_turned", "b_is_turned"), [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize(("m", "n", "k"), [(64, 16, 64), (128, 64, 32), (64, 128, 16)])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "a_is_turned", "b_is_turned", "scale"),
+    [
+        (64, 16, 64, False, False, 1),
+        (128, 64, 32, True, False, 1),
+        (64, 128, 16, False, True, 1),
+        (64, 64, 64, False, False, 2),
+    ],
+)
 @pytest.mark.parametrize("kind", ["f16", "tf32", "s8"])
 def test_products_of_four_warps(kind, m, n, k, a_is_turned, b_is_turned, scale, gpu, generator):
     """Matrices lie in shared memory in several ways; a left one that was computed comes from registers."""
@@ -485,17 +491,16 @@ def _backend(tensor):
 
 
 STEPS = {
-    "b3": (Transform(3), TRELLIS, torch.bfloat16, 64),
-    "b2-float32": (Transform(2), TRELLIS, torch.float32, 64),
-    "groups": (QuaRot(3, 32), QuaRot(2, 32), torch.float16, 80),
+    "b3": (Transform(3), TRELLIS, torch.bfloat16, 64, 64),
+    "b2-float32": (Transform(2), TRELLIS, torch.float32, 64, 16),
+    "groups": (QuaRot(3, 32), QuaRot(2, 32), torch.float16, 80, 64),
 }
 
 
-@on_all
-@pytest.mark.parametrize("page", [16, 64])
+@on_both
 @pytest.mark.parametrize("name", STEPS)
-def test_the_step(name, page, ours, generator):
-    key, value, dtype, head_dim = STEPS[name]
+def test_the_step(name, ours, generator):
+    key, value, dtype, head_dim, page = STEPS[name]
     made = operands(key, value, 396, batch=2, head_dim=head_dim, dtype=dtype)
     extent = Extent.of([300, 101], [4, 0])
     out, lse = paged(made, page, extent, generator).attend()
@@ -543,7 +548,7 @@ def test_many_query_rows(ours, generator):
     assert error(out, expected(made, extent)[0]) < TOLERANCE
 
 
-@on_all
+@on_both
 @pytest.mark.parametrize("quantizer", [Transform(3), QuaRot(3, 32)])
 def test_decode(quantizer, ours, fitted):
     case = fitted("key", quantizer, 64)
@@ -555,7 +560,6 @@ def test_decode(quantizer, ours, fitted):
 
 
 ENCODERS = {
-    "levels": ("key", Transform(3)),
     "trellis and levels": ("key", Balanced(3.5, "trellis")),
     "signs": ("key", Balanced(2, "signs")),
     "sketch": ("key", QJL(2, "hadamard")),
@@ -564,7 +568,7 @@ ENCODERS = {
 FEW = 0.01  # of the tokens: ties that turn over
 
 
-@on_all
+@on_both
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_encoders(name, ours, fitted):
     case = fitted(*ENCODERS[name], 64)
@@ -577,7 +581,7 @@ def test_the_encoders(name, ours, fitted):
     assert steps.count_nonzero() <= max(FEW * steps.numel(), 2)
 
 
-@on_all
+@on_both
 def test_grids(ours, fitted):
     case = fitted("key", QuaRot(3, 32), 64)
     found = case.codec.encode_tokens(case.x, case.first)
