@@ -12,8 +12,8 @@ from emulation.ptx_text import CARRY, Unknown, elements
 MAKERS = Makers()
 
 ROUNDED_OTHERWISE = ("rz", "rm", "rp")
+BYTE = np.uint32(255)
 FLOAT_8 = {"e4m3x2": torch.float8_e4m3fn, "e5m2x2": torch.float8_e5m2}
-CARRYING = ("cc",)
 
 
 def _wide(kind):
@@ -31,7 +31,7 @@ def _fused(a, b, c):
     return (a.astype(np.float64) * b + c).astype(np.float32)
 
 
-_BINARY = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide}
+_SUMS = {"add": np.add, "sub": np.subtract}
 _UNARY = {
     "rcp": np.reciprocal,
     "sqrt": np.sqrt,
@@ -65,10 +65,10 @@ def _elementwise(operands, function, count):
 def _add(operands):
     kind, opcode = operands.type, operands.statement.opcode
     if is_float(kind):
-        return _elementwise(operands, _as_rounded(operands, _BINARY[opcode]), 2)
+        return _elementwise(operands, _as_rounded(operands, _SUMS[opcode]), 2)
     if operands.has("cc", "sat"):
         raise Unknown("carries and saturation of integers")
-    return _elementwise(operands, _BINARY[opcode], 2)
+    return _elementwise(operands, _SUMS[opcode], 2)
 
 
 @MAKERS.of("rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh", "abs", "neg")
@@ -92,7 +92,7 @@ def _multiply_add(operands):
     kind = operands.type
     if is_float(kind):
         return _elementwise(operands, _as_rounded(operands, _fused), 3)
-    if operands.has(*CARRYING) or operands.statement.opcode == "madc":
+    if operands.has("cc") or operands.statement.opcode == "madc":
         return _with_carry(operands)
     return _product(operands, 3)
 
@@ -101,8 +101,7 @@ def _product(operands, added):
     """The low half, the high half or all of a product, plus a third operand if there is one."""
     kind = operands.type
     if operands.has("wide"):
-        out, whole = _wide(kind), integer(_wide(kind))
-        function = lambda a, b: a.astype(whole) * b.astype(whole)  # noqa: E731
+        out, function = _wide(kind), partial(_all_of_product, integer(_wide(kind)))
     elif operands.has("hi"):
         out, function = kind, partial(_high, kind)
     else:
@@ -111,6 +110,10 @@ def _product(operands, added):
     if added is None:
         return compute(operands, function, (0, out), *sources)
     return compute(operands, lambda a, b, c: function(a, b) + c, (0, out), *sources, (added, out))
+
+
+def _all_of_product(whole, a, b):
+    return a.astype(whole) * b.astype(whole)
 
 
 def _high(kind, a, b):
@@ -128,7 +131,7 @@ def _with_carry(operands):
     write, leave = operands.write(0, "u32"), operands.write(CARRY, "u32")
     a, b, c = (operands.read(place, "u32") for place in (1, 2, 3))
     carried = operands.read(CARRY, "u32")
-    is_high, adds, leaves = operands.has("hi"), operands.statement.opcode == "madc", operands.has(*CARRYING)
+    is_high, adds, leaves = operands.has("hi"), operands.statement.opcode == "madc", operands.has("cc")
 
     def run(machine):
         product = a(machine).astype(np.uint64) * b(machine).astype(np.uint64)
@@ -289,7 +292,7 @@ def _shift(operands):
     if operands.statement.opcode == "shl":
         function = partial(_shifted, np.left_shift, width, number_type)
     elif kind[0] == "s":
-        function = lambda a, by: a >> np.minimum(by, width - 1).astype(number_type)  # noqa: E731
+        function = partial(_shifted_with_sign, width, number_type)
     else:
         function = partial(_shifted, np.right_shift, width, number_type)
     return compute(operands, function, (0, kind), (1, kind), (2, "u32"))
@@ -297,6 +300,10 @@ def _shift(operands):
 
 def _shifted(shift, width, number_type, a, by):
     return np.where(by < width, shift(a, np.minimum(by, width - 1).astype(number_type)), number_type(0))
+
+
+def _shifted_with_sign(width, number_type, a, by):
+    return a >> np.minimum(by, width - 1).astype(number_type)
 
 
 @MAKERS.of("shf")
@@ -319,21 +326,23 @@ def _low_bits(count):
 
 @MAKERS.of("bfe")
 def _extract(operands):
+    """A field, whose highest bit is the sign of a signed one."""
     kind = operands.type
     if kind == "s64":
         raise Unknown("signed fields of 64 bits")
 
-    def function(a, start, length):
-        start, length = start & np.uint32(255), length & np.uint32(255)
-        field = a.astype(np.int64 if kind[0] == "s" else np.uint64) >> np.minimum(start, 63).astype(np.int64).view(
-            np.int64 if kind[0] == "s" else np.uint64
-        )
-        field = np.where(start > 63, 0, field) if kind[0] == "u" else field
-        if kind[0] == "u":
-            return (field & _low_bits(length)).astype(integer(kind))
-        room = (64 - np.clip(length, 1, 64)).astype(np.int64)
-        return np.where(length == 0, 0, (field << room) >> room).astype(np.int32)
+    def unsigned_field(a, start, length):
+        start, length = start & BYTE, length & BYTE
+        field = a.astype(np.uint64) >> np.minimum(start, 63).astype(np.uint64)
+        return np.where(start < 64, field & _low_bits(length), 0).astype(integer(kind))
 
+    def signed_field(a, start, length):
+        start, length = start & BYTE, length & BYTE
+        room = (64 - np.clip(length, 1, 64)).astype(np.int64)
+        field = a.astype(np.int64) >> np.minimum(start, 63).astype(np.int64)
+        return np.where(length > 0, (field << room) >> room, 0).astype(np.int32)
+
+    function = signed_field if kind[0] == "s" else unsigned_field
     return compute(operands, function, (0, kind), (1, kind), (2, "u32"), (3, "u32"))
 
 
@@ -343,7 +352,7 @@ def _insert(operands):
     width = 8 * size_of(kind)
 
     def function(field, into, start, length):
-        start, length = start & np.uint32(255), length & np.uint32(255)
+        start, length = start & BYTE, length & BYTE
         by = np.minimum(start, 63).astype(np.uint64)
         chosen = np.where(start < width, _low_bits(length) << by, np.uint64(0))
         wide = into.astype(np.uint64)
@@ -513,11 +522,8 @@ def _convert_float_8(operands, to, source):
 def _to_float_8(kind, high, low):
     largest = torch.finfo(kind).max
     both = torch.from_numpy(np.stack(np.broadcast_arrays(low, high))).clamp(-largest, largest)
-    return joined_bytes(both.to(kind).view(torch.uint8).numpy())
-
-
-def joined_bytes(both):
-    return both[0].astype(np.uint16) | (both[1].astype(np.uint16) << np.uint16(8))
+    low, high = both.to(kind).view(torch.uint8).numpy().astype(np.uint16)
+    return low | (high << np.uint16(8))
 
 
 def _from_float_8(kind, bits):

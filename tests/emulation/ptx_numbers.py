@@ -3,7 +3,7 @@
 import numpy as np
 
 SIZES = {"pred": 1, "tf32": 4, "f16x2": 4, "bf16x2": 4, "bf16": 2, "e4m3x2": 2, "e5m2x2": 2}
-LARGEST_TF32 = np.uint32(0xFFFFE000)
+TF32 = np.uint32(0xFFFFE000)
 
 
 def size_of(kind):
@@ -61,7 +61,7 @@ def _halves(bits):
     return np.stack([bits & np.uint32(0xFFFF), bits >> np.uint32(16)]).astype(np.uint16)
 
 
-def joined_halves(halves):
+def _joined(halves):
     """Bits of two halves ``[2, threads]``, the first in the low one."""
     return halves[0].astype(np.uint32) | (halves[1].astype(np.uint32) << np.uint32(16))
 
@@ -70,7 +70,7 @@ _DECODERS = {
     "pred": lambda bits: bits,
     "f32": lambda bits: bits.view(np.float32),
     "f64": lambda bits: bits.view(np.float64),
-    "tf32": lambda bits: (bits & LARGEST_TF32).view(np.float32),
+    "tf32": lambda bits: (bits & TF32).view(np.float32),
     "f16": lambda bits: bits.view(np.float16).astype(np.float32),
     "bf16": _from_bf16,
     "f16x2": lambda bits: _halves(bits).view(np.float16).astype(np.float32),
@@ -83,8 +83,8 @@ _ENCODERS = {
     "f64": lambda number: number.astype(np.float64, copy=False).view(np.uint64),
     "f16": _to_f16,
     "bf16": _to_bf16,
-    "f16x2": lambda number: joined_halves(_to_f16(number)),
-    "bf16x2": lambda number: joined_halves(_to_bf16(number)),
+    "f16x2": lambda number: _joined(_to_f16(number)),
+    "bf16x2": lambda number: _joined(_to_bf16(number)),
 }
 
 

@@ -105,10 +105,6 @@ class Operands:
         """Texts of its elements."""
         return elements(self.texts[place])
 
-    def width(self, text):
-        """Bytes of a register."""
-        return self._entry.registers[text].itemsize
-
 
 def _of(kind, signed):
     return np.dtype(f"{'i' if signed else 'u'}{size_of(kind)}")

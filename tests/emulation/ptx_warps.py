@@ -62,8 +62,10 @@ def _source_lane(mode, by, clamp):
 def _reduce(operands):
     """Over all lanes."""
     kind = operands.type
+    if is_float(kind):
+        raise Unknown("reductions of floats")
     functions = {
-        "add": partial(np.sum, dtype=integer(kind)) if not is_float(kind) else None,
+        "add": partial(np.sum, dtype=integer(kind)),
         "min": np.min,
         "max": np.max,
         "and": np.bitwise_and.reduce,
