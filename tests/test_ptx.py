@@ -218,6 +218,27 @@ def test_floats_of_8_bits(to, gpu, generator):
 
 
 @triton.jit
+def _halves(x, y, out, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    a = tl.load(x + i, eviction_policy="evict_last")
+    b = tl.load(y + i, cache_modifier=".cg")
+    tl.store(out + i, tl.fma(a, b, a) + tl.maximum(a, b) * tl.minimum(a, b), eviction_policy="evict_first")
+    tl.store(out + COUNT + i, tl.where(a > b, a, -b) - tl.abs(a))
+
+
+@on_both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves(dtype, gpu, generator):
+    """Two in a register; hints about caches change nothing."""
+    x, y = (_random(generator, COUNT, dtype=dtype) for _ in range(2))
+    out = torch.zeros(2, COUNT, dtype=dtype)
+    _halves[(1,)](x, y, out, COUNT)
+    a, b = x.double(), y.double()
+    truth = torch.stack([a * b + a + a * b, torch.where(a > b, a, -b) - a.abs()])
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=8 * torch.finfo(dtype).eps * truth.abs().max().item())
+
+
+@triton.jit
 def _wide_integers(x, y, out, COUNT: tl.constexpr):
     i = tl.arange(0, COUNT)
     a, b = tl.load(x + i), tl.load(y + i)
@@ -322,26 +343,27 @@ def _product(a, b, c, depth, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, 
     for start in range(0, depth, K):
         x = tl.load(a + m[:, None] * depth + start + k[None, :])
         y = tl.load(b + (start + k)[:, None] * N + n[None, :])
-        sums = tl.dot(x, y, sums, input_precision=PRECISION)
+        sums = tl.dot(x, y, sums, input_precision=PRECISION, out_dtype=c.dtype.element_ty)
     tl.store(c + m[:, None] * N + n[None, :], sums)
 
 
 PRODUCTS = {
-    "f16": (torch.float16, "ieee", 1e-5),
-    "bf16": (torch.bfloat16, "ieee", 1e-5),
-    "s8": (torch.int8, "ieee", 0),
-    "tf32": (torch.float32, "tf32", 1e-2),
-    "tf32x3": (torch.float32, "tf32x3", 1e-5),
-    "bf16x3": (torch.float32, "bf16x3", 1e-4),
-    "ieee": (torch.float32, "ieee", 1e-5),
+    "f16": (torch.float16, torch.float32, "ieee", 1e-5),
+    "f16 alone": (torch.float16, torch.float16, "ieee", 2e-3),
+    "bf16": (torch.bfloat16, torch.float32, "ieee", 1e-5),
+    "s8": (torch.int8, torch.int32, "ieee", 0),
+    "tf32": (torch.float32, torch.float32, "tf32", 1e-2),
+    "tf32x3": (torch.float32, torch.float32, "tf32x3", 1e-5),
+    "bf16x3": (torch.float32, torch.float32, "bf16x3", 1e-4),
+    "ieee": (torch.float32, torch.float32, "ieee", 1e-5),
 }
 
 
 def _multiplied(kind, generator, m=16, n=32, **options):
     """A product, and what it must be."""
-    dtype, precision, _ = PRODUCTS[kind]
+    dtype, out, precision, _ = PRODUCTS[kind]
     a, b = _random(generator, m, 128, dtype=dtype), _random(generator, 128, n, dtype=dtype)
-    c = torch.zeros(m, n, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    c = torch.zeros(m, n, dtype=out)
     _product[(1,)](a, b, c, 128, m, n, 32, precision, **options)
     return c.double(), a.double() @ b.double()
 
@@ -351,7 +373,7 @@ def _multiplied(kind, generator, m=16, n=32, **options):
 @pytest.mark.parametrize("kind", PRODUCTS)
 def test_products(kind, num_stages, gpu, generator):
     found, truth = _multiplied(kind, generator, num_warps=2, num_stages=num_stages)
-    tolerance = PRODUCTS[kind][2]
+    tolerance = PRODUCTS[kind][3]
     assert (found - truth).norm() <= tolerance * truth.norm()
 
 
@@ -381,12 +403,12 @@ def _product_of_warps(
 @pytest.mark.parametrize("kind", ["f16", "tf32", "s8"])
 def test_products_of_four_warps(kind, m, n, k, a_is_turned, b_is_turned, scale, gpu, generator):
     """Matrices lie in shared memory in several ways; a left one that was computed comes from registers."""
-    dtype, _, tolerance = PRODUCTS[kind]
+    dtype, out, _, tolerance = PRODUCTS[kind]
     k = k * 2 // dtype.itemsize
     a, b = _random(generator, m, k, dtype=dtype), _random(generator, k, n, dtype=dtype)
     if dtype == torch.int8:
         a //= scale
-    c = torch.zeros(m, n, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
+    c = torch.zeros(m, n, dtype=out)
     of_a, of_b = (x.T.contiguous() if turned else x for x, turned in ((a, a_is_turned), (b, b_is_turned)))
     _product_of_warps[(1,)](of_a, of_b, c, m, n, k, m if a_is_turned else 1, 1 if b_is_turned else n, scale)
     assert "wgmma" in gpu[0].compiled(90).asm["ptx"]

@@ -22,6 +22,7 @@ from launches import Launch
 
 MOST_THREADS = 4096  # that go together
 MAKERS = ptx_access.MAKERS | ptx_arithmetic.MAKERS | ptx_warps.MAKERS
+MOST_BLOCKS = 200_000  # that are entered: a program that waits for another one that goes with it never ends
 AXES = "xyz"
 FLOATS = {"fp32": np.float32, "fp64": np.float64}
 
@@ -104,12 +105,16 @@ class Machine:
     def run(self):
         """Until all threads have left."""
         with np.errstate(all="ignore"):
-            while (block := self._next()) is not None:
+            for _ in range(MOST_BLOCKS):
+                block = self._next()
+                if block is None:
+                    return
                 here = self._ready(block)
                 mask = None if here.all() else here
                 for step in self.program.blocks[block]:
                     self._run_step(step, mask)
                 self._leave(block, here)
+        raise Fault(f"{self.entry.name} does not end")
 
     def _next(self):
         """The first block that threads can enter."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from emulation.ptx_memory import active, load, store, update
 from emulation.ptx_numbers import decoded, encoded, is_float, raw, size_of
-from emulation.ptx_steps import Makers
+from emulation.ptx_steps import Makers, compute
 from emulation.ptx_text import Unknown
 
 MAKERS = Makers()
@@ -55,6 +55,12 @@ def _store(operands):
     kind, space, address = f"b{8 * size_of(operands.type)}", _space(operands), operands.address(0)
     reads = [operands.read(text, kind) for text in operands.vector(1)]
     return lambda machine: store(machine, space, address(machine), [read(machine) for read in reads])
+
+
+@MAKERS.of("createpolicy")
+def _policy(operands):
+    """Of caches, which there are none of."""
+    return compute(operands, np.zeros_like, (0, "b64"), ("0", "b64"))
 
 
 # Copies to shared memory that go on while a thread computes

@@ -214,14 +214,25 @@ def _comparison(name, kind):
 
 @MAKERS.of("setp")
 def _set_predicate(operands):
+    """One predicate, or two: of both halves, or the second the opposite of the first."""
     name, kind = operands.modifiers[0], operands.type
-    if "|" in operands.texts[0] or kind.endswith("x2"):
-        raise Unknown("two predicates at once")
-    compare = _comparison(name, kind)
-    combine = _COMBINED.get(operands.modifiers[1])
-    if combine is None:
-        return compute(operands, compare, (0, "pred"), (1, kind), (2, kind))
-    return compute(operands, lambda a, b, p: combine(compare(a, b), p), (0, "pred"), (1, kind), (2, kind), (3, "pred"))
+    compare, combine = _comparison(name, kind), _COMBINED.get(operands.modifiers[1])
+    to = operands.texts[0].split("|")
+    writes = [operands.write(text.strip(), "pred") for text in to]
+    a, b = operands.read(1, kind), operands.read(2, kind)
+    if combine and len(to) > 1:
+        raise Unknown("two predicates of a third")
+    third = operands.read(3, "pred") if combine else None
+
+    def run(machine):
+        found = compare(a(machine), b(machine))
+        if third:
+            found = combine(found, third(machine))
+        both = found if kind.endswith("x2") else (found, ~found)
+        for write, predicate in zip(writes, both, strict=False):
+            write(machine, predicate)
+
+    return run
 
 
 @MAKERS.of("selp")

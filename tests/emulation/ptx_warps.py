@@ -239,20 +239,44 @@ def _product(operands):
     if not operands.has("m16n8k16", "m16n8k8", "m16n8k32"):
         raise Unknown("a product of this shape")
     out, of_left, of_right, added = operands.modifiers[-4:]
-    if out != added or out not in ("f32", "s32"):
+    if out != added or out not in _SUMS:
         raise Unknown(f"a product that gives {out}")
-    writes = [operands.write(text, out) for text in operands.vector(0)]
+    write, before = _written_sums(operands, 0, out), _read_sums(operands, 3, out)
     left, right = ([operands.read(text, "b32") for text in operands.vector(place)] for place in (1, 2))
-    before = [operands.read(text, out) for text in operands.vector(3)]
-    kind = integer(out) if out == "s32" else np.dtype(np.float32)
 
     def run(machine):
-        a, b, c = (_stacked(machine, reads) for reads in (left, right, before))
-        product = np.matmul(_left(a, of_left), _right(b, of_right)).astype(kind)
-        for write, numbers in zip(writes, _by_thread(product + _sums(c)), strict=True):
-            write(machine, numbers)
+        a, b = _stacked(machine, left), _stacked(machine, right)
+        product = np.matmul(_left(a, of_left), _right(b, of_right)).astype(_SUMS[out])
+        write(machine, _by_thread(product + _sums(before(machine))))
 
     return run
+
+
+_SUMS = {"f32": np.float32, "f16": np.float32, "s32": np.int32}
+
+
+def _read_sums(operands, place, kind):
+    """A function of the machine that gives ``[numbers of a thread, threads]``."""
+    in_register = "f16x2" if kind == "f16" else kind
+    reads = [operands.read(text, in_register) for text in operands.vector(place)]
+
+    def read_all(machine):
+        numbers = [np.atleast_2d(read(machine)) for read in reads]
+        return np.concatenate([np.broadcast_to(x, (len(x), machine.threads)) for x in numbers])
+
+    return read_all
+
+
+def _written_sums(operands, place, kind):
+    """The way back."""
+    in_register, count = ("f16x2", 2) if kind == "f16" else (kind, 1)
+    writes = [operands.write(text, in_register) for text in operands.vector(place)]
+
+    def write(machine, numbers):
+        for i, write_one in enumerate(writes):
+            write_one(machine, numbers[2 * i : 2 * i + 2] if count == 2 else numbers[i])
+
+    return write
 
 
 def _stacked(machine, reads):
@@ -273,25 +297,19 @@ def _product_of_warps(operands):
         return _nothing(operands)
     out, of_left, of_right = operands.modifiers[-3:]
     columns = int(next(x for x in operands.modifiers if x.startswith("m64n")).split("k")[0][4:])
-    if out not in ("f32", "s32") or operands.has("sp"):
+    if out not in _SUMS or operands.has("sp"):
         raise Unknown(f"a product that gives {out}")
-    kind = integer(out) if out == "s32" else np.dtype(np.float32)
     signs, transposed = _flags(operands.texts[4:])
-    writes = [operands.write(text, out) for text in operands.vector(0)]
-    before = [operands.read(text, out) for text in operands.vector(0)]
+    write, before = _written_sums(operands, 0, out), _read_sums(operands, 0, out)
     left = _left_of_warps(operands, of_left, transposed[0])
     of_b, adds = operands.read(2, "b64"), operands.read(3, "pred")
 
     def run(machine):
-        a = left(machine)
         b = _in_shared(machine, of_b(machine), columns, of_right, transposed[1])
-        product = (signs * np.matmul(a, b.transpose(0, 2, 1))).astype(kind).reshape(-1, 16, columns)
-        is_added = np.broadcast_to(adds(machine), machine.threads)
-        for chunk in range(columns // 8):
-            places = slice(4 * chunk, 4 * chunk + 4)
-            sums = _by_thread(product[:, :, 8 * chunk : 8 * chunk + 8])
-            for write, read, numbers in zip(writes[places], before[places], sums, strict=True):
-                write(machine, np.where(is_added, read(machine), kind.type(0)) + numbers)
+        product = signs * np.matmul(left(machine), b.transpose(0, 2, 1))
+        chunks = np.split(product.astype(_SUMS[out]).reshape(-1, 16, columns), columns // 8, axis=2)
+        added = np.where(adds(machine), before(machine), _SUMS[out](0))
+        write(machine, np.concatenate([_by_thread(chunk) for chunk in chunks]) + added)
 
     return run
 
