@@ -1,7 +1,6 @@
-"""Whether a step is right: on a CPU within the budget of the codes that it reads, elsewhere up to rounding.
+"""Whether a step is right: by kernels within the budget of the codes that they read, by the reference up to rounding.
 
-Kernels of a CPU trade precision that a model's answers cannot show for speed (``NibbleForm.error_budget``). The others
-add in float32, and keep bounds of their own.
+Kernels trade precision that a model's answers cannot show for speed (``NibbleForm.error_budget``).
 """
 
 import torch
@@ -42,4 +41,4 @@ def assert_log_sums_within_budget(lse, truth, pool, exact=EXACT):
 
 def trades():
     """Whether the backend in use does."""
-    return ops.active_backend() == "cpu"
+    return ops.active_backend() != "reference"

@@ -340,7 +340,7 @@ def _put(fresh, fresh_stride, pool, pool_stride, dim, of_rows, row, head, querie
     for token in range(queries):
         place = tl.load(of_rows.counts + row) - queries + token
         slot = tl.load(of_rows.slots + row * of_rows.room + place, mask=place >= 0, other=-1).to(tl.int64)
-        at = fresh + row * fresh_stride[0] + head * fresh_stride[1] + token.to(tl.int64) * fresh_stride[2]
+        at = fresh + row * fresh_stride[0] + head * fresh_stride[1] + (token + tl.zeros([], tl.int64)) * fresh_stride[2]
         numbers = tl.load(at + i * fresh_stride[3], mask=i < dim, other=0.0)
         to = pool + slot * pool_stride[0] + head * pool_stride[1] + i
         tl.store(to, numbers.to(pool.dtype.element_ty), mask=(i < dim) & (slot >= 0))
