@@ -139,6 +139,7 @@ ENCODERS = {
     "three-bits": lambda dim, heads, generator: scalar_code([[3] * dim]),
     **{f"trellis-{w}": lambda dim, heads, generator, w=w: trellis_code(dim, w) for w in WIDTHS},
     "joined": lambda dim, heads, generator: joined_code(trellis_code(dim - 4, 2), scalar_code([[2] * 4])),
+    "two-trellises": lambda dim, heads, generator: joined_code(trellis_code(dim - 4, 2), trellis_code(4, 1)),
     "signs": lambda dim, heads, generator: sign_code(dim),
     "refined": lambda dim, heads, generator: refined_sign_code(Sketch(4 * dim - 8, dim).matrix),
 }

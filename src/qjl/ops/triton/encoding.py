@@ -5,7 +5,7 @@ Between its phases a program leaves numbers in scratch memory, which only as man
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
 
@@ -103,14 +103,15 @@ def _scratch(job: EncodeJob, targets: kernels.Targets, rows: int, dtype: torch.d
 
 
 def _room(recipe: Recipe, job: EncodeJob, plan: kernels.Plan, targets: kernels.Targets) -> kernels.Room:
-    scratch, many = partial(_scratch, job, targets), sum(map(_numbers, recipe.parts))
-    longest = max((part.nibbles for part in recipe.parts if isinstance(part, TrellisPart)), default=0)
+    scratch = partial(_scratch, job, targets)
+    many, steps = sum(map(_numbers, recipe.parts)), sum(map(_steps, recipe.parts))
     return kernels.Room(
         centred=scratch(job.tokens.shape[2], torch.float32),
         mapped=scratch(plan.rows, torch.float32),
         numbers=scratch(many, torch.uint8),
-        came=scratch(longest * kernels.STATES.value, torch.uint8),
+        came=scratch(steps * kernels.STATES.value, torch.uint8),
         many=many,
+        steps=steps,
     )
 
 
@@ -154,23 +155,30 @@ def _map(chosen: Map) -> kernels.Transform:
 
 
 def _parts(parts: Sequence[Part]) -> tuple[kernels.Part, ...]:
+    starts = (_starts(size, parts) for size in (_coordinates, _numbers, _steps))
     return tuple(
-        kernels.Part(part.dim, first, number, _search(part), _points(part), None)
-        for part, first, number in zip(parts, _starts([part.dim for part in parts]), _first_numbers(parts), strict=True)
+        kernels.Part(part.dim, first, number, step, _search(part), _points(part), None)
+        for part, first, number, step in zip(parts, *starts, strict=True)
     )
 
 
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [0, *accumulate(sizes)][:-1]
+def _starts(size: Callable[[Part], int], parts: Sequence[Part]) -> list[int]:
+    """Where each part begins, among what each has so many of."""
+    return [0, *accumulate(map(size, parts))][:-1]
 
 
-def _first_numbers(parts: Sequence[Part]) -> list[int]:
-    return _starts([_numbers(part) for part in parts])
+def _coordinates(part: Part) -> int:
+    return part.dim
 
 
 def _numbers(part: Part) -> int:
     """How many the bits of a part's nibbles are taken from."""
     return part.nibbles if isinstance(part, TrellisPart) else part.dim
+
+
+def _steps(part: Part) -> int:
+    """How many a trellis takes."""
+    return part.nibbles if isinstance(part, TrellisPart) else 0
 
 
 def _width(part: Part) -> int:
@@ -197,7 +205,7 @@ def _places(parts: Sequence[Part], device: torch.device) -> kernels.Places:
     """Of the nibbles of all parts, in one stream."""
     of_parts = [_places_of(part, device) for part in parts]
     heads = max(places.number.shape[0] for places in of_parts)
-    numbers = [places.number + first for places, first in zip(of_parts, _first_numbers(parts), strict=True)]
+    numbers = [places.number + first for places, first in zip(of_parts, _starts(_numbers, parts), strict=True)]
     number, bit = (
         torch.cat([x.expand(heads, -1, -1) for x in of_all], 1)
         for of_all in (numbers, [places.bit for places in of_parts])

@@ -91,14 +91,15 @@ class Points(NamedTuple):
 
 
 class Part(NamedTuple):
-    """So many coordinates, the first of them, and the first of their numbers; signs have neither search nor points.
+    """So many coordinates, the first of them, of their numbers, and of the steps of a trellis.
 
-    ``refined [H, n, dim, 64]`` are signs that were found already.
+    Signs have neither search nor points; ``refined [H, n, dim, 64]`` are those that were found already.
     """
 
     dim: int
     first: int
     number: int
+    step: int
     search: Search | None
     points: Points | None
     refined: Tensor | None
@@ -142,13 +143,14 @@ class Grid(NamedTuple):
 
 class Room(NamedTuple):
     """Scratch memory of all programs: float32 ``centred [H, n, D, 64]``, ``mapped [H, n, D', 64]``; uint8 ``numbers
-    [H, n, N, 64]``, of which each block has so ``many``, and a trellis's way back ``came [H, n, nibbles, 16, 64]``."""
+    [H, n, many, 64]``; and where each step of a trellis came from, uint8 ``came [H, n, steps, 16, 64]``."""
 
     centred: Tensor
     mapped: Tensor
     numbers: Tensor
     came: Tensor
     many: int
+    steps: int
 
 
 @triton.jit
@@ -355,8 +357,14 @@ def _coordinate(plan, part, room, place):
 
 
 @triton.jit
+def _way(part, room, nibble):
+    """Where it is kept which state of the nibble before each came from, ``[16, 64]``."""
+    return room.came + (_site() * room.steps + part.step + nibble) * STATES * TOKENS
+
+
+@triton.jit
 def _forth(plan, part, room, size, WIDTH: tl.constexpr):
-    """Viterbi's algorithm over 16 states: where the best way to each came from, and what the ways cost.
+    """Viterbi's algorithm over 16 states: it keeps where the best way to each came from, and tells what they cost.
 
     The costs are those of ``qjl.trellis.best_nibbles``, in the same order.
     """
@@ -375,7 +383,7 @@ def _forth(plan, part, room, size, WIDTH: tl.constexpr):
             to_own += -2 * z[None, :] * own[:, None]
             to_next += -2 * z[None, :] * tl.load(part.points.next + state * WIDTH + i)[:, None]
             square += own * own
-        way = room.came + (_site() * nibbles + nibble) * STATES * TOKENS + to_state
+        way = _way(part, room, nibble) + to_state
         if nibble == 0:
             cost = to_own + square[:, None]
             tl.store(way, tl.full([STATES, TOKENS], STATES, tl.uint8))
@@ -397,8 +405,7 @@ def _trellis(plan, part, room, size, WIDTH: tl.constexpr):
     for back in range(nibbles):
         nibble = nibbles - 1 - back
         tl.store(room.numbers + (_site() * room.many + part.number + nibble) * TOKENS + token, best.to(tl.uint8))
-        way = room.came + (_site() * nibbles + nibble) * STATES * TOKENS
-        before = tl.load(way + best * TOKENS + token).to(tl.int32)
+        before = tl.load(_way(part, room, nibble) + best * TOKENS + token).to(tl.int32)
         for i in tl.static_range(WIDTH):
             place = nibble * WIDTH + i
             decoded = tl.load(part.points.own + best * WIDTH + i) + tl.load(part.points.next + before * WIDTH + i)
