@@ -173,9 +173,8 @@ def _of_page(field, targets):
 
 
 @triton.jit
-def _tokens(tokens, targets, dims):
-    """Float32 ``[dims, 64]``."""
-    slot = tl.load(targets.slots + tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+def _tokens(tokens, slot, dims):
+    """Those of 64 slots, float32 ``[dims, 64]``."""
     begin = tokens.data + tl.program_id(1).to(tl.int64) * tokens.head
     at = begin + dims[:, None] + (slot * tokens.slot)[None, :]
     return tl.load(at, mask=(dims < tokens.dim)[:, None], other=0.0).to(tl.float32)
@@ -216,10 +215,11 @@ def _turned(turn, first, pair, turns):
 def _centre(tokens, targets, mean, turn, centred, are_finite, job, INTERLEAVED: tl.constexpr):
     """Tokens less their mean, those numbers that are not finite counting as 0, and whether there are such."""
     first = tl.load(targets.first + tl.program_id(0))
+    slot = tl.load(targets.slots + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     bad = tl.zeros([TOKENS], tl.int32)
     for start in range(0, tokens.dim, CHUNK):
         dims = start + tl.arange(0, CHUNK)
-        x = _tokens(tokens, targets, dims)
+        x = _tokens(tokens, slot, dims)
         is_finite = tl.abs(x) < float("inf")
         bad += tl.sum(tl.where(is_finite, 0, 1), axis=0)
         x = tl.where(is_finite, x, 0.0)
