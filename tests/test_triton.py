@@ -1,9 +1,11 @@
 """What is special to the triton backend: many query rows, what it needs, and kernels compiled without a GPU."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import using_backend
 from pages import Extent, error, expected, operands, paged
@@ -129,15 +131,19 @@ ENCODERS = {
 }
 
 
-def _encoded(name, fitted, monkeypatch, blocks=1):
-    """The launches that take blocks of one side to their pages."""
+def _encode(name, fitted, jobs=1, blocks=1):
+    """Blocks of one side to their pages, once for each job."""
     role, quantizer, dtype, _ = ENCODERS[name]
     codec = fitted(role, quantizer, 64).codec
     fields = {name: torch.zeros(1, 2, *field.shape, dtype=field.dtype) for name, field in codec.layout.items()}
     job = codec.job(torch.zeros(64, 2, 64, dtype=dtype), fields, "tokens")
     slots, pages = torch.arange(64, dtype=torch.int32).repeat(blocks), torch.zeros(blocks, dtype=torch.int32)
+    return partial(triton_ops.encode, [job] * jobs, slots, pages.long(), pages)
+
+
+def _launches(encode, monkeypatch):
     with recorded(monkeypatch) as launches:
-        triton_ops.encode([job], slots, pages.long(), pages)
+        encode()
     return launches
 
 
@@ -147,15 +153,41 @@ def test_a_side_is_encoded_in_one_launch_or_two(name, fitted, monkeypatch):
     """The keys or values of one layer, as long as their blocks are encoded at once."""
     names = ENCODERS[name][3]
     for blocks, times in ((1, 1), (TILE_BLOCKS, 1), (TILE_BLOCKS + 1, 2)):
-        launches = _encoded(name, fitted, monkeypatch, blocks)
+        launches = _launches(_encode(name, fitted, blocks=blocks), monkeypatch)
         assert [launch.name for launch in launches] == names * times
+
+
+class _Operations(TorchDispatchMode):
+    """The names of torch's operations that would launch something on a GPU."""
+
+    FREE = ("new_empty", "split")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in self.FREE:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@compiled
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "refined signs"])
+def test_around_the_launches_of_encode_there_is_one_operation_of_torch(name, fitted, monkeypatch):
+    """Which makes the flags; what kernels know of a recipe is made once."""
+    encode = _encode(name, fitted, jobs=3, blocks=2 * TILE_BLOCKS)
+    _launches(encode, monkeypatch)
+    with _Operations() as seen:
+        _launches(encode, monkeypatch)
+    assert seen.names == ["ones"]
 
 
 @compiled
 @pytest.mark.parametrize("capability", MOST_SHARED)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_encoders_compile(name, capability, fitted, monkeypatch):
-    _compile(_encoded(name, fitted, monkeypatch), capability)
+    _compile(_launches(_encode(name, fitted), monkeypatch), capability)
 
 
 def _compile(launches, capability):
