@@ -50,16 +50,18 @@ def _encode(job: EncodeJob, targets: kernels.Targets, are_finite: Tensor, place:
         return
     assert job.recipe is not None
     recipe, rope = job.recipe, job.rope
-    plan, tokens = once(recipe, "triton", partial(_plan, rope)), _tokens(job)
+    plan, tokens = once(recipe, "triton", _plan), _tokens(job)
     room, grid = _room(recipe, job, plan, targets), _grid(job, targets)
     codes, scale = _field(job.fields["codes"]), _field(job.fields["scale"])
+    turn = None if rope is None else _turn(rope, job.tokens.device)
     is_interleaved, widths = rope is not None and rope.interleaved, tuple(map(_width, recipe.parts))
     if not any(_is_refined(part) for part in recipe.parts):
         kernels.encode[grid](
-            tokens, targets, plan, room, codes, scale, are_finite, place, INTERLEAVED=is_interleaved, WIDTHS=widths
-        )
+            tokens, targets, plan, turn, room, codes, scale, are_finite, place,
+            INTERLEAVED=is_interleaved, WIDTHS=widths,
+        )  # fmt: skip
         return
-    kernels.map_tokens[grid](tokens, targets, plan, room, are_finite, place, INTERLEAVED=is_interleaved)
+    kernels.map_tokens[grid](tokens, targets, plan, turn, room, are_finite, place, INTERLEAVED=is_interleaved)
     plan = _with_refined(plan, recipe, room.mapped)
     kernels.code_tokens[grid](plan, room, targets, codes, scale, tokens.dim, WIDTHS=widths)
 
@@ -118,11 +120,10 @@ def _room(recipe: Recipe, job: EncodeJob, plan: kernels.Plan, targets: kernels.T
 # What a recipe is to kernels
 
 
-def _plan(rope: Rotation | None, recipe: Recipe) -> kernels.Plan:
+def _plan(recipe: Recipe) -> kernels.Plan:
     device = _device(recipe.map)
     return kernels.Plan(
         mean=recipe.mean,
-        turn=None if recipe.mean is None or rope is None else _turn(rope, device),
         map=_map(recipe.map),
         rows=recipe.map.rows,
         weights=recipe.weights,

@@ -118,7 +118,6 @@ class Plan(NamedTuple):
     """The arrays of a ``Recipe`` whose map has so many ``rows``."""
 
     mean: Tensor | None
-    turn: Turn | None
     map: Transform
     rows: int
     weights: Tensor | None
@@ -499,24 +498,26 @@ def _code(plan, room, targets, codes, scale, dim, WIDTHS: tl.constexpr):
 
 
 @triton.jit
-def _centre_and_map(tokens, targets, plan, room, are_finite, job, INTERLEAVED: tl.constexpr):
-    _centre(tokens, targets, plan.mean, plan.turn, room.centred, are_finite, job, INTERLEAVED)
+def _centre_and_map(tokens, targets, plan, turn, room, are_finite, job, INTERLEAVED: tl.constexpr):
+    _centre(tokens, targets, plan.mean, turn, room.centred, are_finite, job, INTERLEAVED)
     tl.debug_barrier()
     _map(plan, room, tokens.dim)
 
 
 @triton.jit(do_not_specialize=["job"])
-def encode(tokens, targets, plan, room, codes, scale, are_finite, job, INTERLEAVED: tl.constexpr, WIDTHS: tl.constexpr):
+def encode(
+    tokens, targets, plan, turn, room, codes, scale, are_finite, job, INTERLEAVED: tl.constexpr, WIDTHS: tl.constexpr
+):
     """``grid (blocks, H)``: everything. ``WIDTHS``: of each part, depth of its search or coordinates per nibble."""
-    _centre_and_map(tokens, targets, plan, room, are_finite, job, INTERLEAVED)
+    _centre_and_map(tokens, targets, plan, turn, room, are_finite, job, INTERLEAVED)
     tl.debug_barrier()
     _code(plan, room, targets, codes, scale, tokens.dim, WIDTHS)
 
 
 @triton.jit(do_not_specialize=["job"])
-def map_tokens(tokens, targets, plan, room, are_finite, job, INTERLEAVED: tl.constexpr):
+def map_tokens(tokens, targets, plan, turn, room, are_finite, job, INTERLEAVED: tl.constexpr):
     """``grid (blocks, H)``: all that comes before signs are refined."""
-    _centre_and_map(tokens, targets, plan, room, are_finite, job, INTERLEAVED)
+    _centre_and_map(tokens, targets, plan, turn, room, are_finite, job, INTERLEAVED)
 
 
 @triton.jit
