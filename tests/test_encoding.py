@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from conftest import Model
-from method_cases import every_head_dim, of_type, sums_of_entries
+from method_cases import every_head_dim, of_type, sums_of_entries, without_statistics
+from qjl import ops
 from qjl.codebook import NIBBLE, SignCode, joined_code, refined_sign_code, scalar_code, sign_code
 from qjl.methods.balanced import Balanced
 from qjl.methods.base import LayerContext
@@ -19,6 +20,8 @@ from qjl.methods.qjl import QJL, SignCodec
 from qjl.methods.quarot import QuaRot
 from qjl.methods.saw import SAW
 from qjl.methods.transform import GAINS, Transform
+from qjl.methods.uniform import TokenUniform
+from qjl.ops.reference import TILE_BLOCKS
 from qjl.ops.triton import runtime
 from qjl.packed import BLOCK
 from qjl.rope import Rope
@@ -139,6 +142,7 @@ ENCODERS = {
     "three-bits": lambda dim, heads, generator: scalar_code([[3] * dim]),
     **{f"trellis-{w}": lambda dim, heads, generator, w=w: trellis_code(dim, w) for w in WIDTHS},
     "joined": lambda dim, heads, generator: joined_code(trellis_code(dim - 4, 2), scalar_code([[2] * 4])),
+    "two-trellises": lambda dim, heads, generator: joined_code(trellis_code(dim - 4, 2), trellis_code(4, 1)),
     "signs": lambda dim, heads, generator: sign_code(dim),
     "refined": lambda dim, heads, generator: refined_sign_code(Sketch(4 * dim - 8, dim).matrix),
 }
@@ -294,6 +298,65 @@ def test_threads_and_company_change_nothing(encoder, generator):
     for block in range(blocks):
         alone = codec.encode_tokens(x[1:, :, block * BLOCK : (block + 1) * BLOCK], first[1:, block : block + 1])
         assert all(torch.equal(alone[name][0, :, 0], expected[name][1, :, block]) for name in expected)
+
+
+def _company(generator):
+    """Codecs of two heads of dimension 8, each of another kind to a backend."""
+    return {
+        "signs of a sketch": without_statistics(QJL(2), heads=2, head_dim=8),
+        "refined signs": _codec("refined", 8, 2, generator),
+        "grids": without_statistics(QuaRot(3, 8), heads=2, head_dim=8),
+        "tokens without a recipe": without_statistics(TokenUniform(2), heads=2, head_dim=8),
+    }
+
+
+def _pool(codec, pages):
+    return {name: torch.zeros(pages, 2, *field.shape, dtype=field.dtype) for name, field in codec.layout.items()}
+
+
+NOT_FINITE = [(torch.float32, float("nan")), (torch.bfloat16, float("inf")), (torch.float16, -float("inf"))]
+
+
+@pytest.mark.parametrize(("dtype", "number"), NOT_FINITE, ids=str)
+def test_numbers_that_are_not_finite_count_as_zero_and_are_told(dtype, number, refuses, generator):
+    """Whichever of the jobs has them."""
+    codecs = _company(generator)
+    x = torch.randn(BLOCK, 2, 8, generator=generator).to(dtype)
+    x[60, 1, 5] = 0
+    bad = x.clone()
+    bad[60, 1, 5] = number
+    blocks = torch.arange(BLOCK, dtype=torch.int32), torch.tensor([67]), torch.tensor([1], dtype=torch.int32)
+    expected = {what: _pool(codec, 2) for what, codec in codecs.items()}
+    ops.encode([codec.job(x, expected[what], what) for what, codec in codecs.items()], *blocks)
+    for which in codecs:
+        found = {what: _pool(codec, 2) for what, codec in codecs.items()}
+        with refuses(f"{which} contain NaN or Inf"):
+            ops.encode(
+                [codec.job(bad if what == which else x, found[what], what) for what, codec in codecs.items()], *blocks
+            )
+        assert all(torch.equal(found[what][name], expected[what][name]) for what in codecs for name in found[what])
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """How many blocks are encoded at once: few under the interpreter."""
+    if not IS_SLOW:
+        return TILE_BLOCKS
+    monkeypatch.setattr("qjl.ops.triton.encoding.TILE_BLOCKS", 2)
+    return 2
+
+
+@pytest.mark.parametrize("what", ["signs of a sketch", "refined signs", "grids"])
+def test_more_blocks_than_are_encoded_at_once(what, at_once, generator):
+    """From slots in any order to pages in any order, of pools that are parts of larger ones."""
+    codec, blocks = _company(generator)[what], at_once + 1
+    x = torch.randn(blocks * BLOCK, 2, 8, generator=generator)
+    slots, pages = (torch.randperm(n, generator=generator).int() for n in (len(x), blocks))
+    first = 1000 * torch.arange(blocks)
+    pool = {name: field.transpose(0, 1).contiguous().transpose(0, 1) for name, field in _pool(codec, blocks).items()}
+    ops.encode([codec.job(torch.cat([x, -x], 2)[..., :8], pool, what)], slots, first, pages)
+    expected = codec.encode_tokens(x[slots.long()].transpose(0, 1)[None], first[None])
+    assert all(torch.equal(pool[name][pages.long()].transpose(0, 1)[None], field) for name, field in expected.items())
 
 
 def test_an_even_trellis_of_two_parts_fills_both(generator):

@@ -37,7 +37,8 @@ def _in_guarded_memory(guarded, value):
     if isinstance(value, tuple):
         return tuple(_in_guarded_memory(guarded, one) for one in value)
     if is_dataclass(value):
-        return replace(value, **{f.name: _in_guarded_memory(guarded, getattr(value, f.name)) for f in fields(value)})
+        given = [f.name for f in fields(value) if f.init]
+        return replace(value, **{name: _in_guarded_memory(guarded, getattr(value, name)) for name in given})
     return value
 
 

@@ -1,9 +1,11 @@
 """What is special to the triton backend: many query rows, what it needs, and kernels compiled without a GPU."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import using_backend
 from pages import Extent, error, expected, operands, paged
@@ -12,6 +14,7 @@ from qjl.methods.balanced import Balanced
 from qjl.methods.qjl import QJL
 from qjl.methods.quarot import QuaRot
 from qjl.methods.transform import Transform
+from qjl.ops.reference import TILE_BLOCKS
 from qjl.ops.triton import runtime
 
 if not runtime.is_installed():
@@ -26,6 +29,7 @@ on_gpu = pytest.mark.skipif(
     runtime.is_interpreted() or not torch.cuda.is_available(), reason="there is no GPU on this machine"
 )
 CAPABILITIES = [80, 90, 100]
+MOST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have
 TRELLIS = Balanced(2, "trellis", metric=False)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 2e-3}
 
@@ -118,38 +122,79 @@ def test_decode_compiles(quantizer, capability, fitted):
 
 
 ENCODERS = {
-    "levels": (Transform(3), torch.bfloat16),
-    "trellis and levels": (Balanced(3.5, "trellis"), torch.float32),
-    "signs": (Balanced(2, "signs"), torch.bfloat16),
-    "sketch": (QJL(2, "hadamard"), torch.float16),
-    "grid": (QuaRot(3, 32), torch.bfloat16),
+    "b3 keys": ("key", Transform(3), torch.bfloat16, ["encode"]),
+    "b3 values": ("value", TRELLIS, torch.bfloat16, ["encode"]),
+    "trellis and levels": ("key", Balanced(3.5, "trellis"), torch.float32, ["encode"]),
+    "sketch": ("key", QJL(2, "hadamard"), torch.float16, ["encode"]),
+    "groups": ("value", QuaRot(3, 32), torch.bfloat16, ["encode_on_grids"]),
+    "refined signs": ("key", Balanced(2, "signs"), torch.bfloat16, ["map_tokens", "code_tokens"]),
 }
 
 
+def _encode(name, fitted, jobs=1, blocks=1):
+    """Blocks of one side to their pages, once for each job."""
+    role, quantizer, dtype, _ = ENCODERS[name]
+    codec = fitted(role, quantizer, 64).codec
+    fields = {name: torch.zeros(1, 2, *field.shape, dtype=field.dtype) for name, field in codec.layout.items()}
+    job = codec.job(torch.zeros(64, 2, 64, dtype=dtype), fields, "tokens")
+    slots, pages = torch.arange(64, dtype=torch.int32).repeat(blocks), torch.zeros(blocks, dtype=torch.int32)
+    return partial(triton_ops.encode, [job] * jobs, slots, pages.long(), pages)
+
+
+def _launches(encode):
+    with recorded() as launches:
+        encode()
+    return launches
+
+
 @compiled
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_side_is_encoded_in_one_launch_or_two(name, fitted):
+    """The keys or values of one layer, as long as their blocks are encoded at once."""
+    names = ENCODERS[name][3]
+    for blocks, times in ((1, 1), (TILE_BLOCKS, 1), (TILE_BLOCKS + 1, 2)):
+        launches = _launches(_encode(name, fitted, blocks=blocks))
+        assert [launch.name for launch in launches] == names * times
+
+
+class _Operations(TorchDispatchMode):
+    """The names of torch's operations that would launch something on a GPU."""
+
+    FREE = ("new_empty", "split")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ not in self.FREE:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **kwargs or {})
+
+
+@compiled
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "refined signs"])
+def test_around_the_launches_of_encode_there_is_one_operation_of_torch(name, fitted):
+    """Which makes the flags; what kernels know of a recipe is made once."""
+    encode = _encode(name, fitted, jobs=3, blocks=2 * TILE_BLOCKS)
+    _launches(encode)
+    with _Operations() as seen:
+        _launches(encode)
+    assert seen.names == ["ones"]
+
+
+@compiled
+@pytest.mark.parametrize("capability", MOST_SHARED)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_encoders_compile(name, capability, fitted):
-    quantizer, dtype = ENCODERS[name]
-    codec = fitted("key", quantizer, 64).codec
-    fields = {
-        name: torch.zeros(1, 2, *field.shape, dtype=field.dtype) for name, field in quantizer.layout(64, dtype).items()
-    }
-    job = codec.job(torch.zeros(64, 2, 64, dtype=dtype), fields, "keys")
-    with recorded() as launches:
-        triton_ops.encode([job], torch.arange(64), torch.zeros(1).long(), torch.zeros(1).long())
-    assert launches
-    _compile(launches, capability)
-
-
-MOST_SHARED = 163 * 1024  # bytes that compute capability 8.0 gives a program, and later ones more
+    _compile(_launches(_encode(name, fitted)), capability)
 
 
 def _compile(launches, capability):
     for launch in launches:
         kernel = launch.compiled(capability)
         assert f".target sm_{capability}" in kernel.asm["ptx"]
-        assert kernel.metadata.shared <= MOST_SHARED
+        assert kernel.metadata.shared <= MOST_SHARED[capability] * 1024
 
 
 # On a GPU

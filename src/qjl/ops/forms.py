@@ -8,15 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from qjl.ops.recipe import GridRecipe, Recipe
+from qjl.ops.recipe import Derived, GridRecipe, Recipe
 from qjl.packed import Blocks
-
-
-class Derived(dict[str, Any]):
-    """What a backend makes of something at its first use; copies and files begin without it."""
-
-    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
-        return Derived, ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +152,8 @@ class Rotation(Protocol):
     def exact_angles(self, positions: Tensor) -> Tensor:
         """``[...] -> float32 [..., F]``."""
         ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)

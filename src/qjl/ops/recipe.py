@@ -5,11 +5,19 @@ Tensors lie on one device, contiguous but for heads that share theirs (a stride 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from qjl.errors import QJLError
+
+
+class Derived(dict[str, Any]):
+    """What a backend makes of something at its first use; copies and files begin without it."""
+
+    def __reduce__(self) -> tuple[type[Derived], tuple[()]]:
+        return Derived, ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +153,7 @@ class Recipe:
     weights: Tensor | None = None
     units: Tensor | None = None
     norm_factor: float = 1.0
+    derived: dict[str, Any] = field(default_factory=Derived, init=False)
 
     def __post_init__(self) -> None:
         rows = self.map.rows

@@ -1,82 +1,151 @@
-"""encode in Triton: a few kernels over the new tokens, with numbers between them in scratch memory."""
+"""encode in Triton: a launch per job and some blocks, from the exact pool straight to pages; two if signs are refined.
+
+Between its phases a program leaves numbers in scratch memory, which only as many blocks as are encoded at once need.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from itertools import accumulate
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qjl.ops import reference
-from qjl.ops.forms import EncodeJob, Rotation
+from qjl.ops.forms import EncodeJob, Rotation, once
 from qjl.ops.recipe import GridRecipe, LevelsPart, Map, Part, Recipe, SignsPart, SketchMap, TrellisPart
+from qjl.ops.reference import TILE_BLOCKS
 from qjl.ops.triton import encoding_kernels as kernels
-from qjl.packed import BLOCK, Blocks, block_positions
+from qjl.packed import BLOCK
 
 NIBBLE = 4
 LEAST = 16  # what a matrix product takes
 
 
 def encode(jobs: Sequence[EncodeJob], slots: Tensor, first: Tensor, pages: Tensor) -> Tensor:
-    """Whether all tokens of each job are finite, ``bool [jobs]``."""
-    return torch.stack([reference.encode_by(_quantizer(job), job, slots, first, pages) for job in jobs])
+    """Whether all tokens of each job are finite, ``bool [jobs]``: kernels put that on record as they read."""
+    are_finite = torch.ones(len(jobs), dtype=torch.bool, device=slots.device)
+    tiles = _tiles(slots.contiguous(), first.contiguous(), pages.contiguous())
+    for place, job in enumerate(jobs):
+        if job.recipe is None:
+            are_finite[place] = reference.encode_by(job.quantize, job, slots, first, pages)
+        else:
+            for tile in tiles:
+                _encode(job, tile, are_finite, place)
+    return are_finite
 
 
-def _quantizer(job: EncodeJob) -> Callable[[Tensor, Tensor], Blocks]:
-    """What takes tokens ``[1, H, T, D]`` and the positions of their blocks ``[1, T / 64]`` to codes."""
-    if job.recipe is None:
-        return job.quantize
+def _tiles(slots: Tensor, first: Tensor, pages: Tensor) -> list[kernels.Targets]:
+    """Some blocks each, so that a long prompt takes little room."""
+    split = slots.split(TILE_BLOCKS * BLOCK), first.split(TILE_BLOCKS), pages.split(TILE_BLOCKS)
+    return [kernels.Targets(*tile) for tile in zip(*split, strict=True)]
+
+
+def _encode(job: EncodeJob, targets: kernels.Targets, are_finite: Tensor, place: int) -> None:
     if isinstance(job.recipe, GridRecipe):
-        return partial(_on_grids, job.recipe)
-    return partial(_encoded, job.recipe, job.rope)
+        _encode_on_grids(job, job.recipe, targets, are_finite, place)
+        return
+    assert job.recipe is not None
+    recipe, rope = job.recipe, job.rope
+    plan, tokens = once(recipe, "triton", _plan), _tokens(job)
+    room, grid = _room(recipe, job, plan, targets), _grid(job, targets)
+    codes, scale = _field(job.fields["codes"]), _field(job.fields["scale"])
+    turn = None if rope is None else _turn(rope, job.tokens.device)
+    is_interleaved, widths = rope is not None and rope.interleaved, tuple(map(_width, recipe.parts))
+    if not any(_is_refined(part) for part in recipe.parts):
+        kernels.encode[grid](
+            tokens, targets, plan, turn, room, codes, scale, are_finite, place,
+            INTERLEAVED=is_interleaved, WIDTHS=widths,
+        )  # fmt: skip
+        return
+    kernels.map_tokens[grid](tokens, targets, plan, turn, room, are_finite, place, INTERLEAVED=is_interleaved)
+    plan = _with_refined(plan, recipe, room.mapped)
+    kernels.code_tokens[grid](plan, room, targets, codes, scale, tokens.dim, WIDTHS=widths)
 
 
-def _encoded(recipe: Recipe, rope: Rotation | None, tokens: Tensor, first: Tensor) -> Blocks:
-    batch, heads, length, dim = tokens.shape
-    sites, rows = (batch, heads, length // BLOCK), recipe.map.rows
-    grid = sites[2], batch * heads
-    mapped = tokens.new_empty((*sites, rows, BLOCK), dtype=torch.float32)
-    norms = None if recipe.units is not None else tokens.new_empty((*sites, BLOCK), dtype=torch.float32)
-    kernels.transform[(*grid, triton.cdiv(rows, kernels.CHUNK.value))](
-        kernels.Rows.of(tokens), _mean(recipe.mean, rope, first), _map(recipe.map), mapped, norms, heads, rows, dim
-    )
-    sizes = kernels.Sizes(*(torch.empty_like(mapped[:, :, :, 0]) for _ in range(3)))
-    kernels.sizes[grid](mapped, recipe.weights, sizes, heads, rows)
-    codes = _encode_parts(mapped, recipe, sizes)
-    if recipe.units is None:
-        scale = mapped.new_empty((*sites, BLOCK), dtype=torch.float16)
-        kernels.half_scales[grid](norms, recipe.norm_factor, scale)
-    else:
-        scale = mapped.new_empty((*sites, BLOCK), dtype=torch.uint8)
-        kernels.log_scales[grid](sizes, recipe.units, scale, heads)
-    return {"codes": codes, "scale": scale}
-
-
-def _on_grids(recipe: GridRecipe, tokens: Tensor, first: Tensor) -> Blocks:
-    batch, heads, length, dim = tokens.shape
-    sites, width = (batch, heads, length // BLOCK), dim // recipe.groups
-    numbers = tokens.new_empty((*sites, dim, BLOCK), dtype=torch.uint8)
-    steps, middles = (tokens.new_empty((*sites, recipe.groups, BLOCK), dtype=torch.float16) for _ in range(2))
-    room = max(LEAST, triton.next_power_of_2(width))
-    kernels.grids[(sites[2], batch * heads, recipe.groups)](
-        kernels.Rows.of(tokens), numbers, steps, middles, heads, dim, recipe.size, recipe.size**-0.5, recipe.clip,
-        width, WIDTH=room, TOP=2**recipe.num_bits - 1, num_warps=8 if room > 64 else 4,
+def _encode_on_grids(
+    job: EncodeJob, recipe: GridRecipe, targets: kernels.Targets, are_finite: Tensor, place: int
+) -> None:
+    tokens, grid = _tokens(job), _grid(job, targets)
+    width = tokens.dim // recipe.groups
+    places = _side_by_side(tokens.dim * recipe.num_bits, recipe.num_bits, job.tokens.device)
+    widest = max(LEAST, triton.next_power_of_2(width))
+    kernels.encode_on_grids[grid](
+        tokens, targets, kernels.Grid(recipe.size, recipe.size**-0.5, recipe.clip, recipe.groups, width, places),
+        _scratch(job, targets, tokens.dim, torch.float32), _scratch(job, targets, tokens.dim, torch.uint8),
+        *(_field(job.fields[name]) for name in ("codes", "step", "middle")), are_finite, place,
+        WIDTH=widest, TOP=2**recipe.num_bits - 1, num_warps=8 if widest > 64 else 4,
     )  # fmt: skip
-    codes = tokens.new_empty((*sites, dim * recipe.num_bits // 8, BLOCK), dtype=torch.uint8)
-    _pack(numbers, _side_by_side(dim * recipe.num_bits, recipe.num_bits, tokens.device), codes, 0)
-    return {"codes": codes, "step": steps, "middle": middles}
 
 
-def _mean(vector: Tensor | None, rope: Rotation | None, first: Tensor) -> kernels.Mean | None:
-    if vector is None:
-        return None
-    if rope is None:
-        return kernels.Mean(vector, None, None, 0, 0)
-    angles = rope.exact_angles(block_positions(first)).transpose(1, 2)
+# What kernels read and write
+
+
+def _grid(job: EncodeJob, targets: kernels.Targets) -> tuple[int, int]:
+    """A program for each block of each head."""
+    return targets.pages.shape[0], job.tokens.shape[1]
+
+
+def _tokens(job: EncodeJob) -> kernels.Tokens:
+    tokens = job.tokens
+    return kernels.Tokens(tokens, tokens.stride(0), tokens.stride(1), tokens.shape[2])
+
+
+def _field(field: Tensor) -> kernels.Field:
+    return kernels.Field(field, field.stride(0), field.stride(1))
+
+
+def _scratch(job: EncodeJob, targets: kernels.Targets, rows: int, dtype: torch.dtype) -> Tensor:
+    """Of each program, so many numbers for each token: ``[H, n, rows, 64]``."""
+    blocks, heads = _grid(job, targets)
+    return job.tokens.new_empty((heads, blocks, rows, BLOCK), dtype=dtype)
+
+
+def _room(recipe: Recipe, job: EncodeJob, plan: kernels.Plan, targets: kernels.Targets) -> kernels.Room:
+    scratch = partial(_scratch, job, targets)
+    many, steps = sum(map(_numbers, recipe.parts)), sum(map(_steps, recipe.parts))
+    return kernels.Room(
+        centred=scratch(job.tokens.shape[2], torch.float32),
+        mapped=scratch(plan.rows, torch.float32),
+        numbers=scratch(many, torch.uint8),
+        came=scratch(steps * kernels.STATES.value, torch.uint8),
+        many=many,
+        steps=steps,
+    )
+
+
+# What a recipe is to kernels
+
+
+def _plan(recipe: Recipe) -> kernels.Plan:
+    device = _device(recipe.map)
+    return kernels.Plan(
+        mean=recipe.mean,
+        map=_map(recipe.map),
+        rows=recipe.map.rows,
+        weights=recipe.weights,
+        gains=torch.tensor(recipe.gains, device=device, dtype=torch.float32),
+        tried=len(recipe.gains),
+        parts=_parts(recipe.parts),
+        places=_places(recipe.parts, device),
+        units=recipe.units,
+        norm_factor=recipe.norm_factor,
+    )
+
+
+def _device(chosen: Map) -> torch.device:
+    return (chosen.flips if isinstance(chosen, SketchMap) else chosen.matrix).device
+
+
+@lru_cache(maxsize=256)
+def _turn(rope: Rotation, device: torch.device) -> kernels.Turn:
+    """Layers share it."""
+    angles = rope.exact_angles(torch.arange(BLOCK, device=device)).T
     cos, sin = ((x * rope.scaling).contiguous() for x in (angles.cos(), angles.sin()))
-    return kernels.Mean(vector, cos, sin, cos.shape[1], int(rope.interleaved))
+    return kernels.Turn(rope.inv_freq.to(device).float(), cos, sin, cos.shape[0])
 
 
 def _map(chosen: Map) -> kernels.Transform:
@@ -86,91 +155,69 @@ def _map(chosen: Map) -> kernels.Transform:
     return kernels.Transform(chosen.matrix, (head, *chosen.matrix.stride()[1:]), None, None, 0)
 
 
-def _encode_parts(mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes) -> Tensor:
-    count = sum(part.nibbles for part in recipe.parts) // 2
-    codes = mapped.new_empty((*mapped.shape[:3], count, BLOCK), dtype=torch.uint8)
-    coordinate, byte = 0, 0
-    for part in recipe.parts:
-        numbers = _numbers(part, mapped, recipe, sizes, coordinate)
-        _pack(numbers, _places(part, mapped.device), codes, byte)
-        coordinate, byte = coordinate + part.dim, byte + part.nibbles // 2
-    return codes
-
-
-def _numbers(part: Part, mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes, first: int) -> Tensor:
-    """What the bits of a part's nibbles are taken from, ``uint8 [B, H, blocks, numbers, 64]``."""
-    if isinstance(part, LevelsPart):
-        return _levels(part, mapped, recipe, sizes, first)
-    if isinstance(part, TrellisPart):
-        return _trellis(part, mapped, recipe, sizes, first)
-    return _signs(part, mapped, recipe, sizes, first)
-
-
-def _levels(part: LevelsPart, mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes, first: int) -> Tensor:
-    numbers, heads, rows = _room(mapped, part.dim), mapped.shape[1], mapped.shape[3]
-    tables, per_head = part.tables, int(part.kinds.shape[0] > 1)
-    search = kernels.Search(part.kinds, tables.tree, tables.levels, tables.patterns, per_head)
-    kernels.levels[_blocks(mapped)](
-        mapped, recipe.weights, sizes, search, _gains(recipe.gains, mapped.device), len(recipe.gains), numbers, heads,
-        first, rows, part.dim, DEPTH=part.widest,
-    )  # fmt: skip
-    return numbers
-
-
-def _trellis(part: TrellisPart, mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes, first: int) -> Tensor:
-    numbers, heads, rows = _room(mapped, part.nibbles), mapped.shape[1], mapped.shape[3]
-    came = _room(mapped, part.nibbles * len(part.own))
-    kernels.trellis[_blocks(mapped)](
-        mapped, recipe.weights, sizes, _points(part), came, numbers, heads, first, rows, part.nibbles,
-        WIDTH=part.own.shape[1],
-    )  # fmt: skip
-    return numbers
-
-
-def _signs(part: SignsPart, mapped: Tensor, recipe: Recipe, sizes: kernels.Sizes, first: int) -> Tensor:
-    numbers, heads, rows = _room(mapped, part.dim), mapped.shape[1], mapped.shape[3]
-    refined = None if part.gram is None else _refined(mapped[:, :, :, first : first + part.dim], part)
-    kernels.signs[_blocks(mapped)](mapped, recipe.weights, sizes, refined, numbers, heads, first, rows, part.dim)
-    return numbers
-
-
-def _blocks(mapped: Tensor) -> tuple[int, int]:
-    """A program for each block of each head."""
-    batch, heads, blocks = mapped.shape[:3]
-    return blocks, batch * heads
-
-
-def _room(mapped: Tensor, count: int) -> Tensor:
-    """For so many small numbers of each token."""
-    return mapped.new_empty((*mapped.shape[:3], count, BLOCK), dtype=torch.uint8)
-
-
-def _refined(y: Tensor, part: SignsPart) -> Tensor:
-    """The signs of ``SignCode.refined``, of coordinates ``[B, H, blocks, m, 64]``: products large enough for cuBLAS."""
-    assert part.gram is not None
-    signs = torch.where(y >= 0, 1.0, -1.0)
-    for _ in range(part.sweeps):
-        decoded = part.gram @ signs
-        c = (y * signs).sum(3, keepdim=True) / (decoded * signs).sum(3, keepdim=True)
-        target = y / c.clamp(min=torch.finfo(y.dtype).tiny)
-        for first in range(0, part.dim, part.block):
-            own = slice(first, first + part.block)
-            others = part.gram[own] @ signs - signs[:, :, :, own]
-            signs[:, :, :, own] = torch.where(target[:, :, :, own] >= others, 1.0, -1.0)
-    return signs
-
-
-def _pack(numbers: Tensor, places: kernels.Places, codes: Tensor, first: int) -> None:
-    batch, heads, blocks, count, _ = numbers.shape
-    nibbles = places.number.shape[1]
-    kernels.pack_bits[(blocks, batch * heads, triton.cdiv(nibbles // 2, kernels.CHUNK.value))](
-        numbers, places, codes, heads, count, first, nibbles, codes.shape[3]
+def _parts(parts: Sequence[Part]) -> tuple[kernels.Part, ...]:
+    starts = (_starts(size, parts) for size in (_coordinates, _numbers, _steps))
+    return tuple(
+        kernels.Part(part.dim, first, number, step, _search(part), _points(part), None)
+        for part, first, number, step in zip(parts, *starts, strict=True)
     )
 
 
-def _places(part: Part, device: torch.device) -> kernels.Places:
+def _starts(size: Callable[[Part], int], parts: Sequence[Part]) -> list[int]:
+    """Where each part begins, among what each has so many of."""
+    return [0, *accumulate(map(size, parts))][:-1]
+
+
+def _coordinates(part: Part) -> int:
+    return part.dim
+
+
+def _numbers(part: Part) -> int:
+    """How many the bits of a part's nibbles are taken from."""
+    return part.nibbles if isinstance(part, TrellisPart) else part.dim
+
+
+def _steps(part: Part) -> int:
+    """How many a trellis takes."""
+    return part.nibbles if isinstance(part, TrellisPart) else 0
+
+
+def _width(part: Part) -> int:
     if isinstance(part, LevelsPart):
-        return kernels.Places(part.bit_coordinate, part.bit_index, int(part.bit_coordinate.shape[0] > 1))
+        return part.widest
+    return part.own.shape[1] if isinstance(part, TrellisPart) else 1
+
+
+def _search(part: Part) -> kernels.Search | None:
+    if not isinstance(part, LevelsPart):
+        return None
+    tables = part.tables
+    return kernels.Search(part.kinds, tables.tree, tables.levels, tables.patterns, int(part.kinds.shape[0] > 1))
+
+
+def _points(part: Part) -> kernels.Points | None:
+    if not isinstance(part, TrellisPart):
+        return None
+    pair_cost = (part.own[None] + part.next[:, None]).square().sum(-1)  # [previous, current]
+    return kernels.Points(part.own, pad(part.next, (0, 0, 0, 1)), pair_cost)
+
+
+def _places(parts: Sequence[Part], device: torch.device) -> kernels.Places:
+    """Of the nibbles of all parts, in one stream."""
+    of_parts = [_places_of(part, device) for part in parts]
+    heads = max(places.number.shape[0] for places in of_parts)
+    numbers = [places.number + first for places, first in zip(of_parts, _starts(_numbers, parts), strict=True)]
+    number, bit = (
+        torch.cat([x.expand(heads, -1, -1) for x in of_all], 1)
+        for of_all in (numbers, [places.bit for places in of_parts])
+    )
+    return kernels.Places(number, bit, int(heads > 1), number.shape[1])
+
+
+def _places_of(part: Part, device: torch.device) -> kernels.Places:
+    if isinstance(part, LevelsPart):
+        number, bit = part.bit_coordinate, part.bit_index
+        return kernels.Places(number, bit, int(number.shape[0] > 1), part.nibbles)
     if isinstance(part, TrellisPart):
         return _side_by_side(NIBBLE * part.nibbles, NIBBLE, device)
     return _side_by_side(part.dim, 1, device)
@@ -180,15 +227,37 @@ def _places(part: Part, device: torch.device) -> kernels.Places:
 def _side_by_side(bits: int, width: int, device: torch.device) -> kernels.Places:
     """Of numbers of ``width`` bits, one after the other."""
     stream = torch.arange(bits, device=device).view(1, -1, NIBBLE)
-    return kernels.Places((stream // width).short(), (stream % width).short(), 0)
+    return kernels.Places((stream // width).short(), (stream % width).short(), 0, bits // NIBBLE)
 
 
-@lru_cache(maxsize=64)
-def _gains(gains: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(gains, device=device, dtype=torch.float32)
+# Refined signs
 
 
-@lru_cache(maxsize=64)
-def _points(part: TrellisPart) -> kernels.Points:
-    pair_cost = (part.own[None] + part.next[:, None]).square().sum(-1)  # [previous, current]
-    return kernels.Points(part.own, torch.nn.functional.pad(part.next, (0, 0, 0, 1)), pair_cost)
+def _is_refined(part: Part) -> bool:
+    return isinstance(part, SignsPart) and part.gram is not None
+
+
+def _with_refined(plan: kernels.Plan, recipe: Recipe, mapped: Tensor) -> kernels.Plan:
+    """A plan whose parts know signs that torch refined."""
+    parts = (
+        made._replace(refined=_refined(mapped[:, :, made.first : made.first + made.dim], part))
+        if isinstance(part, SignsPart) and part.gram is not None
+        else made
+        for made, part in zip(plan.parts, recipe.parts, strict=True)
+    )
+    return plan._replace(parts=tuple(parts))
+
+
+def _refined(y: Tensor, part: SignsPart) -> Tensor:
+    """The signs of ``SignCode.refined``, of coordinates ``[H, blocks, m, 64]``: products large enough for cuBLAS."""
+    assert part.gram is not None
+    signs = torch.where(y >= 0, 1.0, -1.0)
+    for _ in range(part.sweeps):
+        decoded = part.gram @ signs
+        c = (y * signs).sum(2, keepdim=True) / (decoded * signs).sum(2, keepdim=True)
+        target = y / c.clamp(min=torch.finfo(y.dtype).tiny)
+        for first in range(0, part.dim, part.block):
+            own = slice(first, first + part.block)
+            others = part.gram[own] @ signs - signs[:, :, own]
+            signs[:, :, own] = torch.where(target[:, :, own] >= others, 1.0, -1.0)
+    return signs

@@ -1,8 +1,9 @@
-"""Kernels of the encoders. Each program takes the 64 tokens of one block of one head.
+"""The encoder, whose programs take the 64 tokens of one block of one head from the exact pool to a page.
 
-Between kernels numbers lie as codes do, token-minor: ``[B, H, blocks, numbers, 64]``. ``transform`` maps the tokens,
-``sizes`` measures them, ``levels``, ``trellis`` and ``signs`` choose the numbers of one part of the coordinates,
-``pack_bits`` puts their bits where the code wants them, and ``scales`` closes with the scale of each token.
+A program works in phases, and what one leaves for the next lies in scratch memory as codes do, token-minor: the tokens
+less their mean, the coordinates that they are mapped to, and the number that codes each of them. ``debug_barrier``
+stands where threads read what others wrote. Signs that are refined need products of all tokens between two phases:
+``map_tokens`` and ``code_tokens`` are the halves of ``encode`` around them.
 """
 
 from __future__ import annotations
@@ -23,30 +24,41 @@ STEPS_PER_OCTAVE = tl.constexpr(12)
 UNIT_CODE = tl.constexpr(128)
 TINY = tl.constexpr(1e-30)
 LARGEST_HALF = tl.constexpr(65504.0)
+TAU = tl.constexpr(6.283185307179586)
 
 
-class Rows(NamedTuple):
-    """Numbers per token, ``[B, H, T, N]``, with strides in elements."""
+class Targets(NamedTuple):
+    """Of n blocks: ``slots int32 [n * 64]``, ``first int64 [n]`` and ``pages int32 [n]``."""
+
+    slots: Tensor
+    first: Tensor
+    pages: Tensor
+
+
+class Tokens(NamedTuple):
+    """``[slots, H, dim]`` with strides in elements; numbers of a token lie side by side."""
 
     data: Tensor
-    batch: int
+    slot: int
     head: int
-    token: int
-    column: int
-
-    @classmethod
-    def of(cls, rows: Tensor) -> Rows:
-        return cls(rows, *rows.stride())
+    dim: int
 
 
-class Mean(NamedTuple):
-    """``vector [H, D]``, turned by ``cos`` and ``sin [B, F, T]`` where there are any."""
+class Field(NamedTuple):
+    """``[pages, H, ...]`` with strides in elements; those of a page and head lie together."""
 
-    vector: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
+    data: Tensor
+    page: int
+    head: int
+
+
+class Turn(NamedTuple):
+    """RoPE of ``pairs`` coordinates: ``inv_freq [F]``; ``cos``, ``sin [F, 64]`` turn from a block's first token on."""
+
+    inv_freq: Tensor
+    cos: Tensor
+    sin: Tensor
     pairs: int
-    interleaved: int
 
 
 class Transform(NamedTuple):
@@ -78,20 +90,66 @@ class Points(NamedTuple):
     pair_cost: Tensor
 
 
-class Sizes(NamedTuple):
-    """Of tokens ``[B, H, blocks, 64]``: their rms, their weighted square, and its share along the code."""
+class Part(NamedTuple):
+    """So many coordinates, the first of them, of their numbers, and of the steps of a trellis.
 
-    rms: Tensor
-    squared: Tensor
-    aligned: Tensor
+    Signs have neither search nor points; ``refined [H, n, dim, 64]`` are those that were found already.
+    """
+
+    dim: int
+    first: int
+    number: int
+    step: int
+    search: Search | None
+    points: Points | None
+    refined: Tensor | None
 
 
 class Places(NamedTuple):
-    """Where bit b of nibble j comes from: which number, which of its bits; both int16 ``[H', N, 4]``."""
+    """Where bit b of nibble j comes from: which number, which of its bits; both int16 ``[H', nibbles, 4]``."""
 
     number: Tensor
     bit: Tensor
     per_head: int
+    nibbles: int
+
+
+class Plan(NamedTuple):
+    """The arrays of a ``Recipe`` whose map has so many ``rows``."""
+
+    mean: Tensor | None
+    map: Transform
+    rows: int
+    weights: Tensor | None
+    gains: Tensor
+    tried: int
+    parts: tuple[Part, ...]
+    places: Places
+    units: Tensor | None
+    norm_factor: float
+
+
+class Grid(NamedTuple):
+    """A ``GridRecipe`` with groups of so many channels (``width``); ``root`` is 1 over that of ``size``."""
+
+    size: int
+    root: float
+    clip: float
+    groups: int
+    width: int
+    places: Places
+
+
+class Room(NamedTuple):
+    """Scratch memory of all programs: float32 ``centred [H, n, D, 64]``, ``mapped [H, n, D', 64]``; uint8 ``numbers
+    [H, n, many, 64]``; and where each step of a trellis came from, uint8 ``came [H, n, steps, 16, 64]``."""
+
+    centred: Tensor
+    mapped: Tensor
+    numbers: Tensor
+    came: Tensor
+    many: int
+    steps: int
 
 
 @triton.jit
@@ -101,36 +159,73 @@ def _site():
 
 
 @triton.jit
-def _tokens(tokens: Rows, heads, dims, dim):
-    """Float32 ``[dims, 64]``."""
-    row, head = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    begin = tokens.data + row * tokens.batch + head * tokens.head
-    at = begin + dims[:, None] * tokens.column + token[None, :] * tokens.token
-    return tl.load(at, mask=(dims < dim)[:, None], other=0.0).to(tl.float32)
+def _tile(base, rows, first, row):
+    """Where rows ``first + row`` of this program's ``[rows, 64]`` lie."""
+    return base + (_site() * rows + first + row)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
 
 
 @triton.jit
-def _mean_of(mean, heads, dims, dim):
-    """What is subtracted from the tokens, ``[dims, 64]``."""
-    vector = mean.vector + (tl.program_id(1) % heads) * dim
+def _of_page(field, targets):
+    """Where this program's page and head begin."""
+    page = tl.load(targets.pages + tl.program_id(0)).to(tl.int64)
+    return field.data + page * field.page + tl.program_id(1).to(tl.int64) * field.head
+
+
+@triton.jit
+def _tokens(tokens, slot, dims):
+    """Those of 64 slots, float32 ``[dims, 64]``."""
+    begin = tokens.data + tl.program_id(1).to(tl.int64) * tokens.head
+    at = begin + dims[:, None] + (slot * tokens.slot)[None, :]
+    return tl.load(at, mask=(dims < tokens.dim)[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _mean_of(mean, turn, first, dims, dim, INTERLEAVED: tl.constexpr):
+    """What is subtracted from the tokens of a block at position ``first``, ``[dims, 64]``."""
+    vector = mean + tl.program_id(1) * dim
     mu = tl.load(vector + dims, mask=dims < dim, other=0.0)[:, None] + tl.zeros([1, TOKENS], tl.float32)
-    if mean.cos is not None:
-        if mean.interleaved:
+    if turn is not None:
+        if INTERLEAVED:
             pair, is_first, partner = dims // 2, dims % 2 == 0, dims ^ 1
         else:
-            is_first = dims < mean.pairs
-            pair = tl.where(is_first, dims, dims - mean.pairs)
-            partner = tl.where(is_first, dims + mean.pairs, dims - mean.pairs)
-        turns = dims < 2 * mean.pairs
+            is_first = dims < turn.pairs
+            pair = tl.where(is_first, dims, dims - turn.pairs)
+            partner = tl.where(is_first, dims + turn.pairs, dims - turn.pairs)
+        turns = dims < 2 * turn.pairs
         other = tl.load(vector + partner, mask=turns, other=0.0)[:, None]
-        token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-        row = (tl.program_id(1) // heads).to(tl.int64) * mean.pairs
-        at = (row + pair)[:, None] * (tl.num_programs(0) * TOKENS) + token[None, :]
-        cos = tl.load(mean.cos + at, mask=turns[:, None], other=1.0)
-        sin = tl.load(mean.sin + at, mask=turns[:, None], other=0.0)
+        cos, sin = _turned(turn, first, pair, turns)
         mu = mu * cos + other * sin * tl.where(is_first, -1.0, 1.0)[:, None]
     return mu
+
+
+@triton.jit
+def _turned(turn, first, pair, turns):
+    """Cosines and sines of pairs at all tokens, ``[pair, 64]``: exact angles of the first one, then a table."""
+    whole = first.to(tl.float64) * tl.load(turn.inv_freq + pair, mask=turns, other=0.0).to(tl.float64) / TAU
+    angle = ((whole - tl.floor(whole)) * TAU).to(tl.float32)
+    cos, sin = tl.cos(angle)[:, None], tl.sin(angle)[:, None]
+    at = pair[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    cos_on = tl.load(turn.cos + at, mask=turns[:, None], other=1.0)
+    sin_on = tl.load(turn.sin + at, mask=turns[:, None], other=0.0)
+    return cos * cos_on - sin * sin_on, sin * cos_on + cos * sin_on
+
+
+@triton.jit
+def _centre(tokens, targets, mean, turn, centred, are_finite, job, INTERLEAVED: tl.constexpr):
+    """Tokens less their mean, those numbers that are not finite counting as 0, and whether there are such."""
+    first = tl.load(targets.first + tl.program_id(0))
+    slot = tl.load(targets.slots + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    bad = tl.zeros([TOKENS], tl.int32)
+    for start in range(0, tokens.dim, CHUNK):
+        dims = start + tl.arange(0, CHUNK)
+        x = _tokens(tokens, slot, dims)
+        is_finite = tl.abs(x) < float("inf")
+        bad += tl.sum(tl.where(is_finite, 0, 1), axis=0)
+        x = tl.where(is_finite, x, 0.0)
+        if mean is not None:
+            x -= _mean_of(mean, turn, first, dims, tokens.dim, INTERLEAVED)
+        tl.store(_tile(centred, tokens.dim, 0, dims), x, mask=(dims < tokens.dim)[:, None])
+    tl.store(are_finite + job, False, mask=tl.sum(bad) > 0)
 
 
 @triton.jit
@@ -145,11 +240,11 @@ def _hadamard(row, column):
 
 
 @triton.jit
-def _matrix(map, heads, row, rows, dims, dim):
+def _matrix(map, row, rows, dims, dim):
     """Of the map, ``[rows, dims]``."""
     inside = (row < rows)[:, None] & (dims < dim)[None, :]
     if map.matrix is not None:
-        begin = map.matrix + (tl.program_id(1) % heads).to(tl.int64) * map.stride[0]
+        begin = map.matrix + tl.program_id(1).to(tl.int64) * map.stride[0]
         at = begin + row[:, None] * map.stride[1] + dims[None, :] * map.stride[2]
         entries = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     else:
@@ -159,80 +254,56 @@ def _matrix(map, heads, row, rows, dims, dim):
 
 
 @triton.jit
-def transform(tokens, mean, map, mapped, norms, heads, rows, dim):
-    """``grid (blocks, B * H, D' / CHUNK)``: centred tokens mapped, and their norms where they are wanted."""
-    row = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
-    product = tl.zeros([CHUNK, TOKENS], tl.float32)
-    squares = tl.zeros([TOKENS], tl.float32)
-    for start in range(0, dim, CHUNK):
-        dims = start + tl.arange(0, CHUNK)
-        x = _tokens(tokens, heads, dims, dim)
-        if mean is not None:
-            x -= _mean_of(mean, heads, dims, dim)
-        product = tl.dot(_matrix(map, heads, row, rows, dims, dim), x, product, input_precision="ieee")
-        squares += tl.sum(x * x, axis=0)
-    token = tl.arange(0, TOKENS)
-    to = mapped + (_site() * rows + row)[:, None] * TOKENS + token[None, :]
-    tl.store(to, product, mask=(row < rows)[:, None])
-    if norms is not None and tl.program_id(2) == 0:
-        tl.store(norms + _site() * TOKENS + token, tl.sqrt(squares))
+def _some(base, rows, first, row, dim):
+    """Coordinates ``first + row`` of the tokens, ``[row, 64]``, zero from ``dim`` on."""
+    return tl.load(_tile(base, rows, first, row), mask=(row < dim)[:, None], other=0.0)
 
 
 @triton.jit
-def _mapped(mapped, first, rows, row, count):
-    """Coordinates ``first + row`` of the tokens, ``[row, 64]``, zero from ``count`` on."""
-    at = mapped + (_site() * rows + first + row)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    return tl.load(at, mask=(row < count)[:, None], other=0.0)
+def _map(plan, room, dim):
+    """Centred tokens to coordinates."""
+    for begin in range(0, plan.rows, CHUNK):
+        row = begin + tl.arange(0, CHUNK)
+        product = tl.zeros([CHUNK, TOKENS], tl.float32)
+        for start in range(0, dim, CHUNK):
+            dims = start + tl.arange(0, CHUNK)
+            entries = _matrix(plan.map, row, plan.rows, dims, dim)
+            product = tl.dot(entries, _some(room.centred, dim, 0, dims, dim), product, input_precision="ieee")
+        tl.store(_tile(room.mapped, plan.rows, 0, row), product, mask=(row < plan.rows)[:, None])
 
 
 @triton.jit
-def _weights(weights, heads, first, rows, row, count):
+def _weights(plan, first, row, dim):
     """What an error of each coordinate counts, ``[row, 1]``."""
-    if weights is None:
-        weight = tl.where(row < count, 1.0, 0.0)
+    if plan.weights is None:
+        weight = tl.where(row < dim, 1.0, 0.0)
     else:
-        weight = tl.load(weights + (tl.program_id(1) % heads) * rows + first + row, mask=row < count, other=0.0)
+        weight = tl.load(plan.weights + tl.program_id(1) * plan.rows + first + row, mask=row < dim, other=0.0)
     return weight[:, None]
 
 
 @triton.jit
-def sizes(mapped, weights, out, heads, rows):
-    """``grid (blocks, B * H)``; nothing is aligned yet."""
+def _sizes(plan, room):
+    """Rms of each token as a divisor, and its weighted square."""
     squares = tl.zeros([TOKENS], tl.float32)
     weighted = tl.zeros([TOKENS], tl.float32)
     active = tl.zeros([TOKENS], tl.float32)
-    for start in range(0, rows, CHUNK):
+    for start in range(0, plan.rows, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        y = _mapped(mapped, 0, rows, row, rows)
-        weight = _weights(weights, heads, 0, rows, row, rows)
+        y = _some(room.mapped, plan.rows, 0, row, plan.rows)
+        weight = _weights(plan, 0, row, plan.rows)
         counts = tl.where(weight > 0, 1.0, 0.0)
         squares += tl.sum(y * y * counts, axis=0)
         weighted += tl.sum(y * y * weight, axis=0)
         active += tl.sum(counts, axis=0)
-    at = _site() * TOKENS + tl.arange(0, TOKENS)
-    tl.store(out.rms + at, tl.sqrt(squares / active))
-    tl.store(out.squared + at, weighted)
-    tl.store(out.aligned + at, tl.zeros([TOKENS], tl.float32))
+    return tl.maximum(tl.sqrt(squares / active), TINY), weighted
 
 
 @triton.jit
-def _size_of(sizes):
-    """Rms of each token as a divisor."""
-    return tl.maximum(tl.load(sizes.rms + _site() * TOKENS + tl.arange(0, TOKENS)), TINY)
-
-
-@triton.jit
-def _align(sizes, along):
-    """Add what a part's code has in common with the tokens."""
-    at = sizes.aligned + _site() * TOKENS + tl.arange(0, TOKENS)
-    tl.store(at, tl.load(at) + along)
-
-
-@triton.jit
-def _nearest(search, heads, z, row, count, DEPTH: tl.constexpr):
+def _nearest(search, z, row, dim, DEPTH: tl.constexpr):
     """Where the nearest level of each coordinate lies in the tables, int32 ``[row, 64]``."""
-    head = (tl.program_id(1) % heads) * search.per_head
-    kind = tl.load(search.kinds + head * count + row, mask=row < count, other=0).to(tl.int32)[:, None]
+    head = tl.program_id(1) * search.per_head
+    kind = tl.load(search.kinds + head * dim + row, mask=row < dim, other=0).to(tl.int32)[:, None]
     bits = kind % 9
     path = tl.zeros([CHUNK, TOKENS], tl.int32)
     for depth in tl.static_range(DEPTH):
@@ -242,65 +313,76 @@ def _nearest(search, heads, z, row, count, DEPTH: tl.constexpr):
 
 
 @triton.jit
-def levels(mapped, weights, sizes, search, gains, tried, numbers, heads, first, rows, count, DEPTH: tl.constexpr):
-    """``grid (blocks, B * H)``: the bit patterns of the nearest levels, at the gain of the least angle."""
-    size = _size_of(sizes)
+def _best_gain(plan, part, room, size, DEPTH: tl.constexpr):
+    """Of each token, the one whose levels are at the least angle."""
     best = tl.full([TOKENS], float("-inf"), tl.float32)
-    chosen = tl.zeros([TOKENS], tl.float32) + tl.load(gains)
-    for trial in range(tl.where(tried > 1, tried, 0)):
-        gain = tl.load(gains + trial)
+    chosen = tl.zeros([TOKENS], tl.float32) + tl.load(plan.gains)
+    for trial in range(tl.where(plan.tried > 1, plan.tried, 0)):
+        gain = tl.load(plan.gains + trial)
         along = tl.zeros([TOKENS], tl.float32)
         square = tl.zeros([TOKENS], tl.float32)
-        for start in range(0, count, CHUNK):
+        for start in range(0, part.dim, CHUNK):
             row = start + tl.arange(0, CHUNK)
-            z = _mapped(mapped, first, rows, row, count) / size[None, :]
-            weight = _weights(weights, heads, first, rows, row, count)
-            level = tl.load(search.levels + _nearest(search, heads, gain * z, row, count, DEPTH))
+            z = _some(room.mapped, plan.rows, part.first, row, part.dim) / size[None, :]
+            weight = _weights(plan, part.first, row, part.dim)
+            level = tl.load(part.search.levels + _nearest(part.search, gain * z, row, part.dim, DEPTH))
             along += tl.sum(z * level * weight, axis=0)
             square += tl.sum(level * level * weight, axis=0)
         cosine = along / tl.maximum(tl.sqrt(square), TINY)
         chosen = tl.where(cosine > best, gain, chosen)
         best = tl.maximum(best, cosine)
+    return chosen
+
+
+@triton.jit
+def _levels(plan, part, room, size, DEPTH: tl.constexpr):
+    """Bit patterns of the nearest levels; what these have in common with the tokens."""
+    gain = _best_gain(plan, part, room, size, DEPTH)
     along = tl.zeros([TOKENS], tl.float32)
-    for start in range(0, count, CHUNK):
+    for start in range(0, part.dim, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        y = _mapped(mapped, first, rows, row, count)
-        place = _nearest(search, heads, y / size[None, :] * chosen[None, :], row, count, DEPTH)
-        weight = _weights(weights, heads, first, rows, row, count)
-        along += tl.sum(y * tl.load(search.levels + place) * weight, axis=0)
-        to = numbers + (_site() * count + row)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        tl.store(to, tl.load(search.patterns + place).to(tl.uint8), mask=(row < count)[:, None])
-    _align(sizes, along)
+        y = _some(room.mapped, plan.rows, part.first, row, part.dim)
+        place = _nearest(part.search, y / size[None, :] * gain[None, :], row, part.dim, DEPTH)
+        along += tl.sum(y * tl.load(part.search.levels + place) * _weights(plan, part.first, row, part.dim), axis=0)
+        to = _tile(room.numbers, room.many, part.number, row)
+        tl.store(to, tl.load(part.search.patterns + place).to(tl.uint8), mask=(row < part.dim)[:, None])
+    return along
 
 
 @triton.jit
-def _coordinate(mapped, first, rows, place):
+def _coordinate(plan, part, room, place):
     """One coordinate of the tokens, ``[64]``."""
-    return tl.load(mapped + (_site() * rows + first + place) * TOKENS + tl.arange(0, TOKENS))
+    return tl.load(room.mapped + (_site() * plan.rows + part.first + place) * TOKENS + tl.arange(0, TOKENS))
 
 
 @triton.jit
-def trellis(mapped, weights, sizes, points, came, numbers, heads, first, rows, nibbles, WIDTH: tl.constexpr):
-    """``grid (blocks, B * H)``: Viterbi's algorithm over 16 states; ``came [site, N, 16, 64]`` is its way back.
+def _way(part, room, nibble):
+    """Where it is kept which state of the nibble before each came from, ``[16, 64]``."""
+    return room.came + (_site() * room.steps + part.step + nibble) * STATES * TOKENS
+
+
+@triton.jit
+def _forth(plan, part, room, size, WIDTH: tl.constexpr):
+    """Viterbi's algorithm over 16 states: it keeps where the best way to each came from, and tells what they cost.
 
     The costs are those of ``qjl.trellis.best_nibbles``, in the same order.
     """
-    size = _size_of(sizes)
     state, token = tl.arange(0, STATES), tl.arange(0, TOKENS)
+    nibbles = part.dim // WIDTH
     to_state = state[:, None] * TOKENS + token[None, :]
-    pair_cost = tl.load(points.pair_cost + state[:, None] * STATES + state[None, :])
+    pair_cost = tl.load(part.points.pair_cost + state[:, None] * STATES + state[None, :])
     cost = tl.zeros([STATES, TOKENS], tl.float32)
     for nibble in range(nibbles):
         to_own = tl.zeros([STATES, TOKENS], tl.float32)
         to_next = tl.zeros([STATES, TOKENS], tl.float32)
         square = tl.zeros([STATES], tl.float32)
         for i in tl.static_range(WIDTH):
-            z = _coordinate(mapped, first, rows, nibble * WIDTH + i) / size
-            own = tl.load(points.own + state * WIDTH + i)
+            z = _coordinate(plan, part, room, nibble * WIDTH + i) / size
+            own = tl.load(part.points.own + state * WIDTH + i)
             to_own += -2 * z[None, :] * own[:, None]
-            to_next += -2 * z[None, :] * tl.load(points.next + state * WIDTH + i)[:, None]
+            to_next += -2 * z[None, :] * tl.load(part.points.next + state * WIDTH + i)[:, None]
             square += own * own
-        way = came + (_site() * nibbles + nibble) * STATES * TOKENS + to_state
+        way = _way(part, room, nibble) + to_state
         if nibble == 0:
             cost = to_own + square[:, None]
             tl.store(way, tl.full([STATES, TOKENS], STATES, tl.uint8))
@@ -308,68 +390,64 @@ def trellis(mapped, weights, sizes, points, came, numbers, heads, first, rows, n
             total = (cost + to_next)[:, None, :] + pair_cost[:, :, None]  # [previous, current, 64]
             cost = tl.min(total, axis=0) + to_own
             tl.store(way, tl.argmin(total, axis=0).to(tl.uint8))
-    tl.debug_barrier()  # other threads read the way back than wrote it
+    return cost
+
+
+@triton.jit
+def _trellis(plan, part, room, size, WIDTH: tl.constexpr):
+    """Nibbles of the nearest path; what it has in common with the tokens."""
+    cost = _forth(plan, part, room, size, WIDTH)
+    tl.debug_barrier()
+    token, nibbles = tl.arange(0, TOKENS), part.dim // WIDTH
     best = tl.argmin(cost, axis=0)
     along = tl.zeros([TOKENS], tl.float32)
     for back in range(nibbles):
         nibble = nibbles - 1 - back
-        tl.store(numbers + (_site() * nibbles + nibble) * TOKENS + token, best.to(tl.uint8))
-        before = tl.load(came + (_site() * nibbles + nibble) * STATES * TOKENS + best * TOKENS + token).to(tl.int32)
+        tl.store(room.numbers + (_site() * room.many + part.number + nibble) * TOKENS + token, best.to(tl.uint8))
+        before = tl.load(_way(part, room, nibble) + best * TOKENS + token).to(tl.int32)
         for i in tl.static_range(WIDTH):
             place = nibble * WIDTH + i
-            decoded = tl.load(points.own + best * WIDTH + i) + tl.load(points.next + before * WIDTH + i)
+            decoded = tl.load(part.points.own + best * WIDTH + i) + tl.load(part.points.next + before * WIDTH + i)
             weight = 1.0
-            if weights is not None:
-                weight = tl.load(weights + (tl.program_id(1) % heads) * rows + first + place)
-            along += _coordinate(mapped, first, rows, place) * decoded * weight
+            if plan.weights is not None:
+                weight = tl.load(plan.weights + tl.program_id(1) * plan.rows + part.first + place)
+            along += _coordinate(plan, part, room, place) * decoded * weight
         best = before
-    _align(sizes, along)
+    return along
 
 
 @triton.jit
-def signs(mapped, weights, sizes, refined, numbers, heads, first, rows, count):
-    """``grid (blocks, B * H)``: signs of the coordinates, or those that were ``refined``: 1 for +."""
+def _signs(plan, part, room):
+    """Signs, or those that were refined, 1 for +; what they have in common with the tokens."""
     along = tl.zeros([TOKENS], tl.float32)
-    for start in range(0, count, CHUNK):
+    for start in range(0, part.dim, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        y = _mapped(mapped, first, rows, row, count)
+        y = _some(room.mapped, plan.rows, part.first, row, part.dim)
         positive = y >= 0
-        if refined is not None:
-            positive = _mapped(refined, 0, count, row, count) > 0
-        along += tl.sum(tl.where(positive, y, -y) * _weights(weights, heads, first, rows, row, count), axis=0)
-        to = numbers + (_site() * count + row)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        tl.store(to, positive.to(tl.uint8), mask=(row < count)[:, None])
-    _align(sizes, along)
+        if part.refined is not None:
+            positive = _some(part.refined, part.dim, 0, row, part.dim) > 0
+        along += tl.sum(tl.where(positive, y, -y) * _weights(plan, part.first, row, part.dim), axis=0)
+        to = _tile(room.numbers, room.many, part.number, row)
+        tl.store(to, positive.to(tl.uint8), mask=(row < part.dim)[:, None])
+    return along
 
 
 @triton.jit
-def pack_bits(numbers, places, codes, heads, count, first, nibbles, bytes):
-    """``grid (blocks, B * H, bytes / CHUNK)``: the bits of a part's nibbles, from byte ``first`` on."""
-    byte = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
-    inside = byte < nibbles // 2
+def _pack(numbers, many, places, to):
+    """The bits of the nibbles, where the code wants them."""
     token = tl.arange(0, TOKENS)[None, :]
-    packed = tl.zeros([CHUNK, TOKENS], tl.int32)
-    head = (tl.program_id(1) % heads) * places.per_head
-    for place in tl.static_range(8):
-        at = (head * nibbles + 2 * byte + place // 4) * 4 + place % 4
-        number = tl.load(places.number + at, mask=inside, other=0).to(tl.int64)
-        bit = tl.load(places.bit + at, mask=inside, other=0).to(tl.int32)
-        chosen = tl.load(numbers + (_site() * count + number)[:, None] * TOKENS + token).to(tl.int32)
-        packed |= ((chosen >> bit[:, None]) & 1) << place
-    to = codes + (_site() * bytes + first + byte)[:, None] * TOKENS + token
-    tl.store(to, packed.to(tl.uint8), mask=inside[:, None])
-
-
-@triton.jit
-def log_scales(sizes, units, out, heads):
-    """``grid (blocks, B * H)``: |y|^2 / <y, y_hat> as an 8-bit logarithm."""
-    at = _site() * TOKENS + tl.arange(0, TOKENS)
-    aligned = tl.load(sizes.aligned + at)
-    scale = tl.load(sizes.squared + at) / tl.maximum(aligned, TINY) / tl.load(units + tl.program_id(1) % heads)
-    is_positive = (aligned > 0) & (scale > 0)
-    octaves = tl.log2(tl.where(is_positive, scale, 1.0))
-    code = tl.floor(octaves * STEPS_PER_OCTAVE + UNIT_CODE + 0.5)
-    tl.store(out + at, tl.where(is_positive, tl.minimum(tl.maximum(code, 1), 255), 0).to(tl.uint8))
+    head = tl.program_id(1) * places.per_head
+    for start in range(0, places.nibbles // 2, CHUNK):
+        byte = start + tl.arange(0, CHUNK)
+        inside = byte < places.nibbles // 2
+        packed = tl.zeros([CHUNK, TOKENS], tl.int32)
+        for place in tl.static_range(8):
+            at = (head * places.nibbles + 2 * byte + place // 4) * 4 + place % 4
+            number = tl.load(places.number + at, mask=inside, other=0).to(tl.int64)
+            bit = tl.load(places.bit + at, mask=inside, other=0).to(tl.int32)
+            chosen = tl.load(_tile(numbers, many, 0, number)).to(tl.int32)
+            packed |= ((chosen >> bit[:, None]) & 1) << place
+        tl.store(to + byte[:, None] * TOKENS + token, packed.to(tl.uint8), mask=inside[:, None])
 
 
 @triton.jit
@@ -378,32 +456,108 @@ def _half(x):
 
 
 @triton.jit
-def half_scales(norms, factor, out):
-    """``grid (blocks, B * H)``: norms times a factor, as float16."""
-    at = _site() * TOKENS + tl.arange(0, TOKENS)
-    tl.store(out + at, _half(tl.load(norms + at) * factor))
+def _log_scale(aligned, squared, unit):
+    """|y|^2 / <y, y_hat> as an 8-bit logarithm."""
+    scale = squared / tl.maximum(aligned, TINY) / unit
+    is_positive = (aligned > 0) & (scale > 0)
+    octaves = tl.log2(tl.where(is_positive, scale, 1.0))
+    code = tl.floor(octaves * STEPS_PER_OCTAVE + UNIT_CODE + 0.5)
+    return tl.where(is_positive, tl.minimum(tl.maximum(code, 1), 255), 0).to(tl.uint8)
 
 
 @triton.jit
-def grids(tokens, numbers, steps, middles, heads, dim, size, root, clip, width, WIDTH: tl.constexpr, TOP: tl.constexpr):
-    """``grid (blocks, B * H, groups)``: codes on the grid of one group of ``width`` rotated channels."""
-    inside = tl.arange(0, WIDTH) < width
-    row = tl.program_id(2) * width + tl.arange(0, WIDTH)
+def _half_scale(centred, dim, factor):
+    """Norms times a factor, as float16."""
+    squares = tl.zeros([TOKENS], tl.float32)
+    for start in range(0, dim, CHUNK):
+        x = _some(centred, dim, 0, start + tl.arange(0, CHUNK), dim)
+        squares += tl.sum(x * x, axis=0)
+    return _half(tl.sqrt(squares) * factor)
+
+
+@triton.jit
+def _code(plan, room, targets, codes, scale, dim, WIDTHS: tl.constexpr):
+    """Coordinates to codes and scales of a page."""
+    size, squared = _sizes(plan, room)
+    aligned = tl.zeros([TOKENS], tl.float32)
+    for i in tl.static_range(len(plan.parts)):
+        part = plan.parts[i]
+        if part.search is not None:
+            aligned += _levels(plan, part, room, size, WIDTHS[i])
+        elif part.points is not None:
+            aligned += _trellis(plan, part, room, size, WIDTHS[i])
+        else:
+            aligned += _signs(plan, part, room)
+    tl.debug_barrier()
+    _pack(room.numbers, room.many, plan.places, _of_page(codes, targets))
+    if plan.units is None:
+        stored = _half_scale(room.centred, dim, plan.norm_factor)
+    else:
+        stored = _log_scale(aligned, squared, tl.load(plan.units + tl.program_id(1)))
+    tl.store(_of_page(scale, targets) + tl.arange(0, TOKENS), stored)
+
+
+@triton.jit
+def _centre_and_map(tokens, targets, plan, turn, room, are_finite, job, INTERLEAVED: tl.constexpr):
+    _centre(tokens, targets, plan.mean, turn, room.centred, are_finite, job, INTERLEAVED)
+    tl.debug_barrier()
+    _map(plan, room, tokens.dim)
+
+
+@triton.jit(do_not_specialize=["job"])
+def encode(
+    tokens, targets, plan, turn, room, codes, scale, are_finite, job, INTERLEAVED: tl.constexpr, WIDTHS: tl.constexpr
+):
+    """``grid (blocks, H)``: everything. ``WIDTHS``: of each part, depth of its search or coordinates per nibble."""
+    _centre_and_map(tokens, targets, plan, turn, room, are_finite, job, INTERLEAVED)
+    tl.debug_barrier()
+    _code(plan, room, targets, codes, scale, tokens.dim, WIDTHS)
+
+
+@triton.jit(do_not_specialize=["job"])
+def map_tokens(tokens, targets, plan, turn, room, are_finite, job, INTERLEAVED: tl.constexpr):
+    """``grid (blocks, H)``: all that comes before signs are refined."""
+    _centre_and_map(tokens, targets, plan, turn, room, are_finite, job, INTERLEAVED)
+
+
+@triton.jit
+def code_tokens(plan, room, targets, codes, scale, dim, WIDTHS: tl.constexpr):
+    """``grid (blocks, H)``: all that comes after."""
+    _code(plan, room, targets, codes, scale, dim, WIDTHS)
+
+
+@triton.jit
+def _on_grid(centred, dim, grid, group, WIDTH: tl.constexpr):
+    """One group of channels, rotated by Hadamard matrices along the diagonal, ``[WIDTH, 64]``."""
+    row = group * grid.width + tl.arange(0, WIDTH)
     y = tl.zeros([WIDTH, TOKENS], tl.float32)
     for start in range(0, dim, CHUNK):
         dims = start + tl.arange(0, CHUNK)
-        entries = _hadamard(row % size, dims % size) * root
-        entries = tl.where((row // size)[:, None] == (dims // size)[None, :], entries, 0.0)
-        y = tl.dot(entries, _tokens(tokens, heads, dims, dim), y, input_precision="ieee")
-    low = clip * tl.min(tl.where(inside[:, None], y, float("inf")), axis=0)
-    high = clip * tl.max(tl.where(inside[:, None], y, float("-inf")), axis=0)
-    step, middle = _half((high - low) / TOP), _half((high + low) / 2)
-    divisor = tl.where(step > 0, step.to(tl.float32), 1.0)
-    code = tl.floor((y - middle.to(tl.float32)[None, :]) / divisor[None, :] + TOP / 2 + 0.5)
-    code = tl.minimum(tl.maximum(code, 0), TOP).to(tl.uint8)
-    token = tl.arange(0, TOKENS)
-    to = numbers + (_site() * dim + row)[:, None] * TOKENS + token[None, :]
-    tl.store(to, code, mask=inside[:, None])
-    at = (_site() * tl.num_programs(2) + tl.program_id(2)) * TOKENS + token
-    tl.store(steps + at, step)
-    tl.store(middles + at, middle)
+        entries = _hadamard(row % grid.size, dims % grid.size) * grid.root
+        entries = tl.where((row // grid.size)[:, None] == (dims // grid.size)[None, :], entries, 0.0)
+        y = tl.dot(entries, _some(centred, dim, 0, dims, dim), y, input_precision="ieee")
+    return y
+
+
+@triton.jit(do_not_specialize=["job"])
+def encode_on_grids(
+    tokens, targets, grid, centred, numbers, codes, steps, middles, are_finite, job,
+    WIDTH: tl.constexpr, TOP: tl.constexpr,
+):  # fmt: skip
+    """``grid (blocks, H)``: everything, with the room ``centred`` and ``numbers [H, n, D, 64]``."""
+    _centre(tokens, targets, None, None, centred, are_finite, job, False)
+    tl.debug_barrier()
+    token, inside = tl.arange(0, TOKENS), tl.arange(0, WIDTH) < grid.width
+    for group in range(grid.groups):
+        y = _on_grid(centred, tokens.dim, grid, group, WIDTH)
+        low = grid.clip * tl.min(tl.where(inside[:, None], y, float("inf")), axis=0)
+        high = grid.clip * tl.max(tl.where(inside[:, None], y, float("-inf")), axis=0)
+        step, middle = _half((high - low) / TOP), _half((high + low) / 2)
+        divisor = tl.where(step > 0, step.to(tl.float32), 1.0)
+        code = tl.floor((y - middle.to(tl.float32)[None, :]) / divisor[None, :] + TOP / 2 + 0.5)
+        code = tl.minimum(tl.maximum(code, 0), TOP).to(tl.uint8)
+        tl.store(_tile(numbers, tokens.dim, group * grid.width, tl.arange(0, WIDTH)), code, mask=inside[:, None])
+        tl.store(_of_page(steps, targets) + group * TOKENS + token, step)
+        tl.store(_of_page(middles, targets) + group * TOKENS + token, middle)
+    tl.debug_barrier()
+    _pack(numbers, tokens.dim, grid.places, _of_page(codes, targets))
