@@ -1,8 +1,8 @@
 """Every name of vLLM that the project uses; nothing else imports vLLM.
 
-``SERVING`` and ``ENGINE`` list them, ``require`` holds the list against the vLLM that is installed, and a test holds it
-against the sources of the releases in ``CHECKED``. A name is imported when it is asked for, so that this module loads
-without vLLM: ``from qjl.vllm.compat import AttentionBackend``.
+``SERVING``, ``TABLES`` and ``ENGINE`` list them, ``require`` holds a list against the vLLM that is installed, and a
+test holds all against the sources of the releases in ``CHECKED``. A name is imported when it is asked for, so that this
+module loads without vLLM: ``from qjl.vllm.compat import AttentionBackend``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from importlib import import_module
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from qjl.errors import QJLError
+from qjl.vllm.host_tables import FollowedTable, HostTable, Pages
 
 logger = logging.getLogger("vllm.qjl")
 Class = TypeVar("Class", bound=type)
@@ -68,6 +71,7 @@ SERVING = Uses(
         "vllm.platforms.interface": ("Platform",),
         "vllm.v1.attention.backend": (
             "AttentionBackend",
+            "AttentionCGSupport",
             "AttentionImpl",
             "AttentionMetadata",
             "AttentionMetadataBuilder",
@@ -82,12 +86,14 @@ SERVING = Uses(
         "Attention": ("impl",),
         "AttentionBackend": ("supported_dtypes", "supported_kv_cache_dtypes"),
         "AttentionBackendEnum": (ATTENTION, "CPU_ATTN"),
+        "AttentionCGSupport": ("NEVER",),
         "AttentionType": ("DECODER",),
         "CommonAttentionMetadata": (
             "block_table_tensor",
             "causal",
             "num_reqs",
             "query_start_loc_cpu",
+            "req_idx",
             "seq_lens",
             "seq_lens_cpu_upper_bound",
         ),
@@ -199,7 +205,25 @@ ENGINE = Uses(
     parameters={"LLMEngine.add_request": ("request_id", "prompt", "params")},
 )
 
-_HOMES = {name: home for uses in (SERVING, ENGINE) for home, names in uses.names.items() for name in names}
+TABLES = Uses(  # of runners on a GPU, without which block tables are read back from it
+    names={
+        "vllm.v1.worker.block_table": ("BlockTable",),
+        "vllm.v1.worker.gpu.block_table": ("BlockTables",),
+        "vllm.v1.worker.utils": ("AttentionGroup",),
+    },
+    members={
+        "AttentionGroup": ("kernel_block_size", "kernel_block_stride", "kv_cache_spec", "map_to_kernel_block_table"),
+        "BlockTable": ("get_device_tensor", "get_numpy_array"),
+        "BlockTables": (
+            "append_block_ids",
+            "gather_block_tables",
+            "input_block_tables",
+            "redirect_writes_to_null_block",
+        ),
+    },
+)
+
+_HOMES = {name: home for uses in (SERVING, ENGINE, TABLES) for home, names in uses.names.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -378,12 +402,13 @@ def packed(spec: Any, bytes_per_token: Callable[[int], int]) -> Any:
 class Batch:
     """Sequences of a step: of ``totals[i]`` tokens, ``starts[i]`` to ``starts[i + 1]`` of the step are fresh.
 
-    ``table int32 [n, most]`` of pages lies on the device.
+    ``table int32 [n, most]`` of pages lies on the device; ``pages`` reads it on the host, where the host has it.
     """
 
     totals: np.ndarray
     starts: np.ndarray
     table: torch.Tensor
+    pages: Pages | None
 
 
 def batch(common: Any) -> Batch:
@@ -397,12 +422,107 @@ def batch(common: Any) -> Batch:
     lengths = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
     count = common.num_reqs
     starts = common.query_start_loc_cpu[: count + 1]
-    return Batch(_numbers(lengths[:count]), _numbers(starts), common.block_table_tensor[:count])
+    table = common.block_table_tensor
+    host = getattr(table, _KEPT, None)
+    pages = None if host is None else host.of(count, common.req_idx)
+    return Batch(_numbers(lengths[:count]), _numbers(starts), table[:count], pages)
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
     """``int64`` on the host."""
     return tensor.cpu().numpy().astype(np.int64)
+
+
+# what the host knows of tables on a device
+
+_KEPT = "qjl_host_table"  # an attribute of tensors that vLLM's runners pass on to builders as they are
+_followed: WeakKeyDictionary[Any, list[FollowedTable]] = WeakKeyDictionary()
+
+
+def _after_get_device_tensor(own: Any, table: torch.Tensor, num_reqs: int) -> None:
+    """Of the first runner, whose table on the device is a copy of one on the host."""
+    setattr(table, _KEPT, HostTable(own.get_numpy_array()))
+
+
+def _after_append_block_ids(
+    own: Any, _: None, req_index: int, new_block_ids: tuple[list[int], ...], overwrite: bool
+) -> None:
+    """Of the second runner, which has its tables on the device alone."""
+    for followed, pages in zip(_followed_by(own), new_block_ids, strict=True):
+        followed.give(req_index, [0] * len(pages) if own.redirect_writes_to_null_block else pages, overwrite)
+
+
+def _after_gather_block_tables(
+    own: Any,
+    tables: tuple[torch.Tensor, ...],
+    idx_mapping: torch.Tensor,
+    num_reqs_padded: int,
+    *others: Any,
+    **named: Any,
+) -> None:
+    for table, followed in zip(tables, _followed_by(own), strict=True):
+        setattr(table, _KEPT, HostTable(followed.pages, is_by_request=True))
+
+
+def _after_map_to_kernel_block_table(
+    own: Any, table: torch.Tensor, block_table: torch.Tensor, ubatch_idx: int = 0
+) -> None:
+    """Of both, where pages are cut into some that a backend takes."""
+    host = getattr(block_table, _KEPT, None)
+    if host is None or own.kernel_block_size is None:
+        return
+    parts = own.kv_cache_spec.block_size // own.kernel_block_size
+    setattr(table, _KEPT, host.cut(parts, own.kernel_block_stride or parts))
+
+
+def _followed_by(tables: Any) -> list[FollowedTable]:
+    if tables not in _followed:
+        _followed[tables] = [FollowedTable(*table.shape) for table in tables.input_block_tables]
+    return _followed[tables]
+
+
+FOLLOWED: dict[tuple[str, str], Callable[..., None]] = {
+    ("BlockTable", "get_device_tensor"): _after_get_device_tensor,
+    ("BlockTables", "append_block_ids"): _after_append_block_ids,
+    ("BlockTables", "gather_block_tables"): _after_gather_block_tables,
+    ("AttentionGroup", "map_to_kernel_block_table"): _after_map_to_kernel_block_table,
+}
+
+
+def follow_tables() -> None:
+    """Know on the host which pages vLLM's runners give to requests; a warning says if this vLLM does not tell."""
+    gone = [*_gone(TABLES)] or [f"{owner}.{name} as it was" for owner, name in FOLLOWED if not _is_as_was(owner, name)]
+    if gone:
+        logger.warning("qjl: each step waits to read its block table: vLLM %s lacks %s.", version(), ", ".join(gone))
+        return
+    for (owner, name), then in FOLLOWED.items():
+        _follow(__getattr__(owner), name, then)
+
+
+def _is_as_was(owner: str, name: str) -> bool:
+    """Whether a method takes what the one that follows it takes."""
+    taken = inspect.signature(FOLLOWED[owner, name]).parameters.values()
+    ours = [one.name for one in taken if one.kind is one.POSITIONAL_OR_KEYWORD][2:]
+    theirs = [*inspect.signature(getattr(__getattr__(owner), name)).parameters][1:]
+    return theirs[: len(ours)] == ours and (
+        len(theirs) == len(ours) or any(one.kind is one.VAR_KEYWORD for one in taken)
+    )
+
+
+def _follow(owner: type, name: str, then: Callable[..., None]) -> None:
+    """Have ``then(self, what it gave, *arguments)`` called after each call of a method."""
+    theirs = getattr(owner, name)
+    if hasattr(theirs, _KEPT):
+        return
+
+    @wraps(theirs)
+    def followed(own: Any, *args: Any, **named: Any) -> Any:
+        given = theirs(own, *args, **named)
+        then(own, given, *args, **named)
+        return given
+
+    setattr(followed, _KEPT, then)
+    setattr(owner, name, followed)
 
 
 def is_on_cpu() -> bool:

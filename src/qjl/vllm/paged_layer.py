@@ -114,8 +114,8 @@ class PagedLayer:
         """
         pool = (self.exact.keys, self.exact.values)
         self._encode(step.rescued, pool)
-        if len(step.put_tokens):
-            self.exact.put(step.put_slots, keys[step.put_tokens], values[step.put_tokens])
+        if (puts := step.puts) is not None:
+            self.exact.put(puts.slots, keys[puts.tokens], values[puts.tokens])
         self._encode(step.direct, (keys, values))
         if not step.is_apart:
             self._encode(step.filled, pool)
