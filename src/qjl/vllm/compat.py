@@ -14,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from importlib import import_module
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from qjl.errors import QJLError
-from qjl.vllm.host_tables import FollowedTable, HostTable, Pages
+from qjl.vllm.host_tables import HostTable, Pages, give, keep, keep_cut, keep_given, known_pages
 
 logger = logging.getLogger("vllm.qjl")
 Class = TypeVar("Class", bound=type)
@@ -235,7 +234,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(_HOMES[name]), name)
+        return _theirs(name)
     except (AttributeError, ImportError) as error:
         raise _lacks([f"{_HOMES[name]}.{name}"]) from error
 
@@ -252,6 +251,10 @@ def require(uses: Uses) -> None:
         raise _lacks(gone)
     if not any(version().startswith(f"{release.rpartition('.')[0]}.") for release in CHECKED):
         logger.warning("qjl: vLLM %s has all that the plugin uses, which was tried with %s.", version(), _releases())
+
+
+def _theirs(name: str) -> Any:
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def _lacks(gone: list[str]) -> QJLError:
@@ -423,8 +426,7 @@ def batch(common: Any) -> Batch:
     count = common.num_reqs
     starts = common.query_start_loc_cpu[: count + 1]
     table = common.block_table_tensor
-    host = getattr(table, _KEPT, None)
-    pages = None if host is None else host.of(count, common.req_idx)
+    pages = known_pages(table, count, common.req_idx)
     return Batch(_numbers(lengths[:count]), _numbers(starts), table[:count], pages)
 
 
@@ -435,50 +437,33 @@ def _numbers(tensor: torch.Tensor) -> np.ndarray:
 
 # what the host knows of tables on a device
 
-_KEPT = "qjl_host_table"  # an attribute of tensors that vLLM's runners pass on to builders as they are
-_followed: WeakKeyDictionary[Any, list[FollowedTable]] = WeakKeyDictionary()
-
 
 def _after_get_device_tensor(own: Any, table: torch.Tensor, num_reqs: int) -> None:
     """Of the first runner, whose table on the device is a copy of one on the host."""
-    setattr(table, _KEPT, HostTable(own.get_numpy_array()))
+    keep(table, HostTable(own.get_numpy_array()))
 
 
 def _after_append_block_ids(
     own: Any, _: None, req_index: int, new_block_ids: tuple[list[int], ...], overwrite: bool
 ) -> None:
     """Of the second runner, which has its tables on the device alone."""
-    for followed, pages in zip(_followed_by(own), new_block_ids, strict=True):
-        followed.give(req_index, [0] * len(pages) if own.redirect_writes_to_null_block else pages, overwrite)
+    pages = [[0] * len(one) for one in new_block_ids] if own.redirect_writes_to_null_block else new_block_ids
+    give(own, own.input_block_tables, req_index, pages, overwrite)
 
 
 def _after_gather_block_tables(
-    own: Any,
-    tables: tuple[torch.Tensor, ...],
-    idx_mapping: torch.Tensor,
-    num_reqs_padded: int,
-    *others: Any,
-    **named: Any,
+    own: Any, tables: tuple[torch.Tensor, ...], idx_mapping: torch.Tensor, *others: Any, **named: Any
 ) -> None:
-    for table, followed in zip(tables, _followed_by(own), strict=True):
-        setattr(table, _KEPT, HostTable(followed.pages, is_by_request=True))
+    keep_given(own, own.input_block_tables, tables)
 
 
 def _after_map_to_kernel_block_table(
     own: Any, table: torch.Tensor, block_table: torch.Tensor, ubatch_idx: int = 0
 ) -> None:
     """Of both, where pages are cut into some that a backend takes."""
-    host = getattr(block_table, _KEPT, None)
-    if host is None or own.kernel_block_size is None:
-        return
-    parts = own.kv_cache_spec.block_size // own.kernel_block_size
-    setattr(table, _KEPT, host.cut(parts, own.kernel_block_stride or parts))
-
-
-def _followed_by(tables: Any) -> list[FollowedTable]:
-    if tables not in _followed:
-        _followed[tables] = [FollowedTable(*table.shape) for table in tables.input_block_tables]
-    return _followed[tables]
+    if own.kernel_block_size is not None:
+        parts = own.kv_cache_spec.block_size // own.kernel_block_size
+        keep_cut(table, block_table, parts, own.kernel_block_stride or parts)
 
 
 FOLLOWED: dict[tuple[str, str], Callable[..., None]] = {
@@ -496,23 +481,22 @@ def follow_tables() -> None:
         logger.warning("qjl: each step waits to read its block table: vLLM %s lacks %s.", version(), ", ".join(gone))
         return
     for (owner, name), then in FOLLOWED.items():
-        _follow(__getattr__(owner), name, then)
+        _follow(_theirs(owner), name, then)
 
 
 def _is_as_was(owner: str, name: str) -> bool:
     """Whether a method takes what the one that follows it takes."""
     taken = inspect.signature(FOLLOWED[owner, name]).parameters.values()
     ours = [one.name for one in taken if one.kind is one.POSITIONAL_OR_KEYWORD][2:]
-    theirs = [*inspect.signature(getattr(__getattr__(owner), name)).parameters][1:]
-    return theirs[: len(ours)] == ours and (
-        len(theirs) == len(ours) or any(one.kind is one.VAR_KEYWORD for one in taken)
-    )
+    theirs = [*inspect.signature(getattr(_theirs(owner), name)).parameters][1:]
+    takes_more = any(one.kind is one.VAR_KEYWORD for one in taken)
+    return theirs[: len(ours)] == ours and (takes_more or len(theirs) == len(ours))
 
 
 def _follow(owner: type, name: str, then: Callable[..., None]) -> None:
     """Have ``then(self, what it gave, *arguments)`` called after each call of a method."""
     theirs = getattr(owner, name)
-    if hasattr(theirs, _KEPT):
+    if vars(theirs).get("follows") is then:
         return
 
     @wraps(theirs)
@@ -521,7 +505,7 @@ def _follow(owner: type, name: str, then: Callable[..., None]) -> None:
         then(own, given, *args, **named)
         return given
 
-    setattr(followed, _KEPT, then)
+    vars(followed)["follows"] = then
     setattr(owner, name, followed)
 
 

@@ -17,7 +17,7 @@ from qjl.vllm.block_planner import BlockPlan, BlockPlanner, Bools, Encoding, Int
 from qjl.vllm.host_tables import Pages
 
 _MOST_OPERANDS = 16
-_STAGES = 4  # of copies under way; engines are one or two steps ahead of their device
+STAGES = 4  # of copies under way; engines are one or two steps ahead of their device
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +257,7 @@ class _Mirror:
         if device.type == "cpu":
             return
         self.there = torch.zeros(len(buffer), dtype=torch.int32, device=device)
-        for _ in range(_STAGES):
+        for _ in range(STAGES):
             pinned = torch.zeros(len(buffer), dtype=torch.int32, device="cpu", pin_memory=True)
             self._stages.append((pinned, torch.Event(device)))
 
