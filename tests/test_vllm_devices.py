@@ -9,6 +9,7 @@ if not runtime.is_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
 from pretended_gpu import GPU, OnGpu, on_gpu, on_host, pretended_gpu, watched
+from qjl.vllm import steps
 from qjl.vllm.host_tables import HostTable
 from qjl.vllm.steps import STAGES
 from test_vllm_layer import SCORING, SEQUENCES, Server, step_of, tensors_in
@@ -56,8 +57,11 @@ def _in_place(server, table):
     return kept[: len(table)].copy_(table)
 
 
-@pytest.mark.parametrize("page_tokens", [16, 64])
-def test_a_gpu_holds_and_gives_what_a_cpu_does(page_tokens, gpu, reference_backend):
+@pytest.mark.parametrize(("page_tokens", "room"), [(16, None), (64, None), (16, 90)])
+def test_a_gpu_holds_and_gives_what_a_cpu_does(page_tokens, room, gpu, reference_backend, monkeypatch):
+    """Also where ``room`` for numbers that go to the device at once is less than a step has."""
+    if room:
+        monkeypatch.setattr(steps, "MOST_NUMBERS", room)
     here, there = Server(page_tokens), Server(page_tokens, device=GPU)
     sequences = [[server.sequence(length) for length in (230, 150)] for server in (here, there)]
     for fresh in ((100, 60), (70, 5), *[(1, 1)] * 30, (3, 1), (1, 3)):
@@ -81,6 +85,8 @@ def test_decode_steps_wait_for_nothing(fresh, gpu):
     for _ in range(30):
         _, planning, attending, _ = carried_out(server, [(one, fresh) for one in rows])
         assert not planning.waits
+        assert planning.nbytes == 0
+        assert planning.copies in ([True], [True, True])  # what rows read, and what is encoded
         assert not attending.waits
         assert attending.launches.count("put") == 2
 

@@ -135,7 +135,7 @@ class PagedLayer:
         if targets.columns is None or targets.offsets is None:
             sides = zip(self.codecs, tokens, self.pages.fields, ("keys", "values"), strict=True)
             jobs = [codec.job(source, fields, what) for codec, source, fields, what in sides]
-            ops.encode(jobs, targets.sources.int(), targets.first, targets.pages.int(), are_trusted=True)
+            ops.encode(jobs, targets.sources, targets.first, targets.pages, are_trusted=True)
             return
         for side, (codec, source) in enumerate(zip(self.codecs, tokens, strict=True)):
             chosen = source.index_select(0, targets.sources).transpose(0, 1)[None]

@@ -17,6 +17,7 @@ from qjl.vllm.block_planner import BlockPlan, BlockPlanner, Bools, Encoding, Int
 from qjl.vllm.host_tables import Pages
 
 _MOST_OPERANDS = 16
+MOST_NUMBERS = 1 << 17
 STAGES = 4  # of copies under way; engines are one or two steps ahead of their device
 
 
@@ -24,7 +25,8 @@ STAGES = 4  # of copies under way; engines are one or two steps ahead of their d
 class Targets:
     """An ``Encoding`` as tensors: where 64 tokens at a time come from, and where their codes go.
 
-    Whole pages have no ``columns``, and one of ``pages`` for each 64 tokens.
+    Whole pages have no ``columns``, and one of ``pages`` for each 64 tokens; their numbers are ``int32``, as ``encode``
+    takes them, but for ``first``.
     """
 
     sources: Tensor
@@ -34,14 +36,14 @@ class Targets:
     offsets: Tensor | None
 
     @classmethod
-    def of(cls, encoding: Encoding, device: torch.device) -> Targets | None:
+    def of(cls, encoding: Encoding, numbers: Numbers) -> Targets | None:
         if not len(encoding):
             return None
-        sources, first = on(device, encoding.sources), on(device, encoding.first)
+        first = numbers.take(encoding.first)
         if (whole := encoding.whole_pages) is not None:
-            return cls(sources, first, None, on(device, whole), None)
-        numbers = (encoding.columns, encoding.pages, encoding.offsets)
-        return cls(sources, first, *(on(device, of) for of in numbers))
+            return cls(numbers.take(encoding.sources, np.int32), first, None, numbers.take(whole, np.int32), None)
+        of_tokens = (encoding.columns, encoding.pages, encoding.offsets)
+        return cls(numbers.take(encoding.sources), first, *(numbers.take(of) for of in of_tokens))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,13 +109,14 @@ class Steps:
     def __init__(self, shape: PoolShape, recent: int, most_queries: int, sequences: int, device: torch.device) -> None:
         self.planner = BlockPlanner(shape, recent, most_queries)
         self._kept = _KeptRows(shape, sequences, self.planner.most_exact, device)
-        self._device = device
+        self._numbers = Numbers(device)
 
     def next(self, totals: Integers, starts: Integers, table: Tensor, pages: Pages | None = None) -> LayerStep:
         """A step with tokens ``starts[b]`` to ``starts[b + 1]`` of the batch for row b, the last of its ``totals[b]``.
 
         ``table int32 [R, n]`` of pages lies on the layers' device, and keeps its contents as long as the step.
-        ``pages`` reads it on the host; without it a table of another device is read back, which waits for that.
+        ``pages`` reads it on the host; without it a table of another device is read back, which waits for that. Tensors
+        of the step before are written anew, but on a CPU.
 
         Raises:
             QJLError: for more rows than there is room for.
@@ -124,23 +127,22 @@ class Steps:
         row_of = np.repeat(np.arange(len(fresh)), fresh)
         is_put = plan.own & plan.is_together[row_of[plan.put_tokens]]
         self._kept.update(plan, requests, row_of, is_put)
-        return LayerStep(
-            self._targets(plan.rescued),
+        step = LayerStep(
+            Targets.of(plan.rescued, self._numbers),
             self._puts(plan, ~is_put if plan.is_apart else np.ones_like(is_put)),
-            self._targets(plan.filled),
-            self._targets(plan.direct),
+            Targets.of(plan.filled, self._numbers),
+            Targets.of(plan.direct, self._numbers),
             list(self._together(plan, requests, table)),
             list(self._alone(plan, requests, table)),
             plan.is_apart,
         )
-
-    def _targets(self, encoding: Encoding) -> Targets | None:
-        return Targets.of(encoding, self._device)
+        self._numbers.send()
+        return step
 
     def _puts(self, plan: BlockPlan, chosen: Bools) -> Puts | None:
         if not chosen.any():
             return None
-        return Puts(on(self._device, plan.put_tokens[chosen]), on(self._device, plan.put_slots[chosen]))
+        return Puts(self._numbers.take(plan.put_tokens[chosen]), self._numbers.take(plan.put_slots[chosen]))
 
     def _together(self, plan: BlockPlan, requests: Requests, table: Tensor) -> Iterator[Together]:
         rows = plan.is_together.nonzero()[0]
@@ -151,7 +153,7 @@ class Steps:
             if group[-1] - group[0] == len(group) - 1:  # they follow each other, and so do their tokens
                 tokens: slice | Tensor = slice(int(begin[0]), int(begin[-1]) + queries)
             else:
-                tokens = on(self._device, (begin[:, None] + np.arange(queries)).ravel())
+                tokens = self._numbers.take((begin[:, None] + np.arange(queries)).ravel())
             yield Together(tokens, queries, self._kept.operand(group, table))
 
     def _alone(self, plan: BlockPlan, requests: Requests, table: Tensor) -> Iterator[Alone]:
@@ -160,7 +162,7 @@ class Steps:
             begin, count, context = int(starts[row]), int(requests.fresh[row]), int(requests.context[row])
             skip, packed = int(plan.skip[row]), int(plan.packed[row])
             pages, slots = table[row, : -(-packed // size)].long(), plan.slots(row, context, size)
-            yield Alone(begin, begin + count, context, skip, packed, pages, on(self._device, slots))
+            yield Alone(begin, begin + count, context, skip, packed, pages, self._numbers.take(slots))
 
 
 class _KeptRows:
@@ -271,6 +273,35 @@ class _Mirror:
         pinned[:count].copy_(self._here[:count])
         self.there[:count].copy_(pinned[:count], non_blocking=True)
         is_read.record()
+
+
+class Numbers:
+    """Numbers of a step on a device, by one copy: views of a buffer that each step writes anew.
+
+    On a CPU, and where the buffer is full, they are tensors of their own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._used = device, 0
+        self._buffer = np.zeros(0 if device.type == "cpu" else MOST_NUMBERS, np.int32)
+        self._mirror = _Mirror(self._buffer, device)
+
+    def take(self, numbers: Integers, dtype: type[np.signedinteger] = np.int64) -> Tensor:
+        """Where these will be once ``send`` was called."""
+        made = np.ascontiguousarray(numbers, dtype)
+        first, stop = self._used, self._used + made.nbytes // self._buffer.itemsize
+        if not first < stop <= len(self._buffer):
+            return to_device(torch.from_numpy(made), self._device)
+        self._buffer[first:stop] = made.view(np.int32)
+        self._used = stop + stop % 2  # the next ones may be int64
+        there = self._mirror.there[first:stop]
+        return there.view(torch.int64) if made.dtype == np.int64 else there
+
+    def send(self) -> None:
+        """Those that were taken since the last time."""
+        if self._used:
+            self._mirror.push(self._used)
+        self._used = 0
 
 
 def _pages_of(table: Tensor) -> Pages:
