@@ -1,8 +1,10 @@
 """What the host knows of the tables that vLLM's runners keep on a device: the same pages, whatever is given to whom."""
 
+import ast
 import logging
 import random
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 from qjl.vllm import compat
-from qjl.vllm.compat import TABLES
+from qjl.vllm.compat import CHECKED, TABLES
 from qjl.vllm.host_tables import known_pages
+from released import Release
 
 REQUESTS, MOST = 6, 8
 
@@ -81,6 +84,39 @@ def runners(monkeypatch):
     monkeypatch.setitem(TABLES.members, "AttentionGroup", ("kernel_block_size", "map_to_kernel_block_table"))
     compat.follow_tables()
     return SimpleNamespace(first=classes[0], second=classes[1], group=classes[2])
+
+
+@pytest.mark.parametrize("version", CHECKED)
+def test_the_pretended_runner_writes_what_a_release_writes(version):
+    release = Release(version)
+    if not release.path.exists():
+        pytest.skip(f"NOT TESTED: the sources of vLLM {version} are not here: make vllm-sources")
+    theirs = release.members("vllm.v1.worker.gpu.block_table", "BlockTables")["append_block_ids"]
+    found, chance = {}, random.Random(0)
+    exec(compile(ast.unparse(theirs), "append_block_ids", "exec"), found)
+    tables, released = BlockTables(groups=2), ReleasedTables(groups=2)
+    for _ in range(50):
+        request, is_new, is_null = chance.randrange(REQUESTS), chance.random() < 0.3, chance.random() < 0.1
+        count = chance.randint(0, MOST - (0 if is_new else tables.counts[:, request].max()))
+        given = tuple([chance.randint(1, 99) for _ in range(count)] for _ in range(2))
+        tables.redirect_writes_to_null_block = released.redirect_writes_to_null_block = is_null
+        tables.append_block_ids(request, given, overwrite=is_new)
+        found["append_block_ids"](released, request, given, overwrite=is_new)
+        assert all(map(np.array_equal, tables.of_requests, released.written))
+
+
+class ReleasedTables:
+    """What a release's ``append_block_ids`` finds in its class."""
+
+    def __init__(self, groups):
+        self.num_kv_cache_groups = groups
+        self.num_blocks = SimpleNamespace(np=np.zeros((groups, REQUESTS), int))
+        self.written = [np.zeros((REQUESTS, MOST), int) for _ in range(groups)]
+        self.block_tables = [SimpleNamespace(gpu=x, stage_write=partial(self.stage, x)) for x in self.written]
+
+    @staticmethod
+    def stage(written, request, start, pages):
+        written[request, start : start + len(pages)] = pages
 
 
 def read(table, requests=None):
