@@ -202,6 +202,12 @@ def test_a_prompt_and_its_first_answers():
     _check(answers)
 
 
+def test_more_sequences_than_there_is_room_for_are_refused(refuses):
+    server = Server(64)
+    with refuses(f"a step of {SEQUENCES + 1} sequences, where there is room for {SEQUENCES}."):
+        server.step(*((server.sequence(3), 1) for _ in range(SEQUENCES + 1)))
+
+
 def test_a_pool_in_half_precision():
     server = Server(64, torch.bfloat16)
     one = server.sequence(110)

@@ -17,7 +17,7 @@ from qjl.vllm.block_planner import BlockPlan, BlockPlanner, Bools, Encoding, Int
 from qjl.vllm.host_tables import Pages
 
 _MOST_OPERANDS = 16
-MOST_NUMBERS = 1 << 17
+MOST_NUMBERS = 1 << 17  # of 4 bytes, that go to a device at once
 STAGES = 4  # of copies under way; engines are one or two steps ahead of their device
 
 
