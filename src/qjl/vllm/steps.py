@@ -36,7 +36,7 @@ class Targets:
     offsets: Tensor | None
 
     @classmethod
-    def of(cls, encoding: Encoding, numbers: Numbers) -> Targets | None:
+    def of(cls, encoding: Encoding, numbers: StepNumbers) -> Targets | None:
         if not len(encoding):
             return None
         first = numbers.take(encoding.first)
@@ -109,7 +109,7 @@ class Steps:
     def __init__(self, shape: PoolShape, recent: int, most_queries: int, sequences: int, device: torch.device) -> None:
         self.planner = BlockPlanner(shape, recent, most_queries)
         self._kept = _KeptRows(shape, sequences, self.planner.most_exact, device)
-        self._numbers = Numbers(device)
+        self._numbers = StepNumbers(device)
 
     def next(self, totals: Integers, starts: Integers, table: Tensor, pages: Pages | None = None) -> LayerStep:
         """A step with tokens ``starts[b]`` to ``starts[b + 1]`` of the batch for row b, the last of its ``totals[b]``.
@@ -275,7 +275,7 @@ class _Mirror:
         is_read.record()
 
 
-class Numbers:
+class StepNumbers:
     """Numbers of a step on a device, by one copy: views of a buffer that each step writes anew.
 
     On a CPU, and where the buffer is full, they are tensors of their own.
