@@ -30,21 +30,24 @@ WAITING = {
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """Where the host waited for the device, new bytes there, and the kernels of Triton.
 
     ``grids``: of each launch its name, its grid, and what its tensors look like; ``places``: where these lie.
+    ``copies``: from the host, whether what was copied is pinned.
     """
 
     waits: list[str] = field(default_factory=list)
     nbytes: int = 0
+    copies: list[bool] = field(default_factory=list)
     launches: list[str] = field(default_factory=list)
     grids: list[tuple] = field(default_factory=list)
     places: list[list[int]] = field(default_factory=list)
 
 
 _watches = []
+_pinned = {}  # places of the host's memory that is, and what keeps it there
 
 
 @contextmanager
@@ -125,7 +128,10 @@ def _operation(func, args, kwargs):
             _note_wait(func.overloadpacket.__name__)
     if kwargs.get("device") is not None:
         kwargs = kwargs | {"device": CPU}
-    result = func(*on_host(args), **on_host(kwargs))
+    is_pinned = kwargs.get("pin_memory")
+    result = func(*on_host(args), **on_host(kwargs | {"pin_memory": False} if is_pinned else kwargs))
+    if is_pinned:
+        _pinned[result.data_ptr()] = result
     return _on_gpu_again(result, given) if goes_to_gpu else result
 
 
@@ -166,8 +172,11 @@ def _note_copy(source, goes_to_gpu, is_free):
     """One to the device need not be waited for; one back has to be."""
     if isinstance(source, OnGpu) and not goes_to_gpu:
         _note_wait("a copy to the host")
-    if not isinstance(source, OnGpu) and goes_to_gpu and source.dim() and not is_free:
-        _note_wait("a copy to the device")
+    if not isinstance(source, OnGpu) and goes_to_gpu and source.dim():
+        for watch in _watches:
+            watch.copies.append(source.untyped_storage().data_ptr() in _pinned)
+        if not is_free:
+            _note_wait("a copy to the device")
 
 
 def _note_indexing(indexed, index, values=()):
@@ -223,6 +232,20 @@ _METHODS = {
 }
 
 
+class _Event:
+    """The device is a step behind: an event of the step that is watched has not happened, all others have."""
+
+    def __init__(self, device):
+        self.device, self._recorded_in = device, []
+
+    def record(self):
+        self._recorded_in = [*_watches]
+
+    def synchronize(self):
+        if any(watch is one for watch in _watches for one in self._recorded_in):
+            _note_wait("an event")
+
+
 # The device and its kernels
 
 
@@ -237,6 +260,7 @@ def pretended_gpu(monkeypatch):
         patched.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=PROCESSORS)
         )
+        patched.setattr(torch, "Event", _Event)
         patched.setattr(runtime, "is_usable", lambda: True)
         _catch_launches(patched)
         caches = ops._automatic_on_gpu, runtime.processors
@@ -248,6 +272,7 @@ def pretended_gpu(monkeypatch):
                 yield
         finally:
             torch._C._set_only_lift_cpu_tensors(before)
+            _pinned.clear()
             for cache in caches:
                 cache.cache_clear()
 

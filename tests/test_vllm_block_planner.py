@@ -93,6 +93,8 @@ class Engine:
             ),
         )
         plan = self.planner.plan(requests)
+        exact = plan.skip + context - plan.packed + fresh
+        assert exact[plan.is_together].max(initial=0) <= self.planner.most_exact
         batch = [token for _, fresh, _ in work for token in fresh]
         is_own = plan.own & np.repeat(plan.is_together, fresh)[plan.put_tokens]
         self.encode(plan.rescued, self.pool)

@@ -15,7 +15,7 @@ import pytest
 from qjl import vllm
 from qjl.server import vllm_launch
 from qjl.vllm import PRESET, compat
-from qjl.vllm.compat import CHECKED, ENGINE, SERVER, SERVING
+from qjl.vllm.compat import CHECKED, ENGINE, FOLLOWED, SERVER, SERVING, TABLES
 from released import FOLDER, Release, is_marked, parameters
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +29,11 @@ USERS = [
 ]
 EVERYTHING = [path for room in ("src", "tests", "scripts") for path in sorted((ROOT / room).rglob("*.py"))]
 VERSIONS = sorted({*CHECKED, *(path.stem for path in FOLDER.glob("*.zip"))})
-HOMES = {name: home for uses in (SERVING, ENGINE) for home, names in uses.names.items() for name in names}
-MEMBERS = {name for uses in (SERVING, ENGINE) for members in uses.members.values() for name in members}
+ALL = (SERVING, TABLES, ENGINE)
+HOMES = {name: home for uses in ALL for home, names in uses.names.items() for name in names}
+MEMBERS = {name for uses in ALL for members in uses.members.values() for name in members}
 PARAMETERS = SERVING.parameters | ENGINE.parameters
-BOTH = pytest.mark.parametrize("uses", [SERVING, ENGINE], ids=["serving", "engine"])
+EACH = pytest.mark.parametrize("uses", ALL, ids=["serving", "tables", "engine"])
 
 
 @cache
@@ -64,7 +65,7 @@ def test_a_release_has_the_name(release, path):
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    sorted({(owner, name) for uses in (SERVING, ENGINE) for owner in uses.members for name in uses.members[owner]}),
+    sorted({(owner, name) for uses in ALL for owner in uses.members for name in uses.members[owner]}),
 )
 def test_a_release_has_the_member(release, owner, name):
     assert name in release.members(HOMES[owner], owner), f"{owner}.{name} has gone"
@@ -115,6 +116,28 @@ def test_we_have_all_that_a_release_wants_of_us(release, ours):
     }
     assert wanted, "vLLM's classes have abstract methods"
     assert wanted <= {method.name for owner, method in OVERRIDDEN if owner is ours}
+
+
+@pytest.mark.parametrize(("owner", "name"), FOLLOWED)
+def test_a_release_has_the_method_that_is_followed_as_it_was(release, owner, name):
+    theirs = parameters(release.members(HOMES[owner], owner)[name])
+    [ours] = [node for node in nodes(COMPAT, ast.FunctionDef) if node.name == FOLLOWED[owner, name].__name__]
+    taken = parameters(ours)[2:]
+    assert theirs[: len(taken)] == taken
+    assert ours.args.kwarg or len(theirs) == len(taken)
+
+
+@pytest.mark.parametrize(
+    ("home", "function", "passes"),
+    [
+        ("vllm.v1.worker.gpu.attn_utils", "build_attn_metadata", "block_table_tensor=block_table"),
+        ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "block_table_tensor=block_table_gid_0"),
+    ],
+)
+def test_a_release_passes_tables_to_builders_as_it_got_them(release, home, function, passes):
+    """What the host knows of them goes along, and would be lost with a copy."""
+    _, found = release.find(home, function)
+    assert passes in ast.unparse(found)
 
 
 def test_a_release_has_the_program_that_serves(release):
@@ -176,7 +199,7 @@ def test_every_function_in_the_list_is_used():
     used = looked_up() | {alias.name for path in USERS for node in imports_of_compat(path) for alias in node.names}
     used |= {node.attr for path in USERS for node in nodes(path, ast.Attribute)}
     variables = {name for name, home in HOMES.items() if home == "vllm.envs"}
-    classes = {*SERVING.members, *ENGINE.members}
+    classes = {name for uses in ALL for name in uses.members}
     assert {*HOMES} - classes - variables - used == set()
 
 
@@ -198,7 +221,7 @@ def called(node):
 @pytest.mark.parametrize("path", USERS, ids=lambda path: path.stem)
 def test_members_of_names_are_in_the_list(path):
     of_names = [node for node in nodes(path, ast.Attribute) if getattr(node.value, "id", None) in HOMES]
-    listed = SERVING.members | ENGINE.members
+    listed = SERVING.members | TABLES.members | ENGINE.members
     for node in of_names:
         assert node.attr in listed.get(node.value.id, ()), ast.unparse(node)
 
@@ -275,7 +298,7 @@ def thing(uses, name):
     return type(name, (), members)
 
 
-@BOTH
+@EACH
 def test_a_vllm_with_all_names_is_taken(uses, pretended, caplog):
     pretended(uses)
     with caplog.at_level(logging.WARNING):

@@ -31,6 +31,7 @@ HEADS, GROUP, HEAD_DIM = 2, 2, 64
 PAGES = 40
 SINKS, RECENT = 4, 32
 MOST_QUERIES = 8
+SEQUENCES = 6
 CPU = torch.device("cpu")
 SCORING = Scoring(0.125)
 FACTORIES = {f"torch.{name}" for name in ("arange", "empty", "eye", "full", "linspace", "ones", "tensor", "zeros")}
@@ -62,7 +63,7 @@ class Server:
         model, codecs = Model(HEADS, HEAD_DIM, GROUP), _codecs(sinks)
         pool, shape = PoolShape(page_tokens, sinks, 12, 4), TokenShape(HEADS, HEAD_DIM, HEAD_DIM, device, dtype)
         self.layer = PagedLayer(codecs.of(0, shape), pool, shape)
-        self.steps = Steps(pool, RECENT, MOST_QUERIES, device)
+        self.steps = Steps(pool, RECENT, MOST_QUERIES, SEQUENCES, device)
         token_bytes = self.layer.token_bytes // HEADS
         self.layer.bind(torch.zeros(PAGES, HEADS, page_tokens, token_bytes, dtype=torch.uint8, device=device))
         self.model, self.page_tokens, self.dtype, self.device = model, page_tokens, dtype, device
@@ -201,6 +202,12 @@ def test_a_prompt_and_its_first_answers():
     _check(answers)
 
 
+def test_more_sequences_than_there_is_room_for_are_refused(refuses):
+    server = Server(64)
+    with refuses(f"a step of {SEQUENCES + 1} sequences, where there is room for {SEQUENCES}."):
+        server.step(*((server.sequence(3), 1) for _ in range(SEQUENCES + 1)))
+
+
 def test_a_pool_in_half_precision():
     server = Server(64, torch.bfloat16)
     one = server.sequence(110)
@@ -246,7 +253,7 @@ def test_torch_s_defaults_do_not_reach_into_plans_and_pools(mode):
     codecs = Server(32).layer.codecs
 
     def made():
-        steps = Steps(pool, RECENT, MOST_QUERIES, CPU)
+        steps = Steps(pool, RECENT, MOST_QUERIES, SEQUENCES, CPU)
         steps.next(*step_of(before))
         step = steps.next(*step_of(work))
         layer = PagedLayer(codecs, pool, TokenShape(HEADS, HEAD_DIM, HEAD_DIM, CPU, torch.float16))

@@ -34,4 +34,5 @@ def register() -> None:
 
     if not compat.is_on_cpu():
         logger.warning("qjl: quantized pages need --attention-backend CUSTOM here, without which vLLM keeps its own.")
+        compat.follow_tables()
     compat.register(QuantizedBackend)

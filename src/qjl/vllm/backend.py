@@ -19,6 +19,7 @@ from qjl.vllm.block_planner import PoolShape
 from qjl.vllm.compat import (
     ATTENTION,
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -95,7 +96,7 @@ class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
         config = chosen_config()
         most_queries = max(1, DRAFT_ROWS // (settings.heads // pages.heads))
         shape = PoolShape.of(pages.tokens, config.sinks, config.recent, settings.sequences, most_queries)
-        self._steps = Steps(shape, config.recent, most_queries, device)
+        self._steps = Steps(shape, config.recent, most_queries, settings.sequences, device)
         layers = [_paged_layer(settings, name, pages, shape, device) for name in layer_names]
         for name, layer in zip(layer_names, layers, strict=True):
             compat.attention_of(vllm_config, name).paged = layer
@@ -110,9 +111,14 @@ class StepBuilder(AttentionMetadataBuilder[StepMetadata]):
             sum(layer.nbytes for layer in layers) / 2**30,
         )
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """None: layers encode pages where these fill, which a graph of other steps would not do."""
+        return AttentionCGSupport.NEVER
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> StepMetadata:
         batch = compat.batch(common_attn_metadata)
-        step = self._steps.next(batch.totals, batch.starts, batch.table)
+        step = self._steps.next(batch.totals, batch.starts, batch.table, batch.pages)
         if self._steps.planner.missed_sinks and not self._has_told_of_sinks:
             logger.warning("qjl: first tokens of a sequence are read from their codes: more prompts than sink lines.")
             self._has_told_of_sinks = True

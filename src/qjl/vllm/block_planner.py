@@ -13,7 +13,6 @@ are read only where a row writes or may read exact tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,8 +20,8 @@ import numpy as np
 
 from qjl.errors import QJLError
 from qjl.packed import BLOCK
+from qjl.vllm.host_tables import Integers, Pages
 
-Integers = np.ndarray
 Bools = np.ndarray
 NONE = -1
 _FIRST_PAGES = 1024  # that there is room for, at first
@@ -62,7 +61,7 @@ class Requests:
 
     context: Integers
     fresh: Integers
-    pages: Callable[[Integers, Integers], Integers]
+    pages: Pages
 
     @cached_property
     def starts(self) -> Integers:
@@ -204,6 +203,11 @@ class BlockPlanner:
         # of the line's page: where it begins, which of its tokens are exact here, and from which on it lacks codes
         self._position, self._start, self._fill, self._packed = (np.zeros(shape.lines, np.int64) for _ in range(4))
         self._sink_fill = np.zeros(shape.sink_lines, np.int64)
+
+    @property
+    def most_exact(self) -> int:
+        """Exact tokens, its fresh ones with them, that a row which attends together with others reads at most."""
+        return self.shape.sinks + self.recent + self.shape.page_tokens - 1 + self.most_queries
 
     def plan(self, requests: Requests) -> BlockPlan:
         """What the next step does."""

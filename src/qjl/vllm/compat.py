@@ -1,8 +1,8 @@
 """Every name of vLLM that the project uses; nothing else imports vLLM.
 
-``SERVING`` and ``ENGINE`` list them, ``require`` holds the list against the vLLM that is installed, and a test holds it
-against the sources of the releases in ``CHECKED``. A name is imported when it is asked for, so that this module loads
-without vLLM: ``from qjl.vllm.compat import AttentionBackend``.
+``SERVING``, ``TABLES`` and ``ENGINE`` list them, ``require`` holds a list against the vLLM that is installed, and a
+test holds all against the sources of the releases in ``CHECKED``. A name is imported when it is asked for, so that this
+module loads without vLLM: ``from qjl.vllm.compat import AttentionBackend``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from qjl.errors import QJLError
+from qjl.vllm.host_tables import HostTable, Pages, give, keep, keep_cut, keep_given, known_pages
 
 logger = logging.getLogger("vllm.qjl")
 Class = TypeVar("Class", bound=type)
@@ -68,6 +70,7 @@ SERVING = Uses(
         "vllm.platforms.interface": ("Platform",),
         "vllm.v1.attention.backend": (
             "AttentionBackend",
+            "AttentionCGSupport",
             "AttentionImpl",
             "AttentionMetadata",
             "AttentionMetadataBuilder",
@@ -82,12 +85,14 @@ SERVING = Uses(
         "Attention": ("impl",),
         "AttentionBackend": ("supported_dtypes", "supported_kv_cache_dtypes"),
         "AttentionBackendEnum": (ATTENTION, "CPU_ATTN"),
+        "AttentionCGSupport": ("NEVER",),
         "AttentionType": ("DECODER",),
         "CommonAttentionMetadata": (
             "block_table_tensor",
             "causal",
             "num_reqs",
             "query_start_loc_cpu",
+            "req_idx",
             "seq_lens",
             "seq_lens_cpu_upper_bound",
         ),
@@ -199,7 +204,25 @@ ENGINE = Uses(
     parameters={"LLMEngine.add_request": ("request_id", "prompt", "params")},
 )
 
-_HOMES = {name: home for uses in (SERVING, ENGINE) for home, names in uses.names.items() for name in names}
+TABLES = Uses(  # of runners on a GPU, without which block tables are read back from it
+    names={
+        "vllm.v1.worker.block_table": ("BlockTable",),
+        "vllm.v1.worker.gpu.block_table": ("BlockTables",),
+        "vllm.v1.worker.utils": ("AttentionGroup",),
+    },
+    members={
+        "AttentionGroup": ("kernel_block_size", "kernel_block_stride", "kv_cache_spec", "map_to_kernel_block_table"),
+        "BlockTable": ("get_device_tensor", "get_numpy_array"),
+        "BlockTables": (
+            "append_block_ids",
+            "gather_block_tables",
+            "input_block_tables",
+            "redirect_writes_to_null_block",
+        ),
+    },
+)
+
+_HOMES = {name: home for uses in (SERVING, ENGINE, TABLES) for home, names in uses.names.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -211,7 +234,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(_HOMES[name]), name)
+        return _theirs(name)
     except (AttributeError, ImportError) as error:
         raise _lacks([f"{_HOMES[name]}.{name}"]) from error
 
@@ -228,6 +251,10 @@ def require(uses: Uses) -> None:
         raise _lacks(gone)
     if not any(version().startswith(f"{release.rpartition('.')[0]}.") for release in CHECKED):
         logger.warning("qjl: vLLM %s has all that the plugin uses, which was tried with %s.", version(), _releases())
+
+
+def _theirs(name: str) -> Any:
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def _lacks(gone: list[str]) -> QJLError:
@@ -378,12 +405,13 @@ def packed(spec: Any, bytes_per_token: Callable[[int], int]) -> Any:
 class Batch:
     """Sequences of a step: of ``totals[i]`` tokens, ``starts[i]`` to ``starts[i + 1]`` of the step are fresh.
 
-    ``table int32 [n, most]`` of pages lies on the device.
+    ``table int32 [n, most]`` of pages lies on the device; ``pages`` reads it on the host, where the host has it.
     """
 
     totals: np.ndarray
     starts: np.ndarray
     table: torch.Tensor
+    pages: Pages | None
 
 
 def batch(common: Any) -> Batch:
@@ -397,12 +425,88 @@ def batch(common: Any) -> Batch:
     lengths = common.seq_lens_cpu_upper_bound if common.seq_lens_cpu_upper_bound is not None else common.seq_lens
     count = common.num_reqs
     starts = common.query_start_loc_cpu[: count + 1]
-    return Batch(_numbers(lengths[:count]), _numbers(starts), common.block_table_tensor[:count])
+    table = common.block_table_tensor
+    pages = known_pages(table, count, common.req_idx)
+    return Batch(_numbers(lengths[:count]), _numbers(starts), table[:count], pages)
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
     """``int64`` on the host."""
     return tensor.cpu().numpy().astype(np.int64)
+
+
+# what the host knows of tables on a device
+
+
+def _after_get_device_tensor(own: Any, table: torch.Tensor, num_reqs: int) -> None:
+    """Of the first runner, whose table on the device is a copy of one on the host."""
+    keep(table, HostTable(own.get_numpy_array()))
+
+
+def _after_append_block_ids(
+    own: Any, _: None, req_index: int, new_block_ids: tuple[list[int], ...], overwrite: bool
+) -> None:
+    """Of the second runner, which has its tables on the device alone."""
+    pages = [[0] * len(one) for one in new_block_ids] if own.redirect_writes_to_null_block else new_block_ids
+    give(own, own.input_block_tables, req_index, pages, overwrite)
+
+
+def _after_gather_block_tables(
+    own: Any, tables: tuple[torch.Tensor, ...], idx_mapping: torch.Tensor, *others: Any, **named: Any
+) -> None:
+    keep_given(own, own.input_block_tables, tables)
+
+
+def _after_map_to_kernel_block_table(
+    own: Any, table: torch.Tensor, block_table: torch.Tensor, ubatch_idx: int = 0
+) -> None:
+    """Of both, where pages are cut into some that a backend takes."""
+    if own.kernel_block_size is not None:
+        parts = own.kv_cache_spec.block_size // own.kernel_block_size
+        keep_cut(table, block_table, parts, own.kernel_block_stride or parts)
+
+
+FOLLOWED: dict[tuple[str, str], Callable[..., None]] = {
+    ("BlockTable", "get_device_tensor"): _after_get_device_tensor,
+    ("BlockTables", "append_block_ids"): _after_append_block_ids,
+    ("BlockTables", "gather_block_tables"): _after_gather_block_tables,
+    ("AttentionGroup", "map_to_kernel_block_table"): _after_map_to_kernel_block_table,
+}
+
+
+def follow_tables() -> None:
+    """Know on the host which pages vLLM's runners give to requests; a warning says if this vLLM does not tell."""
+    gone = [*_gone(TABLES)] or [f"{owner}.{name} as it was" for owner, name in FOLLOWED if not _is_as_was(owner, name)]
+    if gone:
+        logger.warning("qjl: each step waits to read its block table: vLLM %s lacks %s.", version(), ", ".join(gone))
+        return
+    for (owner, name), then in FOLLOWED.items():
+        _follow(_theirs(owner), name, then)
+
+
+def _is_as_was(owner: str, name: str) -> bool:
+    """Whether a method takes what the one that follows it takes."""
+    taken = inspect.signature(FOLLOWED[owner, name]).parameters.values()
+    ours = [one.name for one in taken if one.kind is one.POSITIONAL_OR_KEYWORD][2:]
+    theirs = [*inspect.signature(getattr(_theirs(owner), name)).parameters][1:]
+    takes_more = any(one.kind is one.VAR_KEYWORD for one in taken)
+    return theirs[: len(ours)] == ours and (takes_more or len(theirs) == len(ours))
+
+
+def _follow(owner: type, name: str, then: Callable[..., None]) -> None:
+    """Have ``then(self, what it gave, *arguments)`` called after each call of a method."""
+    theirs = getattr(owner, name)
+    if vars(theirs).get("follows") is then:
+        return
+
+    @wraps(theirs)
+    def followed(own: Any, *args: Any, **named: Any) -> Any:
+        given = theirs(own, *args, **named)
+        then(own, given, *args, **named)
+        return given
+
+    vars(followed)["follows"] = then
+    setattr(owner, name, followed)
 
 
 def is_on_cpu() -> bool:

@@ -114,8 +114,8 @@ class PagedLayer:
         """
         pool = (self.exact.keys, self.exact.values)
         self._encode(step.rescued, pool)
-        if len(step.put_tokens):
-            self.exact.put(step.put_slots, keys[step.put_tokens], values[step.put_tokens])
+        if (puts := step.puts) is not None:
+            self.exact.put(puts.slots, keys[puts.tokens], values[puts.tokens])
         self._encode(step.direct, (keys, values))
         if not step.is_apart:
             self._encode(step.filled, pool)
@@ -135,7 +135,7 @@ class PagedLayer:
         if targets.columns is None or targets.offsets is None:
             sides = zip(self.codecs, tokens, self.pages.fields, ("keys", "values"), strict=True)
             jobs = [codec.job(source, fields, what) for codec, source, fields, what in sides]
-            ops.encode(jobs, targets.sources.int(), targets.first, targets.pages.int(), are_trusted=True)
+            ops.encode(jobs, targets.sources, targets.first, targets.pages, are_trusted=True)
             return
         for side, (codec, source) in enumerate(zip(self.codecs, tokens, strict=True)):
             chosen = source.index_select(0, targets.sources).transpose(0, 1)[None]

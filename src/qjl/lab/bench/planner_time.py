@@ -22,7 +22,7 @@ def plan_us() -> float:
     Each of the rows has about ``TOKENS`` before the first step; they do not fill their pages at once.
     """
     device = torch.device("cpu")
-    steps = Steps(PoolShape.of(BLOCK, SINKS, RECENT, ROWS, MOST_QUERIES), RECENT, MOST_QUERIES, device)
+    steps = Steps(PoolShape.of(BLOCK, SINKS, RECENT, ROWS, MOST_QUERIES), RECENT, MOST_QUERIES, ROWS, device)
     context = TOKENS - np.arange(ROWS) % BLOCK
     columns = -(-(TOKENS + STEPS) // BLOCK)
     table = torch.arange(ROWS * columns, dtype=torch.int32, device=device).view(ROWS, columns)
