@@ -190,10 +190,7 @@ def truth(made, row):
 
 def _tolerance(made):
     """Of one row, since there may be no others; a token too many is further off than that among 1,000."""
-    if ops.active_backend() == "cpu":
-        return WORST * made.pool.error_budget
-    is_half = runtime.is_interpreted() and made.case.dtype != torch.float32
-    return IN_HALF_PRECISION if is_half else TOLERANCE
+    return WORST * made.pool.error_budget if trades() else TOLERANCE
 
 
 def _split(case, monkeypatch):

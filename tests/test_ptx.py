@@ -515,6 +515,9 @@ def _backend(tensor):
 STEPS = {
     "b3": (Transform(3), TRELLIS, torch.bfloat16, 64, 64),
     "b2-float32": (Transform(2), TRELLIS, torch.float32, 64, 16),
+    "b4": (Transform(4), Balanced(4, "trellis", metric=False), torch.float16, 80, 128),
+    "b1": (Transform(1.5), Balanced(1.5, "trellis", metric=False), torch.bfloat16, 128, 64),
+    "norms": (QJL(2, "hadamard"), TRELLIS, torch.bfloat16, 64, 32),
     "groups": (QuaRot(3, 32), QuaRot(2, 32), torch.float16, 80, 64),
 }
 
@@ -526,7 +529,8 @@ def test_the_step(name, ours, generator):
     made = operands(key, value, 396, batch=2, head_dim=head_dim, dtype=dtype)
     extent = Extent.of([300, 101], [4, 0])
     out, lse = paged(made, page, extent, generator).attend()
-    assert [launch.name for launch in ours] == ["project", "packed_part", "exact_part", "join"]
+    in_groups = ["project", "packed_part", "exact_part", "join"]
+    assert [launch.name for launch in ours] == (in_groups if name == "groups" else ["prepare", "step"])
     truth, true_lse = expected(made, extent)
     assert error(out, truth) < TOLERANCE
     assert (lse - true_lse).abs().max() < TOLERANCE
@@ -560,13 +564,15 @@ def test_a_fresh_token_is_stored_and_met(ours, generator):
 
 
 @pytest.mark.parametrize("gpu", [90], indirect=True)
-def test_many_query_rows(ours, generator):
-    """So many that four warps multiply together; the last tile is not full."""
-    made = operands(Transform(2), TRELLIS, 396, dtype=torch.bfloat16)
-    made = replace(made, queries=torch.randn(1, 2, 70, 64, generator=generator))
+@pytest.mark.parametrize("in_groups", [False, True])
+def test_many_query_rows(in_groups, ours, generator):
+    """The last tile is not full; where scales are of groups, so many that four warps multiply together."""
+    key, value = (QuaRot(3, 32), QuaRot(2, 32)) if in_groups else (Transform(2), TRELLIS)
+    made = operands(key, value, 396, dtype=torch.bfloat16)
+    made = replace(made, queries=torch.randn(1, 2, 70 if in_groups else 19, 64, generator=generator))
     extent = Extent.of([64 * made.packed.blocks])
     out, _ = paged(made, 64, extent, generator).attend()
-    assert any("wgmma" in launch.compiled(90).asm["ptx"] for launch in ours)
+    assert any("wgmma" in launch.compiled(90).asm["ptx"] for launch in ours) == in_groups
     assert error(out, expected(made, extent)[0]) < TOLERANCE
 
 

@@ -3,7 +3,7 @@
 All threads of several programs go step by step together: registers are arrays over threads. Where branches part them,
 those that are furthest behind go first, and wait where all must meet. Memory is that of the tensors, and every access
 is checked. Copies of ``cp.async`` arrive no sooner than they are waited for, and what a warp writes is read by others
-after a barrier alone. What would go wrong where a warp writes too early, over what others have yet to read, does not
+after a barrier alone, by other programs after an atomic operation that releases it and one that acquires it. What would go wrong where a warp writes too early, over what others have yet to read, does not
 show.
 """
 
@@ -17,7 +17,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from emulation import ptx_access, ptx_arithmetic, ptx_warps
-from emulation.ptx_memory import Global, Own
+from emulation.ptx_memory import Global, Own, Told
 from emulation.ptx_steps import Operands, Step
 from emulation.ptx_text import WARP, Fault, Unknown, parsed
 from qjl.lab.bench.launches import Launch
@@ -67,7 +67,7 @@ program_of = lru_cache(maxsize=64)(Program)
 class Machine:
     """Some programs of a grid, ``places [programs, 3]``, with all their threads."""
 
-    def __init__(self, program, places, grid, parameters, memory, constants, shared):
+    def __init__(self, program, places, grid, parameters, memory, constants, shared, told):
         self.program, self.entry, self.parameters = program, program.entry, parameters
         per_program = self.entry.threads
         self.threads = len(places) * per_program
@@ -85,6 +85,7 @@ class Machine:
         number = np.ravel_multi_index(places.T, grid, order="F")
         self.warps = number[self._owner] * self.warps_of_program + self.everyone % per_program // WARP
         self.turns = np.zeros(self.threads, np.int64)  # between barriers
+        self.told = told
         self.copies, self.committed = [], np.zeros(self.threads, np.int64)
         self._at = np.zeros(self.threads, np.int64)
 
@@ -189,9 +190,10 @@ def run(launch, capability):
     parameters = dict(zip(names, arguments, strict=True))
     places = np.stack(np.unravel_index(np.arange(np.prod(grid)), grid, order="F"), axis=1)
     together = max(1, MOST_THREADS // program.entry.threads)
+    told = Told(len(places) * program.entry.threads // WARP)
     for first in range(0, len(places), together):
         some = places[first : first + together]
-        Machine(program, some, grid, parameters, memory, constants, metadata.shared).run()
+        Machine(program, some, grid, parameters, memory, constants, metadata.shared, told).run()
 
 
 def _bound(launch):

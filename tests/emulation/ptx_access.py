@@ -158,6 +158,10 @@ def _atomic(operands):
             before = update(machine, space, address(machine) + i * size, size, change)
             if has_result:
                 writes[i](machine, before)
+        if operands.has("release", "acq_rel"):
+            machine.told.release(machine, active(machine))
+        if operands.has("acquire", "acq_rel"):
+            machine.told.acquire(machine, active(machine))
 
     return run
 

@@ -41,7 +41,12 @@ class Buffer:
         for word in _words(offsets, size):
             writers, own = self._writers[word], machine.warps[threads]
             is_far = writers // machine.warps_of_program != own // machine.warps_of_program
-            races = (writers >= 0) & (writers != own) & (is_far | (self._turns[word] == machine.turns[threads]))
+            is_fresh = np.where(
+                is_far,
+                ~machine.told.is_met(writers, self._turns[word], own),
+                self._turns[word] == machine.turns[threads],
+            )
+            races = (writers >= 0) & (writers != own) & is_fresh
             if races.any():
                 raise Fault(
                     f"{machine.where(threads[races.argmax()])} reads what another warp wrote, without a barrier"
@@ -61,6 +66,29 @@ class Range:
     buffer: Buffer
     begin: int
     size: int
+
+
+class Told:
+    """What programs of a launch tell each other by atomic operations: which writes of a warp those may read that asked."""
+
+    def __init__(self, warps):
+        self._released = np.full(warps, -1, np.int64)
+        self._has_acquired = np.zeros(warps, bool)
+
+    def release(self, machine, threads):
+        """What their programs wrote before the last barrier, and their own warps until now."""
+        for warp, turn in set(zip(machine.warps[threads].tolist(), machine.turns[threads].tolist(), strict=True)):
+            first = warp // machine.warps_of_program * machine.warps_of_program
+            self._released[first : first + machine.warps_of_program] = turn - 1
+            self._released[warp] = turn
+
+    def acquire(self, machine, threads):
+        for warp in set(machine.warps[threads].tolist()):
+            first = warp // machine.warps_of_program * machine.warps_of_program
+            self._has_acquired[first : first + machine.warps_of_program] = True
+
+    def is_met(self, writers, turns, readers):
+        return (self._released[writers] >= turns) & self._has_acquired[readers]
 
 
 class Global:

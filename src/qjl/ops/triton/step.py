@@ -351,5 +351,6 @@ def _functions(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     whole[:, :rank] = np.rint(shared.T * TOP)
     tiled = whole.reshape(BLOCK // 8, 2, 4, count).transpose(2, 1, 0, 3).reshape(BLOCK, 2, 4, 4)  # halves, words, bytes
     placed = tiled.swapaxes(1, 2).reshape(BLOCK, count)
-    digits = np.stack([placed >> 7, placed & 127]).astype(np.int8)
+    high = (placed + 64) >> 7
+    digits = np.stack([high, placed - 128 * high]).astype(np.int8)
     return np.pad(down, ((0, 0), (0, count - rank))).astype(np.float32), np.ascontiguousarray(digits).view(np.int32)

@@ -328,9 +328,10 @@ def _ask(queries, stride, is_row, keys, map, mean, asked, place, head, scale, R:
 
 @triton.jit
 def _digits(x):
-    """The nearest whole number as ``128 * high + low``."""
+    """The nearest whole number as ``128 * high + low``; both have either sign, so that what is left out evens out."""
     whole = tl.floor(x + 0.5).to(tl.int32)
-    return whole >> 7, whole & 127
+    high = (whole + 64) >> 7
+    return high, whole - (high << 7)
 
 
 @triton.jit
