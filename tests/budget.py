@@ -24,18 +24,18 @@ def assert_within(errors, budget):
     assert errors.square().mean().sqrt() <= budget * max(1, WORST / errors.numel() ** 0.5)
 
 
-def assert_within_budget(out, truth, pool, times=1, exact=EXACT):
-    """Outputs of attention over a pool; ``exact``: what the worst row may be off on backends that trade nothing."""
+def assert_within_budget(out, truth, pool, times=1):
+    """Outputs of attention over a pool."""
     errors = relative_errors(out, truth)
     if trades():
         assert_within(errors, times * pool.error_budget)
     else:
-        assert errors.max() < times * exact
+        assert errors.max() < times * EXACT
 
 
-def assert_log_sums_within_budget(lse, truth, pool, exact=EXACT):
+def assert_log_sums_within_budget(lse, truth, pool):
     """A log-sum-exp is off by the mean of what its logits are off, and those of a row by about the budget."""
-    most = WORST * pool.error_budget if trades() else exact
+    most = WORST * pool.error_budget if trades() else EXACT
     torch.testing.assert_close(lse.double(), truth, rtol=0, atol=most)
 
 

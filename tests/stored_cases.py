@@ -114,7 +114,7 @@ def _other_metadata(content, generator):
     if name == "format":
         metadata["format"] = f"qjl-prompt-cache-{generator.randrange(100)}"
     elif name == "version":
-        metadata["version"] = str(generator.randrange(3, 100))
+        metadata["version"] = str(generator.randrange(4, 100))
     else:
         header[name] = generator.choice([None, "", generator.randrange(1000), generator.randbytes(4).hex(), [], {}])
         metadata["header"] = json.dumps(header)

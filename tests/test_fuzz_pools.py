@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from budget import WORST
+from budget import WORST, trades
 from qjl import ops
 from qjl.ops.cpu import attention
 from qjl.ops.forms import ExactPool, Pool, Rows
@@ -17,7 +17,6 @@ from random_forms import DTYPES, Maker, Side, decoded, mean_at, sides
 pytest_plugins = "guarded"
 pytestmark = pytest.mark.usefixtures("backend")
 TOLERANCE = 1e-3
-IN_HALF_PRECISION = 4e-3  # where a GPU multiplies in it
 EXAMPLES = 5 if runtime.is_interpreted() else 40
 SPARE = 3  # pages and slots that no row has
 

@@ -234,7 +234,7 @@ def test_any_reader_of_safetensors_can_look_inside(path, model):
     cache = prefilled(model)
     cache.save(path, prompt(LENGTH))
     with safe_open(path, framework="pt") as file:
-        assert (file.metadata()["format"], file.metadata()["version"]) == ("qjl-cache", "2")
+        assert (file.metadata()["format"], file.metadata()["version"]) == ("qjl-cache", "3")
         assert file.get_tensor("token_ids").equal(prompt(LENGTH).int())
         table = cache.index.table[0, : cache.index.blocks[0]]
         pages = taken(cache.cores[1].pages, table)[0]["codes"]
@@ -309,7 +309,7 @@ def test_another_model_or_dtype(path, model, refuses):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"qjl", b"\x00" * 500, b'\xff{"__metadata__":{"format":"qjl-cache","version":"2"' * 9]
+    "content", [b"", b"qjl", b"\x00" * 500, b'\xff{"__metadata__":{"format":"qjl-cache","version":"3"' * 9]
 )
 def test_a_file_of_another_kind(content, path, model, refuses):
     path.write_bytes(content)
@@ -326,7 +326,7 @@ def test_a_missing_file_and_a_folder(path, tmp_path, model, refuses):
 
 def test_another_version(path, model, refuses, monkeypatch):
     cache = prefilled(model)
-    monkeypatch.setattr(files, "CACHES", dataclasses.replace(CACHES, version=3))
+    monkeypatch.setattr(files, "CACHES", dataclasses.replace(CACHES, version=4))
     cache.save(path)
     assert qjl.KVCache.load(path, model).get_seq_length() == LENGTH
     monkeypatch.undo()

@@ -19,7 +19,7 @@ from qjl.rope import Rope
 from qjl.statistics import LayerStatistics, StatisticsOf, none
 
 Pair = tuple[Codec, Codec]
-CODECS = FileKind("qjl-codecs", 1, "codecs file", "fit and save them again")
+CODECS = FileKind("qjl-codecs", 2, "codecs file", "fit and save them again")
 
 
 @dataclass(frozen=True)

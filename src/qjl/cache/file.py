@@ -38,7 +38,7 @@ from qjl.rope import Rope
 from qjl.statistics import StatisticsOf, none
 from qjl.versions import installed_version
 
-CACHES = FileKind("qjl-cache", 2, "prompt cache", "build it again with `qjl cache build`", before=("qjl-prompt-cache",))
+CACHES = FileKind("qjl-cache", 3, "prompt cache", "build it again with `qjl cache build`", before=("qjl-prompt-cache",))
 TEXT, CROSS = "text", "cross"
 _SIDES = ("keys", "values")
 _MISFITS = (QJLError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
