@@ -27,7 +27,9 @@ MOST_WORDS = 64
 MOST_TABLES = 8
 MOST_SUMS = 4096  # by four query rows: what a program's registers hold
 FEW_ROWS, MANY_ROWS = 4, 8  # query rows of a program
-PER_PROCESSOR = 12  # programs
+REGISTERS = ((1024, 128), (2048, 168))  # of a thread, for so many sums of a program at most
+MOST_REGISTERS = 255
+FILE = 65536 // 32  # registers of a processor, for each thread of a warp
 LEAST_UNITS = 4  # of a program
 LOG2_E = 1.4426950408889634
 TOP = 16000  # what stands for the largest number of a function
@@ -116,6 +118,7 @@ class _Step:
             kernels.ByQuery(out, out.stride()), lse, batch, heads, count, self.queries, self.blocks, scale,
             self.softcap or None, 1, R=self.tile, W=sides.words, **sides.runs, PAGE=self.pool.page,
             PRECISION=_precision(self.exact.keys.dtype == torch.bfloat16), num_warps=1, num_stages=1,
+            maxnreg=self.registers,
         )  # fmt: skip
 
     @cached_property
@@ -146,10 +149,16 @@ class _Step:
         """Of packed tokens that there is room for in a row of the table."""
         return triton.cdiv(self.rows.table.shape[1] * self.pool.page, BLOCK)
 
+    @property
+    def registers(self) -> int:
+        """Of a thread: with few of them more programs share a processor, and some of what is seldom used is spilled."""
+        sums = self.sides.sums * self.tile
+        return next((registers for most, registers in REGISTERS if sums <= most), MOST_REGISTERS)
+
     @cached_property
     def programs(self) -> int:
         wanted = triton.cdiv(self.places * (self.blocks + 1), LEAST_UNITS)
-        return max(1, min(wanted, runtime.processors(self.query.device) * PER_PROCESSOR))
+        return max(1, min(wanted, runtime.processors(self.query.device) * (FILE // self.registers)))
 
     def _empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.query.new_empty(size, dtype=dtype)
@@ -266,8 +275,14 @@ def _sides(pool: Pool) -> _Sides | None:
             "FIRST": tuple(run.first for run in tables.runs), "ROWS": tuple(run.rows for run in tables.runs),
             "ROOM": rooms, "PLANES": tuple(run.planes for run in tables.runs),
             "BEGIN": tuple(sum(of_runs[:i]) for i in range(len(of_runs))), "SUMS": sums, "SOURCES": tables.places.shape[1],
+            "KEY_BYTES": _bytes_of_page(pool.keys["codes"]), "VALUE_BYTES": _bytes_of_page(pool.values["codes"]),
         },
     )  # fmt: skip
+
+
+def _bytes_of_page(codes: Tensor) -> int:
+    """Of one head, from the first to the last."""
+    return (codes.shape[2] - 1) * codes.stride(2) + codes.shape[3]
 
 
 def _per_head(tensor: Tensor) -> int:

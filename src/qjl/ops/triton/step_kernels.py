@@ -46,6 +46,7 @@ TAU = tl.constexpr(6.283185307179586)
 TINY = tl.constexpr(1e-30)
 
 _TWO_WORDS = tl.constexpr("ld.global.v2.b32 {$0, $1}, [$2];")
+_FETCH = tl.constexpr("prefetch.global.L1 [$1]; mov.b32 $0, 0;")
 _FOUR_WORDS = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 _TRANSPOSE = tl.constexpr(
     "{ .reg .b32 a, b, c, d;"
@@ -574,12 +575,13 @@ def step(
     query, keys, values, map, mean, functions, asked, shares, exact, of_rows, bias, parts, out, lse, batch, heads, count,
     queries, blocks, scale, softcap, one,
     R: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr,
-    PLANES: tl.constexpr, BEGIN: tl.constexpr, SUMS: tl.constexpr, SOURCES: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    PLANES: tl.constexpr, BEGIN: tl.constexpr, SUMS: tl.constexpr, SOURCES: tl.constexpr, PAGE: tl.constexpr,
+    KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``grid (programs,)``: a share of all units, then what parts are complete.
 
     Of each run of the values' tables: its FIRST byte row, how many ROWS, the ROOM for these, how many PLANES (tables),
-    and where its sums BEGIN. SUMS are all of them together, SOURCES those of one coordinate at most.
+    and where its sums BEGIN. KEY_BYTES and VALUE_BYTES are those of a head's codes in a page. SUMS are all of them together, SOURCES those of one coordinate at most.
     """
     program = tl.program_id(0).to(tl.int64)
     total = tl.load(shares.begins + batch)
@@ -597,7 +599,7 @@ def step(
         _packed(
             keys, values, functions, asked, of_rows, bias, parts, slot, place, row, head.to(tl.int64), tile, count,
             queries, blocks, first + unit, first + tl.minimum(until, units - 1), softcap, one,
-            R, W, FIRST, ROWS, ROOM, PLANES, BEGIN, SUMS, PAGE,
+            R, W, FIRST, ROWS, ROOM, PLANES, BEGIN, SUMS, PAGE, KEY_BYTES, VALUE_BYTES,
         )  # fmt: skip
         if until == units:
             _exact(query, exact, of_rows, bias, parts, place, row, head.to(tl.int64), tile, count, queries, scale, softcap, R, PAGE, PRECISION)
@@ -628,7 +630,8 @@ def _packed(
     keys, values, functions, asked, of_rows, bias, parts, slot, place, row, head, tile, count, queries, blocks, start,
     stop, softcap, one,
     R: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr,
-    PLANES: tl.constexpr, BEGIN: tl.constexpr, SUMS: tl.constexpr, PAGE: tl.constexpr,
+    PLANES: tl.constexpr, BEGIN: tl.constexpr, SUMS: tl.constexpr, PAGE: tl.constexpr, KEY_BYTES: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
 ):  # fmt: skip
     """Attention to some blocks of packed tokens: sums of table entries, and their log-sum-exp."""
     n, r, w = tl.arange(0, 2 * R), tl.arange(0, R), tl.arange(0, 4)
@@ -651,6 +654,8 @@ def _packed(
         first_word = first % PAGE // 4 + 0 * w[None, :]
         nothing = block * (one - 1)  # so that what registers have no room for is loaded again
         scores = above
+        if PAGE >= TOKENS:
+            _fetch_next(keys, values, of_rows, row, head, block + 1, stop, page, KEY_BYTES, VALUE_BYTES, PAGE)
         codes = keys.codes + _at_page(keys.codes_stride, page, head)
         for chunk in tl.static_range(W // CHUNK):
             a, b, c, d = _four_words(keys.rows + 4 * (words + chunk * CHUNK) + nothing)
@@ -722,6 +727,27 @@ def _packed(
             tl.store(to + value_row[:, None] * R + r[None, :], found)
             stored += (run,)
     tl.store(parts.lse + slot * R + r, tl.where(is_seen, most + tl.log2(tl.maximum(total, TINY)), float("-inf")))
+
+
+@triton.jit
+def _fetch_next(
+    keys, values, of_rows, row, head, block, stop, page, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """Codes of the block that comes next on their way to the nearest cache, where it begins a page."""
+    if (block < stop) & (block * TOKENS % PAGE == 0):
+        page = tl.load(of_rows.table + row * of_rows.capacity + block * TOKENS // PAGE).to(tl.int64)
+        _fetch(keys.codes + _at_page(keys.codes_stride, page, head), KEY_BYTES)
+        _fetch(values.codes + _at_page(values.codes_stride, page, head), VALUE_BYTES)
+
+
+@triton.jit
+def _fetch(at, BYTES: tl.constexpr):
+    """Lines of 128 bytes, one for each thread at a time."""
+    if not INTERPRETED:
+        for first in tl.static_range(0, BYTES // 4, 1024):
+            line = tl.minimum(first + tl.arange(0, 32) * 32, BYTES // 4 - 1)
+            tl.inline_asm_elementwise(_FETCH, "=r,l", [(at + line).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
