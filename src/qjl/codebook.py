@@ -294,7 +294,7 @@ def _arrange(widths: tuple[int, ...]) -> tuple[list[list[tuple[int, int]]], set[
         lone += widths[taken]
     bits = iter((i, bit) for i in spread for bit in range(widths[i]))
     nibbles = [_whole(i, widths) for i in of_width[4]]
-    nibbles += [_whole(i, widths) + [next(bits)] for i in of_width[3]]
+    nibbles += [[*_whole(i, widths), next(bits)] for i in of_width[3]]
     pairs = zip(of_width[2][::2], of_width[2][1::2], strict=True)
     nibbles += [_whole(i, widths) + _whole(j, widths) for i, j in pairs]
     left = list(bits)

@@ -3,8 +3,8 @@
 All threads of several programs go step by step together: registers are arrays over threads. Where branches part them,
 those that are furthest behind go first, and wait where all must meet. Memory is that of the tensors, and every access
 is checked. Copies of ``cp.async`` arrive no sooner than they are waited for, and what a warp writes is read by others
-after a barrier alone, by other programs after an atomic operation that releases it and one that acquires it. What would go wrong where a warp writes too early, over what others have yet to read, does not
-show.
+after a barrier alone, by other programs after an atomic operation that releases it and one that acquires it. What would
+go wrong where a warp writes too early, over what others have yet to read, does not show.
 """
 
 from contextlib import contextmanager

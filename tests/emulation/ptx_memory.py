@@ -69,7 +69,7 @@ class Range:
 
 
 class Told:
-    """What programs of a launch tell each other by atomic operations: which writes of a warp those may read that asked."""
+    """What programs tell each other by atomic operations: up to which barrier others may read what a warp wrote."""
 
     def __init__(self, warps):
         self._released = np.full(warps, -1, np.int64)

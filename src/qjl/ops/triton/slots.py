@@ -133,8 +133,8 @@ class KeyWords:
 
     - ``rows int32 [H', W, 4]``: the byte rows of each word.
     - ``tables int32 [H', W, 2, 2, 4]``: by quad and look-up, four entries in each.
-    - ``coordinates int32 [H', W / 4, 2, 2, 4, 4]``: what each nibble of a quad adds to (-1 for nothing), four words at a
-      time, by quad, look-up, word and nibble: the order of the matrix products.
+    - ``coordinates int32 [H', W / 4, 2, 2, 4, 4]``: what each nibble of a quad adds to (-1 for nothing), four words at
+      a time, by quad, look-up, word and nibble: the order of the matrix products.
     - ``factors float32 [H', W / 4, 2, 2, 4, 4]``.
     """
 
@@ -220,7 +220,11 @@ def _arrays(pairs: Sequence[Pair], words: int) -> Arrays:
             for nibble, use in enumerate(uses):
                 if use is not None:
                     coordinates[half, which, nibble], factors[half, which, nibble] = use.coordinate, use.factor
-    return rows.reshape(words, 4), _as_words(tables).reshape(words, 2, LOOK_UPS, 4), *map(_fours, (coordinates, factors))
+    return (
+        rows.reshape(words, 4),
+        _as_words(tables).reshape(words, 2, LOOK_UPS, 4),
+        *map(_fours, (coordinates, factors)),
+    )
 
 
 def _fours(of_halves: np.ndarray) -> np.ndarray:
@@ -235,7 +239,7 @@ def _as_words(tables: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Byte rows of values that one set of tables serves: ``rows`` of them from ``first`` on, ``tables int32 [S, 4]``."""
+    """Byte rows of values that one set of tables serves: ``rows`` from ``first`` on, ``tables int32 [S, 4]``."""
 
     first: int
     rows: int

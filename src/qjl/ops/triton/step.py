@@ -233,7 +233,7 @@ class _Sides:
 
 @dataclass(frozen=True, eq=False)
 class _KeyConstants:
-    words: KeyWords
+    words: KeyWords | None
     map: kernels.Map
     unit: Tensor | None
     still_mean: Tensor | None
@@ -242,7 +242,7 @@ class _KeyConstants:
 
 @dataclass(frozen=True, eq=False)
 class _ValueConstants:
-    tables: ValueTables
+    tables: ValueTables | None
     map: kernels.Map
     unit: Tensor | None
     mean: Tensor | None
@@ -263,7 +263,8 @@ def _sides(pool: Pool) -> _Sides | None:
         return None
     return _Sides(
         keys=kernels.Keys(
-            *of_keys, keys.unit, words.rows * of_keys[1][2], words.tables, words.coordinates, words.factors, _per_head(words.rows)
+            *of_keys, keys.unit, words.rows * of_keys[1][2], words.tables, words.coordinates, words.factors,
+            _per_head(words.rows),
         ),
         values=kernels.Values(
             *of_values, values.unit, tuple(run.tables for run in tables.runs), tables.places, tables.weights,
@@ -274,7 +275,8 @@ def _sides(pool: Pool) -> _Sides | None:
         runs={
             "FIRST": tuple(run.first for run in tables.runs), "ROWS": tuple(run.rows for run in tables.runs),
             "ROOM": rooms, "PLANES": tuple(run.planes for run in tables.runs),
-            "BEGIN": tuple(sum(of_runs[:i]) for i in range(len(of_runs))), "SUMS": sums, "SOURCES": tables.places.shape[1],
+            "BEGIN": tuple(sum(of_runs[:i]) for i in range(len(of_runs))), "SUMS": sums,
+            "SOURCES": tables.places.shape[1],
             "KEY_BYTES": _bytes_of_page(pool.keys["codes"]), "VALUE_BYTES": _bytes_of_page(pool.values["codes"]),
         },
     )  # fmt: skip
@@ -318,7 +320,9 @@ def _key_constants(form: NibbleForm) -> _KeyConstants:
 
 def _value_constants(form: NibbleForm) -> _ValueConstants:
     tables = value_tables(form, MOST_TABLES) if _is_simple(form) else None
-    return _ValueConstants(tables, _map(form), _unit(form), None if form.mean is None else form.mean.float().contiguous())
+    return _ValueConstants(
+        tables, _map(form), _unit(form), None if form.mean is None else form.mean.float().contiguous()
+    )
 
 
 def _unit(form: NibbleForm) -> Tensor | None:

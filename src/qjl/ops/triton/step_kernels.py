@@ -5,9 +5,11 @@ Queries and weights are two digits of 7 bits each. So sums of products are exact
 weights, to 14 bits of the largest.
 
 A program is one warp. It takes 64 packed tokens at a time. Eight of them, 8 g to 8 g + 7, are two words of each byte
-row; token ``8 g + 4 h + phase`` has place ``16 phase + 8 h + g``. All work of a step is one row of units, a unit being 64 packed tokens of one
-KV head and some query rows, or all exact tokens of these. Programs take equal shares of it, whatever sequences are long.
-What several programs found of one head is merged by the last of them.
+row; token ``8 g + 4 h + phase`` has place ``16 phase + 8 h + g``.
+
+All work of a step is one row of units: 64 packed tokens of one KV head and some query rows, or all exact tokens of
+these. Programs take equal shares of it, however long sequences are. What several programs found of one head is merged
+by the last of them.
 
 Scores are in powers of two, log-sum-exps are binary until the end.
 """
@@ -54,9 +56,7 @@ _TRANSPOSE = tl.constexpr(
     "prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; prmt.b32 $2, c, d, 0x5410; prmt.b32 $3, c, d, 0x7632; }"
 )
 # A product with 1 is an OR on a pipe that has less to do.
-_LOOK_UP = tl.constexpr(
-    "{ .reg .b32 a, b; prmt.b32 a, $1, $2, $5; prmt.b32 b, $3, $4, $6; mad.lo.u32 $0, a, $7, b; }"
-)
+_LOOK_UP = tl.constexpr("{ .reg .b32 a, b; prmt.b32 a, $1, $2, $5; prmt.b32 b, $3, $4, $6; mad.lo.u32 $0, a, $7, b; }")
 _UNZIP = tl.constexpr(
     "{ .reg .b32 a, b; shr.u32 a, $1, 4; xor.b32 a, a, $1; and.b32 a, a, 0x00F000F0; shl.b32 b, a, 4;"
     "xor.b32 a, a, b; xor.b32 a, a, $1; prmt.b32 $0, a, a, 0x3120; }"
@@ -119,7 +119,8 @@ class Turned(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Queries as the codes meet them, of each of ``[B, H, T]`` tiles of R rows (N = 2 R digits; of four bytes each as ``_place`` has them).
+    """Queries as the codes meet them, of each of ``[B, H, T]`` tiles of R rows: N = 2 R digits, four in a word, as
+    ``_place`` has them.
 
     - ``mapped float32 [.., R, 16 W]``: queries by look-up, before they are rounded.
     - ``digits int32 [.., W / 4, 2, N, 8]``, ``offsets int32 [.., N]``, ``factors float32 [.., R]``: of the scores.
@@ -147,7 +148,7 @@ class Shares(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What programs found: ``sums float32 [2 programs, P R]`` and ``lse [2 programs, R]`` of packed tokens, and of exact
+    """What programs found: ``sums float32 [2 programs, P R]`` and ``lse [2 programs, R]`` of packed tokens, of exact
     ones ``scores [B, H, T, R, E]``, ``out [B, H, T, R, Dv]``, ``exact_lse [B, H, T, R]``."""
 
     sums: Tensor
@@ -244,10 +245,32 @@ def prepare(
         if place == 0:
             _deal(shares, of_rows, batch, heads)
         _ask(of_rows_of_query, query.stride[3], is_row, keys, map, mean, asked, place, head, scale, R, W)
-        if fresh is not None:
+        if fresh is not None:  # noqa: SIM102
             if tile == 0:
-                _put(fresh.key, fresh.key_stride, exact.key, exact.key_stride, exact.key_dim, of_rows, row, head, queries, DIM)
-                _put(fresh.value, fresh.value_stride, exact.value, exact.value_stride, exact.value_dim, of_rows, row, head, queries, DIM)
+                _put(
+                    fresh.key,
+                    fresh.key_stride,
+                    exact.key,
+                    exact.key_stride,
+                    exact.key_dim,
+                    of_rows,
+                    row,
+                    head,
+                    queries,
+                    DIM,
+                )
+                _put(
+                    fresh.value,
+                    fresh.value_stride,
+                    exact.value,
+                    exact.value_stride,
+                    exact.value_dim,
+                    of_rows,
+                    row,
+                    head,
+                    queries,
+                    DIM,
+                )
     elif turned is not None:
         first, stop = _blocks_of(of_rows, row)
         begin = (tl.program_id(1) - 1) * BLOCKS
@@ -290,7 +313,9 @@ def _ask(queries, stride, is_row, keys, map, mean, asked, place, head, scale, R:
             dim = begin + i
             is_dim = dim < map.head_dim
             q = tl.load(queries[:, None] + dim[None, :] * stride, mask=is_row[:, None] & is_dim[None, :], other=0.0)
-            of_map = map.data + head * map.stride[0] + coordinate[None, :] * map.stride[1] + dim[:, None] * map.stride[2]
+            of_map = (
+                map.data + head * map.stride[0] + coordinate[None, :] * map.stride[1] + dim[:, None] * map.stride[2]
+            )
             entries = tl.load(of_map, mask=(coordinate >= 0)[None, :] & is_dim[:, None], other=0.0).to(tl.float32)
             product = tl.dot(q.to(tl.float32), entries, product, input_precision="tf32x3")
         product *= factor[None, :]
@@ -345,7 +370,8 @@ def _put(fresh, fresh_stride, pool, pool_stride, dim, of_rows, row, head, querie
         at = fresh + row * fresh_stride[0] + head * fresh_stride[1] + (token + tl.zeros([], tl.int64)) * fresh_stride[2]
         numbers = tl.load(at + i * fresh_stride[3], mask=i < dim, other=0.0)
         to = pool + slot * pool_stride[0] + head * pool_stride[1] + i
-        tl.store(to, numbers.to(pool.dtype.element_ty), mask=(i < dim) & (slot >= 0))
+        if slot >= 0:
+            tl.store(to, numbers.to(pool.dtype.element_ty), mask=i < dim)
 
 
 @triton.jit
@@ -540,6 +566,11 @@ def _place(k):
 
 
 @triton.jit
+def _no_tensors():
+    return ()
+
+
+@triton.jit
 def _for_rows(x, R: tl.constexpr):
     """``[M, 4]`` of equal columns as ``[M, R]``."""
     return x if R == 4 else _side_by_side(x, x)
@@ -572,8 +603,8 @@ def _scales(side, page, head, first_word):
 
 @triton.jit(do_not_specialize=["batch", "heads", "count", "queries", "blocks", "one"])
 def step(
-    query, keys, values, map, mean, functions, asked, shares, exact, of_rows, bias, parts, out, lse, batch, heads, count,
-    queries, blocks, scale, softcap, one,
+    query, keys, values, map, mean, functions, asked, shares, exact, of_rows, bias, parts, out, lse, batch, heads,
+    count, queries, blocks, scale, softcap, one,
     R: tl.constexpr, W: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, ROOM: tl.constexpr,
     PLANES: tl.constexpr, BEGIN: tl.constexpr, SUMS: tl.constexpr, SOURCES: tl.constexpr, PAGE: tl.constexpr,
     KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PRECISION: tl.constexpr,
@@ -581,7 +612,8 @@ def step(
     """``grid (programs,)``: a share of all units, then what parts are complete.
 
     Of each run of the values' tables: its FIRST byte row, how many ROWS, the ROOM for these, how many PLANES (tables),
-    and where its sums BEGIN. KEY_BYTES and VALUE_BYTES are those of a head's codes in a page. SUMS are all of them together, SOURCES those of one coordinate at most.
+    and where its sums BEGIN. KEY_BYTES and VALUE_BYTES are those of a head's codes in a page. SUMS are
+    all of them together, SOURCES those of one coordinate at most.
     """
     program = tl.program_id(0).to(tl.int64)
     total = tl.load(shares.begins + batch)
@@ -602,14 +634,49 @@ def step(
             R, W, FIRST, ROWS, ROOM, PLANES, BEGIN, SUMS, PAGE, KEY_BYTES, VALUE_BYTES,
         )  # fmt: skip
         if until == units:
-            _exact(query, exact, of_rows, bias, parts, place, row, head.to(tl.int64), tile, count, queries, scale, softcap, R, PAGE, PRECISION)
+            _exact(
+                query,
+                exact,
+                of_rows,
+                bias,
+                parts,
+                place,
+                row,
+                head.to(tl.int64),
+                tile,
+                count,
+                queries,
+                scale,
+                softcap,
+                R,
+                PAGE,
+                PRECISION,
+            )
         tl.debug_barrier()  # what other threads wrote belongs to what this program tells
         pair_begin = at - unit
         own_first = ((pair_begin + 1) * shares.programs - 1) // total
         own_last = ((pair_begin + units) * shares.programs - 1) // total
         if _is_last(shares, parts, program, pair_begin, own_first, own_last, total, place, R, SUMS):
             slot = _slot(own_first, own_first, pair_begin, total, shares.programs)
-            _close(values, map, mean, parts, out, lse, slot, place, row, head.to(tl.int64), tile, shares.tiles, count, queries, R, SUMS, SOURCES)
+            _close(
+                values,
+                map,
+                mean,
+                parts,
+                out,
+                lse,
+                slot,
+                place,
+                row,
+                head.to(tl.int64),
+                tile,
+                shares.tiles,
+                count,
+                queries,
+                R,
+                SUMS,
+                SOURCES,
+            )
         at += until - unit
         row += tl.where(at >= tl.load(shares.begins + row + 1), 1, 0)
 
@@ -644,7 +711,7 @@ def _packed(
     most = tl.full([R], LOWEST, tl.float32)
     total = tl.zeros([R], tl.float32)
     weight_sum = tl.zeros([R], tl.float32)
-    sums = ()
+    sums = _no_tensors()
     for run in tl.static_range(len(PLANES)):
         for _ in tl.static_range(2 * PLANES[run]):
             sums += (tl.zeros([ROOM[run], R], tl.float32),)
@@ -702,15 +769,22 @@ def _packed(
         weight_sum = weight_sum * keep + tl.sum(whole, axis=0).to(tl.float32) * part
         weights = _weight_digits(whole)
         keep, part = keep[None, :], part[None, :]
-        added = ()
+        added = _no_tensors()
         for run in tl.static_range(len(PLANES)):
             at_row = FIRST[run] + tl.minimum(tl.arange(0, ROOM[run]), ROWS[run] - 1)[:, None]
             nibbles = _value_words(values, of_rows, page, head, row, block, at_row, w[None, :], skip, length, PAGE)
             for plane in tl.static_range(PLANES[run]):
                 table = _four_words(values.tables[run] + 4 * plane + nothing * w[None, :])
                 for half in tl.static_range(2):
-                    product = tl.dot(_value_entries(table, nibbles[0], nibbles[1], one, half), weights[0], out_dtype=tl.int32)
-                    product = tl.dot(_value_entries(table, nibbles[2], nibbles[3], one, half), weights[1], product, out_dtype=tl.int32)
+                    product = tl.dot(
+                        _value_entries(table, nibbles[0], nibbles[1], one, half), weights[0], out_dtype=tl.int32
+                    )
+                    product = tl.dot(
+                        _value_entries(table, nibbles[2], nibbles[3], one, half),
+                        weights[1],
+                        product,
+                        out_dtype=tl.int32,
+                    )
                     high, low = tl.split(product.reshape(ROOM[run], R, 2))
                     so_far = sums[len(added)]
                     added += (so_far * keep + (high * DIGIT + low).to(tl.float32) * part,)
@@ -719,7 +793,7 @@ def _packed(
     is_seen = total > 0
     unit = 1.0 / (tl.maximum(total, TINY) * LARGEST_WEIGHT)
     to = parts.sums + slot * (SUMS * R)
-    stored = ()
+    stored = _no_tensors()
     for run in tl.static_range(len(PLANES)):
         for plane in tl.static_range(2 * PLANES[run]):
             value_row = BEGIN[run] + plane * ROOM[run] + tl.arange(0, ROOM[run])
@@ -877,14 +951,20 @@ def _exact(
         for begin in range(0, exact.key_dim, EXACT_DIMS):
             dim = begin + d
             is_dim = dim < exact.key_dim
-            q = tl.load(of_query[:, None] + dim[None, :] * query.stride[3], mask=is_row[:, None] & is_dim[None, :], other=0.0)
+            q = tl.load(
+                of_query[:, None] + dim[None, :] * query.stride[3], mask=is_row[:, None] & is_dim[None, :], other=0.0
+            )
             at = exact.key + slot[None, :] * exact.key_stride[0] + head * exact.key_stride[1] + dim[:, None]
             key = tl.load(at, mask=is_dim[:, None] & (slot >= 0)[None, :], other=0.0)
             scores = tl.dot(q.to(tl.float32), key.to(tl.float32), scores, input_precision=PRECISION)
         scores = _capped(scores * scale, softcap)
         if bias is not None:
             column = of_rows.capacity * PAGE + first + t
-            at = bias.data + _by_query(bias, row, head, query_row, count, queries)[:, None] + column[None, :] * bias.stride[3]
+            at = (
+                bias.data
+                + _by_query(bias, row, head, query_row, count, queries)[:, None]
+                + column[None, :] * bias.stride[3]
+            )
             scores += tl.load(at, mask=is_row[:, None] & (first + t < held)[None, :], other=0.0) * LOG2_E
         scores = tl.where((slot >= 0)[None, :] & ((first + t)[None, :] < end[:, None]), scores, float("-inf"))
         tl.store(to_scores + (first + t)[None, :], scores, mask=(r < R)[:, None] & (first + t < held)[None, :])
@@ -899,7 +979,9 @@ def _exact(
         for first in range(0, held, EXACT):
             is_token = first + t < held
             slot = tl.load(of_slots + first + t, mask=is_token, other=-1).to(tl.int64)
-            scores = tl.load(to_scores + (first + t)[None, :], mask=(r < R)[:, None] & is_token[None, :], other=float("-inf"))
+            scores = tl.load(
+                to_scores + (first + t)[None, :], mask=(r < R)[:, None] & is_token[None, :], other=float("-inf")
+            )
             weights = tl.exp2(scores - most[:, None])
             total += tl.sum(weights, axis=1)
             at = exact.value + slot[:, None] * exact.value_stride[0] + head * exact.value_stride[1] + dim[None, :]
@@ -922,7 +1004,9 @@ def _slot(program, own_first, pair_begin, total, programs):
 
 
 @triton.jit
-def _is_last(shares, parts, program, pair_begin, own_first, own_last, total, place, R: tl.constexpr, SUMS: tl.constexpr):
+def _is_last(
+    shares, parts, program, pair_begin, own_first, own_last, total, place, R: tl.constexpr, SUMS: tl.constexpr
+):
     """Whether all other parts of a pair are there, which are merged then, in groups first, to the slot of the first."""
     programs = shares.programs
     group = own_first + (program - own_first) // GROUP * GROUP
@@ -1011,7 +1095,9 @@ def _close(
                 where = tl.load(values.places + at, mask=is_coordinate, other=-1)
                 weight = tl.load(values.weights + at, mask=is_coordinate, other=0.0)
                 wanted = is_own[:, None] & (where >= 0)[None, :]
-                code += weight[None, :] * tl.load(of_sums + where[None, :] * R, mask=wanted, other=0.0, cache_modifier=".cg")
+                code += weight[None, :] * tl.load(
+                    of_sums + where[None, :] * R, mask=wanted, other=0.0, cache_modifier=".cg"
+                )
             at = map.data + head * map.stride[0] + coordinate[:, None] * map.stride[1] + dim[None, :] * map.stride[2]
             entries = tl.load(at, mask=is_coordinate[:, None] & is_dim[None, :], other=0.0).to(tl.float32)
             sums = tl.dot(code, entries, sums, input_precision="tf32x3")
@@ -1019,7 +1105,9 @@ def _close(
         if mean is not None:
             sums += packed[:, None] * tl.load(mean + head * map.head_dim + dim, mask=is_dim, other=0.0)[None, :]
         at = parts.out + (place * R + r).to(tl.int64)[:, None] * map.head_dim + dim[None, :]
-        beside = tl.load(at, mask=is_own[:, None] & is_dim[None, :] & (alone > 0)[:, None], other=0.0, cache_modifier=".cg")
+        beside = tl.load(
+            at, mask=is_own[:, None] & is_dim[None, :] & (alone > 0)[:, None], other=0.0, cache_modifier=".cg"
+        )
         found = (sums + alone[:, None] * beside) / tl.maximum(total, TINY)[:, None]
         wanted = (is_own & (query_row < count))[:, None] & is_dim[None, :]
         tl.store(to[:, None] + dim[None, :] * out.stride[3], found.to(out.data.dtype.element_ty), mask=wanted)
