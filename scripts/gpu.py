@@ -60,7 +60,7 @@ class Sizes:
 
     device: str = "cuda"
     tests: tuple[str, ...] = ("tests/test_triton.py", "tests/test_triton_gpu.py", "tests/test_triton_benches.py")
-    picked: str = "gpu or graph"
+    picked: str = "(gpu or graph) and not parts"
     model: str = "smollm2"
     text: tuple[str, ...] = ("--context", "1024", "--chunks", "4")
     fidelity: tuple[str, ...] = ("b3", "b2", "b4", "qjl-2")
@@ -161,7 +161,7 @@ class State:
         """Whether a part was begun on this device."""
         return self.told(name).get("device") == device
 
-    def told(self, name: str) -> Mapping[str, Any]:
+    def told(self, name: str) -> dict[str, Any]:
         return self.parts.get(name, {})
 
     def keep(self, name: str, told: Mapping[str, Any]) -> None:
