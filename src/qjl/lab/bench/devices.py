@@ -144,7 +144,7 @@ class OnGPU:
 
     @property
     def name(self) -> str:
-        return f"{torch.cuda.get_device_name(self.device)}, CUDA {torch.version.cuda}"
+        return machine.describe(self.device)
 
 
 class Captured:
