@@ -6,7 +6,7 @@ WORKERS ?= 2
 # Neighbours stay with one worker, which fits their codecs once.
 BY_ALL = -n $(WORKERS) --dist worksteal
 KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.py pools.py refusals.py fuzz_kernels.py fuzz_pools.py)
-GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.py pools.py fuzz_pools.py triton.py triton_benches.py devices.py vllm_layer.py)
+GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.py pools.py fuzz_pools.py triton.py triton_gpu.py triton_benches.py gpu_parts.py devices.py vllm_layer.py)
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 THREAD_SANITIZER = $(foreach name,libtsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 CROSS_CXX ?= aarch64-linux-gnu-g++
@@ -18,7 +18,7 @@ EMULATED = QJL_EMULATED_LIBRARY="$(EMULATOR) -cpu $(1) build/neon/server build/n
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
 
-.PHONY: setup setup-oldest setup-vllm vllm-sources native demo test test-oldest test-vllm models report
+.PHONY: setup setup-oldest setup-vllm vllm-sources native demo test test-oldest test-vllm models report gpu
 .PHONY: sanitize sanitize-threads emulate clean
 
 setup: .venv/installed
@@ -89,6 +89,11 @@ report: setup
 	$(BIN)/python scripts/evidence.py
 	$(BIN)/python scripts/fill.py
 	$(BIN)/qjl report docs/results results --out results/report.html
+
+# What needs a GPU: tests, then measurements, in parts of which a later run leaves out those that are done. No network.
+GPU_OPTIONS ?=
+gpu:
+	$(BIN)/python scripts/gpu.py $(addprefix --tests ,$(GPU_TESTS)) $(GPU_OPTIONS)
 
 # The kernels with AddressSanitizer and UndefinedBehaviorSanitizer, which must be loaded before Python.
 sanitize: setup

@@ -106,6 +106,16 @@ def test_half_precision_beside_pages(backend, generator):
     _check(made, paged(made, 64, extent, generator), extent)
 
 
+def test_tables_with_far_more_room_than_tokens(backend, generator):
+    """As an engine has them, which keeps room for the longest context."""
+    made = operands(Transform(2), TRELLIS, batch=2)
+    extent = Extent.of([64, 70], [4, 0])
+    step = paged(made, 64, extent, generator)
+    room = torch.full((2, 60), -1, dtype=torch.int32)
+    step.rows.table = torch.cat([step.rows.table, room], 1)
+    _check(made, step, extent)
+
+
 @every_page
 def test_rows_that_share_pages(backend, page, generator):
     """As those with a common prompt do."""

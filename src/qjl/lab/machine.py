@@ -7,6 +7,8 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from qjl import versions as installed
 from qjl.ops.cpu import library
 
@@ -15,8 +17,10 @@ PACKAGES = (*MODEL_PACKAGES, "triton")
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def describe() -> str:
-    """Processor, cores, and the operating system's kind."""
+def describe(device: torch.device | None = None) -> str:
+    """The GPU, if that is the device; otherwise processor, cores, and the operating system's kind."""
+    if device is not None and device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     return f"{_processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 

@@ -312,9 +312,12 @@ class Decode(OfLayer):
     """One token's attention; ``operations`` of exact attention, ``peak_gflops`` of the machine.
 
     ``kernel_ms``: of the compiled call alone, in steps of their own on cold data; None for backends other than cpu.
+    ``page``: tokens of a page, where they lie in no order; None for a cache's own. ``lengths``: of each sequence, where
+    they differ.
     """
 
     case: ClassVar[str] = "decode"
+    alike: ClassVar[tuple[str, ...]] = (*_LAYER, "page", "is_ragged")
 
     machine: str = field()
     repeats: float = field()
@@ -327,6 +330,12 @@ class Decode(OfLayer):
     fraction_of_bandwidth: float = field()
     packed_bytes: float | None = None
     exact_tokens: float | None = None
+    page: float | None = None
+    lengths: list[float] | None = None
+
+    @property
+    def is_ragged(self) -> bool:
+        return self.lengths is not None
 
 
 @dataclass(frozen=True, kw_only=True)

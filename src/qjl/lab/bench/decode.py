@@ -15,9 +15,9 @@ from statistics import median
 import torch
 
 from qjl.attention import Scoring
-from qjl.cache.paged import PagedCache
 from qjl.lab.bench.baselines import BASELINES, Baseline
 from qjl.lab.bench.devices import Place, copies_for
+from qjl.lab.bench.flashinfer import FLASHINFER, FlashInfer
 from qjl.lab.bench.gate import (
     LIMIT,
     OURS,
@@ -31,14 +31,17 @@ from qjl.lab.bench.gate import (
     require_right,
     using_backend,
 )
+from qjl.lab.bench.paged_steps import PagedStep, require_page
 from qjl.lab.bench.peers import PEERS, Peer, packages, require_alike
 from qjl.lab.bench.synthetic import FilledLayer, Shape, fill
 from qjl.lab.bench.timing import Timings, Work, add_kernels, clock_of, interleave, use_threads
 from qjl.lab.results import Row
+from qjl.packed import BLOCK
 from qjl.presets import CacheConfig
 
 PEAK, EAGER, KERNEL = "matmul", "eager", "kernel"
-OTHERS: dict[str, Baseline | Peer] = {**BASELINES, **PEERS}
+OTHERS: dict[str, Baseline | Peer | FlashInfer] = {**BASELINES, FLASHINFER: FlashInfer(), **PEERS}
+Subject = FilledLayer | PagedStep
 SWEEP = tuple(2**power for power in range(10, 20))
 
 
@@ -49,17 +52,18 @@ def time_decoding(
 
     Raises:
         Inaccurate: if the backend in use and the reference do not agree on it.
-        QJLError: if no token would be packed, or the preset does not take this head_dim.
+        QJLError: if no token would be packed, the preset does not take this head_dim, or the pages cannot be made.
     """
+    require_page(settings.page)
     place, names = settings.place, settings.against or settings.place.baselines
     if any(name in PEERS for name in names):
         require_alike(settings)
     limit = place.limit()
-    subject = fill(config, tokens, settings.shape, settings.dtype, settings.device)
     scoring = Scoring(settings.shape.scaling)
+    subject = _subject(config, tokens, settings, scoring)
     errors = row_errors(subject, scoring, settings.threads)
     require_right(errors, f"{config.name} at {tokens} tokens", settings, subject.pool)
-    count = copies_for(subject.cache.nbytes, place)
+    count = copies_for(subject.nbytes, place)
     has_kernels = settings.backend == "cpu"
     steps = _steps(subject, (1 + has_kernels) * count, scoring)
     eager, for_kernels = steps[:count], steps[count:]
@@ -78,15 +82,24 @@ def time_decoding(
         | compared(timings, names)
         | {"kernel_ms": median(kernels[1:]) if kernels else None}
         | {"eager_ms": timings.ms(EAGER) if EAGER in works else None}
-        | of_the_limit(subject.cache.nbytes, timings.ms(OURS), timings, limit)
+        | of_the_limit(subject.nbytes, timings.ms(OURS), timings, limit)
         | errors.columns
-        | _operations(tokens, settings.shape, operations, timings)
-        | _layer_facts(subject.cache)
+        | _operations(sum(settings.lengths(tokens)), settings.shape, operations, timings)
+        | {"packed_bytes": subject.packed_bytes, "exact_tokens": subject.exact_tokens}
+        | {"page": settings.page, "lengths": settings.lengths(tokens) if settings.is_ragged else None}
         | conditions(settings, packages(name for name in names if name in works))
     )
 
 
-def _steps(subject: FilledLayer, count: int, scoring: Scoring) -> list[Work]:
+def _subject(config: CacheConfig, tokens: int, settings: BenchSettings, scoring: Scoring) -> Subject:
+    """A cache's layer, or, where pages or lengths are asked for, a step over pools."""
+    layer = fill(config, tokens, settings.shape, settings.dtype, settings.device)
+    if settings.page is None and not settings.is_ragged:
+        return layer
+    return PagedStep.of(layer, settings.page or BLOCK, settings.lengths(tokens), scoring)
+
+
+def _steps(subject: Subject, count: int, scoring: Scoring) -> list[Work]:
     """The same on so many layers with bytes of their own, each of which has made what it makes once."""
     steps: list[Work] = [partial(one.attend, scoring) for one in subject.copies(count)]
     for step in steps:
@@ -94,7 +107,7 @@ def _steps(subject: FilledLayer, count: int, scoring: Scoring) -> list[Work]:
     return steps
 
 
-def row_errors(subject: FilledLayer, scoring: Scoring, threads: int) -> RowErrors:
+def row_errors(subject: Subject, scoring: Scoring, threads: int) -> RowErrors:
     """Of the backend in use against the reference on the same bytes, before the output is rounded to their dtype."""
     in_full = replace(subject, query=subject.query.float())
     with use_threads(threads), torch.no_grad():
@@ -126,6 +139,8 @@ def works_of(name: str, tokens: int, settings: BenchSettings) -> Sequence[Work]:
     other = OTHERS[name]
     if isinstance(other, Peer):
         return other.steps(name, tokens, settings, count)
+    if isinstance(other, FlashInfer):
+        return [settings.place.ready(step) for step in other.steps(tokens, settings, count)]
     shape, place = settings.shape, settings.place
     query = _normal(shape.group, shape, other.dtype, place)
     states = (_normal(tokens, shape, other.dtype, place) for _ in range(2 * count))
@@ -139,14 +154,10 @@ def _normal(length: int, shape: Shape, dtype: torch.dtype, place: Place) -> torc
 
 
 def _operations(tokens: int, shape: Shape, of_peak: int, timings: Timings) -> Row:
-    """Multiplications and additions of attention in full precision, and the most a second of this machine.
+    """Multiplications and additions of attention in full precision over all sequences' ``tokens``, and the machine's
+    most a second.
 
     Codes need fewer: on a roofline they may lie above it.
     """
-    count = 4 * shape.batch * shape.kv_heads * shape.group * tokens * shape.head_dim
+    count = 4 * shape.kv_heads * shape.group * tokens * shape.head_dim
     return {"operations": count, "peak_gflops": of_peak / timings.least_ms(PEAK) / 1e6}
-
-
-def _layer_facts(cache: PagedCache) -> Row:
-    (layer,), index = cache.layers.values(), cache.index
-    return {"packed_bytes": layer.nbytes - layer.exact_nbytes, "exact_tokens": int(index.counts[0])}

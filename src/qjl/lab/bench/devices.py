@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from qjl.lab import machine
+from qjl.lab.bench import flashinfer
 from qjl.lab.bench.baselines import BF16, FLASH, FLEX, FP16, FP32, Reader, multiply
+from qjl.lab.bench.flashinfer import FLASHINFER
 from qjl.lab.bench.timing import Work, stopwatch_of
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -105,12 +107,16 @@ class OnCPU:
         return machine.describe()
 
 
+def _baselines_on_gpu() -> Sequence[str]:
+    return (FLASH, FLEX, FLASHINFER) if flashinfer.is_installed() else (FLASH, FLEX)
+
+
 @dataclass(frozen=True)
 class OnGPU:
     """A CUDA device, timed by events around graphs that are replayed, so that no time of Python's is in it."""
 
     device: torch.device
-    baselines: Sequence[str] = field(default=(FLASH, FLEX), init=False)
+    baselines: Sequence[str] = field(default_factory=_baselines_on_gpu, init=False)
 
     def ready(self, work: Work) -> Work:
         return Captured(work)
@@ -138,7 +144,7 @@ class OnGPU:
 
     @property
     def name(self) -> str:
-        return f"{torch.cuda.get_device_name(self.device)}, CUDA {torch.version.cuda}"
+        return machine.describe(self.device)
 
 
 class Captured:

@@ -33,7 +33,8 @@ class Inaccurate(QJLError):
 class BenchSettings:
     """How to measure. ``memory``: bytes that all baselines together may take; those that do not fit are left out.
 
-    ``against``: baselines and peers, the strongest baselines of the device if not given.
+    ``against``: baselines and peers, the strongest baselines of the device if not given. ``page``: tokens of a page, in
+    place of the cache's own pages; ``is_ragged``: sequences of different lengths. Both are of decode steps.
     """
 
     shape: Shape
@@ -43,6 +44,13 @@ class BenchSettings:
     repeats: int = 15
     memory: int = 3 << 30
     against: Sequence[str] = ()
+    page: int | None = None
+    is_ragged: bool = False
+
+    def lengths(self, tokens: int) -> list[int]:
+        """Tokens of each sequence: ``tokens``, or spread evenly up to that."""
+        batch = self.shape.batch
+        return [tokens * (row + 1) // batch if self.is_ragged else tokens for row in range(batch)]
 
     @property
     def place(self) -> Place:

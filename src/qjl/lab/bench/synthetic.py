@@ -104,6 +104,21 @@ class FilledLayer:
         assert self.layer.pages is not None
         return self.layer.pages.operand
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that the layer holds."""
+        return self.cache.nbytes
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of its codes."""
+        return self.layer.nbytes - self.layer.exact_nbytes
+
+    @property
+    def exact_tokens(self) -> int:
+        """Of each sequence."""
+        return int(self.cache.index.counts[0])
+
     def attend(self, scoring: Scoring) -> Tensor:
         """Attention of the last token, which is stored on the way: ``[B, 1, H * group, D]``."""
         fresh = self.layer.fresh

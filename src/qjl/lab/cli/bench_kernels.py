@@ -56,12 +56,19 @@ def decode(
         list[str] | None,
         typer.Option(
             show_default="the strongest of the device",
-            help="torch_bf16, torch_fp32, fp16_avx2, flash_bf16, flex_bf16, or one of --peers by its name.",
+            help="torch_bf16, torch_fp32, fp16_avx2, flash_bf16, flex_bf16, flashinfer_bf16, or one of --peers by its "
+            "name.",
         ),
     ] = None,
     peers: Annotated[
         bool,
         typer.Option("--peers", help="Also ONNX Runtime, OpenVINO and llama.cpp over caches of their own (1 thread)."),
+    ] = False,
+    pages: Annotated[
+        int | None, typer.Option("--pages", help="Tokens of a page, 16, 32 or 64, in no order; a cache's own if not.")
+    ] = None,
+    ragged: Annotated[
+        bool, typer.Option("--ragged", help="Sequences of different lengths, spread evenly up to --tokens.")
     ] = False,
     memory: Annotated[
         str | None,
@@ -84,6 +91,9 @@ def decode(
     shape = Shape(head_dim, kv_heads, group, batch)
     room = parse_memory(memory or ("48G" if device.startswith("cuda") else "3G"))
     settings = _with_peers(_settings(shape, device, dtype, threads, repeats, room, _known(against)), peers)
+    settings = replace(settings, page=pages, is_ragged=ragged)
+    if ragged and batch == 1:
+        raise QJLError("--ragged needs sequences of several lengths: give a --batch of 2 or more.")
     configs = resolved(preset)
     if sweep and tokens:
         raise QJLError("--sweep and --tokens were both given: give one of them.")
@@ -267,11 +277,15 @@ def _settings(
 
 
 def _known(others: list[str] | None) -> list[str]:
+    from qjl.lab.bench import flashinfer
     from qjl.lab.bench.decode import OTHERS
+    from qjl.lab.bench.flashinfer import FLASHINFER
 
     for name in others or []:
         if name not in OTHERS:
             raise QJLError(f"{name!r} is no baseline: choose from {', '.join(OTHERS)}.")
+        if name == FLASHINFER:
+            flashinfer.require()
     return others or []
 
 

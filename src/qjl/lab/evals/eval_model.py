@@ -81,5 +81,5 @@ class EvalModel:
             "method_keys": config.key.method,
             "method_values": config.value.method,
             "source": config.source,
-            "machine": machine.describe(),
+            "machine": machine.describe(self.model.device),
         }

@@ -103,7 +103,7 @@ class Frontier:
         found = [self.known(preset, kept) for preset in presets]
         missing = [preset for preset, row in zip(presets, found, strict=True) if row is None]
         measured = measure_fidelity(self.model, self.tokenizer, missing, self.text, self.protocol, on_tokens)
-        here = {"versions": machine.versions(), "machine": machine.describe()}
+        here = {"versions": machine.versions(), "machine": machine.describe(self.model.device)}
         for preset, row in zip(presets, found, strict=True):
             if row is not None:
                 on_tokens(self.protocol.tokens)

@@ -44,4 +44,4 @@ def measure_perplexity(
             if asked in journal:
                 on_tokens(protocol.tokens)
             row = journal.answer(asked, lambda: trial().row(config, on_tokens))  # noqa: B023
-            yield run | row | {"machine": machine.describe()}
+            yield run | row | {"machine": machine.describe(subject.model.device)}

@@ -38,4 +38,4 @@ def measure_seeds(
         if asked in journal:
             on_tokens(protocol.tokens)
         found = journal.answer(asked, lambda: trial().rows_by_seed(config, on_tokens))  # noqa: B023
-        yield from (run | row | {"machine": machine.describe()} for row in found)
+        yield from (run | row | {"machine": machine.describe(subject.model.device)} for row in found)

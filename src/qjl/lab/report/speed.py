@@ -68,12 +68,19 @@ def decode(rows: Sequence[Decode]) -> Part:
         ),
     )
     return Part(
-        f"{_shape(rows[0])}, {', '.join(distinct(row.backend for row in rows))}, {rows[0].repeats} rounds",
+        f"{_shape(rows[0])}{_paging(rows[0])}, {', '.join(distinct(row.backend for row in rows))}, "
+        f"{rows[0].repeats} rounds",
         (Figure(partial(plots.benchmark, rows), caption),) if _grows(rows) else (),
         (table, *by_line),
         facts(rows, *LAYER),
         commands(rows),
     )
+
+
+def _paging(row: Decode) -> str:
+    """Nothing for a cache's own pages and sequences of one length."""
+    pages = f", pages of {row.page:g} tokens" if row.page else ""
+    return f"{pages}{', lengths that differ' if row.is_ragged else ''}"
 
 
 def _by_line(rows: Sequence[Timed], others: Sequence[str]) -> Table:

@@ -617,7 +617,9 @@ def step(
     """
     program = tl.program_id(0).to(tl.int64)
     total = tl.load(shares.begins + batch)
-    begin, stop = program * total // shares.programs, (program + 1) * total // shares.programs
+    programs = tl.minimum(shares.programs, total)  # each has a unit
+    begin = tl.minimum(program, programs) * total // programs
+    stop = tl.minimum(program + 1, programs) * total // programs
     row = _sequence_of(shares.begins, batch, begin)
     at = begin
     while at < stop:
@@ -654,10 +656,10 @@ def step(
             )
         tl.debug_barrier()  # what other threads wrote belongs to what this program tells
         pair_begin = at - unit
-        own_first = ((pair_begin + 1) * shares.programs - 1) // total
-        own_last = ((pair_begin + units) * shares.programs - 1) // total
-        if _is_last(shares, parts, program, pair_begin, own_first, own_last, total, place, R, SUMS):
-            slot = _slot(own_first, own_first, pair_begin, total, shares.programs)
+        own_first = ((pair_begin + 1) * programs - 1) // total
+        own_last = ((pair_begin + units) * programs - 1) // total
+        if _is_last(shares, parts, program, programs, pair_begin, own_first, own_last, total, place, R, SUMS):
+            slot = _slot(own_first, own_first, pair_begin, total, programs)
             _close(
                 values,
                 map,
@@ -1005,10 +1007,10 @@ def _slot(program, own_first, pair_begin, total, programs):
 
 @triton.jit
 def _is_last(
-    shares, parts, program, pair_begin, own_first, own_last, total, place, R: tl.constexpr, SUMS: tl.constexpr
-):
+    shares, parts, program, programs, pair_begin, own_first, own_last, total, place,
+    R: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
     """Whether all other parts of a pair are there, which are merged then, in groups first, to the slot of the first."""
-    programs = shares.programs
     group = own_first + (program - own_first) // GROUP * GROUP
     members = tl.minimum(own_last - group + 1, GROUP)
     groups = (own_last - own_first) // GROUP + 1
