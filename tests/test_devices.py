@@ -269,7 +269,7 @@ def test_a_model_writes_the_same_with_the_kernels_of_triton(preset, gpu):
     model = _there(tiny())
     with using_backend("triton"), watched() as seen:
         texts.append(on_host(generate(model, on_gpu(prompt(260)), 3, cache=qjl.KVCache(model, preset))))
-    assert "step" in seen.launches
+    assert {"step", "packed_part"} & set(seen.launches)
     assert torch.equal(*texts)
 
 
