@@ -258,13 +258,13 @@ def test_no_other_multiple_is_stretched_to(refuses):
 
 
 def test_the_command_predicts():
-    result = run(*BENCH, "-p", "b2", "--json")
+    result = run(*BENCH, "-p", "quarot-3", "--json")
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     by_reads = {row["reads"]: row for row in rows}
     assert by_reads.keys() == {"codes", "exact", None}
     for row in rows:
-        assert (row["case"], row["preset"], row["capability"], row["head_dim"]) == ("static", "b2", 90, 64)
+        assert (row["case"], row["preset"], row["capability"], row["head_dim"]) == ("static", "quarot-3", 90, 64)
         assert (row["statistics"], row["layers"]) == ("synthetic", 1)
         assert 0 < row["registers"] <= 255
         assert 0 < row["filled"] <= 1
@@ -273,12 +273,24 @@ def test_the_command_predicts():
     assert 0 < cycles["opt"] <= cycles["mid"] <= cycles["pes"]
     instructions = sum(codes["loop_instructions"].values()) * 32 * codes["warps"] / codes["tokens_per_tile"]
     assert codes["thread_instructions_per_token_head"] == instructions
-    assert codes["bandwidth_cycles_per_token_head"] < exact["bandwidth_cycles_per_token_head"] / 5
+    assert codes["bandwidth_cycles_per_token_head"] < exact["bandwidth_cycles_per_token_head"] / 4
     low, high = codes["predicted_ratio_bf16_range"]
     assert low <= codes["predicted_ratio_bf16"] <= high
     assert exact["predicted_ratio_bf16"] is None
     assert others["model_cycles_per_token_head"] is None
     assert others["why"] == "It has no loop over tokens."
+
+
+@pytest.mark.parametrize(("preset", "most"), [("b3", 1050), ("b2", 1050)])
+def test_a_step_takes_no_more_instructions_than_it_may(preset, most):
+    """At head_dim 128; 10,740 and 7,044 were those of tables in memory."""
+    shape = ("--shape", "llama-3.1-8b", "--statistics", "synthetic", "--capability", "90")
+    result = run("bench", "kernels", "--static", *shape, "-p", preset, "--json")
+    assert result.exit_code == 0, result.output
+    rows = {row["kernel"]: row for row in map(json.loads, result.stdout.splitlines())}
+    assert rows.keys() == {"prepare", "step"}
+    assert rows["step"]["thread_instructions_per_token_head"] <= most
+    assert rows["step"]["registers"] <= 168
 
 
 @pytest.mark.parametrize(

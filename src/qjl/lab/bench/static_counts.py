@@ -80,6 +80,11 @@ class Instruction:
         return tuple(board for board in range(6) if self.control >> 11 + board & 1)
 
 
+def _holds(loop: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether another loop, of instructions from the first to the last, begins later and ends no later."""
+    return loop[0] < other[0] and other[1] <= loop[1]
+
+
 @dataclass(frozen=True, eq=False)
 class Listing:
     """A kernel's instructions without the functions it calls; ``spilled_bytes``: of local memory that a thread has."""
@@ -103,13 +108,14 @@ class Listing:
     def loop(self) -> tuple[Instruction, ...]:
         """The main loop as it mostly runs, nothing where there is none.
 
-        It is that of the longest backward branch. Short stretches that a condition jumps over are slow paths, as of
-        sines, and are left out.
+        It is the longest of those that hold no other one. Short stretches that a condition jumps over are slow paths,
+        as of sines, and are left out.
         """
-        backward = [(at - start, start, at) for at, start in self._branches() if start < at]
-        if not backward:
+        loops = [(start, at) for at, start in self._branches() if start < at]
+        innermost = [own for own in loops if not any(_holds(own, other) for other in loops)]
+        if not innermost:
             return ()
-        _, at, end = max(backward)
+        at, end = max(innermost, key=lambda loop: loop[1] - loop[0])
         path = []
         while at <= end:
             path.append(self.instructions[at])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from qjl import calibration, corpora, models
 from qjl.codecs import Codecs, Pair, TokenShape
@@ -197,6 +198,7 @@ class _Step:
     pool: Pool
     exact: ExactPool
     of_rows: Rows
+    fresh: tuple[Tensor, Tensor]  # keys and values
 
     @classmethod
     def of(cls, case: Case, layer: int, codecs: Pair) -> _Step:
@@ -206,19 +208,25 @@ class _Step:
             raise QJLError(f"{case.config.name} has codes that no kernel on a GPU reads: choose another preset.")
         keys, values = (_fields(quantizer, pages, shape) for quantizer in case.config.for_layer(layer))
         exact = [torch.zeros(BATCH * EXACT, shape.kv_heads, shape.head_dim, dtype=DTYPE) for _ in range(2)]
-        return cls(shape, Pool(keys, values, forms[0], forms[1]), ExactPool(*exact), _rows(pages))
+        fresh = [torch.zeros(BATCH, shape.kv_heads, 1, shape.head_dim, dtype=DTYPE) for _ in range(2)]
+        pool = Pool(keys, values, forms[0], forms[1])
+        return cls(shape, pool, ExactPool(*exact), _rows(pages), (fresh[0], fresh[1]))
 
     def launches(self, processors: int) -> list[Launch]:
         heads, dim = self.shape.kv_heads, self.shape.head_dim
         query = torch.zeros(BATCH, heads * self.shape.group, 1, dim, dtype=DTYPE)
-        keys, values = torch.zeros(2, BATCH, heads, 1, dim, dtype=DTYPE)
         with recorded(processors) as launches:
-            triton_ops.append_attend(query, keys, values, self.pool, self.exact, self.of_rows, dim**-0.5, 0.0)
+            triton_ops.append_attend(query, *self.fresh, self.pool, self.exact, self.of_rows, dim**-0.5, 0.0)
         return launches
 
     def reads(self, launch: Launch) -> str:
-        """Which tokens the kernel walks over: codes, exact ones, or none where it is not given keys and values."""
+        """Which tokens the kernel walks over: codes, exact ones, or none where it is not given keys and values.
+
+        Nor does one that is given fresh tokens, which it stores.
+        """
         given = {tensor.untyped_storage().data_ptr() for tensor in launch.tensors}
+        if given & {tensor.untyped_storage().data_ptr() for tensor in self.fresh}:
+            return ""
         sides = {
             "codes": (self.pool.keys.values(), self.pool.values.values()),
             "exact": ([self.exact.keys], [self.exact.values]),
