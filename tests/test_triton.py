@@ -20,7 +20,10 @@ from qjl.ops.triton import runtime
 if not runtime.is_installed():
     pytest.skip("Triton is not installed", allow_module_level=True)
 
+from triton.runtime.errors import OutOfResources
+
 from qjl.lab.bench.launches import recorded
+from qjl.ops.triton import attention
 from qjl.ops.triton import ops as triton_ops
 
 interpreted = pytest.mark.skipif(not runtime.is_interpreted(), reason="kernels run here under TRITON_INTERPRET=1 alone")
@@ -57,6 +60,32 @@ def test_room_does_not_grow_with_the_context(generator):
             triton_ops.attend(*_operands(step), 1, 0.125, 0.0, None)
         shapes.append([launch.args[0].out.shape for launch in launches if launch.name == "join"])
     assert shapes[0] == shapes[1]
+
+
+@compiled
+def test_no_length_makes_another_kernel(generator):
+    """So that nothing is compiled in the middle of an answer."""
+    made = operands(Transform(2), TRELLIS, 396, batch=2, dtype=torch.bfloat16)
+    variants = {"prepare": set(), "step": set()}
+    for pages, slots in ((1, 1), (2, 16), (16, 17), (63, 48), (512, 100)):
+        step = paged(made, 64, Extent.of([64, 64]), generator)
+        step.rows.table = torch.zeros(2, pages, dtype=torch.int32)
+        step.rows.slots = torch.zeros(2, slots, dtype=torch.int32)
+        with recorded(132) as launches:
+            triton_ops.attend(*_operands(step), 1, 0.125, 0.0, None)
+        for launch in launches:
+            variants[launch.name].add(launch.variant(90))
+    assert [len(of_kernel) for of_kernel in variants.values()] == [1, 1]
+
+
+def test_what_a_gpu_has_no_room_for_is_told(refuses, monkeypatch, generator):
+    def no_room(*args):
+        raise OutOfResources(114688, 101376, "shared memory")
+
+    monkeypatch.setattr(attention, "attend", no_room)
+    made = operands(QuaRot(3, 32), QuaRot(2, 32), 396)
+    with refuses("a kernel for these codes needs 114688 of shared memory, where this GPU has 101376: use half"):
+        triton_ops.attend(*_operands(paged(made, 64, Extent.of([64]), generator)), 1, 0.125, 0.0, None)
 
 
 # Without a GPU

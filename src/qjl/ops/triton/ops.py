@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
+from qjl.errors import QJLError
 from qjl.ops.forms import Pool
 from qjl.ops.triton import attention, decoding, encoding, step
 
@@ -20,7 +22,13 @@ def _on_its_device(op: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(op)
     def run(*args: Any) -> Any:
         with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
-            return op(*args)
+            try:
+                return op(*args)
+            except OutOfResources as error:
+                raise QJLError(
+                    f"a kernel for these codes needs {error.required} of {error.name}, where this GPU has"
+                    f" {error.limit}: use half precision, a preset with one scale per token, or QJL_BACKEND=reference."
+                ) from error
 
     return run
 

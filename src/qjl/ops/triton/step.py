@@ -112,7 +112,7 @@ class _Step:
             DIM=triton.next_power_of_2(max(exact.key_dim, exact.value_dim)), num_warps=1, num_stages=1,
         )  # fmt: skip
         added = None if self.bias is None else kernels.ByQuery(self.bias, shared_strides(self.bias))
-        kernels.step[(shares.programs,)](
+        kernels.step[(self.programs,)](
             query, sides.keys, sides.values, sides.value_map, sides.value_mean,
             None if turned is None else turned.functions, asked, shares, exact, rows, added, parts,
             kernels.ByQuery(out, out.stride()), lse, batch, heads, count, self.queries, self.blocks, scale,
@@ -166,7 +166,7 @@ class _Step:
     def _shares(self) -> kernels.Shares:
         begins = self._empty(self.query.shape[0] + 1, dtype=torch.int64)
         tickets = self._empty(2 * self.programs + self.places, dtype=torch.int32)
-        return kernels.Shares(begins, tickets, self.tiles, self.programs)
+        return kernels.Shares(begins, tickets, self.tiles, kernels.coded(self.programs))
 
     def _asked(self) -> kernels.Asked:
         sides, places, tile, words = self.sides, self.places, self.tile, self.sides.words
@@ -203,7 +203,7 @@ def _rows(rows: Rows) -> kernels.Rows:
 
 
 def _made_rows(rows: Rows) -> kernels.Rows:
-    capacity, room = rows.table.shape[1], rows.slots.shape[1]
+    capacity, room = (kernels.coded(table.shape[1]) for table in (rows.table, rows.slots))
     return kernels.Rows(rows.table, capacity, rows.lengths, rows.skip, rows.origins, rows.slots, room, rows.counts)
 
 

@@ -144,7 +144,7 @@ class Shares(NamedTuple):
     begins: Tensor
     tickets: Tensor
     tiles: int  # of query rows
-    programs: int
+    programs: int  # as ``_number`` reads it
 
 
 class Parts(NamedTuple):
@@ -169,12 +169,12 @@ class Rows(NamedTuple):
     """Which tokens of the pools each row has (``qjl.ops.forms.Rows``); tables are contiguous."""
 
     table: Tensor
-    capacity: int  # pages of a row in the table
+    capacity: int  # pages of a row in the table, as ``_number`` reads it
     lengths: Tensor
     skip: Tensor
     origins: Tensor
     slots: Tensor
-    room: int  # slots of a row in the table
+    room: int  # slots of a row in the table, likewise
     counts: Tensor
 
 
@@ -196,6 +196,17 @@ class Fresh(NamedTuple):
     key_stride: tuple[int, ...]
     value: Tensor
     value_stride: tuple[int, ...]
+
+
+def coded(number: int) -> int:
+    """A number that changes with lengths, as kernels are given it: neither 1 nor a multiple of 16, for each of which
+    Triton compiles another one."""
+    return 2 * number + 1
+
+
+@triton.jit
+def _number(coded):
+    return coded >> 1
 
 
 # What programs are of
@@ -241,7 +252,7 @@ def prepare(
     is_row = (query_row < count) & (tl.arange(0, LEAST) < R)
     of_rows_of_query = query.data + _by_query(query, row, head, query_row, count, queries)
     if tl.program_id(1) == 0:
-        _clear(shares.tickets, 2 * shares.programs + tl.num_programs(0))
+        _clear(shares.tickets, 2 * _number(shares.programs) + tl.num_programs(0))
         if place == 0:
             _deal(shares, of_rows, batch, heads)
         _ask(of_rows_of_query, query.stride[3], is_row, keys, map, mean, asked, place, head, scale, R, W)
@@ -366,7 +377,7 @@ def _put(fresh, fresh_stride, pool, pool_stride, dim, of_rows, row, head, querie
     i = tl.arange(0, DIM)
     for token in range(queries):
         place = tl.load(of_rows.counts + row) - queries + token
-        slot = tl.load(of_rows.slots + row * of_rows.room + place, mask=place >= 0, other=-1).to(tl.int64)
+        slot = tl.load(of_rows.slots + row * _number(of_rows.room) + place, mask=place >= 0, other=-1).to(tl.int64)
         at = fresh + row * fresh_stride[0] + head * fresh_stride[1] + (token + tl.zeros([], tl.int64)) * fresh_stride[2]
         numbers = tl.load(at + i * fresh_stride[3], mask=i < dim, other=0.0)
         to = pool + slot * pool_stride[0] + head * pool_stride[1] + i
@@ -617,7 +628,7 @@ def step(
     """
     program = tl.program_id(0).to(tl.int64)
     total = tl.load(shares.begins + batch)
-    programs = tl.minimum(shares.programs, total)  # each has a unit
+    programs = tl.minimum(_number(shares.programs), total)  # each has a unit
     begin = tl.minimum(program, programs) * total // programs
     stop = tl.minimum(program + 1, programs) * total // programs
     row = _sequence_of(shares.begins, batch, begin)
@@ -812,7 +823,7 @@ def _fetch_next(
 ):  # fmt: skip
     """Codes of the block that comes next on their way to the nearest cache, where it begins a page."""
     if (block < stop) & (block * TOKENS % PAGE == 0):
-        page = tl.load(of_rows.table + row * of_rows.capacity + block * TOKENS // PAGE).to(tl.int64)
+        page = tl.load(of_rows.table + row * _number(of_rows.capacity) + block * TOKENS // PAGE).to(tl.int64)
         _fetch(keys.codes + _at_page(keys.codes_stride, page, head), KEY_BYTES)
         _fetch(values.codes + _at_page(values.codes_stride, page, head), VALUE_BYTES)
 
@@ -848,14 +859,14 @@ def _page(of_rows, row, block, eight, skip, length, PAGE: tl.constexpr):
     if PAGE < TOKENS:
         return _page_of(of_rows, row, first, skip, length, PAGE), first
     else:
-        at = of_rows.table + row * of_rows.capacity + block * TOKENS // PAGE
+        at = of_rows.table + row * _number(of_rows.capacity) + block * TOKENS // PAGE
         return tl.load(at).to(tl.int64), first
 
 
 @triton.jit
 def _page_of(of_rows, row, first, skip, length, PAGE: tl.constexpr):
     """The pages of eight tokens each from ``first`` on; -1 where a row has none of these."""
-    at = of_rows.table + row * of_rows.capacity + first // PAGE
+    at = of_rows.table + row * _number(of_rows.capacity) + first // PAGE
     return tl.load(at, mask=(first + 7 >= skip) & (first < length), other=-1).to(tl.int64)
 
 
@@ -943,9 +954,9 @@ def _exact(
     query_row = tile * R + r
     is_row = (query_row < count) & (r < R)
     of_query = query.data + _by_query(query, row, head, query_row, count, queries)
-    of_slots, held = of_rows.slots + row * of_rows.room, tl.load(of_rows.counts + row)
+    of_slots, held = of_rows.slots + row * _number(of_rows.room), tl.load(of_rows.counts + row)
     end = held - (queries - 1 - query_row % queries)
-    to_scores = parts.scores + (place * R + r).to(tl.int64)[:, None] * of_rows.room
+    to_scores = parts.scores + (place * R + r).to(tl.int64)[:, None] * _number(of_rows.room)
     most = tl.full([LEAST], LOWEST, tl.float32)
     for first in range(0, held, EXACT):
         slot = tl.load(of_slots + first + t, mask=first + t < held, other=-1).to(tl.int64)
@@ -961,7 +972,7 @@ def _exact(
             scores = tl.dot(q.to(tl.float32), key.to(tl.float32), scores, input_precision=PRECISION)
         scores = _capped(scores * scale, softcap)
         if bias is not None:
-            column = of_rows.capacity * PAGE + first + t
+            column = _number(of_rows.capacity) * PAGE + first + t
             at = (
                 bias.data
                 + _by_query(bias, row, head, query_row, count, queries)[:, None]
