@@ -11,7 +11,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -23,6 +22,7 @@ from qjl.ops.triton import step_kernels as kernels
 from qjl.ops.triton.slots import WORDS, KeyWords, ValueTables, key_words, room_of, value_tables
 from qjl.packed import BLOCK
 
+CHUNK, DIMS, FUNCTIONS = kernels.BLOCKS.value, kernels.DIMS.value, kernels.FUNCTIONS.value
 MOST_WORDS = 64
 MOST_TABLES = 8
 MOST_SUMS = 4096  # by four query rows: what a program's registers hold
@@ -105,11 +105,11 @@ class _Step:
         query = kernels.ByQuery(self.query, self.query.stride())
         scale = self.scaling if self.softcap else self.scaling * LOG2_E
         turned = sides.turned
-        kernels.prepare[(self.places, 1 + (0 if turned is None else triton.cdiv(self.blocks, kernels.BLOCKS.value)))](
+        kernels.prepare[(self.places, 1 + (0 if turned is None else _ceil(self.blocks, CHUNK)))](
             query, sides.keys, sides.key_map, sides.still_mean, turned, asked, shares, exact, fresh, rows, batch, heads,
             count, self.queries, self.blocks, scale, R=self.tile, W=sides.words,
-            F=kernels.DIMS.value if turned is None else turned.inv_freq.shape[0],
-            DIM=triton.next_power_of_2(max(exact.key_dim, exact.value_dim)), num_warps=1, num_stages=1,
+            F=DIMS if turned is None else turned.inv_freq.shape[0],
+            DIM=_next_power_of_2(max(exact.key_dim, exact.value_dim)), num_warps=1, num_stages=1,
         )  # fmt: skip
         added = None if self.bias is None else kernels.ByQuery(self.bias, shared_strides(self.bias))
         kernels.step[(self.programs,)](
@@ -135,19 +135,19 @@ class _Step:
         """Those that a program takes."""
         return FEW_ROWS if self.count <= FEW_ROWS or 2 * self.sides.sums > MOST_SUMS else MANY_ROWS
 
-    @property
+    @cached_property
     def tiles(self) -> int:
-        return triton.cdiv(self.count, self.tile)
+        return _ceil(self.count, self.tile)
 
-    @property
+    @cached_property
     def places(self) -> int:
         """Tiles of query rows, of all KV heads."""
         return self.query.shape[0] * self.exact.keys.shape[1] * self.tiles
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Of packed tokens that there is room for in a row of the table."""
-        return triton.cdiv(self.rows.table.shape[1] * self.pool.page, BLOCK)
+        return _ceil(self.rows.table.shape[1] * self.pool.page, BLOCK)
 
     @property
     def registers(self) -> int:
@@ -157,7 +157,7 @@ class _Step:
 
     @cached_property
     def programs(self) -> int:
-        wanted = triton.cdiv(self.places * (self.blocks + 1), LEAST_UNITS)
+        wanted = _ceil(self.places * (self.blocks + 1), LEAST_UNITS)
         return max(1, min(wanted, runtime.processors(self.query.device) * (FILE // self.registers)))
 
     def _empty(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -170,7 +170,7 @@ class _Step:
 
     def _asked(self) -> kernels.Asked:
         sides, places, tile, words = self.sides, self.places, self.tile, self.sides.words
-        functions = kernels.FUNCTIONS.value
+        functions = FUNCTIONS
         has_turn = sides.turned is not None
         return kernels.Asked(
             mapped=self._empty(places, tile, 16 * words),
@@ -191,6 +191,15 @@ class _Step:
             out=self._empty(places, tile, self.exact.values.shape[2]),
             exact_lse=self._empty(places, tile),
         )
+
+
+def _ceil(number: int, step: int) -> int:
+    """Steps that cover a number; Triton's own takes microseconds."""
+    return -(-number // step)
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _precision(is_bfloat16: bool) -> str:
@@ -341,7 +350,7 @@ def _turned(turn: Turn, mean: Tensor) -> tuple[Tensor, kernels.Turned]:
     """What does not turn, and what does: padded to whole chunks with pairs of no mean."""
     device = mean.device
     first, second = (x.to(device, torch.int64) for x in (turn.first, turn.second))
-    room = -len(first) % kernels.DIMS.value
+    room = -len(first) % DIMS
     still = mean.clone()
     still[:, first] = still[:, second] = 0
     inv_freq = pad(turn.inv_freq.double().cpu(), (0, room))
@@ -362,7 +371,7 @@ def _functions(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     these are made of them, ``float32 [2 F, 32]``, and they in two digits, ``int32 [2, 64, 8]`` by phase and word."""
     angles = frequencies[:, None] * np.arange(BLOCK)
     left, sizes, right = np.linalg.svd(np.concatenate([np.cos(angles), np.sin(angles)]), full_matrices=False)
-    count = kernels.FUNCTIONS.value
+    count = FUNCTIONS
     rank = min(count, len(sizes))
     shared = right[:rank] / np.abs(right[:rank]).max(1, keepdims=True)
     down = left[:, :rank] * sizes[:rank] * np.abs(right[:rank]).max(1)
