@@ -1,4 +1,4 @@
-"""The fused decode step in Triton, over rows of pools.
+"""The decode step in Triton for forms that ``step`` does not serve: scales in groups, or very many tables.
 
 It fills a workspace whose size depends on batch, heads and query rows, never on the context, and waits for nothing:
 lengths and counts are read on the device, so that a captured CUDA graph serves all of them up to the capacity of the
@@ -23,6 +23,8 @@ from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, Turn, once, shared_
 from qjl.ops.triton import attention_kernels as kernels
 from qjl.ops.triton import runtime
 from qjl.ops.triton.pairs import Pairs, pairs_of
+from qjl.ops.triton.step import by_head
+from qjl.ops.triton.step_kernels import ByQuery
 from qjl.packed import BLOCK, Blocks
 
 MOST_SPLITS = 64  # of one KV head
@@ -42,8 +44,8 @@ def attend(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     out = query.new_empty((*query.shape[:3], exact.values.shape[2]), dtype=torch.float32)
-    work = _Work(_by_head(query, queries), pool, exact, rows, queries, scaling, softcap, bias)
-    return out, work.into(_by_head(out, queries))
+    work = _Work(by_head(query, queries), pool, exact, rows, queries, scaling, softcap, bias)
+    return out, work.into(by_head(out, queries))
 
 
 @in_own_precision
@@ -66,11 +68,6 @@ def append_attend(
     out = query.new_empty((batch, queries, query_heads, exact.values.shape[2]))
     work.into(out.transpose(1, 2))
     return out
-
-
-def _by_head(x: Tensor, queries: int) -> Tensor:
-    """``[B, H, R, D] -> [B, Hq, Q, D]``."""
-    return x.unflatten(2, (-1, queries)).flatten(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +98,7 @@ class _Work:
         lse = self._empty(*self._sizes)
         kernels.join[(self.tiles, self._programs, triton.cdiv(value_dim, kernels.CHUNK.value))](
             packed, exact, self._value_side, values.map, values.mean,
-            kernels.ByQuery(out, out.stride()), lse, self.heads, self.count, self.queries,
+            ByQuery(out, out.stride()), lse, self.heads, self.count, self.queries,
             ROWS=self.tile, PAIRS=values.pairs.count,
         )  # fmt: skip
         return lse
@@ -174,12 +171,12 @@ class _Work:
         return _rows(self.rows)
 
     @cached_property
-    def _by_query(self) -> kernels.ByQuery:
-        return kernels.ByQuery(self.query, self.query.stride())
+    def _by_query(self) -> ByQuery:
+        return ByQuery(self.query, self.query.stride())
 
     @cached_property
-    def _added(self) -> kernels.ByQuery | None:
-        return None if self.bias is None else kernels.ByQuery(self.bias, shared_strides(self.bias))
+    def _added(self) -> ByQuery | None:
+        return None if self.bias is None else ByQuery(self.bias, shared_strides(self.bias))
 
     @property
     def _columns(self) -> int:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qjl.ops.triton.step_kernels import by_query
 from qjl.packed import BLOCK
 
 TOKENS = tl.constexpr(BLOCK)  # of a block; TILE, of one or half of one, are taken at once
@@ -77,13 +78,6 @@ class Parts(NamedTuple):
     splits: int
 
 
-class ByQuery(NamedTuple):
-    """``[B, Hq, Q, ...]``: queries, outputs, or what is added to scores; a stride of 0 where one serves all."""
-
-    data: Tensor
-    stride: tuple[int, ...]
-
-
 class Rows(NamedTuple):
     """Which tokens of the pools each row has (``qjl.ops.forms.Rows``); tables are contiguous."""
 
@@ -117,13 +111,6 @@ def _rows(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _by_query(of, row, head, query_row, rows, queries):
-    """Where what belongs to some query rows of a KV head begins, ``int64 [R]``."""
-    query_head = head * (rows // queries) + query_row // queries
-    return row * of.stride[0] + query_head * of.stride[1] + (query_row % queries).to(tl.int64) * of.stride[2]
-
-
-@triton.jit
 def _map_rows(side, map, head, half, pairs, dims, PAIRS: tl.constexpr):
     """Rows of a map that belong to one half of the pairs, float32 ``[pairs, dims]``."""
     coordinate = tl.load(side.coordinates + (head * side.per_head * 2 + half) * PAIRS + pairs)
@@ -149,7 +136,7 @@ def project(
     """``grid (row tiles, B * H, 2 P / CHUNK)``; what the mean gives is left to the first of each."""
     batch_row, head = _row_and_head(heads)
     row = _rows(tl.program_id(0), ROWS)
-    of_rows = query.data + _by_query(query, batch_row, head, row, rows, queries)
+    of_rows = query.data + by_query(query, batch_row, head, row, rows, queries)
     begin = tl.program_id(1).to(tl.int64) * rows
     half = tl.program_id(2) % 2
     pair = (tl.program_id(2) // 2) * (CHUNK // 2) + tl.arange(0, CHUNK // 2)
@@ -247,7 +234,7 @@ def _capped(scores, softcap):
 def _biased(scores, bias, row, head, query_row, rows, queries, column, seen):
     """With what is added to the scores of tokens in these columns; minus infinity for those that are not seen."""
     if bias is not None:
-        at = _by_query(bias, row, head, query_row, rows, queries)[:, None] + column[None, :] * bias.stride[3]
+        at = by_query(bias, row, head, query_row, rows, queries)[:, None] + column[None, :] * bias.stride[3]
         wanted = (query_row < rows)[:, None] & seen
         scores += tl.load(bias.data + at, mask=wanted, other=float("-inf"))
     return tl.where(seen, scores, float("-inf"))
@@ -426,7 +413,7 @@ def exact_part(
     query_row = _rows(tl.program_id(2), ROWS)
     is_row = query_row < rows
     dim, value = tl.arange(0, KEY_DIM), tl.arange(0, VALUE_DIM)
-    at = query.data + _by_query(query, row, head, query_row, rows, queries)[:, None] + dim[None, :] * query.stride[3]
+    at = query.data + by_query(query, row, head, query_row, rows, queries)[:, None] + dim[None, :] * query.stride[3]
     q = tl.load(at, mask=is_row[:, None] & (dim < key_dim)[None, :], other=0.0).to(tl.float32)
     keys = exact.key + head * exact.key_stride[1]
     values = exact.value + head * exact.value_stride[1]
@@ -506,7 +493,7 @@ def join(packed, exact, side, map, mean, out, lse, heads, rows, queries, ROWS: t
             out_at = exact.out + place[:, None] * map.head_dim + dim[None, :]
             sums += weight[:, None] * tl.load(out_at, mask=is_row[:, None] & is_dim[None, :], other=0.0)
             total += weight
-    to = out.data + _by_query(out, batch_row, head, row, rows, queries)[:, None] + dim[None, :]
+    to = out.data + by_query(out, batch_row, head, row, rows, queries)[:, None] + dim[None, :]
     means = sums / tl.maximum(total, TINY)[:, None]
     tl.store(to, means.to(out.data.dtype.element_ty), mask=is_row[:, None] & is_dim[None, :])
     if tl.program_id(2) == 0:

@@ -52,8 +52,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     out = query.new_empty((*query.shape[:3], exact.values.shape[2]), dtype=torch.float32)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    step = _Step(_by_head(query, queries), pool, exact, rows, queries, scaling, softcap, bias)
-    step.run(_by_head(out, queries), lse, None)
+    step = _Step(by_head(query, queries), pool, exact, rows, queries, scaling, softcap, bias)
+    step.run(by_head(out, queries), lse, None)
     return out, lse
 
 
@@ -77,7 +77,7 @@ def append_attend(
     return out
 
 
-def _by_head(x: Tensor, queries: int) -> Tensor:
+def by_head(x: Tensor, queries: int) -> Tensor:
     """``[B, H, R, D] -> [B, Hq, Q, D]``."""
     return x.unflatten(2, (-1, queries)).flatten(1, 2)
 

@@ -219,7 +219,7 @@ def _row_head_tile(place, heads, tiles):
 
 
 @triton.jit
-def _by_query(of, row, head, query_row, count, queries):
+def by_query(of, row, head, query_row, count, queries):
     """Where what belongs to some query rows of a KV head begins, ``int64 [R]``."""
     query_head = head * (count // queries) + query_row // queries
     return row * of.stride[0] + query_head * of.stride[1] + (query_row % queries).to(tl.int64) * of.stride[2]
@@ -250,7 +250,7 @@ def prepare(
     row, head, tile = _row_head_tile(place, heads, shares.tiles)
     query_row = tile * R + tl.arange(0, LEAST)
     is_row = (query_row < count) & (tl.arange(0, LEAST) < R)
-    of_rows_of_query = query.data + _by_query(query, row, head, query_row, count, queries)
+    of_rows_of_query = query.data + by_query(query, row, head, query_row, count, queries)
     if tl.program_id(1) == 0:
         _clear(shares.tickets, 2 * _number(shares.programs) + tl.num_programs(0))
         if place == 0:
@@ -396,7 +396,7 @@ def _turn(
     block, r = begin + i // R, i % R
     query_row = tile * R + r
     present = (query_row < count)[:, None]
-    of_query = query.data + _by_query(query, row, head, query_row, count, queries)
+    of_query = query.data + by_query(query, row, head, query_row, count, queries)
     sums = tl.zeros([rows, FUNCTIONS], tl.float32)
     for first in range(0, F, DIMS):
         f = first + tl.arange(0, DIMS)
@@ -760,7 +760,7 @@ def _packed(
         if bias is not None:
             query_row = tile * R + r
             column = _columns(block)
-            at = bias.data + _by_query(bias, row, head, query_row, count, queries)[None, :] + column * bias.stride[3]
+            at = bias.data + by_query(bias, row, head, query_row, count, queries)[None, :] + column * bias.stride[3]
             wanted = (query_row < count)[None, :] & (column < length)
             score += tl.load(at, mask=wanted, other=0.0) * LOG2_E
         if PAGE < TOKENS:
@@ -953,7 +953,7 @@ def _exact(
     r, t, d = tl.arange(0, LEAST), tl.arange(0, EXACT), tl.arange(0, EXACT_DIMS)
     query_row = tile * R + r
     is_row = (query_row < count) & (r < R)
-    of_query = query.data + _by_query(query, row, head, query_row, count, queries)
+    of_query = query.data + by_query(query, row, head, query_row, count, queries)
     of_slots, held = of_rows.slots + row * _number(of_rows.room), tl.load(of_rows.counts + row)
     end = held - (queries - 1 - query_row % queries)
     to_scores = parts.scores + (place * R + r).to(tl.int64)[:, None] * _number(of_rows.room)
@@ -975,7 +975,7 @@ def _exact(
             column = _number(of_rows.capacity) * PAGE + first + t
             at = (
                 bias.data
-                + _by_query(bias, row, head, query_row, count, queries)[:, None]
+                + by_query(bias, row, head, query_row, count, queries)[:, None]
                 + column[None, :] * bias.stride[3]
             )
             scores += tl.load(at, mask=is_row[:, None] & (first + t < held)[None, :], other=0.0) * LOG2_E
@@ -1094,7 +1094,7 @@ def _close(
     if values.unit is not None:
         unit *= tl.load(values.unit + head)
     of_sums = parts.sums + slot * (SUMS * R) + r[:, None]
-    to = out.data + _by_query(out, row, head, query_row, count, queries)
+    to = out.data + by_query(out, row, head, query_row, count, queries)
     for begin in range(0, map.head_dim, DIMS):
         dim = begin + i
         is_dim = dim < map.head_dim
