@@ -88,7 +88,7 @@ def test_decode_steps_wait_for_nothing(fresh, gpu):
         assert planning.nbytes == 0
         assert planning.copies in ([True], [True, True])  # what rows read, and what is encoded
         assert not attending.waits
-        assert attending.launches.count("put") == 2
+        assert attending.launches.count("prepare") == 1
 
 
 def test_prompts_and_drafts_of_other_lengths_wait_for_nothing_when_they_are_planned(gpu):

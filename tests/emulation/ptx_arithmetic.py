@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from emulation.ptx_memory import OWN
 from emulation.ptx_numbers import integer, is_float, raw, size_of
 from emulation.ptx_steps import Makers, compute
 from emulation.ptx_text import CARRY, Unknown, elements
@@ -280,9 +281,10 @@ def _join(operands, parts, bits):
 
 @MAKERS.of("cvta")
 def _convert_address(operands):
-    if not operands.has("global"):
-        raise Unknown("addresses of all spaces but the global one")
-    return compute(operands, lambda x: x, (0, "u64"), (1, "u64"))
+    if not operands.has("global", "local"):
+        raise Unknown("addresses of shared memory among global ones")
+    begin = np.uint64(OWN if operands.has("local") else 0)
+    return compute(operands, lambda x: x + begin, (0, "u64"), (1, "u64"))
 
 
 # Bits

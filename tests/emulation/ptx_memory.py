@@ -10,6 +10,7 @@ from emulation.ptx_numbers import raw
 from emulation.ptx_text import Fault
 
 ROOM = 40  # bits of an address within a range
+OWN = 1 << (ROOM + 20)  # is added to addresses of what a thread has for itself, where they stand among global ones
 PAGE = 256  # bytes within which addresses are aligned as those of the tensor
 POISON = 0xFF
 WORD = 4
@@ -118,6 +119,9 @@ class Global:
 
     def places(self, machine, addresses, threads, size):
         """Of accesses of ``size`` bytes: which they are, the buffer, and the bytes where they begin."""
+        if (addresses >= OWN).all():
+            yield from machine.spaces["local"].places(machine, addresses - OWN, threads, size)
+            return
         owners = addresses >> ROOM
         first = owners[0]
         if (owners == first).all():

@@ -99,7 +99,13 @@ class Operands:
             fixed = np.array([offset], np.int64)
             return lambda machine: fixed
         number = self.number(base)
-        return lambda machine: machine.registers[number].astype(np.int64) + offset
+
+        def address(machine):
+            register = machine.registers[number]
+            there = register.astype(np.int64) + offset
+            return there & 0xFFFFFFFF if register.itemsize == 4 else there  # where 32 bits overflow
+
+        return address
 
     def vector(self, place):
         """Texts of its elements."""

@@ -95,14 +95,14 @@ def gpu(capability: int) -> Gpu:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryGuess:
     """What is guessed: 128-byte wavefronts of a look-up by all lanes, and cycles until memory answers."""
 
     wavefronts: float
     latency: float
 
 
-GUESSES = {"opt": Memory(2.0, 300), "mid": Memory(3.6, 500), "pes": Memory(4.5, 800)}
+GUESSES = {"opt": MemoryGuess(2.0, 300), "mid": MemoryGuess(3.6, 500), "pes": MemoryGuess(4.5, 800)}
 
 
 def quarter(blocks: int, warps: int) -> int:
@@ -117,7 +117,7 @@ def why_unknown(loop: Sequence[Instruction], of: Gpu) -> str:
     return of.unknown
 
 
-def cycles(loop: Sequence[Instruction], warps: int, of: Gpu, memory: Memory) -> float:
+def cycles(loop: Sequence[Instruction], warps: int, of: Gpu, memory: MemoryGuess) -> float:
     """Predicted cycles of one pass of all ``warps`` of a quarter, the same each.
 
     Warps begin apart, so that they do not stand at the same barriers; time counts once all have passed.
@@ -183,7 +183,7 @@ class _Step:
     pause: int
 
     @classmethod
-    def of(cls, one: Instruction, costs: Mapping[str, _Cost], memory: Memory) -> _Step:
+    def of(cls, one: Instruction, costs: Mapping[str, _Cost], memory: MemoryGuess) -> _Step:
         is_memory = one.kind in ("GLOBAL", "STORE", "SHARED", "SPILL")
         cost = _of_memory(one, memory) if is_memory else costs.get(one.kind, _Cost("", 0, 0))
         return cls(cost, one.waits, one.sets, BARRIER if one.kind == "BARRIER" else max(1, one.stall))
@@ -246,7 +246,7 @@ class _Warp:
             self.ends.append(now)
 
 
-def _of_memory(one: Instruction, memory: Memory) -> _Cost:
+def _of_memory(one: Instruction, memory: MemoryGuess) -> _Cost:
     if one.kind == "GLOBAL" and one.op == "LDG.E":
         busy = QUARTERS * memory.wavefronts
         return _Cost(MEMORY, busy, L1 + busy)
