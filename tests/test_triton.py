@@ -31,8 +31,8 @@ compiled = pytest.mark.skipif(runtime.is_interpreted(), reason="the interpreter 
 on_gpu = pytest.mark.skipif(
     runtime.is_interpreted() or not torch.cuda.is_available(), reason="there is no GPU on this machine"
 )
-CAPABILITIES = [80, 90, 100]
-MOST_SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have
+CAPABILITIES = [89, 100]  # 8.0 and 9.0 are compiled by test_ptx.py
+MOST_SHARED = {89: 99, 100: 227}  # KiB that a program may have
 TRELLIS = Balanced(2, "trellis", metric=False)
 TOLERANCE = 2e-3
 
@@ -111,8 +111,9 @@ CASES = {
 
 
 @compiled
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "capability"), [("b3", 89), ("b3", 100), ("b2-float32", 100), ("groups", 89), ("groups", 100)]
+)
 def test_the_step_compiles(case, capability, generator):
     key, value, dtype, head_dim = CASES[case]
     made = operands(key, value, 396, head_dim=head_dim, dtype=dtype)
@@ -130,14 +131,13 @@ def test_the_step_compiles(case, capability, generator):
 
 
 @compiled
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(dtype, capability, generator):
-    made = operands(Transform(3), TRELLIS, 396, head_dim=256, group=1, dtype=dtype)
+@pytest.mark.parametrize(("key", "value"), [(Transform(3), TRELLIS), (QuaRot(3, 32), QuaRot(2, 32))])
+def test_a_chunk_of_a_prompt_fits_at_the_largest_head_dim(key, value, generator):
+    made = operands(key, value, 396, head_dim=256, group=1, dtype=torch.bfloat16)
     step = paged(replace(made, queries=torch.zeros(1, 2, 64, 256)), 64, Extent.of([300]), generator)
     with recorded() as launches:
         triton_ops.attend(*_operands(step), 64, 0.125, 0.0, None)
-    _compile(launches, capability)
+    _compile(launches, 89)
 
 
 @compiled
@@ -214,7 +214,7 @@ def test_around_the_launches_of_encode_there_is_one_operation_of_torch(name, fit
 
 
 @compiled
-@pytest.mark.parametrize("capability", MOST_SHARED)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_encoders_compile(name, capability, fitted):
     _compile(_launches(_encode(name, fitted)), capability)
