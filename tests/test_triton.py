@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +24,11 @@ if not runtime.is_installed():
 from triton.runtime.errors import OutOfResources
 
 from qjl.lab.bench.launches import recorded
+from qjl.ops.forms import NibbleForm
 from qjl.ops.triton import attention
 from qjl.ops.triton import ops as triton_ops
+from qjl.ops.triton import step as triton_step
+from qjl.ops.triton.slots import key_words
 
 interpreted = pytest.mark.skipif(not runtime.is_interpreted(), reason="kernels run here under TRITON_INTERPRET=1 alone")
 compiled = pytest.mark.skipif(runtime.is_interpreted(), reason="the interpreter compiles nothing")
@@ -76,6 +80,33 @@ def test_no_length_makes_another_kernel(generator):
         for launch in launches:
             variants[launch.name].add(launch.variant(90))
     assert [len(of_kernel) for of_kernel in variants.values()] == [1, 1]
+
+
+def test_two_coordinates_of_a_nibble_may_have_the_same_table(generator):
+    """Up to a factor: each is looked up."""
+    entries = torch.randn(1, 6, 16, 1, generator=generator)
+    form = NibbleForm(None, torch.arange(12).view(1, 6, 2), torch.cat([entries, 2 * entries], -1), 12, "scale")
+    words = key_words(form)
+    tables = words.tables.numpy().view(np.uint8).reshape(-1, 4, 2, 2, 16)
+    nibbles = torch.randint(16, (6,), generator=generator).numpy()
+    found = np.zeros(12)
+    for chunk, half, look_up, word, nibble in np.ndindex(words.coordinates.shape[1:]):
+        coordinate = words.coordinates[0, chunk, half, look_up, word, nibble]
+        if coordinate >= 0:
+            row = words.rows[0, 4 * chunk + word, 2 * half + nibble // 2]
+            entry = tables[chunk, word, half, look_up][nibbles[2 * row + nibble % 2]]
+            found[coordinate] += words.factors[0, chunk, half, look_up, word, nibble] * (float(entry) - 64)
+    truth = form.entries[0, range(6), nibbles].flatten().numpy()
+    np.testing.assert_allclose(found, truth, atol=2e-3)
+
+
+def test_means_that_turn_otherwise_than_by_rope_are_left_to_the_other_step(generator):
+    """As 32 functions do not hold frequencies that lie evenly."""
+    step = paged(operands(Transform(2), TRELLIS, 396), 64, Extent.of([64]), generator)
+    assert triton_step.serves(step.pool)
+    form = step.pool.key_form
+    even = replace(form, turn=replace(form.turn, inv_freq=torch.linspace(0, 3, 32)), derived={})
+    assert not triton_step.serves(replace(step.pool, key_form=even))
 
 
 def test_what_a_gpu_has_no_room_for_is_told(refuses, monkeypatch, generator):

@@ -23,7 +23,7 @@ from qjl.ops.forms import ExactPool, NibbleForm, Pool, Rows, Turn, once, shared_
 from qjl.ops.triton import attention_kernels as kernels
 from qjl.ops.triton import runtime
 from qjl.ops.triton.pairs import Pairs, pairs_of
-from qjl.ops.triton.step import by_head
+from qjl.ops.triton.step import by_head, precision
 from qjl.ops.triton.step_kernels import ByQuery
 from qjl.packed import BLOCK, Blocks
 
@@ -211,7 +211,7 @@ class _Work:
             F=keys.frequencies,
             PAGE=pool.page,
             DTYPE=tl.float16 if self.is_half else tl.float32,
-            PRECISION=_precision(self.is_half),
+            PRECISION=precision(self.is_half),
             num_warps=8 if max(keys.pairs.count, values.pairs.count, self.tile) > 64 else 4,
             num_stages=1,  # looking ahead would copy every look-up through shared memory
         )
@@ -254,7 +254,7 @@ class _Work:
             TILE=_tokens_at_once(max(key_dim, value_dim), 4),
             KEY_DIM=max(LEAST, triton.next_power_of_2(key_dim)),
             VALUE_DIM=max(LEAST, triton.next_power_of_2(value_dim)),
-            PRECISION=_precision(keys.dtype == torch.bfloat16),
+            PRECISION=precision(keys.dtype == torch.bfloat16),
             num_warps=8 if max(key_dim, value_dim) > 128 else 4,
             num_stages=1,  # ahead of the products there is no room
         )
@@ -264,11 +264,6 @@ class _Work:
 def _tokens_at_once(dims: int, itemsize: int) -> int:
     """A block of 64, or half of one where its numbers take too much room."""
     return BLOCK if dims * BLOCK * itemsize <= 2 * MOST_NUMBERS else BLOCK // 2
-
-
-def _precision(is_half: bool) -> str:
-    """How float32 numbers are multiplied on tensor cores, 16 or 21 bits of each; the interpreter knows the latter."""
-    return "bf16x3" if is_half and not runtime.is_interpreted() else "tf32x3"
 
 
 def _rows(rows: Rows) -> kernels.Rows:

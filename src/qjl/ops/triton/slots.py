@@ -8,6 +8,7 @@ do not hold well enough has a second one, of what the first leaves.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -67,8 +68,8 @@ def _error(nibbles: Sequence[Sums]) -> float:
     error: dict[int, float] = {}
     for sums in nibbles:
         for coordinate, table in sums.items():
-            whole, factor = _as_integers(tuple(table.tolist()))
-            left = 0.0 if _is_refined(table) else float(np.mean((table - whole * factor) ** 2))
+            left = _rms(_rest(table))
+            left = 0.0 if left > COARSE else left**2  # which has a second table
             bits[coordinate] = bits.get(coordinate, 0) + _bits_of(table)
             error[coordinate] = error.get(coordinate, 0.0) + left
     weights = {coordinate: 4.0 ** min(of, 8) for coordinate, of in bits.items()}
@@ -81,10 +82,14 @@ def _bits_of(table: np.ndarray) -> int:
     return sum(bool((table != table[np.arange(16) ^ 1 << bit]).any()) for bit in range(4))
 
 
-def _is_refined(table: np.ndarray) -> bool:
-    """Whether one table is never enough."""
+def _rest(table: np.ndarray) -> np.ndarray:
+    """What one table of whole numbers leaves."""
     whole, factor = _as_integers(tuple(table.tolist()))
-    return float(np.sqrt(np.mean((table - whole * factor) ** 2))) > COARSE
+    return table - whole * factor
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x**2)))
 
 
 def _whole(sums: Sums, tolerance: float) -> Iterator[LookUp]:
@@ -96,8 +101,8 @@ def _refined(coordinate: int, table: np.ndarray, tolerance: float) -> Iterator[L
     for _ in range(2):
         whole, factor = _as_integers(tuple(table.tolist()))
         yield LookUp(tuple((whole + MIDDLE).tolist()), coordinate, factor)
-        table = table - whole * factor
-        if np.sqrt(np.mean(table**2)) <= tolerance:
+        table = _rest(table)
+        if _rms(table) <= tolerance:
             return
 
 
@@ -173,20 +178,30 @@ class Pair:
 def _pairs(nibbles: Sequence[Nibble]) -> Iterator[Pair]:
     for rows in _quads(nibbles):
         of_quad = _of_rows(nibbles, rows)
-        tables = sorted(_tables(of_quad))
-        for begin in range(0, len(tables), LOOK_UPS):
-            chosen = tables[begin : begin + LOOK_UPS]
-            yield Pair(rows, chosen, [[_use(nibble, table) for nibble in of_quad] for table in chosen])
+        times = sorted((table, time) for table, many in _counts(of_quad).items() for time in range(many))
+        for begin in range(0, len(times), LOOK_UPS):
+            chosen = times[begin : begin + LOOK_UPS]
+            uses = [[_use(nibble, *one) for nibble in of_quad] for one in chosen]
+            yield Pair(rows, [table for table, _ in chosen], uses)
 
 
-def _use(look_ups: list[LookUp], table: Table) -> LookUp | None:
-    return next((one for one in look_ups if one.table == table), None)
+def _use(look_ups: list[LookUp], table: Table, time: int) -> LookUp | None:
+    """What a nibble looks up in a table: a second time where two coordinates have the same."""
+    return next((one for one in [own for own in look_ups if own.table == table][time : time + 1]), None)
 
 
 def _of_rows(nibbles: Sequence[Nibble], rows: tuple[int, ...]) -> list[list[LookUp]]:
     """Of the nibbles of some byte rows, by whichever tables are fewer."""
     both = [[nibbles[2 * row + i][way] if row >= 0 else [] for row in rows for i in range(2)] for way in range(2)]
-    return min(both, key=lambda way: len(_tables(way)))
+    return min(both, key=lambda way: _counts(way).total())
+
+
+def _counts(nibbles: Sequence[list[LookUp]]) -> Counter[Table]:
+    """How often each table is looked up in, for nibbles that look up together."""
+    counts: Counter[Table] = Counter()
+    for nibble in nibbles:
+        counts |= Counter(one.table for one in nibble)
+    return counts
 
 
 def _tables(nibbles: Sequence[list[LookUp]]) -> set[Table]:
@@ -201,7 +216,7 @@ def _quads(nibbles: Sequence[Nibble]) -> Iterator[tuple[int, int]]:
         if not left:
             yield row, -1
             return
-        other = min(left, key=lambda r: (len(_tables(_of_rows(nibbles, (row, r)))), r))
+        other = min(left, key=lambda r: (_counts(_of_rows(nibbles, (row, r))).total(), r))
         left.remove(other)
         yield row, other
 

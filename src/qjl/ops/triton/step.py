@@ -33,10 +33,11 @@ FILE = 65536 // 32  # registers of a processor, for each thread of a warp
 LEAST_UNITS = 4  # of a program
 LOG2_E = 1.4426950408889634
 TOP = 16000  # what stands for the largest number of a function
+MOST_LEFT = 1e-4  # of a cosine or sine, that the functions of a block may not hold
 
 
 def serves(pool: Pool) -> bool:
-    """Whether these kernels have the forms of a pool: those without groups, of few enough tables."""
+    """Whether these kernels have the forms of a pool: no groups, few tables, and a mean that turns as RoPE turns it."""
     return once(pool, "triton step", _sides) is not None
 
 
@@ -117,7 +118,7 @@ class _Step:
             None if turned is None else turned.functions, asked, shares, exact, rows, added, parts,
             kernels.ByQuery(out, out.stride()), lse, batch, heads, count, self.queries, self.blocks, scale,
             self.softcap or None, 1, R=self.tile, W=sides.words, **sides.runs, PAGE=self.pool.page,
-            PRECISION=_precision(self.exact.keys.dtype == torch.bfloat16), num_warps=1, num_stages=1,
+            PRECISION=precision(self.exact.keys.dtype == torch.bfloat16), num_warps=1, num_stages=1,
             maxnreg=self.registers,
         )  # fmt: skip
 
@@ -170,7 +171,6 @@ class _Step:
 
     def _asked(self) -> kernels.Asked:
         sides, places, tile, words = self.sides, self.places, self.tile, self.sides.words
-        functions = FUNCTIONS
         has_turn = sides.turned is not None
         return kernels.Asked(
             mapped=self._empty(places, tile, 16 * words),
@@ -178,7 +178,7 @@ class _Step:
             offsets=self._empty(places, 2 * tile, dtype=torch.int32),
             factors=self._empty(places, tile),
             rest=self._empty(places, tile),
-            means=self._empty(places, self.blocks, 2 * tile, functions // 4, dtype=torch.int32) if has_turn else None,
+            means=self._empty(places, self.blocks, 2 * tile, FUNCTIONS // 4, dtype=torch.int32) if has_turn else None,
             mean_factors=self._empty(places, self.blocks, tile) if has_turn else None,
         )
 
@@ -202,7 +202,7 @@ def _next_power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _precision(is_bfloat16: bool) -> str:
+def precision(is_bfloat16: bool) -> str:
     """How exact tokens are multiplied on tensor cores, with 16 or 21 bits of each; the interpreter knows the latter."""
     return "bf16x3" if is_bfloat16 and not runtime.is_interpreted() else "tf32x3"
 
@@ -321,10 +321,11 @@ def _is_simple(form: NibbleForm) -> bool:
 
 def _key_constants(form: NibbleForm) -> _KeyConstants:
     mean = None if form.mean is None else form.mean.float().contiguous()
-    turned = None
+    turned, left = None, 0.0
     if form.turn is not None and mean is not None:
-        mean, turned = _turned(form.turn, mean)
-    return _KeyConstants(key_words(form) if _is_simple(form) else None, _map(form), _unit(form), mean, turned)
+        mean, turned, left = _turned(form.turn, mean)
+    words = key_words(form) if _is_simple(form) and left <= MOST_LEFT else None
+    return _KeyConstants(words, _map(form), _unit(form), mean, turned)
 
 
 def _value_constants(form: NibbleForm) -> _ValueConstants:
@@ -346,16 +347,16 @@ def _map(form: NibbleForm) -> kernels.Map:
     return kernels.Map(maps, strides, maps.shape[1], maps.shape[2])
 
 
-def _turned(turn: Turn, mean: Tensor) -> tuple[Tensor, kernels.Turned]:
-    """What does not turn, and what does: padded to whole chunks with pairs of no mean."""
+def _turned(turn: Turn, mean: Tensor) -> tuple[Tensor, kernels.Turned, float]:
+    """What does not turn, and what does, padded to whole chunks with pairs of no mean; how far off a turn may be."""
     device = mean.device
     first, second = (x.to(device, torch.int64) for x in (turn.first, turn.second))
     room = -len(first) % DIMS
     still = mean.clone()
     still[:, first] = still[:, second] = 0
     inv_freq = pad(turn.inv_freq.double().cpu(), (0, room))
-    down, functions = _functions(inv_freq.numpy())
-    return still, kernels.Turned(
+    down, functions, left = _functions(inv_freq.numpy())
+    turned = kernels.Turned(
         first=pad(first, (0, room)).int(),
         second=pad(second, (0, room)).int(),
         mean_first=pad(mean[:, first] * turn.scaling, (0, room)),
@@ -364,21 +365,23 @@ def _turned(turn: Turn, mean: Tensor) -> tuple[Tensor, kernels.Turned]:
         down=torch.from_numpy(down).to(device),
         functions=torch.from_numpy(functions).to(device),
     )
+    return still, turned, left
 
 
-def _functions(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Functions whose sums are cos and sin of all frequencies at the tokens of a block, to 1e-4 and far below: how
-    these are made of them, ``float32 [2 F, 32]``, and they in two digits, ``int32 [2, 64, 8]`` by phase and word."""
+def _functions(frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Functions whose sums are cos and sin of all frequencies at the tokens of a block: how these are made of them,
+    ``float32 [2 F, 32]``, they in two digits, ``int32 [2, 64, 8]`` by phase and word, and what they may be off: far
+    below 1e-6 for the frequencies of RoPE, all of it for as many that lie evenly."""
     angles = frequencies[:, None] * np.arange(BLOCK)
     left, sizes, right = np.linalg.svd(np.concatenate([np.cos(angles), np.sin(angles)]), full_matrices=False)
-    count = FUNCTIONS
-    rank = min(count, len(sizes))
+    rank = min(FUNCTIONS, len(sizes))
     shared = right[:rank] / np.abs(right[:rank]).max(1, keepdims=True)
     down = left[:, :rank] * sizes[:rank] * np.abs(right[:rank]).max(1)
-    whole = np.zeros((BLOCK, count), np.int64)
+    whole = np.zeros((BLOCK, FUNCTIONS), np.int64)
     whole[:, :rank] = np.rint(shared.T * TOP)
-    tiled = whole.reshape(BLOCK // 8, 2, 4, count).transpose(2, 1, 0, 3).reshape(BLOCK, 2, 4, 4)  # halves, words, bytes
-    placed = tiled.swapaxes(1, 2).reshape(BLOCK, count)
+    tiled = whole.reshape(BLOCK // 8, 2, 4, FUNCTIONS).transpose(2, 1, 0, 3)
+    placed = tiled.reshape(BLOCK, 2, 4, 4).swapaxes(1, 2).reshape(BLOCK, FUNCTIONS)  # halves, words and bytes of words
     high = (placed + 64) >> 7
     digits = np.stack([high, placed - 128 * high]).astype(np.int8)
-    return np.pad(down, ((0, 0), (0, count - rank))).astype(np.float32), np.ascontiguousarray(digits).view(np.int32)
+    made_of = np.pad(down, ((0, 0), (0, FUNCTIONS - rank))).astype(np.float32)
+    return made_of, np.ascontiguousarray(digits).view(np.int32), float(sizes[rank:].sum())
