@@ -735,7 +735,7 @@ def _packed(
         nothing = block * (one - 1)  # so that what registers have no room for is loaded again
         scores = above
         if PAGE >= TOKENS:
-            _fetch_next(keys, values, of_rows, row, head, block + 1, stop, page, KEY_BYTES, VALUE_BYTES, PAGE)
+            _fetch_next(keys, values, of_rows, row, head, block + 1, stop, KEY_BYTES, VALUE_BYTES, PAGE)
         codes = keys.codes + _at_page(keys.codes_stride, page, head)
         for chunk in tl.static_range(W // CHUNK):
             a, b, c, d = _four_words(keys.rows + 4 * (words + chunk * CHUNK) + nothing)
@@ -818,8 +818,8 @@ def _packed(
 
 @triton.jit
 def _fetch_next(
-    keys, values, of_rows, row, head, block, stop, page, KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
-    PAGE: tl.constexpr,
+    keys, values, of_rows, row, head, block, stop,
+    KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     """Codes of the block that comes next on their way to the nearest cache, where it begins a page."""
     if (block < stop) & (block * TOKENS % PAGE == 0):
