@@ -265,7 +265,7 @@ def toy(folder):
         (folder / name).write_text(text)
     return gpu.Sizes(
         tests=("tests/test_triton_gpu.py", "tests/test_triton.py"),
-        model=str(tiny_checkpoint.save(folder / "model")),
+        model=str(tiny_checkpoint.save(folder / "model", num_hidden_layers=1)),
         text=(
             *("--context", "512", "--chunks", "2"),
             *("--data", str(folder / "text.txt"), "--fit", str(folder / "fit.txt")),
@@ -274,7 +274,7 @@ def toy(folder):
         shape=("--head-dim", "64", "--kv-heads", "1", "--group", "2"),
         presets=("turboquant-3",),
         batches=(2,),
-        tokens=(300,),
+        tokens=(280,),
         repeats=1,
         random="toy",
         contexts=(200,),

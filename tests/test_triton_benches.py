@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from conftest import using_backend
 from qjl import cli
-from qjl.lab.bench import baselines, caches, devices, throughput, timing
+from qjl.lab.bench import baselines, caches, devices, throughput
 from qjl.ops.triton import runtime
 
 SMALL = ("--head-dim", "64", "--kv-heads", "1", "--group", "2", "--repeats", "1")
@@ -20,9 +20,6 @@ COMMANDS = {
     "memory": ("memory", *TOY, "-n", "200", "--repeats", "1"),
     "throughput": ("throughput", *TOY, "-n", "200", "--memory", "4M"),
 }
-if runtime.is_installed():
-    from pretended_gpu import pretended_gpu
-
 on_gpu = pytest.mark.skipif(
     runtime.is_interpreted() or not (runtime.is_installed() and torch.cuda.is_available()),
     reason="there is no GPU on this machine",
@@ -64,26 +61,6 @@ def test_benches_reach_their_end(name, monkeypatch):
         assert row["max_error"] <= 2e-3
     if name == "memory":
         assert ours[0]["smaller_than_dynamic"] > 1
-
-
-@pytest.mark.skipif(not runtime.is_interpreted(), reason="kernels run here under TRITON_INTERPRET=1 alone")
-@pytest.mark.parametrize("name", COMMANDS)
-def test_benches_on_a_gpu_that_is_pretended(name, monkeypatch):
-    monkeypatch.setattr(caches, "FITTED", 130)
-    monkeypatch.setattr(devices, "COPIED_BYTES", 1 << 20)
-    for what in ("max_memory_allocated", "memory_allocated", "reset_peak_memory_stats", "synchronize"):
-        monkeypatch.setattr(torch.cuda, what, lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
-    fakes = {"ready": lambda place, work: work, "stopwatch": lambda place, work: timing.wall_ms(work), "cache_bytes": 1}
-    for what, fake in fakes.items():
-        monkeypatch.setattr(devices.OnGPU, what, fake)
-    monkeypatch.setattr(devices, "multiply", lambda size, *where: baselines.multiply(size // 64, *where))
-    monkeypatch.setattr(throughput, "search", lambda fits: (fits(1), fits(2)))
-    with pretended_gpu(monkeypatch):
-        rows = rows_of(*COMMANDS[name], "--device", "cuda")
-    assert {row["device"] for row in rows} == {"cuda"}
-    assert {row["backend"] for row in rows} <= {"triton", None}
-    assert rows[0]["machine"].startswith("a pretended GPU")
 
 
 @on_gpu
