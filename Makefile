@@ -6,7 +6,7 @@ WORKERS ?= 2
 # Neighbours stay with one worker, which fits their codecs once.
 BY_ALL = -n $(WORKERS) --dist worksteal
 KERNEL_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.py pools.py refusals.py fuzz_kernels.py fuzz_pools.py)
-GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.py pools.py fuzz_pools.py triton.py triton_gpu.py triton_benches.py gpu_parts.py devices.py vllm_layer.py)
+GPU_TESTS ?= $(addprefix tests/test_,ops.py encoding.py attend.py attend_layer.py pools.py fuzz_pools.py triton.py triton_gpu.py triton_benches.py devices.py vllm_layer.py)
 SANITIZERS = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 THREAD_SANITIZER = $(foreach name,libtsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(name)))
 CROSS_CXX ?= aarch64-linux-gnu-g++
@@ -18,7 +18,7 @@ EMULATED = QJL_EMULATED_LIBRARY="$(EMULATOR) -cpu $(1) build/neon/server build/n
 needs = @command -v $(firstword $(1)) > /dev/null || test -e $(firstword $(1)) || \
 	{ echo "make $@ needs $(firstword $(1)): $(2)." >&2; exit 1; }
 
-.PHONY: setup setup-oldest setup-vllm vllm-sources native demo test test-oldest test-vllm models report gpu
+.PHONY: setup setup-oldest setup-vllm vllm-sources native demo test rehearse test-oldest test-vllm models report gpu
 .PHONY: sanitize sanitize-threads emulate clean
 
 setup: .venv/installed
@@ -69,6 +69,10 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(BY_ALL)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(BY_ALL) -k triton $(GPU_TESTS)
 	$(BIN)/qjl eval smoke
+
+# The parts of `make gpu` at toy size, on a GPU that is pretended: five minutes of the interpreter, too long for `test`.
+rehearse: setup
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest $(BY_ALL) -k triton tests/test_gpu_parts.py
 
 # The integration with the oldest transformers.
 test-oldest: export PYTHONPATH = $(CURDIR)/build/oldest

@@ -17,7 +17,7 @@ from random_forms import DTYPES, Maker, Side, decoded, mean_at, sides
 pytest_plugins = "guarded"
 pytestmark = pytest.mark.usefixtures("backend")
 TOLERANCE = 1e-3
-EXAMPLES = 5 if runtime.is_interpreted() else 40
+EXAMPLES = 3 if runtime.is_interpreted() else 40
 SPARE = 3  # pages and slots that no row has
 
 
